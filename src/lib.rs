@@ -1,0 +1,42 @@
+//! ocifs mounts an OCI or Docker image as a root file system and fetches only the bytes that are read.
+//!
+//! An image is a stack of compressed tars: no table of contents, no random access. ocifs gives every layer both, merges the
+//! layers' tables once into one immutable tree, and serves that tree through thin front ends.
+//!
+//! # Glossary
+//! The words below mean one thing everywhere in this crate.
+//!
+//! | word | meaning | not |
+//! |---|---|---|
+//! | *digest* | algorithm and hash of exact bytes ([`oci::Digest`]) | checksum, id |
+//! | *diffID* | digest of a layer's uncompressed tar ([`oci::DiffId`]) | layer id |
+//! | *descriptor* | media type, digest and size of a blob | pointer |
+//! | *image index* | OCI document listing manifests by platform | index (alone), manifest list |
+//! | *blob* | content-addressed bytes in an image source | file, object |
+//! | *layer* | one tar of an image, compressed or not | snapshot |
+//! | *TOC* | what is where in a layer's tar ([`toc::Toc`]) | file list |
+//! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
+//! | *restart* | place in a compressed blob where decoding can begin; a gzip one carries a *window* | checkpoint table |
+//! | *span index* | spans, restarts and digests of one layer ([`index::SpanIndex`]) | index (alone) |
+//! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
+//! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
+//! | *tree* | merged view of all layers ([`tree::Tree`]) | snapshot, rootfs |
+//! | *ino* | inode number; the EROFS nid, the same on every host | handle |
+//! | *whiteout* | tar entry that hides a lower layer's entry | deletion |
+//!
+//! # Modules, lowest first
+//! A module uses only modules of lower levels; a test holds the source against this table.
+//!
+//! | level | modules |
+//! |---|---|
+//! | 0 | [`oci`] |
+//! | 1 | [`blob`] [`index`] [`toc`] [`store`] |
+//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] |
+//! | 3 | [`layer`] [`erofs`] |
+//! | 4 | [`image`] |
+//! | 5 | [`fs`] |
+//! | 6 | [`fuse`] |
+//! | 7 | [`mount`] |
+//! | 8 | [`cli`] |
+
+pub mod oci;

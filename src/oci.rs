@@ -1,0 +1,27 @@
+//! The vocabulary of the OCI image and distribution specifications: pure values, no I/O.
+//!
+//! Documents are read from raw bytes in two steps: [`classify`] says what they are, [`ImageIndex::parse`], [`Manifest::parse`]
+//! and [`ImageConfig::parse`] give their content. [`platform::choose`] picks an index entry, [`Manifest::refusal`] and
+//! [`ImageConfig::check`] tell images from everything else that is kept in registries.
+
+mod config;
+mod descriptor;
+mod digest;
+mod document;
+mod image_ref;
+pub mod media_type;
+pub mod platform;
+mod reference;
+mod refusal;
+mod selector;
+
+pub use config::{History, ImageConfig, RootFs, RunConfig};
+pub use descriptor::{Descriptor, Platform};
+pub use digest::{Algorithm, DiffId, Digest, DigestError, DigestHasher};
+pub use document::{DocumentError, DocumentKind, ImageIndex, MAX_DOCUMENT, MAX_LAYERS, Manifest, classify};
+pub(crate) use image_ref::listing;
+pub use image_ref::{ImageRef, ImageRefError};
+pub use platform::PlatformError;
+pub use reference::{Reference, ReferenceError};
+pub use refusal::{Refusal, is_companion};
+pub use selector::ReferenceSelector;

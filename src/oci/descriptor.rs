@@ -1,0 +1,74 @@
+//! Descriptors and platforms (image-spec, descriptor.md and image-index.md).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::Digest;
+
+/// Media type, digest and size of a blob, with what was said about it where it was named.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// Declared media type; a hint, the bytes decide.
+    #[serde(default, deserialize_with = "null_as_default")]
+    pub media_type: String,
+    /// Digest of the blob.
+    pub digest: Digest,
+    /// Size in bytes. Hand-made indexes carry -1 or 0 for manifests.
+    #[serde(default)]
+    pub size: i64,
+    /// Other places to fetch the blob from (foreign layers).
+    #[serde(default, deserialize_with = "null_as_default", skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+    /// Free-form annotations.
+    #[serde(
+        default,
+        deserialize_with = "null_as_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub annotations: BTreeMap<String, String>,
+    /// Base64 of the whole content, when embedded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// Type of the artifact the manifest describes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// Platform an image index entry is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+}
+
+/// Operating system and processor an image runs on.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Platform {
+    /// Processor, as GOARCH.
+    #[serde(default)]
+    pub architecture: String,
+    /// Operating system, as GOOS.
+    #[serde(default)]
+    pub os: String,
+    /// Processor variant, such as `v7`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// Windows build.
+    #[serde(default, rename = "os.version", skip_serializing_if = "Option::is_none")]
+    pub os_version: Option<String>,
+    /// Features the host must have.
+    #[serde(
+        default,
+        rename = "os.features",
+        deserialize_with = "null_as_default",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub os_features: Vec<String>,
+}
+
+/// Reads JSON `null` as the default: Go writes it for empty slices and maps.
+pub(super) fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}

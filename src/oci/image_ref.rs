@@ -1,0 +1,209 @@
+//! What a command line may call an image: a reference in a registry, or a local layout or archive.
+//!
+//! Prefixes are those of the containers transports: `docker://REF` (or just `REF`), `oci:DIR[:IMAGE]`,
+//! `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot hold one. An image called `oci` in a registry is
+//! written `docker://oci:TAG`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{Reference, ReferenceError};
+
+/// Where an image is and what it is called there.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum ImageRef {
+    /// In a registry.
+    Registry(Reference),
+    /// In an OCI layout directory.
+    Layout {
+        /// The directory, as given.
+        dir: PathBuf,
+        /// Which of its images: a name, a digest, or `@N` for a position.
+        image: Option<String>,
+    },
+    /// In an archive written by `docker save` or alike.
+    Archive {
+        /// The file, as given.
+        file: PathBuf,
+        /// Which of its images: a tag, or `@N` for a position.
+        image: Option<String>,
+    },
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (transport, path, image) = match self {
+            Self::Registry(reference) => return reference.fmt(f),
+            Self::Layout { dir, image } => ("oci", dir, image),
+            Self::Archive { file, image } => ("docker-archive", file, image),
+        };
+        write!(f, "{transport}:{}", path.display())?;
+        image.as_ref().map_or(Ok(()), |image| write!(f, ":{image}"))
+    }
+}
+
+/// Why a text names no image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageRefError {
+    /// A reference that breaks the grammar.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// A transport that needs a path, without one.
+    #[error("`{transport}:` needs a path: write {transport}:PATH or {transport}:PATH:IMAGE")]
+    NoPath {
+        /// The transport.
+        transport: &'static str,
+    },
+    /// An empty image name after the path.
+    #[error("`{text}` ends in a colon: name the image after it, or leave the colon out")]
+    NoImage {
+        /// The text as given.
+        text: String,
+    },
+    /// A transport ocifs does not have.
+    #[error("`{transport}:` images are not supported: {hint}")]
+    Transport {
+        /// The transport.
+        transport: &'static str,
+        /// What to do instead.
+        hint: &'static str,
+    },
+}
+
+/// Transports of other tools, with the way from there to here.
+const FOREIGN: &[(&str, &str)] = &[
+    ("oci-archive", "unpack the archive and use oci:DIR"),
+    (
+        "docker-daemon",
+        "write the image to a file with `docker save` and use docker-archive:FILE",
+    ),
+    (
+        "containers-storage",
+        "push the image to a registry, or copy it to oci:DIR",
+    ),
+];
+
+impl FromStr for ImageRef {
+    type Err = ImageRefError;
+
+    fn from_str(text: &str) -> Result<Self, ImageRefError> {
+        if let Some(reference) = text.strip_prefix("docker://") {
+            return Ok(Self::Registry(reference.parse()?));
+        }
+        let Some((transport, rest)) = text.split_once(':') else {
+            return Ok(Self::Registry(text.parse()?));
+        };
+        if let Some(&(transport, hint)) = FOREIGN.iter().find(|(name, _)| *name == transport) {
+            return Err(ImageRefError::Transport { transport, hint });
+        }
+        match transport {
+            "oci" => {
+                let (dir, image) = split_path("oci", text, rest)?;
+                Ok(Self::Layout { dir, image })
+            }
+            "docker-archive" => {
+                let (file, image) = split_path("docker-archive", text, rest)?;
+                Ok(Self::Archive { file, image })
+            }
+            _ => Ok(Self::Registry(text.parse()?)),
+        }
+    }
+}
+
+fn split_path(transport: &'static str, text: &str, rest: &str) -> Result<(PathBuf, Option<String>), ImageRefError> {
+    let (path, image) = match rest.split_once(':') {
+        Some((_, "")) => return Err(ImageRefError::NoImage { text: text.to_owned() }),
+        Some((path, image)) => (path, Some(image.to_owned())),
+        None => (rest, None),
+    };
+    if path.is_empty() {
+        return Err(ImageRefError::NoPath { transport });
+    }
+    Ok((path.into(), image))
+}
+
+/// Most names an error lists.
+const MAX_LISTED: usize = 20;
+
+/// Says which images there are, for an error about one that is not.
+pub(crate) fn listing(mut names: Vec<String>) -> String {
+    let more = names.len().saturating_sub(MAX_LISTED);
+    names.truncate(MAX_LISTED);
+    match (names.is_empty(), more) {
+        (true, _) => "it has none".to_owned(),
+        (false, 0) => format!("it has {}", names.join(", ")),
+        (false, more) => format!("it has {} and {more} more", names.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_of_name_parses_and_displays() {
+        for (text, shown) in [
+            ("alpine:latest", "docker.io/library/alpine:latest"),
+            ("docker://alpine", "docker.io/library/alpine:latest"),
+            ("docker://oci:1", "docker.io/library/oci:1"),
+            ("docker:27", "docker.io/library/docker:27"),
+            ("oci", "docker.io/library/oci:latest"),
+            ("localhost:5000/repo:tag", "localhost:5000/repo:tag"),
+            ("oci:dir", "oci:dir"),
+            ("oci:./some/../dir", "oci:./some/../dir"),
+            ("oci:/abs/dir:v1", "oci:/abs/dir:v1"),
+            ("oci:dir:docker.io/library/x:t", "oci:dir:docker.io/library/x:t"),
+            ("oci:dir:@1", "oci:dir:@1"),
+            ("docker-archive:a.tar", "docker-archive:a.tar"),
+            ("docker-archive:/a/b.tar:x:latest", "docker-archive:/a/b.tar:x:latest"),
+        ] {
+            let image: ImageRef = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
+            assert_eq!(image.to_string(), shown, "{text}");
+            assert_eq!(shown.parse::<ImageRef>().unwrap(), image, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_path_ends_at_the_first_colon() {
+        assert_eq!(
+            "docker-archive:a/b.tar:x:latest".parse::<ImageRef>().unwrap(),
+            ImageRef::Archive {
+                file: "a/b.tar".into(),
+                image: Some("x:latest".into())
+            }
+        );
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        for (text, word) in [
+            ("oci:", "needs a path"),
+            ("oci::v1", "needs a path"),
+            ("oci:dir:", "ends in a colon"),
+            ("docker-archive:", "needs a path"),
+            ("oci-archive:x.tar", "unpack the archive"),
+            ("docker-daemon:alpine:latest", "docker save"),
+            ("containers-storage:alpine", "push the image"),
+            ("docker://", "names no repository"),
+            ("https://example.com/x", "leave out `https://`"),
+        ] {
+            let error = text.parse::<ImageRef>().expect_err(text).to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_text_never_panics_and_round_trips_when_accepted(
+            text in "(oci:|docker-archive:|docker://|)[a-z0-9:/@.\\[\\]_ é-]{0,30}|\\PC{0,30}"
+        ) {
+            if let Ok(image) = text.parse::<ImageRef>() {
+                prop_assert_eq!(image.to_string().parse::<ImageRef>().unwrap(), image);
+            }
+        }
+    }
+}
