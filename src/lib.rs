@@ -39,4 +39,5 @@
 //! | 7 | [`mount`] |
 //! | 8 | [`cli`] |
 
+pub mod blob;
 pub mod oci;
