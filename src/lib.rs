@@ -40,4 +40,5 @@
 //! | 8 | [`cli`] |
 
 pub mod blob;
+pub mod index;
 pub mod oci;

@@ -1,0 +1,129 @@
+//! Turns the events of a first pass into a [`SpanIndex`].
+
+use std::fmt;
+use std::io;
+
+use super::format::{Entry, Header};
+use super::span_index::SpanIndex;
+use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
+use crate::oci::{DiffId, Digest};
+
+/// zstd level of windows: higher ones gain a few per cent for many times the work.
+const WINDOW_LEVEL: i32 = 3;
+
+/// Which layer an index describes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Digest of the blob.
+    pub blob: Digest,
+    /// Bytes in the blob.
+    pub blob_size: u64,
+    /// Digest of the uncompressed tar.
+    pub diff_id: DiffId,
+}
+
+/// Collects spans, hashes them and compresses their windows.
+///
+/// It hashes neither the blob nor the whole tar: whoever feeds it does, and vouches for the [`Identity`] given at the end.
+pub struct SpanIndexBuilder {
+    compression: Compression,
+    entries: Vec<Entry>,
+    windows: Vec<u8>,
+    compressor: zstd::bulk::Compressor<'static>,
+    hasher: blake3::Hasher,
+    tar_size: u64,
+    /// The first trouble; reported at the end, because events come through a trait that cannot fail.
+    trouble: Option<IndexError>,
+}
+
+impl fmt::Debug for SpanIndexBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SpanIndexBuilder")
+            .field("compression", &self.compression)
+            .field("spans", &self.entries.len())
+            .field("tar_size", &self.tar_size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SpanIndexBuilder {
+    /// A builder that has seen nothing yet.
+    pub fn new(compression: Compression) -> Result<Self, IndexError> {
+        Ok(Self {
+            compression,
+            entries: Vec::new(),
+            windows: Vec::new(),
+            compressor: zstd::bulk::Compressor::new(WINDOW_LEVEL).map_err(|_| IndexError::OutOfMemory)?,
+            hasher: blake3::Hasher::new(),
+            tar_size: 0,
+            trouble: None,
+        })
+    }
+
+    /// The index, once the whole layer went through. Fails if the events were not those of one [`super::LayerDecoder`].
+    pub fn finish(mut self, identity: Identity) -> Result<SpanIndex, IndexError> {
+        self.close_span();
+        if let Some(trouble) = self.trouble {
+            return Err(trouble);
+        }
+        let header = Header {
+            compression: self.compression,
+            tar_size: self.tar_size,
+            identity,
+        };
+        SpanIndex::new(header, self.entries, self.windows)
+    }
+
+    fn close_span(&mut self) {
+        if let Some(last) = self.entries.last_mut() {
+            last.digest = *self.hasher.finalize().as_bytes();
+            self.hasher.reset();
+        }
+    }
+
+    fn out_of_order(&mut self) {
+        let offset = self.tar_size;
+        self.trouble.get_or_insert(IndexError::OutOfOrder { offset });
+    }
+
+    fn compress(&mut self, window: &[u8]) -> io::Result<()> {
+        self.windows.extend_from_slice(&self.compressor.compress(window)?);
+        Ok(())
+    }
+}
+
+impl DecodeSink for SpanIndexBuilder {
+    fn span(&mut self, start: SpanStart) {
+        self.close_span();
+        let previous = self.entries.last().map_or(0, |entry| entry.tar_offset);
+        if start.tar_offset != self.tar_size
+            || usize::try_from(start.span.0) != Ok(self.entries.len())
+            || self.tar_size - previous > MAX_SPAN
+        {
+            self.out_of_order();
+        }
+        self.entries.push(Entry::new(start));
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        if self.entries.is_empty() {
+            self.out_of_order();
+        }
+        self.hasher.update(bytes);
+        self.tar_size += bytes.len() as u64;
+    }
+
+    fn window(&mut self, span: SpanId, window: Vec<u8>) {
+        let from = self.windows.len();
+        if self.compress(&window).is_err() {
+            self.trouble.get_or_insert(IndexError::OutOfMemory);
+        }
+        let length = self.windows.len() - from;
+        match self.entries.get_mut(span.0 as usize) {
+            Some(entry) if entry.restart && entry.window.is_empty() => {
+                entry.window = from as u64..(from + length) as u64;
+            }
+            _ => self.out_of_order(),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The three ways a layer is stored, behind one interface.
+
+use super::gzip::Gzip;
+use super::zstd::Zstd;
+use super::{BitPosition, Compression, IndexError};
+
+/// What a codec did with its input.
+#[derive(Debug)]
+pub(super) enum Step<'a> {
+    /// All input is consumed.
+    Input,
+    /// Output, and how far the input was consumed to make it.
+    Output { bytes: &'a [u8], position: BitPosition },
+    /// Decoding could begin at this position, with the byte that comes out next.
+    Restart(BitPosition),
+}
+
+/// A decoder from some place of a blob to its end.
+#[derive(Debug)]
+pub(super) enum Codec {
+    Tar { offset: u64, start: Option<BitPosition> },
+    Gzip(Box<Gzip>),
+    Zstd(Zstd),
+}
+
+impl Codec {
+    /// From the first byte of a blob.
+    pub(super) fn new(compression: Compression) -> Result<Self, IndexError> {
+        Ok(match compression {
+            Compression::Tar => Self::Tar {
+                offset: 0,
+                start: Some(BitPosition(0)),
+            },
+            Compression::Gzip => Self::Gzip(Box::new(Gzip::new())),
+            Compression::Zstd => Self::Zstd(Zstd::new(0)?),
+        })
+    }
+
+    /// From a restart; the first input byte is the one that `position` lies in.
+    pub(super) fn resume(compression: Compression, position: BitPosition, window: &[u8]) -> Result<Self, IndexError> {
+        Ok(match compression {
+            Compression::Tar => Self::Tar {
+                offset: position.byte(),
+                start: None,
+            },
+            Compression::Gzip => Self::Gzip(Box::new(Gzip::resume(position, window))),
+            Compression::Zstd => Self::Zstd(Zstd::new(position.byte())?),
+        })
+    }
+
+    /// Decodes some input. Never returns [`Step::Input`] before all input is consumed.
+    pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
+        match self {
+            Self::Tar { offset, start } => {
+                if input.is_empty() {
+                    return Ok(Step::Input);
+                }
+                if let Some(position) = start.take() {
+                    return Ok(Step::Restart(position));
+                }
+                let bytes = std::mem::take(input);
+                *offset += bytes.len() as u64;
+                Ok(Step::Output {
+                    bytes,
+                    position: BitPosition(*offset * 8),
+                })
+            }
+            Self::Gzip(gzip) => gzip.step(input),
+            Self::Zstd(zstd) => zstd.step(input),
+        }
+    }
+
+    /// Asks for [`Step::Restart`] at the first chance at or after output position `total`.
+    pub(super) fn stop_at(&mut self, total: u64) {
+        match self {
+            Self::Tar { .. } => {}
+            Self::Gzip(gzip) => gzip.inflate().stop_at_block(total),
+            Self::Zstd(zstd) => zstd.stop_at_frame(total),
+        }
+    }
+
+    /// Declares the position of a [`Step::Restart`] just returned a restart.
+    pub(super) fn track(&mut self) {
+        if let Self::Gzip(gzip) = self {
+            gzip.inflate().track();
+        }
+    }
+
+    /// The window of the last restart, once complete; empty if it needs none.
+    pub(super) fn take_window(&mut self) -> Option<Vec<u8>> {
+        match self {
+            Self::Gzip(gzip) => gzip.inflate().take_window(),
+            Self::Tar { .. } | Self::Zstd(_) => None,
+        }
+    }
+
+    /// Checks that the blob may end after `size` bytes; where ignored bytes after its content begin, if there are any.
+    pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
+        match self {
+            Self::Tar { .. } => Ok(None),
+            Self::Gzip(gzip) => gzip.finish(size),
+            Self::Zstd(zstd) => zstd.finish(size).map(|()| None),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Decoding some spans of a layer.
+
+use std::ops::Range;
+use std::vec;
+
+use super::codec::{Codec, Step};
+use super::{BitPosition, Compression, IndexError, SpanId};
+
+/// A span still to be delivered: its place in the tar and its digest.
+type Expected = (Range<u64>, [u8; 32]);
+
+/// Decodes a run of spans from the blob bytes of [`super::SpanIndex::blob_range`] and verifies each.
+#[derive(Debug)]
+pub struct SpanDecoder {
+    codec: Codec,
+    /// The span that is being filled.
+    span: SpanId,
+    current: Option<Expected>,
+    rest: vec::IntoIter<Expected>,
+    /// Spans not yet delivered.
+    left: usize,
+    /// Its bytes so far.
+    bytes: Vec<u8>,
+}
+
+impl SpanDecoder {
+    pub(super) fn new(
+        compression: Compression,
+        first: SpanId,
+        position: BitPosition,
+        window: &[u8],
+        spans: Vec<Expected>,
+    ) -> Result<Self, IndexError> {
+        let left = spans.len();
+        let mut rest = spans.into_iter();
+        Ok(Self {
+            codec: Codec::resume(compression, position, window)?,
+            span: first,
+            current: rest.next(),
+            rest,
+            left,
+            bytes: Vec::new(),
+        })
+    }
+
+    /// Decodes the next bytes of the blob and gives every span they complete to `sink`, whole and verified, in order.
+    ///
+    /// Bytes beyond the last span are ignored. Fails with the sink's error, with [`IndexError::SpanCorrupt`], or with what is
+    /// wrong with the compressed data; after that nothing more is delivered.
+    pub fn push<E, F>(&mut self, mut compressed: &[u8], sink: &mut F) -> Result<(), E>
+    where
+        E: From<IndexError>,
+        F: FnMut(SpanId, &[u8]) -> Result<(), E> + ?Sized,
+    {
+        while self.current.is_some() {
+            let mut bytes = match self.codec.step(&mut compressed) {
+                Ok(Step::Input) => break,
+                Ok(Step::Restart(_)) => continue,
+                Ok(Step::Output { bytes, .. }) => bytes,
+                Err(error) => {
+                    self.current = None;
+                    return Err(error.into());
+                }
+            };
+            while let Some((range, _)) = &self.current
+                && !bytes.is_empty()
+            {
+                // A span is at most `MAX_SPAN` long.
+                let length = (range.end - range.start) as usize;
+                let (head, tail) = bytes.split_at(bytes.len().min(length - self.bytes.len()));
+                self.bytes.reserve_exact(length - self.bytes.len());
+                self.bytes.extend_from_slice(head);
+                bytes = tail;
+                if self.bytes.len() == length {
+                    deliver(&mut self.current, self.span, &self.bytes, sink)?;
+                    self.left -= 1;
+                    self.bytes.clear();
+                    self.span.0 += 1;
+                    self.current = self.rest.next();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all spans are delivered.
+    pub fn is_done(&self) -> bool {
+        self.left == 0
+    }
+}
+
+/// Verifies and delivers a span. Leaves `current` empty, so that nothing follows a failure.
+fn deliver<E, F>(current: &mut Option<Expected>, span: SpanId, bytes: &[u8], sink: &mut F) -> Result<(), E>
+where
+    E: From<IndexError>,
+    F: FnMut(SpanId, &[u8]) -> Result<(), E> + ?Sized,
+{
+    let Some((tar, digest)) = current.take() else {
+        return Ok(());
+    };
+    if blake3::hash(bytes) != digest {
+        return Err(IndexError::SpanCorrupt { span, tar }.into());
+    }
+    sink(span, bytes)
+}

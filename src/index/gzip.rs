@@ -1,0 +1,266 @@
+//! gzip (RFC 1952): members around deflate streams.
+//!
+//! ```text
+//! Header --> Body --> Trailer --> Between --+-- 1f 8b --> Header
+//!                                           +-- 00 -----> Padding --+
+//!                                           +-- else ---> Garbage <-+ (non-zero)
+//! ```
+//!
+//! As gzip(1) does it: members follow each other directly, zeros may follow the last one, and anything else after it is
+//! ignored with a warning.
+
+use crc32fast::Hasher;
+
+use super::codec::Step;
+use super::inflate::{Inflate, Progress};
+use super::{BitPosition, IndexError};
+
+const FHCRC: u8 = 2;
+const FEXTRA: u8 = 4;
+const FNAME: u8 = 8;
+const FCOMMENT: u8 = 16;
+/// Flag bits that RFC 1952 reserves; they may announce fields nobody could skip.
+const RESERVED: u8 = 0xe0;
+
+/// A stream of gzip members, or of the rest of one and the members after it.
+#[derive(Debug)]
+pub(super) struct Gzip {
+    state: State,
+    inflate: Inflate,
+    /// Blob offset of the first byte given to `inflate`.
+    base: u64,
+    /// CRC-32 of the member's output; `None` in a member whose beginning was not seen.
+    crc: Option<Hasher>,
+    /// Length of the member's output so far, modulo 2^32.
+    length: u32,
+    /// At least one member is complete.
+    complete: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    Header(Header),
+    Body,
+    Trailer { bytes: [u8; 8], have: usize },
+    Between,
+    Padding,
+    Garbage { from: u64 },
+}
+
+#[derive(Debug)]
+struct Header {
+    field: Field,
+    flags: u8,
+    crc: Hasher,
+}
+
+/// The part of a header that the next byte belongs to.
+#[derive(Debug, Clone, Copy)]
+enum Field {
+    Fixed { at: usize },
+    ExtraLength { low: Option<u8> },
+    Extra { left: u16 },
+    Name,
+    Comment,
+    Crc { low: Option<u8> },
+}
+
+impl Header {
+    fn new() -> Self {
+        Self {
+            field: Field::Fixed { at: 0 },
+            flags: 0,
+            crc: Hasher::new(),
+        }
+    }
+
+    /// Takes the next byte; `true` once the header is complete.
+    fn push(&mut self, byte: u8) -> Result<bool, &'static str> {
+        let next = match self.field {
+            Field::Fixed { at } => {
+                match (at, byte) {
+                    (0, 0x1f) | (1, 0x8b) | (2, 8) => {}
+                    (0 | 1, _) => return Err("no gzip magic"),
+                    (2, _) => return Err("compression method is not deflate"),
+                    (3, flags) if flags & RESERVED != 0 => return Err("reserved header flags are set"),
+                    (3, flags) => self.flags = flags,
+                    _ => {}
+                }
+                if at < 9 {
+                    Some(Field::Fixed { at: at + 1 })
+                } else {
+                    self.after(0)
+                }
+            }
+            Field::ExtraLength { low: None } => Some(Field::ExtraLength { low: Some(byte) }),
+            Field::ExtraLength { low: Some(low) } => match u16::from_le_bytes([low, byte]) {
+                0 => self.after(FEXTRA),
+                left => Some(Field::Extra { left }),
+            },
+            Field::Extra { left: 1 } => self.after(FEXTRA),
+            Field::Extra { left } => Some(Field::Extra { left: left - 1 }),
+            Field::Name if byte == 0 => self.after(FNAME),
+            Field::Comment if byte == 0 => self.after(FCOMMENT),
+            Field::Name | Field::Comment => Some(self.field),
+            Field::Crc { low: None } => Some(Field::Crc { low: Some(byte) }),
+            Field::Crc { low: Some(low) } => {
+                if u16::from_le_bytes([low, byte]) != self.crc.clone().finalize() as u16 {
+                    return Err("header checksum mismatch");
+                }
+                None
+            }
+        };
+        if !matches!(self.field, Field::Crc { .. }) {
+            self.crc.update(&[byte]);
+        }
+        match next {
+            Some(field) => self.field = field,
+            None => return Ok(true),
+        }
+        Ok(false)
+    }
+
+    /// The first optional field behind the one of flag `done` (0: the fixed part).
+    fn after(&self, done: u8) -> Option<Field> {
+        [
+            (FEXTRA, Field::ExtraLength { low: None }),
+            (FNAME, Field::Name),
+            (FCOMMENT, Field::Comment),
+            (FHCRC, Field::Crc { low: None }),
+        ]
+        .into_iter()
+        .skip_while(|&(flag, _)| done != 0 && flag != done)
+        .skip(usize::from(done != 0))
+        .find(|&(flag, _)| self.flags & flag != 0)
+        .map(|(_, field)| field)
+    }
+}
+
+impl Gzip {
+    /// At the first byte of a blob.
+    pub(super) fn new() -> Self {
+        Self {
+            state: State::Header(Header::new()),
+            inflate: Inflate::new(),
+            base: 0,
+            crc: None,
+            length: 0,
+            complete: false,
+        }
+    }
+
+    /// At a restart; `window` as in [`Inflate::resume`].
+    pub(super) fn resume(position: BitPosition, window: &[u8]) -> Self {
+        Self {
+            state: State::Body,
+            inflate: Inflate::resume(window, position.bit_in_byte()),
+            base: position.byte(),
+            crc: None,
+            length: 0,
+            complete: true,
+        }
+    }
+
+    pub(super) fn inflate(&mut self) -> &mut Inflate {
+        &mut self.inflate
+    }
+
+    pub(super) fn position(&self) -> BitPosition {
+        BitPosition(self.base * 8 + self.inflate.position_bits())
+    }
+
+    pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
+        loop {
+            if matches!(self.state, State::Body) {
+                let progress = self.inflate.decode(input).map_err(|source| IndexError::Deflate {
+                    offset: self.base + self.inflate.position_bits() / 8,
+                    source,
+                })?;
+                if self.inflate.has_output() {
+                    return Ok(self.output());
+                }
+                match progress {
+                    Progress::Input => return Ok(Step::Input),
+                    Progress::Block => return Ok(Step::Restart(self.position())),
+                    Progress::End => self.state = State::Trailer { bytes: [0; 8], have: 0 },
+                    // Decoding goes on: the output was taken.
+                    Progress::Output => {}
+                }
+                continue;
+            }
+            let Some(byte) = self.inflate.next_byte(input) else {
+                return Ok(Step::Input);
+            };
+            self.wrapper_byte(byte)?;
+        }
+    }
+
+    fn output(&mut self) -> Step<'_> {
+        let position = self.position();
+        let bytes = self.inflate.take_output();
+        if let Some(crc) = &mut self.crc {
+            crc.update(bytes);
+            // ISIZE is the length modulo 2^32.
+            self.length = self.length.wrapping_add(bytes.len() as u32);
+        }
+        Step::Output { bytes, position }
+    }
+
+    /// Takes a byte outside a deflate stream.
+    fn wrapper_byte(&mut self, byte: u8) -> Result<(), IndexError> {
+        let offset = self.position().byte() - 1;
+        let corrupt = |reason| IndexError::Gzip { offset, reason };
+        match &mut self.state {
+            State::Header(header) => match header.push(byte) {
+                Ok(false) => {}
+                Ok(true) => {
+                    self.inflate.restart();
+                    self.crc = Some(Hasher::new());
+                    self.length = 0;
+                    self.state = State::Body;
+                }
+                Err(_) if self.complete && matches!(header.field, Field::Fixed { at: 1 }) => {
+                    self.state = State::Garbage { from: offset - 1 };
+                }
+                Err(reason) => return Err(corrupt(reason)),
+            },
+            State::Trailer { bytes, have } => {
+                bytes[*have] = byte;
+                *have += 1;
+                if *have == bytes.len() {
+                    let trailer = u64::from_le_bytes(*bytes);
+                    if let Some(crc) = self.crc.take()
+                        && trailer != u64::from(crc.finalize()) | (u64::from(self.length) << 32)
+                    {
+                        return Err(corrupt(
+                            "checksum or length in the member's trailer do not match its content",
+                        ));
+                    }
+                    self.complete = true;
+                    self.state = State::Between;
+                }
+            }
+            State::Between if byte == 0x1f => {
+                let mut header = Header::new();
+                header.push(byte).map_err(corrupt)?;
+                self.state = State::Header(header);
+            }
+            State::Between | State::Padding if byte == 0 => self.state = State::Padding,
+            State::Between | State::Padding => self.state = State::Garbage { from: offset },
+            State::Garbage { .. } | State::Body => {}
+        }
+        Ok(())
+    }
+
+    /// Checks that the stream may end after `size` bytes; the offset of ignored bytes after the last member, if there are any.
+    pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
+        match &self.state {
+            State::Between | State::Padding => Ok(None),
+            State::Garbage { from } => Ok(Some(*from)),
+            State::Header(header) if self.complete && matches!(header.field, Field::Fixed { at: 1 }) => {
+                Ok(Some(size - 1))
+            }
+            State::Header(_) | State::Body | State::Trailer { .. } => Err(IndexError::Truncated { offset: size }),
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The span index: where spans lie in the tar and the blob, and how to decode them.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::ops::Range;
+
+use super::decoder::SpanDecoder;
+use super::format::{self, Entry, Header, malformed};
+use super::inflate::HISTORY;
+use super::{Compression, IndexError, SpanId};
+use crate::oci::{DiffId, Digest};
+
+/// Spans, restarts and digests of one layer.
+pub struct SpanIndex {
+    header: Header,
+    entries: Vec<Entry>,
+    /// Where the windows lie in `storage`.
+    windows: Range<usize>,
+    storage: Box<dyn AsRef<[u8]> + Send + Sync>,
+}
+
+impl fmt::Debug for SpanIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SpanIndex")
+            .field("header", &self.header)
+            .field("spans", &self.entries.len())
+            .field("windows", &self.windows.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl SpanIndex {
+    pub(super) fn new(header: Header, entries: Vec<Entry>, windows: Vec<u8>) -> Result<Self, IndexError> {
+        format::validate(&header, &entries, windows.len() as u64)?;
+        Ok(Self {
+            header,
+            entries,
+            windows: 0..windows.len(),
+            storage: Box::new(windows),
+        })
+    }
+
+    /// Reads an index file, typically mapped into memory; the windows stay where they are.
+    ///
+    /// The checksum is verified and everything validated, so that a damaged file is an error here and not later.
+    pub fn open(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, IndexError> {
+        let (header, entries, windows) = format::parse(bytes.as_ref())?;
+        format::validate(&header, &entries, windows.len() as u64)?;
+        Ok(Self {
+            header,
+            entries,
+            windows,
+            storage: Box::new(bytes),
+        })
+    }
+
+    /// Writes the index file.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        format::write(&self.header, &self.entries, self.windows(), out)
+    }
+
+    fn windows(&self) -> &[u8] {
+        &(*self.storage).as_ref()[self.windows.clone()]
+    }
+
+    /// How the layer is compressed.
+    pub fn compression(&self) -> Compression {
+        self.header.compression
+    }
+
+    /// Digest of the blob.
+    pub fn blob_digest(&self) -> &Digest {
+        &self.header.identity.blob
+    }
+
+    /// Digest of the uncompressed tar.
+    pub fn diff_id(&self) -> &DiffId {
+        &self.header.identity.diff_id
+    }
+
+    /// Bytes in the blob.
+    pub fn blob_size(&self) -> u64 {
+        self.header.identity.blob_size
+    }
+
+    /// Bytes in the tar.
+    pub fn tar_size(&self) -> u64 {
+        self.header.tar_size
+    }
+
+    /// Number of spans. Zero only if the tar has no bytes.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether the tar has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// All spans in order.
+    pub fn spans(&self) -> impl DoubleEndedIterator<Item = SpanId> + use<> {
+        // `validate` has made sure that the count fits.
+        (0..self.entries.len() as u32).map(SpanId)
+    }
+
+    /// The span that holds the byte at `tar_offset`; `None` at or beyond the end of the tar.
+    pub fn span_at(&self, tar_offset: u64) -> Option<SpanId> {
+        if tar_offset >= self.tar_size() {
+            return None;
+        }
+        let after = self.entries.partition_point(|entry| entry.tar_offset <= tar_offset);
+        Some(SpanId(after as u32 - 1))
+    }
+
+    /// The bytes of the tar that `span` holds.
+    ///
+    /// # Panics
+    /// Like all that take a [`SpanId`] and are not said to return an error: if the span is not one of this index.
+    pub fn tar_range(&self, span: SpanId) -> Range<u64> {
+        let end = self
+            .entries
+            .get(span.0 as usize + 1)
+            .map_or(self.tar_size(), |next| next.tar_offset);
+        self.entry(span).tar_offset..end
+    }
+
+    /// BLAKE3 of the bytes of `span`, to check cached ones.
+    pub fn digest(&self, span: SpanId) -> &[u8; 32] {
+        &self.entry(span).digest
+    }
+
+    /// Whether `bytes` are the content of `span`.
+    pub fn matches(&self, span: SpanId, bytes: &[u8]) -> bool {
+        blake3::hash(bytes) == *self.digest(span)
+    }
+
+    /// The last span at or before `span` at which decoding can begin.
+    pub fn restart_for(&self, span: SpanId) -> SpanId {
+        let upto = &self.entries[..=span.0 as usize];
+        // The first span always is a restart.
+        SpanId(upto.iter().rposition(|entry| entry.restart).unwrap_or(0) as u32)
+    }
+
+    /// The spans that share the restart of `span`: from it up to the next one. Decoding the last passes over all of them.
+    pub fn group(&self, span: SpanId) -> Range<u32> {
+        let behind = &self.entries[span.0 as usize + 1..];
+        let more = behind.iter().position(|entry| entry.restart).unwrap_or(behind.len());
+        self.restart_for(span).0..span.0 + 1 + more as u32
+    }
+
+    /// The bytes of the blob that decoding the spans `first..=last`, beginning at the restart `first`, takes.
+    pub fn blob_range(&self, first: SpanId, last: SpanId) -> Range<u64> {
+        let end = match self.entries.get(last.0 as usize + 1) {
+            Some(next) => next.position.next_byte().byte(),
+            None => self.blob_size(),
+        };
+        self.entry(first).position.byte()..end
+    }
+
+    /// A decoder of the spans `first..=last`. It wants the bytes of [`SpanIndex::blob_range`].
+    pub fn decoder(&self, first: SpanId, last: SpanId) -> Result<SpanDecoder, IndexError> {
+        let (from, to) = (first.0 as usize, last.0 as usize);
+        if from > to || to >= self.len() {
+            return Err(IndexError::NoSuchSpans {
+                first,
+                last,
+                len: self.len(),
+            });
+        }
+        let entry = &self.entries[from];
+        if !entry.restart {
+            return Err(IndexError::NotARestart { span: first });
+        }
+        let spans = (first.0..=last.0)
+            .map(SpanId)
+            .map(|span| (self.tar_range(span), *self.digest(span)));
+        SpanDecoder::new(
+            self.compression(),
+            first,
+            entry.position,
+            &self.window(entry)?,
+            spans.collect(),
+        )
+    }
+
+    fn entry(&self, span: SpanId) -> &Entry {
+        &self.entries[span.0 as usize]
+    }
+
+    fn window(&self, entry: &Entry) -> Result<Vec<u8>, IndexError> {
+        if entry.window.is_empty() {
+            return Ok(Vec::new());
+        }
+        let compressed = &self.windows()[entry.window.start as usize..entry.window.end as usize];
+        zstd::bulk::decompress(compressed, HISTORY).map_err(|_| malformed("a window does not decompress"))
+    }
+}
