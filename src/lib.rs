@@ -42,3 +42,4 @@
 pub mod blob;
 pub mod index;
 pub mod oci;
+pub mod toc;

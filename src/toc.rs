@@ -1,0 +1,158 @@
+//! Table of contents of one layer: what is where in its tar, as values.
+//!
+//! [`TarReader`] is fed the bytes of a tar in order and makes the [`Toc`]; while doing so it says at which address of the layer's
+//! data device each content byte belongs. The data device is an address space of its own: the content of every regular file
+//! in tar order, each file beginning at a multiple of [`DEVICE_BLOCK`]. It depends on nothing but the tar, so every host and
+//! every kind of index sees the same addresses.
+//!
+//! Invariants: paths are canonical (no empty, `.` or `..` component, no NUL, components of at most 255 bytes); extents are
+//! sorted by tar offset and by device offset at the same time and do not overlap; entries stand in archive order.
+//!
+//! # How it works
+//! ```text
+//! tar bytes --> reader --> header, pax, sparse     what one entry says of itself
+//!                  |
+//!                  +-----> builder                 names, whiteouts, xattr filter, device addresses --> Toc
+//! Toc <-> codec                                    the whole table as a file
+//! Toc --> ExtentTable                              only where the bytes lie; used in place, without decoding
+//! ```
+//! What a tar means is taken from the engines that unpack layers (containerd, docker, podman), not from POSIX where the two
+//! differ: global pax headers are dropped, a symbolic link's mode is 0777, `trusted.*` attributes do not survive.
+
+mod builder;
+mod codec;
+mod error;
+mod extents;
+mod header;
+mod path;
+mod pax;
+mod reader;
+mod sparse;
+mod xattr;
+
+pub use error::{NameProblem, TocError};
+pub use extents::ExtentTable;
+pub use reader::{Limits, TarReader};
+
+/// Alignment of every file in the data device, and the block size of the EROFS image.
+pub const DEVICE_BLOCK: u64 = 4096;
+
+/// A layer's table of contents.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Toc {
+    /// Entries in archive order; a path may occur more than once.
+    pub entries: Vec<TocEntry>,
+    /// Where file content lies, ascending.
+    pub extents: Vec<Extent>,
+    /// Length of the data device in bytes, a multiple of [`DEVICE_BLOCK`].
+    pub device_size: u64,
+    /// Oddities that were tolerated, for the log; at most a few dozen.
+    pub warnings: Vec<String>,
+}
+
+/// A run of content bytes that is contiguous in the tar and in the data device. Length is in bytes and never zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Offset in the uncompressed tar.
+    pub tar: u64,
+    /// Offset in the data device.
+    pub device: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// One tar entry after all headers that describe it were read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TocEntry {
+    /// Canonical path without leading slash, components joined by `/`; empty for the root.
+    pub path: Box<[u8]>,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Mode, owner, time.
+    pub meta: Metadata,
+    /// Extended attributes that survive the filter (`trusted.*`, `user.overlay.*` and `security.selinux` are dropped), sorted by name.
+    pub xattrs: Xattrs,
+}
+
+/// Name and value of extended attributes, sorted by name.
+pub type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+
+/// What stat(2) shows of an entry besides its type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Metadata {
+    /// Permission bits with set-id and sticky: `mode & 0o7777`.
+    pub mode: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time, seconds since the epoch, may be negative.
+    pub mtime: i64,
+    /// Nanoseconds to add to `mtime`, below 10^9.
+    pub mtime_nsec: u32,
+}
+
+/// Type of an entry with what belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EntryKind {
+    /// Directory.
+    Directory,
+    /// Regular file.
+    Regular(FileData),
+    /// Symbolic link; target bytes verbatim, 1 to 4095 of them.
+    Symlink(Box<[u8]>),
+    /// Another name for the entry at this canonical path (of this layer, or of a lower one).
+    Hardlink(Box<[u8]>),
+    /// Character device.
+    CharDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Block device.
+    BlockDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Named pipe.
+    Fifo,
+    /// Hides the lower layers' entry at `path` (a `.wh.NAME` entry, or a character device 0:0).
+    Whiteout,
+    /// Hides all that lower layers have below the directory `path` (`.wh..wh..opq`).
+    Opaque,
+    /// AUFS bookkeeping: never visible, but a hard link may point at it.
+    Hidden(FileData),
+}
+
+/// Where the content of a regular file lies in the data device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileData {
+    /// Logical size in bytes.
+    pub size: u64,
+    /// Layout in the data device.
+    pub layout: DataLayout,
+}
+
+/// How a file's bytes map to the data device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DataLayout {
+    /// Contiguous from this device offset, a multiple of [`DEVICE_BLOCK`]; of no meaning when the size is 0.
+    Flat {
+        /// Device offset of the first byte.
+        device: u64,
+    },
+    /// A tar-sparse file: equal chunks of `DEVICE_BLOCK << chunk_bits` bytes, the listed ones stored, all others holes.
+    /// A stored chunk's bytes outside the tar's fragments read as zeros (the device has a hole there).
+    Chunked {
+        /// log2 of the chunk size in blocks, at most 31 (EROFS chunk format).
+        chunk_bits: u8,
+        /// (chunk number in the file, device offset of the chunk), ascending.
+        chunks: Vec<(u32, u64)>,
+    },
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,159 @@
+//! What can be wrong with a tar or with a stored table of contents.
+
+/// Why a tar or a stored table of contents cannot be used. Trying again with the same bytes never helps.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TocError {
+    /// The first block is no tar header.
+    #[error("not a tar: it begins with {seen}")]
+    NotTar {
+        /// The first bytes, and what they look like.
+        seen: String,
+    },
+    /// A later block that must be a header has no valid checksum.
+    #[error("damaged tar: no header at offset {offset}, after entry {after}")]
+    BadHeader {
+        /// Offset of the block in the tar.
+        offset: u64,
+        /// The entry before it.
+        after: String,
+    },
+    /// A header field or pax record that does not parse or is out of range.
+    #[error("tar entry {entry} (header at offset {offset}) has an unusable {field}: {value}")]
+    BadField {
+        /// Name of the entry.
+        entry: String,
+        /// Offset of its header block.
+        offset: u64,
+        /// Header field or pax keyword.
+        field: &'static str,
+        /// What stands there.
+        value: String,
+    },
+    /// A pax header that does not consist of records.
+    #[error("damaged pax header at tar offset {offset}: {reason}")]
+    BadPax {
+        /// Offset of the header block.
+        offset: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A name, or the target of a hard link, that no file system could hold.
+    #[error("tar entry {entry} (header at offset {offset}): {what} {problem}")]
+    BadName {
+        /// Name of the entry.
+        entry: String,
+        /// Offset of its header block.
+        offset: u64,
+        /// The name or the link target.
+        what: &'static str,
+        /// What is wrong with it.
+        problem: NameProblem,
+    },
+    /// The map of a sparse file contradicts itself or the data.
+    #[error("sparse tar entry {entry} (header at offset {offset}) has a bad map: {reason}")]
+    BadSparse {
+        /// Name of the entry.
+        entry: String,
+        /// Offset of its header block.
+        offset: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A pax header or GNU long name that is larger than any real one.
+    #[error("the {what} at tar offset {offset} has {size} bytes, more than the {limit} that are accepted")]
+    HeaderTooLarge {
+        /// Kind of header.
+        what: &'static str,
+        /// Offset of its block.
+        offset: u64,
+        /// Declared length.
+        size: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// A file that does not fit in the layer's data device.
+    #[error("tar entry {entry} has {size} bytes and does not fit: a layer can have {limit} bytes of file content")]
+    TooLarge {
+        /// Name of the entry.
+        entry: String,
+        /// Its logical size.
+        size: u64,
+        /// The limit for the whole layer.
+        limit: u64,
+    },
+    /// More entries, or pieces of sparse files, than the limit.
+    #[error("the tar has more than {limit} entries")]
+    TooManyEntries {
+        /// The limit.
+        limit: usize,
+    },
+    /// The bytes end too early.
+    #[error("truncated tar: it ends at offset {offset} within {within}")]
+    Truncated {
+        /// Length of what was read.
+        offset: u64,
+        /// What is incomplete.
+        within: String,
+    },
+    /// Bytes that are no stored table, or are one of a version this program does not know.
+    #[error("not a {what} this version of ocifs can read")]
+    Format {
+        /// Table of contents or extent table.
+        what: &'static str,
+    },
+    /// A stored table that does not match its checksum or breaks an invariant.
+    #[error("corrupt {what}: {reason}")]
+    Corrupt {
+        /// Table of contents or extent table.
+        what: &'static str,
+        /// What is wrong.
+        reason: &'static str,
+    },
+}
+
+/// Why a name cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NameProblem {
+    /// A NUL byte, which only pax can smuggle in.
+    #[error("contains a NUL byte")]
+    Nul,
+    /// A component over `NAME_MAX`.
+    #[error("has a component longer than 255 bytes")]
+    ComponentTooLong,
+    /// Over `PATH_MAX`.
+    #[error("is longer than 4096 bytes")]
+    PathTooLong,
+}
+
+/// Bytes of a tar as they can stand in a message: escaped, and shortened if long.
+pub(super) fn shown(bytes: &[u8]) -> String {
+    const MAX: usize = 200;
+    let head = &bytes[..bytes.len().min(MAX)];
+    let dots = if head.len() < bytes.len() { "..." } else { "" };
+    match std::str::from_utf8(head) {
+        Ok(text) => format!("`{}{dots}`", text.escape_debug()),
+        Err(_) => format!("`{}{dots}`", head.escape_ascii()),
+    }
+}
+
+/// Says what bytes that are no tar look like.
+pub(super) fn describe(bytes: &[u8]) -> String {
+    let magics: [(&[u8], &str); 9] = [
+        (&[0x1f, 0x8b], "gzip"),
+        (&[0x28, 0xb5, 0x2f, 0xfd], "zstd"),
+        (&[0xfd, b'7', b'z', b'X', b'Z'], "xz"),
+        (b"BZh", "bzip2"),
+        (b"PK\x03\x04", "zip"),
+        (b"\x7fELF", "ELF"),
+        (b"{", "JSON"),
+        (b"<", "HTML or XML"),
+        (b"hsqs", "squashfs"),
+    ];
+    let head = &bytes[..bytes.len().min(16)];
+    match magics.iter().find(|(magic, _)| bytes.starts_with(magic)) {
+        Some((_, kind)) => format!("{} ({kind})", shown(head)),
+        None => shown(head),
+    }
+}

@@ -1,0 +1,179 @@
+//! Where a layer's content lies, in a form that is used in place.
+//!
+//! ```text
+//!  0  magic "ocifsEXT"
+//!  8  version u32 = 1, then u32 = 0
+//! 16  number of extents u64
+//! 24  device size u64
+//! 32  extents, 24 bytes each: tar offset u64, device offset u64, length u64
+//!     BLAKE3 of all before, 32 bytes
+//! ```
+//! All numbers are little-endian. Extents ascend in the tar and in the device and do not overlap in either; opening checks that
+//! once, lookups then read the records by binary search straight from the bytes (a memory map will do).
+
+use std::io::{self, Write};
+use std::ops::Range;
+
+use super::{DEVICE_BLOCK, Extent, Toc, TocError};
+
+const MAGIC: &[u8; 8] = b"ocifsEXT";
+const VERSION: u32 = 1;
+const HEAD: usize = 32;
+const RECORD: usize = 24;
+const HASH: usize = 32;
+const WHAT: &str = "extent table";
+
+/// The extents of one layer, in tar and device order.
+#[derive(Debug, Clone)]
+pub struct ExtentTable<B = Vec<u8>> {
+    /// The encoded table, checked.
+    bytes: B,
+}
+
+impl Toc {
+    /// The extents alone, for run time.
+    pub fn extent_table(&self) -> ExtentTable {
+        let mut bytes = Vec::with_capacity(HEAD + self.extents.len() * RECORD + HASH);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&(self.extents.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&self.device_size.to_le_bytes());
+        for extent in &self.extents {
+            for number in [extent.tar, extent.device, extent.len] {
+                bytes.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+        let hash = blake3::hash(&bytes);
+        bytes.extend_from_slice(hash.as_bytes());
+        ExtentTable { bytes }
+    }
+}
+
+impl<B: AsRef<[u8]>> ExtentTable<B> {
+    /// The same table in another container, which must keep the bytes as they are.
+    pub fn map_bytes<C: AsRef<[u8]>>(self, container: impl FnOnce(B) -> C) -> ExtentTable<C> {
+        ExtentTable {
+            bytes: container(self.bytes),
+        }
+    }
+
+    /// Checks the bytes of [`ExtentTable::encode`] (whole: hash and order) and uses them in place.
+    pub fn open(bytes: B) -> Result<Self, TocError> {
+        let all = bytes.as_ref();
+        let head = all.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
+        if &head[..8] != MAGIC || head[8..12] != VERSION.to_le_bytes() {
+            return Err(TocError::Format { what: WHAT });
+        }
+        let corrupt = |reason| TocError::Corrupt { what: WHAT, reason };
+        let records = all.len() - HEAD;
+        let records = records.checked_sub(HASH).ok_or_else(|| corrupt("it is cut short"))?;
+        if records % RECORD != 0 || number(head, 16) != (records / RECORD) as u64 {
+            return Err(corrupt("its length does not match the number of extents"));
+        }
+        let (content, hash) = all.split_at(HEAD + records);
+        if blake3::hash(content).as_bytes() != hash {
+            return Err(corrupt("its checksum does not match"));
+        }
+        let table = Self { bytes };
+        check(table.iter(), table.device_size()).map_err(corrupt)?;
+        Ok(table)
+    }
+
+    /// Writes the table as [`ExtentTable::open`] reads it.
+    pub fn encode(&self, out: &mut impl Write) -> io::Result<()> {
+        out.write_all(self.bytes.as_ref())
+    }
+
+    /// Length of the data device in bytes.
+    pub fn device_size(&self) -> u64 {
+        number(self.bytes.as_ref(), 24)
+    }
+
+    /// Number of extents.
+    pub fn len(&self) -> usize {
+        (self.bytes.as_ref().len() - HEAD - HASH) / RECORD
+    }
+
+    /// Whether the layer has no content at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All extents in order.
+    pub fn iter(&self) -> impl Iterator<Item = Extent> {
+        (0..self.len()).map(|index| self.extent(index))
+    }
+
+    /// The content within a range of the tar: the extents that touch it, clipped to it, in order. What lies between them is
+    /// headers and padding.
+    pub fn pieces_in_tar(&self, range: Range<u64>) -> impl Iterator<Item = Extent> {
+        self.pieces(range, |extent| extent.tar)
+    }
+
+    /// What fills a range of the data device: the extents that touch it, clipped to it, in order. What lies between them reads
+    /// as zeros.
+    pub fn pieces_in_device(&self, range: Range<u64>) -> impl Iterator<Item = Extent> {
+        self.pieces(range, |extent| extent.device)
+    }
+
+    fn pieces(&self, range: Range<u64>, start: impl Fn(&Extent) -> u64) -> impl Iterator<Item = Extent> {
+        let (mut low, mut high) = (0, self.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let extent = self.extent(middle);
+            if start(&extent) + extent.len <= range.start {
+                low = middle + 1
+            } else {
+                high = middle
+            }
+        }
+        (low..self.len())
+            .map(|index| self.extent(index))
+            .map_while(move |extent| {
+                let at = start(&extent);
+                let (from, to) = (range.start.max(at), range.end.min(at + extent.len));
+                let skip = from - at;
+                (from < to).then(|| Extent {
+                    tar: extent.tar + skip,
+                    device: extent.device + skip,
+                    len: to - from,
+                })
+            })
+    }
+
+    fn extent(&self, index: usize) -> Extent {
+        let bytes = self.bytes.as_ref();
+        let at = HEAD + index * RECORD;
+        Extent {
+            tar: number(bytes, at),
+            device: number(bytes, at + 8),
+            len: number(bytes, at + 16),
+        }
+    }
+}
+
+/// Checks the invariants of [`Toc::extents`].
+pub(super) fn check(extents: impl Iterator<Item = Extent>, device_size: u64) -> Result<(), &'static str> {
+    if !device_size.is_multiple_of(DEVICE_BLOCK) {
+        return Err("the device size is no multiple of the block size");
+    }
+    let (mut tar, mut device) = (0, 0);
+    for extent in extents {
+        if extent.len == 0 || extent.tar < tar || extent.device < device {
+            return Err("extents are empty, overlap or are out of order");
+        }
+        let end = |start: u64| start.checked_add(extent.len).ok_or("an extent ends beyond 64 bits");
+        (tar, device) = (end(extent.tar)?, end(extent.device)?);
+    }
+    if device > device_size {
+        return Err("an extent ends after the device");
+    }
+    Ok(())
+}
+
+fn number(bytes: &[u8], at: usize) -> u64 {
+    let mut le = [0; 8];
+    le.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(le)
+}

@@ -1,0 +1,155 @@
+//! Names: canonical form, and what a name with the whiteout prefix means.
+//!
+//! Names are bytes, never text. Absolute names are rooted, `..` cannot leave the root: every engine that unpacks layers puts
+//! `a/../../b` at `/b`.
+
+use super::error::NameProblem;
+
+/// `NAME_MAX` of Linux.
+const COMPONENT_MAX: usize = 255;
+/// `PATH_MAX` of Linux; no system call could name a longer path.
+const PATH_MAX: usize = 4096;
+
+/// Brings a name from a tar into the form of [`TocEntry::path`](super::TocEntry::path); the root is empty.
+pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
+    if raw.contains(&0) {
+        return Err(NameProblem::Nul);
+    }
+    let mut path = Vec::with_capacity(raw.len().min(PATH_MAX));
+    for component in raw.split(|&b| b == b'/') {
+        match component {
+            b"" | b"." => {}
+            b".." => path.truncate(path.iter().rposition(|&b| b == b'/').unwrap_or(0)),
+            _ if component.len() > COMPONENT_MAX => return Err(NameProblem::ComponentTooLong),
+            _ => {
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(component);
+            }
+        }
+    }
+    if path.len() > PATH_MAX {
+        return Err(NameProblem::PathTooLong);
+    }
+    Ok(path.into())
+}
+
+/// Whether `path` is what [`canonical`] returns for it.
+pub(super) fn is_canonical(path: &[u8]) -> bool {
+    path.is_empty()
+        || path.len() <= PATH_MAX
+            && path
+                .split(|&b| b == b'/')
+                .all(|c| !matches!(c, b"" | b"." | b"..") && c.len() <= COMPONENT_MAX && !c.contains(&0))
+}
+
+/// What an entry's name makes of it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place<'a> {
+    /// An ordinary name.
+    Visible,
+    /// Hides this path of the lower layers.
+    Whiteout(Box<[u8]>),
+    /// Makes this directory opaque.
+    Opaque(&'a [u8]),
+    /// AUFS bookkeeping (`.wh..wh.plnk/`, `.wh..wh.aufs`, `.wh..wh.orph/`).
+    Bookkeeping,
+    /// Reserved or meaningless: `.wh.`, `.wh..`, `.wh...`, or something below a whiteout.
+    Meaningless,
+}
+
+/// Classifies a canonical path by the whiteout rules of the OCI image specification ("Whiteouts").
+pub(super) fn classify(path: &[u8]) -> Place<'_> {
+    const PREFIX: &[u8] = b".wh.";
+    const AUFS: &[u8] = b".wh..wh.";
+    const OPAQUE: &[u8] = b".wh..wh..opq";
+    let (dir, base) = match path.iter().rposition(|&b| b == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (&path[..0], path),
+    };
+    let marked = |c: &&[u8]| c.starts_with(PREFIX);
+    match dir.split(|&b| b == b'/').find(marked) {
+        Some(c) if c.starts_with(AUFS) && c != OPAQUE => return Place::Bookkeeping,
+        Some(_) => return Place::Meaningless,
+        None => {}
+    }
+    match base.strip_prefix(PREFIX) {
+        None => Place::Visible,
+        Some(_) if base == OPAQUE => Place::Opaque(dir),
+        Some(_) if base.starts_with(AUFS) => Place::Bookkeeping,
+        Some(b"" | b"." | b"..") => Place::Meaningless,
+        Some(hidden) if dir.is_empty() => Place::Whiteout(hidden.into()),
+        Some(hidden) => Place::Whiteout([dir, b"/", hidden].concat().into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_canonical() {
+        for (raw, expected) in [
+            ("", ""),
+            (".", ""),
+            ("./", ""),
+            ("/", ""),
+            ("..", ""),
+            ("/..//.", ""),
+            ("a", "a"),
+            ("./a/", "a"),
+            ("/a//b/./c/.", "a/b/c"),
+            ("a/../b", "b"),
+            ("a/b/../../c", "c"),
+            ("a/../../esc", "esc"),
+            ("a/b/..", "a"),
+            ("a/...", "a/..."),
+            ("..a/b..", "..a/b.."),
+            ("a\\b", "a\\b"),
+        ] {
+            let path = canonical(raw.as_bytes()).unwrap();
+            assert_eq!(&*path, expected.as_bytes(), "{raw}");
+            assert!(is_canonical(&path));
+        }
+        assert_eq!(&*canonical(b"\xff/\x80").unwrap(), b"\xff/\x80");
+    }
+
+    #[test]
+    fn impossible_names_are_refused() {
+        assert_eq!(canonical(b"a\0b"), Err(NameProblem::Nul));
+        assert!(canonical(&[b'a'; 255]).is_ok());
+        assert_eq!(canonical(&[b'a'; 256]), Err(NameProblem::ComponentTooLong));
+        let long = [b"abc/".repeat(1024), b"a".to_vec()].concat();
+        assert_eq!(canonical(&long), Err(NameProblem::PathTooLong));
+        assert!(canonical(&long[1..]).is_ok());
+        for bad in ["/", "/a", "a/", "a//b", "a/./b", "..", "a/..", "a\0"] {
+            assert!(!is_canonical(bad.as_bytes()), "{bad}");
+        }
+    }
+
+    #[test]
+    fn whiteout_names() {
+        let whiteout = |p: &str| Place::Whiteout(p.as_bytes().into());
+        for (path, place) in [
+            ("", Place::Visible),
+            ("a/b.wh.c", Place::Visible),
+            (".wh.a", whiteout("a")),
+            ("d/.wh.a", whiteout("d/a")),
+            ("d/.wh.a.wh.", whiteout("d/a.wh.")),
+            (".wh.....", whiteout("....")),
+            (".wh..wh..opq", Place::Opaque(b"")),
+            ("a/b/.wh..wh..opq", Place::Opaque(b"a/b")),
+            (".wh.", Place::Meaningless),
+            ("a/.wh..", Place::Meaningless),
+            (".wh...", Place::Meaningless),
+            (".wh.a/b", Place::Meaningless),
+            (".wh..wh..opq/b", Place::Meaningless),
+            (".wh..wh.aufs", Place::Bookkeeping),
+            (".wh..wh.plnk/12.34", Place::Bookkeeping),
+            (".wh..wh.orph/.wh.x", Place::Bookkeeping),
+        ] {
+            assert_eq!(classify(path.as_bytes()), place, "{path}");
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! The records of a pax extended header (POSIX.1-2017, pax, "pax Extended Header"): `LEN SP KEY=VALUE LF`, LEN counting itself.
+//!
+//! An empty value takes the record back: the header's own field is in force, and an attribute is not there (Go's reader, through
+//! which other engines go, drops it too). A keyword that comes twice has its last value, except
+//! `GNU.sparse.offset` and `.numbytes`, whose repetitions are the map of the oldest pax sparse style.
+
+use super::sparse::{Fragment, push_fragment};
+use super::xattr::RawXattrs;
+
+/// What the records say; `None` where they say nothing.
+#[derive(Debug, Default)]
+pub(super) struct Pax {
+    pub path: Option<Box<[u8]>>,
+    pub link: Option<Box<[u8]>>,
+    pub size: Option<u64>,
+    pub uid: Option<i64>,
+    pub gid: Option<i64>,
+    /// Seconds and nanoseconds.
+    pub mtime: Option<(i64, u32)>,
+    pub xattrs: RawXattrs,
+    pub libarchive_xattrs: RawXattrs,
+    pub sparse: SparseRecords,
+}
+
+/// The `GNU.sparse.*` records.
+#[derive(Debug, Default)]
+pub(super) struct SparseRecords {
+    /// `GNU.sparse.major` and `.minor`.
+    pub version: (Option<u64>, Option<u64>),
+    /// The real name, where `path` is a decoy.
+    pub name: Option<Box<[u8]>>,
+    /// Logical size (`GNU.sparse.size` or `.realsize`).
+    pub size: Option<u64>,
+    /// The map of the styles that keep it in the header.
+    pub map: Option<Vec<Fragment>>,
+    /// A `GNU.sparse.offset` that waits for its `.numbytes`.
+    offset: Option<u64>,
+}
+
+impl SparseRecords {
+    /// The map stands at the start of the data (version 1.0). `Err` for a version nobody has defined.
+    pub fn map_in_data(&self) -> Result<bool, &'static str> {
+        match self.version {
+            (Some(1), Some(0)) => Ok(true),
+            (None, None) | (Some(0), Some(0 | 1)) => Ok(false),
+            _ => Err("its version (GNU.sparse.major and .minor) is unknown"),
+        }
+    }
+}
+
+/// Why records cannot be used.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum PaxProblem {
+    /// The header is no sequence of records.
+    Structure(&'static str),
+    /// One record's value does not parse.
+    Value {
+        /// The keyword.
+        field: &'static str,
+        /// What stands there.
+        value: Vec<u8>,
+    },
+}
+
+impl Pax {
+    /// Reads the payload of an `x` header.
+    pub fn parse(mut payload: &[u8]) -> Result<Self, PaxProblem> {
+        let mut pax = Self::default();
+        // Some writers count the padding into the size.
+        while payload.iter().any(|&b| b != 0) {
+            let (key, value, rest) = split_record(payload).map_err(PaxProblem::Structure)?;
+            pax.record(key, value)?;
+            payload = rest;
+        }
+        if pax.sparse.offset.is_some() {
+            return Err(PaxProblem::Structure("GNU.sparse.offset without GNU.sparse.numbytes"));
+        }
+        Ok(pax)
+    }
+
+    fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), PaxProblem> {
+        if value.is_empty() {
+            return Ok(());
+        }
+        // The names of attributes are used as they are: GNU tar writes `=` as `%3D`, but the engines do not decode it.
+        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+            self.xattrs.insert(name.into(), value.into());
+            return Ok(());
+        }
+        if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
+            self.libarchive_xattrs.insert(name.into(), value.into());
+            return Ok(());
+        }
+        match key {
+            b"path" => self.path = Some(value.into()),
+            b"linkpath" => self.link = Some(value.into()),
+            b"size" => self.size = Some(parse("pax size", value, decimal)?),
+            b"uid" => self.uid = Some(parse("pax uid", value, signed_decimal)?),
+            b"gid" => self.gid = Some(parse("pax gid", value, signed_decimal)?),
+            b"mtime" => self.mtime = Some(parse("pax mtime", value, time)?),
+            _ => {
+                if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    self.sparse.record(key, value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl SparseRecords {
+    fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), PaxProblem> {
+        match key {
+            b"major" => self.version.0 = Some(parse("GNU.sparse.major", value, decimal)?),
+            b"minor" => self.version.1 = Some(parse("GNU.sparse.minor", value, decimal)?),
+            b"name" => self.name = Some(value.into()),
+            b"size" => self.size = Some(parse("GNU.sparse.size", value, decimal)?),
+            b"realsize" => self.size = Some(parse("GNU.sparse.realsize", value, decimal)?),
+            b"map" => self.map = Some(parse("GNU.sparse.map", value, sparse_map)?),
+            b"numblocks" => drop(self.map.get_or_insert_default()),
+            b"offset" => {
+                let offset = parse("GNU.sparse.offset", value, decimal)?;
+                if self.offset.replace(offset).is_some() {
+                    return Err(PaxProblem::Structure("GNU.sparse.offset without GNU.sparse.numbytes"));
+                }
+            }
+            b"numbytes" => {
+                let len = parse("GNU.sparse.numbytes", value, decimal)?;
+                let Some(offset) = self.offset.take() else {
+                    return Err(PaxProblem::Structure("GNU.sparse.numbytes without GNU.sparse.offset"));
+                };
+                push_fragment(self.map.get_or_insert_default(), Fragment { offset, len });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
+
+/// Keyword, value, and what follows.
+fn split_record(bytes: &[u8]) -> Result<Record<'_>, &'static str> {
+    // A length of more than 7 digits cannot be, payloads being capped below that.
+    let space = bytes
+        .iter()
+        .take(8)
+        .position(|&b| b == b' ')
+        .ok_or("a record has no length")?;
+    let len = decimal(&bytes[..space]).ok_or("the length of a record is no number")?;
+    let len = usize::try_from(len)
+        .ok()
+        .filter(|&len| len <= bytes.len())
+        .ok_or("a record is longer than the header")?;
+    let (record, rest) = bytes.split_at(len);
+    let record = record
+        .get(space + 1..)
+        .ok_or("a record is shorter than its length field")?;
+    let record = record
+        .strip_suffix(b"\n")
+        .ok_or("a record does not end with a line feed")?;
+    let equals = record
+        .iter()
+        .position(|&b| b == b'=')
+        .ok_or("a record has no keyword")?;
+    Ok((&record[..equals], &record[equals + 1..], rest))
+}
+
+fn parse<T>(field: &'static str, value: &[u8], with: impl FnOnce(&[u8]) -> Option<T>) -> Result<T, PaxProblem> {
+    with(value).ok_or_else(|| PaxProblem::Value {
+        field,
+        value: value.to_vec(),
+    })
+}
+
+/// Decimal digits only; at most `i64::MAX`, as sizes and offsets of files are.
+pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() {
+        return None;
+    }
+    let value = digits.iter().try_fold(0i64, |value, digit| match digit {
+        b'0'..=b'9' => value.checked_mul(10)?.checked_add(i64::from(digit - b'0')),
+        _ => None,
+    })?;
+    Some(value.unsigned_abs())
+}
+
+fn signed_decimal(text: &[u8]) -> Option<i64> {
+    let negative = text.first() == Some(&b'-');
+    let value = i64::try_from(decimal(&text[usize::from(negative)..])?).ok()?;
+    Some(if negative { -value } else { value })
+}
+
+/// `-12.345678901` as seconds and nanoseconds towards the past; digits beyond the ninth are cut off.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let mut parts = text.splitn(2, |&b| b == b'.');
+    let whole = parts.next()?;
+    let fraction = parts.next().unwrap_or_default();
+    let seconds = signed_decimal(whole)?;
+    let mut nanos = 0;
+    for place in 0..fraction.len().max(9) {
+        let digit = fraction.get(place).copied().unwrap_or(b'0');
+        if !digit.is_ascii_digit() {
+            return None;
+        }
+        if place < 9 {
+            nanos = nanos * 10 + u32::from(digit - b'0');
+        }
+    }
+    if whole.first() == Some(&b'-') && nanos > 0 {
+        return Some((seconds.checked_sub(1)?, 1_000_000_000 - nanos));
+    }
+    Some((seconds, nanos))
+}
+
+/// `offset,len,offset,len...`
+fn sparse_map(text: &[u8]) -> Option<Vec<Fragment>> {
+    let mut map = Vec::new();
+    let mut numbers = text.split(|&b| b == b',');
+    while let Some(offset) = numbers.next() {
+        let (offset, len) = (decimal(offset)?, decimal(numbers.next()?)?);
+        push_fragment(&mut map, Fragment { offset, len });
+    }
+    Some(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records(list: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (key, value) in list {
+            let body = key.len() + value.len() + 3;
+            let len = (1..)
+                .map(|digits| body + digits)
+                .find(|len| len.to_string().len() + body == *len)
+                .unwrap();
+            out.extend_from_slice(format!("{len} {key}=").as_bytes());
+            out.extend_from_slice(value);
+            out.push(b'\n');
+        }
+        out
+    }
+
+    #[test]
+    fn records_are_read() {
+        let pax = Pax::parse(&records(&[
+            ("path", b"first"),
+            ("path", b"with=equals\nand lines"),
+            ("linkpath", b""),
+            ("size", b"123"),
+            ("uid", b"4294967295"),
+            ("gid", b"-2"),
+            ("mtime", b"-1.5"),
+            ("SCHILY.xattr.user.a", b"\0\n="),
+            ("SCHILY.xattr.user.empty", b""),
+            ("LIBARCHIVE.xattr.user.b", b"AA"),
+            ("comment", b"x"),
+        ]))
+        .unwrap();
+        assert_eq!(pax.path.as_deref(), Some(&b"with=equals\nand lines"[..]));
+        assert_eq!(
+            (pax.link, pax.size, pax.uid, pax.gid),
+            (None, Some(123), Some(4294967295), Some(-2))
+        );
+        assert_eq!(pax.mtime, Some((-2, 500_000_000)));
+        assert_eq!(&*pax.xattrs[&b"user.a"[..]], b"\0\n=");
+        assert!(!pax.xattrs.contains_key(&b"user.empty"[..]));
+        assert_eq!(&*pax.libarchive_xattrs[&b"user.b"[..]], b"AA");
+        assert!(pax.sparse.map.is_none());
+    }
+
+    #[test]
+    fn damaged_records() {
+        for bad in [
+            "x",
+            "12345678 a=b\n",
+            "5 a=b\n",
+            "6 a=b",
+            "7 a=b\n",
+            "4 a\n",
+            "2 \n",
+            "0 a=b\n",
+            "99999999999999999999 ",
+            "-6 a=b\n",
+        ] {
+            assert!(
+                matches!(Pax::parse(bad.as_bytes()), Err(PaxProblem::Structure(_))),
+                "{bad:?}"
+            );
+        }
+        for (key, value) in [
+            ("size", "-1"),
+            ("size", "9223372036854775808"),
+            ("uid", "x"),
+            ("mtime", "1e9"),
+            ("mtime", ".5"),
+        ] {
+            let parsed = Pax::parse(&records(&[(key, value.as_bytes())]));
+            assert!(matches!(parsed, Err(PaxProblem::Value { .. })), "{key}={value}");
+        }
+        assert!(Pax::parse(b"6 a=b\n\0\0\0").is_ok());
+        assert!(Pax::parse(b"").is_ok());
+    }
+
+    #[test]
+    fn times() {
+        for (text, value) in [
+            ("0", (0, 0)),
+            ("1700000000.5", (1_700_000_000, 500_000_000)),
+            ("1.0000000019", (1, 1)),
+            ("-0.25", (-1, 750_000_000)),
+            ("-3", (-3, 0)),
+            ("-3.0", (-3, 0)),
+            ("7.", (7, 0)),
+        ] {
+            assert_eq!(time(text.as_bytes()), Some(value), "{text}");
+        }
+    }
+
+    #[test]
+    fn sparse_records() {
+        let pairs = records(&[
+            ("GNU.sparse.size", b"100"),
+            ("GNU.sparse.numblocks", b"2"),
+            ("GNU.sparse.offset", b"10"),
+            ("GNU.sparse.numbytes", b"5"),
+            ("GNU.sparse.offset", b"50"),
+            ("GNU.sparse.numbytes", b"1"),
+        ]);
+        let expected = vec![Fragment { offset: 10, len: 5 }, Fragment { offset: 50, len: 1 }];
+        assert_eq!(Pax::parse(&pairs).unwrap().sparse.map.as_ref(), Some(&expected));
+        let list = records(&[("GNU.sparse.map", b"10,5,50,1"), ("GNU.sparse.name", b"n")]);
+        assert_eq!(Pax::parse(&list).unwrap().sparse.map, Some(expected));
+        for bad in ["1", "1,2,3", "1,,2", "1,2,"] {
+            assert!(
+                Pax::parse(&records(&[("GNU.sparse.map", bad.as_bytes())])).is_err(),
+                "{bad}"
+            );
+        }
+        assert!(Pax::parse(&records(&[("GNU.sparse.offset", b"1"), ("GNU.sparse.offset", b"1")])).is_err());
+        assert!(Pax::parse(&records(&[("GNU.sparse.numbytes", b"1")])).is_err());
+    }
+}

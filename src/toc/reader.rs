@@ -1,0 +1,396 @@
+//! The push parser of tars.
+//!
+//! ```text
+//!            x X L K                           S with more blocks
+//!  Payload <--------- Header ----------------------------------> OldMap --+
+//!     |                ^ | |  \                                           |
+//!     +----------------+ | |   \ pax sparse 1.0                           |
+//!                        | |    +------------> DataMap --+                |
+//!      zero block twice, | |                             v                v
+//!      or once and no    | +-------------------------> Data or Skip <-----+
+//!      header after it   v      regular / unknown        |
+//!                      Ended                             +--> Pad --> Header
+//! ```
+//! Bytes may come in any split. Content is handed on as the slices that came in, never copied. The only things kept are the
+//! block being read, the payload of extended headers (at most 1 MiB each) and the table itself.
+
+use std::ops::Range;
+
+use super::Toc;
+use super::builder::{Builder, Item};
+use super::error::{TocError, describe, shown};
+use super::header::{self, BLOCK, Block, Header};
+use super::pax::{Pax, PaxProblem};
+use super::sparse::{Fragment, MapParser};
+
+mod entry;
+
+/// What a tar may cost. [`Toc::decode`] reads only tables within the default limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Entries, and pieces of sparse files, of one layer. An entry takes at least 512 bytes of tar and some 150 of memory.
+    pub entries: usize,
+    /// Length of the data device in bytes. A virtual disk of EROFS blocks ends at 16 TiB for all layers together.
+    pub device_size: u64,
+    /// Bytes of one pax header or GNU long name; Go's reader, through which all layers go elsewhere, has the same limit.
+    pub payload: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            entries: 10_000_000,
+            device_size: 8 << 40,
+            payload: 1 << 20,
+        }
+    }
+}
+
+/// Makes the table of contents of a tar from its bytes.
+///
+/// Feed all bytes of the uncompressed layer in order, those after the end of the archive too; then [`TarReader::finish`].
+#[derive(Debug)]
+pub struct TarReader {
+    builder: Builder,
+    state: State,
+    /// Bytes consumed.
+    pos: u64,
+    block: Block,
+    filled: usize,
+    pending: Pending,
+    /// Name of the entry read last, for messages.
+    name: Vec<u8>,
+}
+
+/// Extended headers that wait for the entry they describe.
+#[derive(Debug, Default)]
+struct Pending {
+    /// Offset of the last pax header.
+    offset: u64,
+    pax: Option<Pax>,
+    long_name: Option<Vec<u8>>,
+    long_link: Option<Vec<u8>>,
+}
+
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.pax.is_none() && self.long_name.is_none() && self.long_link.is_none()
+    }
+}
+
+#[derive(Debug)]
+enum State {
+    /// Collecting a block that must be a header or zeros.
+    Header { after_zeros: bool },
+    /// Collecting the payload of an extended header.
+    Payload(Payload),
+    /// Collecting a continuation block of an old GNU sparse map.
+    OldMap(Box<Sparse>),
+    /// Reading a sparse map from the data.
+    DataMap(Box<Sparse>, MapParser),
+    /// Delivering content: extents left to fill, and bytes of the first one that are done.
+    Data { extents: Range<usize>, done: u64, pad: u64 },
+    /// Passing over data nobody wants.
+    Skip { left: u64, pad: u64 },
+    /// Passing over the rest of a block.
+    Pad(u64),
+    /// After the end of the archive.
+    Ended,
+    /// After an error, which stays.
+    Failed(TocError),
+}
+
+#[derive(Debug)]
+struct Payload {
+    kind: PayloadKind,
+    left: u64,
+    pad: u64,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum PayloadKind {
+    Pax,
+    LongName,
+    LongLink,
+}
+
+/// A sparse file whose map is not complete yet.
+#[derive(Debug)]
+struct Sparse {
+    item: Item,
+    /// Logical size.
+    size: u64,
+    /// Stored bytes that were not read yet.
+    stored: u64,
+    map: Vec<Fragment>,
+}
+
+impl TarReader {
+    /// A reader at the first byte of a tar.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            builder: Builder::new(limits),
+            state: State::Header { after_zeros: false },
+            pos: 0,
+            block: [0; BLOCK],
+            filled: 0,
+            pending: Pending::default(),
+            name: Vec::new(),
+        }
+    }
+
+    /// Takes the next bytes, any number of them. `content` is called, in ascending order of device offsets, with every run of
+    /// content bytes and its offset in the data device. An error is final: it comes again from every later call.
+    pub fn push(&mut self, mut bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<(), TocError> {
+        while !bytes.is_empty() {
+            let used = self
+                .step(bytes, content)
+                .inspect_err(|error| self.state = State::Failed(error.clone()))?;
+            bytes = &bytes[used..];
+        }
+        Ok(())
+    }
+
+    /// The table, after the last byte. Bytes that are missing are an error, except padding and the end marker.
+    pub fn finish(mut self) -> Result<Toc, TocError> {
+        let within = match self.state {
+            State::Failed(error) => return Err(error),
+            State::Ended | State::Header { after_zeros: true } => None,
+            State::Pad(_) if self.pending.is_empty() => None,
+            State::Header { after_zeros: false } => match &self.block[..self.filled] {
+                rest if rest.iter().all(|&b| b == 0) && self.pending.is_empty() => None,
+                rest if self.pos == rest.len() as u64 => return Err(TocError::NotTar { seen: describe(rest) }),
+                _ => Some(format!("the header after entry {}", shown(&self.name))),
+            },
+            State::Payload(_) | State::Pad(_) => Some("an extended header".to_owned()),
+            State::OldMap(_) | State::DataMap(..) | State::Data { .. } | State::Skip { .. } => {
+                Some(format!("the data of entry {}", shown(&self.name)))
+            }
+        };
+        if let Some(within) = within {
+            return Err(TocError::Truncated {
+                offset: self.pos,
+                within,
+            });
+        }
+        if !self.pending.is_empty() {
+            self.builder
+                .warn(|| "the extended header before the end of the tar describes no entry".to_owned());
+        }
+        Ok(self.builder.finish())
+    }
+
+    /// Consumes at least one of `bytes`, which is not empty, but not more than belong to the state; how many.
+    ///
+    /// The state is taken out, so every arm has to say what comes next.
+    fn step(&mut self, bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<usize, TocError> {
+        let used = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Header { after_zeros } => {
+                let (used, block) = self.collect_block(bytes);
+                match block {
+                    Some(block) => self.header_block(&block, after_zeros)?,
+                    None => self.state = State::Header { after_zeros },
+                }
+                return Ok(used);
+            }
+            State::OldMap(sparse) => {
+                let (used, block) = self.collect_block(bytes);
+                match block {
+                    Some(block) => self.continue_old_map(sparse, &block)?,
+                    None => self.state = State::OldMap(sparse),
+                }
+                return Ok(used);
+            }
+            State::DataMap(sparse, parser) => return self.read_map(sparse, parser, bytes),
+            State::Payload(payload) => self.collect_payload(payload, bytes)?,
+            State::Data { extents, done, pad } => self.deliver(extents, done, pad, bytes, content),
+            State::Skip { left, pad } => {
+                let taken = clip(bytes, left).len();
+                self.state = skipping(left - taken as u64, pad);
+                taken
+            }
+            State::Pad(left) => {
+                let taken = clip(bytes, left).len();
+                self.state = padding(left - taken as u64);
+                taken
+            }
+            State::Ended => bytes.len(),
+            State::Failed(error) => return Err(error),
+        };
+        self.pos += used as u64;
+        Ok(used)
+    }
+
+    fn deliver(
+        &mut self,
+        mut extents: Range<usize>,
+        mut done: u64,
+        pad: u64,
+        bytes: &[u8],
+        content: &mut dyn FnMut(u64, &[u8]),
+    ) -> usize {
+        // The range is never empty: the state ends with the last extent.
+        let extent = self.builder.extents()[extents.start];
+        let taken = clip(bytes, extent.len - done);
+        content(extent.device + done, taken);
+        done += taken.len() as u64;
+        if done == extent.len {
+            extents.start += 1;
+            done = 0;
+        }
+        self.state = if extents.is_empty() {
+            padding(pad)
+        } else {
+            State::Data { extents, done, pad }
+        };
+        taken.len()
+    }
+
+    fn collect_payload(&mut self, mut payload: Payload, bytes: &[u8]) -> Result<usize, TocError> {
+        let taken = clip(bytes, payload.left);
+        payload.bytes.extend_from_slice(taken);
+        payload.left -= taken.len() as u64;
+        if payload.left == 0 {
+            self.end_payload(payload)?;
+        } else {
+            self.state = State::Payload(payload);
+        }
+        Ok(taken.len())
+    }
+
+    /// Adds to the block; the block when it is full. Unlike the other states, blocks move the position here, as what they say
+    /// begins behind them.
+    fn collect_block(&mut self, bytes: &[u8]) -> (usize, Option<Block>) {
+        let taken = clip(bytes, (BLOCK - self.filled) as u64);
+        self.block[self.filled..self.filled + taken.len()].copy_from_slice(taken);
+        self.filled += taken.len();
+        self.pos += taken.len() as u64;
+        if self.filled < BLOCK {
+            return (taken.len(), None);
+        }
+        self.filled = 0;
+        (taken.len(), Some(self.block))
+    }
+
+    /// A whole block where a header must be. The state is `Ended` unless set.
+    fn header_block(&mut self, block: &Block, after_zeros: bool) -> Result<(), TocError> {
+        let offset = self.pos - BLOCK as u64;
+        if block.iter().all(|&b| b == 0) {
+            if !after_zeros {
+                self.state = State::Header { after_zeros: true };
+            }
+            return Ok(());
+        }
+        if after_zeros {
+            self.builder
+                .warn(|| format!("a lone zero block before offset {offset} ends the tar; what follows is ignored"));
+            return Ok(());
+        }
+        let Some(header) = Header::new(block) else {
+            if offset == 0 {
+                return Err(TocError::NotTar { seen: describe(block) });
+            }
+            return Err(TocError::BadHeader {
+                offset,
+                after: shown(&self.name),
+            });
+        };
+        match header.type_flag() {
+            b'x' | b'X' => self.begin_payload(header, offset, PayloadKind::Pax),
+            b'L' => self.begin_payload(header, offset, PayloadKind::LongName),
+            b'K' => self.begin_payload(header, offset, PayloadKind::LongLink),
+            // Global pax headers: git archive writes a comment there; no engine applies them.
+            b'g' => {
+                let size = self.size(&header, offset, None)?;
+                self.skip(size);
+                Ok(())
+            }
+            flag => self.entry(header, offset, flag),
+        }
+    }
+
+    fn begin_payload(&mut self, header: Header<'_>, offset: u64, kind: PayloadKind) -> Result<(), TocError> {
+        let size = self.size(&header, offset, None)?;
+        let limit = self.builder.limits().payload;
+        if size > limit {
+            let what = match kind {
+                PayloadKind::Pax => "pax header",
+                PayloadKind::LongName => "long name",
+                PayloadKind::LongLink => "long link target",
+            };
+            return Err(TocError::HeaderTooLarge {
+                what,
+                offset,
+                size,
+                limit,
+            });
+        }
+        self.pending.offset = offset;
+        let payload = Payload {
+            kind,
+            left: size,
+            pad: pad(size),
+            bytes: Vec::new(),
+        };
+        if size == 0 {
+            return self.end_payload(payload);
+        }
+        self.state = State::Payload(payload);
+        Ok(())
+    }
+
+    fn end_payload(&mut self, payload: Payload) -> Result<(), TocError> {
+        let Payload { kind, pad, bytes, .. } = payload;
+        match kind {
+            PayloadKind::Pax => {
+                let offset = self.pending.offset;
+                let pax = Pax::parse(&bytes).map_err(|problem| match problem {
+                    PaxProblem::Structure(reason) => TocError::BadPax { offset, reason },
+                    PaxProblem::Value { field, value } => TocError::BadField {
+                        entry: format!("after {}", shown(&self.name)),
+                        offset,
+                        field,
+                        value: shown(&value),
+                    },
+                })?;
+                self.pending.pax = Some(pax);
+            }
+            PayloadKind::LongName => self.pending.long_name = Some(header::text(&bytes).to_vec()),
+            PayloadKind::LongLink => self.pending.long_link = Some(header::text(&bytes).to_vec()),
+        }
+        self.state = padding(pad);
+        Ok(())
+    }
+
+    fn skip(&mut self, size: u64) {
+        self.state = skipping(size, pad(size));
+    }
+}
+
+/// The first `max` of `bytes`.
+fn clip(bytes: &[u8], max: u64) -> &[u8] {
+    &bytes[..usize::try_from(max).map_or(bytes.len(), |max| max.min(bytes.len()))]
+}
+
+/// Bytes from the end of `size` bytes to the end of their last block.
+fn pad(size: u64) -> u64 {
+    let block = BLOCK as u64;
+    (block - size % block) % block
+}
+
+fn padding(left: u64) -> State {
+    if left == 0 {
+        State::Header { after_zeros: false }
+    } else {
+        State::Pad(left)
+    }
+}
+
+fn skipping(left: u64, pad: u64) -> State {
+    if left == 0 {
+        padding(pad)
+    } else {
+        State::Skip { left, pad }
+    }
+}

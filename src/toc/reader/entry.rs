@@ -1,0 +1,314 @@
+//! From the headers of an entry to the entry: what the flag means, which of the fields holds, how its content is mapped.
+
+use super::{Pending, Sparse, State, TarReader, clip, pad, padding};
+use crate::toc::builder::{Content, Item};
+use crate::toc::error::{TocError, shown};
+use crate::toc::header::{self, Block, Field, Header};
+use crate::toc::pax::Pax;
+use crate::toc::sparse::{Fragment, MapParser};
+use crate::toc::{EntryKind, Metadata, xattr};
+
+impl TarReader {
+    /// A header that describes an entry, together with the extended headers before it.
+    pub(super) fn entry(&mut self, header: Header<'_>, offset: u64, flag: u8) -> Result<(), TocError> {
+        let Pending {
+            pax,
+            long_name,
+            long_link,
+            ..
+        } = std::mem::take(&mut self.pending);
+        let mut pax = pax.unwrap_or_default();
+        let regular = matches!(flag, b'0' | 0 | b'7');
+        let real_name = pax.sparse.name.take().filter(|_| regular);
+        // Go's order, so that all engines agree: GNU.sparse.name, GNU long name, pax path, header.
+        let name = real_name
+            .map(Vec::from)
+            .or(long_name)
+            .or(pax.path.take().map(Vec::from));
+        self.name = name.unwrap_or_else(|| header.name());
+        let flag = if flag == 0 && self.name.ends_with(b"/") {
+            b'5'
+        } else {
+            flag
+        };
+        if !matches!(flag, b'0'..=b'7' | 0 | b'S' | b'D') {
+            let size = self.size(&header, offset, pax.size)?;
+            self.pass_over(flag, size);
+            return Ok(());
+        }
+        let item = self.item(&header, offset, &mut pax)?;
+        // Types without data keep their size field for other things (hard links: the size of the target).
+        self.state = padding(0);
+        match flag {
+            b'1' | b'2' => {
+                let link = long_link
+                    .or(pax.link.map(Vec::from))
+                    .unwrap_or_else(|| header.link().to_vec());
+                if flag == b'1' {
+                    self.builder.hardlink(item, &link)
+                } else {
+                    self.builder.symlink(item, &link)
+                }
+            }
+            b'3' | b'4' => {
+                let kind = self.device(&header, offset, flag)?;
+                self.builder.special(item, kind)
+            }
+            b'5' => self.builder.directory(item),
+            b'6' => self.builder.special(item, EntryKind::Fifo),
+            b'D' => {
+                let size = self.size(&header, offset, pax.size)?;
+                self.skip(size);
+                self.builder.directory(item)
+            }
+            b'S' => {
+                let stored = self.size(&header, offset, pax.size)?;
+                self.old_sparse(&header, item, stored)
+            }
+            _ => {
+                let stored = self.size(&header, offset, pax.size)?;
+                self.regular(item, stored, pax)
+            }
+        }
+    }
+
+    fn pass_over(&mut self, flag: u8, size: u64) {
+        // M: rest of a file of another volume, V: volume label, N: old long names. Nobody misses those.
+        if !matches!(flag, b'M' | b'V' | b'N') {
+            let name = shown(&self.name);
+            self.builder
+                .warn(|| format!("entry {name} has the unknown type {flag:#04x} and is left out"));
+        }
+        self.skip(size);
+    }
+
+    fn regular(&mut self, item: Item, stored: u64, pax: Pax) -> Result<(), TocError> {
+        let bad = |reason| TocError::BadSparse {
+            entry: shown(&item.name),
+            offset: item.offset,
+            reason,
+        };
+        const NO_SIZE: &str = "the file's size (GNU.sparse.size or .realsize) is missing";
+        if pax.sparse.map_in_data().map_err(bad)? {
+            let size = pax.sparse.size.ok_or(NO_SIZE).map_err(bad)?;
+            if stored == 0 {
+                return Err(bad("it is missing"));
+            }
+            self.state = State::DataMap(
+                Box::new(Sparse {
+                    item,
+                    size,
+                    stored,
+                    map: Vec::new(),
+                }),
+                MapParser::default(),
+            );
+            return Ok(());
+        }
+        let size = match pax.sparse.map {
+            Some(_) => pax.sparse.size.ok_or(NO_SIZE).map_err(bad)?,
+            None => stored,
+        };
+        self.begin_content(item, stored, size, pax.sparse.map)
+    }
+
+    fn old_sparse(&mut self, header: &Header<'_>, item: Item, stored: u64) -> Result<(), TocError> {
+        let bad = |reason| TocError::BadSparse {
+            entry: shown(&item.name),
+            offset: item.offset,
+            reason,
+        };
+        if !header.is_gnu() {
+            return Err(bad("its header is not in GNU format"));
+        }
+        let (map, more) = header
+            .sparse_map()
+            .ok_or_else(|| bad("a number in it does not parse"))?;
+        let size = self.unsigned(header, item.offset, Field::REAL_SIZE)?;
+        if more {
+            self.state = State::OldMap(Box::new(Sparse {
+                item,
+                size,
+                stored,
+                map,
+            }));
+            return Ok(());
+        }
+        self.begin_content(item, stored, size, Some(map))
+    }
+
+    pub(super) fn continue_old_map(&mut self, mut sparse: Box<Sparse>, block: &Block) -> Result<(), TocError> {
+        let Some(more) = header::sparse_continuation(block, &mut sparse.map) else {
+            let Item { name, offset, .. } = sparse.item;
+            return Err(TocError::BadSparse {
+                entry: shown(&name),
+                offset,
+                reason: "a number in it does not parse",
+            });
+        };
+        let limit = self.builder.limits().entries;
+        if sparse.map.len() > limit {
+            return Err(TocError::TooManyEntries { limit });
+        }
+        if more {
+            self.state = State::OldMap(sparse);
+            return Ok(());
+        }
+        let Sparse {
+            item,
+            size,
+            stored,
+            map,
+        } = *sparse;
+        self.begin_content(item, stored, size, Some(map))
+    }
+
+    pub(super) fn read_map(
+        &mut self,
+        mut sparse: Box<Sparse>,
+        mut parser: MapParser,
+        bytes: &[u8],
+    ) -> Result<usize, TocError> {
+        let bad = |item: &Item, reason| TocError::BadSparse {
+            entry: shown(&item.name),
+            offset: item.offset,
+            reason,
+        };
+        let max_pieces = self.builder.limits().entries;
+        let taken = parser
+            .push(clip(bytes, sparse.stored), max_pieces)
+            .map_err(|reason| bad(&sparse.item, reason))?;
+        sparse.stored -= taken as u64;
+        self.pos += taken as u64;
+        if parser.is_complete() {
+            let Sparse { item, size, stored, .. } = *sparse;
+            self.begin_content(item, stored, size, Some(parser.into_map()))?;
+        } else if sparse.stored == 0 {
+            return Err(bad(&sparse.item, "it is longer than the data"));
+        } else {
+            self.state = State::DataMap(sparse, parser);
+        }
+        Ok(taken)
+    }
+
+    /// Content of `stored` bytes begins at the current position.
+    fn begin_content(
+        &mut self,
+        item: Item,
+        stored: u64,
+        size: u64,
+        map: Option<Vec<Fragment>>,
+    ) -> Result<(), TocError> {
+        let extents = self.builder.regular(
+            item,
+            Content {
+                tar: self.pos,
+                stored,
+                size,
+                map,
+            },
+        )?;
+        if extents.is_empty() {
+            self.skip(stored);
+        } else {
+            self.state = State::Data {
+                extents,
+                done: 0,
+                pad: pad(stored),
+            };
+        }
+        Ok(())
+    }
+
+    fn item(&mut self, header: &Header<'_>, offset: u64, pax: &mut Pax) -> Result<Item, TocError> {
+        let (mtime, mtime_nsec) = match pax.mtime {
+            Some(time) => time,
+            None => (self.field(header, offset, Field::MTIME)?, 0),
+        };
+        let meta = Metadata {
+            mode: (self.field(header, offset, Field::MODE)? & 0o7777) as u16,
+            uid: self.owner(header, offset, Field::UID, pax.uid)?,
+            gid: self.owner(header, offset, Field::GID, pax.gid)?,
+            mtime,
+            mtime_nsec,
+        };
+        let (schily, libarchive) = (
+            std::mem::take(&mut pax.xattrs),
+            std::mem::take(&mut pax.libarchive_xattrs),
+        );
+        let (builder, name) = (&mut self.builder, &self.name);
+        let xattrs = xattr::select(schily, libarchive, |attribute, why| {
+            builder.warn(|| {
+                format!(
+                    "extended attribute {} of {} is dropped: {why}",
+                    shown(attribute),
+                    shown(name)
+                )
+            });
+        });
+        Ok(Item {
+            offset,
+            name: self.name.clone(),
+            meta,
+            xattrs,
+        })
+    }
+
+    fn device(&self, header: &Header<'_>, offset: u64, flag: u8) -> Result<EntryKind, TocError> {
+        // dev_t has 12 and 20 bits where user space and EROFS meet the kernel.
+        let part = |field: Field, bits: u32| {
+            let value = self.field(header, offset, field)?;
+            u32::try_from(value)
+                .ok()
+                .filter(|v| v >> bits == 0)
+                .ok_or_else(|| self.bad_field(header, offset, field))
+        };
+        let (major, minor) = (part(Field::DEV_MAJOR, 12)?, part(Field::DEV_MINOR, 20)?);
+        Ok(if flag == b'3' {
+            EntryKind::CharDevice { major, minor }
+        } else {
+            EntryKind::BlockDevice { major, minor }
+        })
+    }
+
+    pub(super) fn size(&self, header: &Header<'_>, offset: u64, pax: Option<u64>) -> Result<u64, TocError> {
+        match pax {
+            Some(size) => Ok(size),
+            None => self.unsigned(header, offset, Field::SIZE),
+        }
+    }
+
+    /// A user or group; negative ones, as other systems have for `nobody`, wrap as they do in chown(2).
+    fn owner(&self, header: &Header<'_>, offset: u64, field: Field, pax: Option<i64>) -> Result<u32, TocError> {
+        let id = match pax {
+            Some(id) => id,
+            None => self.field(header, offset, field)?,
+        };
+        let wrapped = i32::try_from(id).map(|id| id as u32);
+        u32::try_from(id).or(wrapped).map_err(|_| TocError::BadField {
+            entry: shown(&self.name),
+            offset,
+            field: field.name,
+            value: id.to_string(),
+        })
+    }
+
+    fn unsigned(&self, header: &Header<'_>, offset: u64, field: Field) -> Result<u64, TocError> {
+        u64::try_from(self.field(header, offset, field)?).map_err(|_| self.bad_field(header, offset, field))
+    }
+
+    fn field(&self, header: &Header<'_>, offset: u64, field: Field) -> Result<i64, TocError> {
+        header
+            .number(field)
+            .ok_or_else(|| self.bad_field(header, offset, field))
+    }
+
+    fn bad_field(&self, header: &Header<'_>, offset: u64, field: Field) -> TocError {
+        TocError::BadField {
+            entry: shown(&self.name),
+            offset,
+            field: field.name,
+            value: shown(header.raw(field)),
+        }
+    }
+}

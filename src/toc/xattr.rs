@@ -1,0 +1,216 @@
+//! Which extended attributes of a tar survive.
+//!
+//! A layer must not be able to speak to overlayfs (`trusted.overlay.*`, `user.overlay.*`), and labels of the machine that built
+//! the image (`security.selinux`) mean nothing here. Of the rest, what EROFS can store is kept.
+
+use std::collections::BTreeMap;
+
+use base64::Engine;
+use base64::alphabet;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+
+use super::Xattrs;
+
+/// `XATTR_NAME_MAX` of Linux.
+const NAME_MAX: usize = 255;
+/// `XATTR_SIZE_MAX` is 65536, but the size field of an EROFS xattr entry has 16 bits.
+const VALUE_MAX: usize = 65535;
+/// All entries of one EROFS inode, each with 4 bytes of header and padded to 4: the 16-bit `xattr_icount` counts words.
+const TOTAL_MAX: usize = 65534 * 4;
+
+/// Attributes as found in pax records: name and value.
+pub(super) type RawXattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
+/// libarchive writes base64 without padding; other writers of its keyword pad.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
+/// What becomes of an attribute.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Keep,
+    /// By policy, without a word.
+    Drop,
+    /// Neither the kernel nor EROFS has a place for the name.
+    Unstorable,
+}
+
+fn verdict(name: &[u8]) -> Verdict {
+    if name == b"security.selinux" || name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") {
+        return Verdict::Drop;
+    }
+    let acl = matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default");
+    let suffix = name.strip_prefix(b"user.").or_else(|| name.strip_prefix(b"security."));
+    let named = suffix.is_some_and(|s| !s.is_empty() && !s.contains(&0)) && name.len() <= NAME_MAX;
+    if acl || named {
+        Verdict::Keep
+    } else {
+        Verdict::Unstorable
+    }
+}
+
+/// Merges the two pax spellings and applies the filter. `dropped` hears of attributes that are lost against the image's intent.
+///
+/// A `LIBARCHIVE.xattr.NAME` record (name percent-encoded, value base64) counts only if no `SCHILY.xattr.NAME` exists; bsdtar
+/// writes both.
+pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl FnMut(&[u8], &'static str)) -> Xattrs {
+    let mut found = schily;
+    for (raw, value) in libarchive {
+        let name = percent_decode(&raw);
+        // libarchive encodes the name under both keywords, and the engines take SCHILY's as it is.
+        if found.contains_key(&raw) || found.contains_key(&name) || verdict(&name) == Verdict::Drop {
+            continue;
+        }
+        match BASE64.decode(&value) {
+            Ok(value) => drop(found.insert(name, value.into())),
+            Err(_) => dropped(&name, "its value is not base64"),
+        }
+    }
+    let mut total = 0;
+    found
+        .into_iter()
+        .filter(|(name, value)| {
+            let size = entry_size(name, value);
+            match verdict(name) {
+                Verdict::Drop => return false,
+                Verdict::Unstorable => dropped(name, "its name cannot be stored"),
+                Verdict::Keep if value.len() > VALUE_MAX => dropped(name, "its value has more than 65535 bytes"),
+                Verdict::Keep if total + size > TOTAL_MAX => dropped(name, "the entry has too many of them"),
+                Verdict::Keep => {
+                    total += size;
+                    return true;
+                }
+            }
+            false
+        })
+        .collect()
+}
+
+/// Whether the list is one [`select`] can return.
+pub(super) fn is_valid(xattrs: &Xattrs) -> bool {
+    let ascending = xattrs.windows(2).all(|pair| pair[0].0 < pair[1].0);
+    let each = xattrs
+        .iter()
+        .all(|(n, v)| verdict(n) == Verdict::Keep && v.len() <= VALUE_MAX);
+    let total: usize = xattrs.iter().map(|(n, v)| entry_size(n, v)).sum();
+    ascending && each && total <= TOTAL_MAX
+}
+
+/// Upper bound of what the attribute takes in an EROFS inode (which stores the prefix as a number).
+fn entry_size(name: &[u8], value: &[u8]) -> usize {
+    (4 + name.len() + value.len()).next_multiple_of(4)
+}
+
+/// `%41` becomes `A`; a percent sign without two hex digits stands for itself.
+fn percent_decode(raw: &[u8]) -> Box<[u8]> {
+    let hex = |b: u8| char::from(b).to_digit(16);
+    let mut out = Vec::with_capacity(raw.len());
+    let mut rest = raw;
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        let mut byte = *first;
+        if let (b'%', [high, low, after @ ..]) = (byte, tail)
+            && let (Some(high), Some(low)) = (hex(*high), hex(*low))
+        {
+            byte = (high * 16 + low) as u8;
+            rest = after;
+        }
+        out.push(byte);
+    }
+    out.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(list: &[(&str, &[u8])]) -> RawXattrs {
+        list.iter().map(|(n, v)| (n.as_bytes().into(), (*v).into())).collect()
+    }
+
+    fn run(schily: &[(&str, &[u8])], libarchive: &[(&str, &[u8])]) -> (Vec<(String, Vec<u8>)>, usize) {
+        let mut dropped = 0;
+        let kept = select(raw(schily), raw(libarchive), |_, _| dropped += 1);
+        assert!(is_valid(&kept));
+        let text = |(n, v): (Box<[u8]>, Box<[u8]>)| (String::from_utf8(n.into()).unwrap(), v.into());
+        (kept.into_iter().map(text).collect(), dropped)
+    }
+
+    #[test]
+    fn filter() {
+        let keep = [
+            "security.capability",
+            "security.ima",
+            "system.posix_acl_access",
+            "system.posix_acl_default",
+            "user.a",
+            "user.overlay",
+        ];
+        let silent = [
+            "security.selinux",
+            "trusted.overlay.opaque",
+            "trusted.x",
+            "user.overlay.opaque",
+        ];
+        let warned = [
+            "user.",
+            "security.",
+            "system.nfs4_acl",
+            "com.apple.quarantine",
+            "user.a\0b",
+            "",
+        ];
+        let all: Vec<_> = keep
+            .iter()
+            .chain(&silent)
+            .chain(&warned)
+            .map(|n| (*n, &b"v"[..]))
+            .collect();
+        let (kept, dropped) = run(&all, &[]);
+        assert_eq!(kept.iter().map(|k| k.0.as_str()).collect::<Vec<_>>(), keep);
+        assert_eq!(dropped, warned.len());
+    }
+
+    #[test]
+    fn sizes() {
+        let long = format!("user.{}", "n".repeat(250));
+        let longer = format!("{long}n");
+        assert_eq!(run(&[(&long, b""), (&longer, b"")], &[]).1, 1);
+        let big = vec![7; 65536];
+        assert_eq!(run(&[("user.a", &big), ("user.b", &big[1..])], &[]).0.len(), 1);
+        let names: Vec<_> = (0..6).map(|i| format!("user.{i}")).collect();
+        let many: Vec<_> = names.iter().map(|n| (n.as_str(), &big[1..])).collect();
+        let (kept, dropped) = run(&many, &[]);
+        assert_eq!((kept.len(), dropped), (3, 3));
+    }
+
+    #[test]
+    fn libarchive_is_second_choice() {
+        let (kept, dropped) = run(
+            &[("user.both", b"raw"), ("user.as%20is", b"1")],
+            &[
+                ("user.both", b"b3RoZXI"),
+                ("user.as%20is", b"MQ"),
+                ("user.only%3D%25%zz", b"AAEC/w"),
+                ("user.padded", b"AQ=="),
+                ("user.bad", b"?"),
+                ("trusted.bad", b"?"),
+            ],
+        );
+        let expected: [(&str, &[u8]); 4] = [
+            ("user.as%20is", b"1"),
+            ("user.both", b"raw"),
+            ("user.only=%%zz", &[0, 1, 2, 255]),
+            ("user.padded", &[1]),
+        ];
+        assert_eq!(
+            kept.iter().map(|(n, v)| (n.as_str(), &v[..])).collect::<Vec<_>>(),
+            expected
+        );
+        assert_eq!(dropped, 1);
+    }
+}
