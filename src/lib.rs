@@ -43,3 +43,4 @@ pub mod blob;
 pub mod index;
 pub mod oci;
 pub mod toc;
+pub mod tree;

@@ -1,0 +1,488 @@
+//! The corner cases on which image engines differ, one test each: a base layer, a second layer over it, what must be seen.
+
+use std::collections::BTreeMap;
+
+use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry};
+use crate::tree::{LayerIdx, Merger, NodeId, NodeKind, Tree, TreeError};
+
+const OWNED: Metadata = Metadata {
+    mode: 0o644,
+    uid: 1,
+    gid: 2,
+    mtime: 77,
+    mtime_nsec: 5,
+};
+
+fn entry(path: &str, kind: EntryKind) -> TocEntry {
+    TocEntry {
+        path: path.as_bytes().into(),
+        kind,
+        meta: OWNED,
+        xattrs: Vec::new(),
+    }
+}
+
+fn data(tag: u64) -> FileData {
+    FileData {
+        size: tag,
+        layout: DataLayout::Flat { device: 0 },
+    }
+}
+
+/// A regular file; `tag` tells contents apart (it is the size).
+fn file(path: &str, tag: u64) -> TocEntry {
+    entry(path, EntryKind::Regular(data(tag)))
+}
+
+fn link(path: &str, target: &str) -> TocEntry {
+    entry(path, EntryKind::Hardlink(target.as_bytes().into()))
+}
+
+fn symlink(path: &str, target: &str) -> TocEntry {
+    entry(path, EntryKind::Symlink(target.as_bytes().into()))
+}
+
+fn dir(path: &str) -> TocEntry {
+    owned(entry(path, EntryKind::Directory), 0o711, 7)
+}
+
+fn whiteout(path: &str) -> TocEntry {
+    entry(path, EntryKind::Whiteout)
+}
+
+fn opaque(path: &str) -> TocEntry {
+    entry(path, EntryKind::Opaque)
+}
+
+fn owned(mut entry: TocEntry, mode: u16, uid: u32) -> TocEntry {
+    entry.meta.mode = mode;
+    entry.meta.uid = uid;
+    entry
+}
+
+fn xattr(mut entry: TocEntry, name: &str, value: &str) -> TocEntry {
+    entry.xattrs.push((name.as_bytes().into(), value.as_bytes().into()));
+    entry.xattrs.sort();
+    entry
+}
+
+fn base() -> Vec<TocEntry> {
+    vec![
+        owned(dir(""), 0o750, 3),
+        xattr(owned(dir("d"), 0o700, 5), "user.low", "1"),
+        file("d/a", 1),
+        file("d/b", 2),
+        file("f", 3),
+        file("g", 4),
+        dir("dd"),
+        file("dd/old", 5),
+        dir("opq"),
+        file("opq/o1", 6),
+        file("opq/o2", 7),
+        symlink("sl", "d"),
+        file("hl1", 8),
+        link("hl2", "hl1"),
+    ]
+}
+
+fn merge(layers: Vec<Vec<TocEntry>>) -> Result<Tree, TreeError> {
+    let mut merger = Merger::new();
+    for (number, entries) in layers.into_iter().enumerate() {
+        let toc = Toc {
+            entries,
+            ..Toc::default()
+        };
+        merger.add(LayerIdx(number as u32), &toc)?;
+    }
+    Ok(merger.finish())
+}
+
+/// Path to `what MODE UID nLINKS`; `what` is `dir`, `fLAYER:TAG`, `-> TARGET`, ...
+#[derive(Debug)]
+struct View(BTreeMap<String, (NodeId, String)>, Tree);
+
+impl View {
+    fn of(tree: Tree) -> Self {
+        let mut rows = BTreeMap::new();
+        let mut todo = vec![(String::new(), Tree::ROOT)];
+        while let Some((path, id)) = todo.pop() {
+            let node = &tree.nodes[id.0 as usize];
+            let what = match &node.kind {
+                NodeKind::Directory(children) => {
+                    for (name, child) in children {
+                        let name = std::str::from_utf8(name).unwrap();
+                        todo.push((format!("{path}/{name}").trim_start_matches('/').to_owned(), *child));
+                    }
+                    "dir".to_owned()
+                }
+                NodeKind::Regular { layer, data } => format!("f{}:{}", layer.0, data.size),
+                NodeKind::Symlink(target) => format!("-> {}", target.escape_ascii()),
+                other => format!("{other:?}"),
+            };
+            let row = format!("{what} {:o} {} n{}", node.meta.mode, node.meta.uid, node.nlink);
+            rows.insert(path, (id, row));
+        }
+        Self(rows, tree)
+    }
+
+    fn over_base(second: Vec<TocEntry>) -> Self {
+        Self::of(merge(vec![base(), second]).unwrap())
+    }
+
+    #[track_caller]
+    fn is(&self, path: &str, row: &str) -> &Self {
+        assert_eq!(
+            self.0.get(path).map(|(_, row)| row.as_str()),
+            Some(row),
+            "{path} in {self:#?}"
+        );
+        self
+    }
+
+    #[track_caller]
+    fn children(&self, dir: &str, names: &str) -> &Self {
+        let prefix = if dir.is_empty() {
+            String::new()
+        } else {
+            format!("{dir}/")
+        };
+        let have = self.0.keys().filter_map(|path| path.strip_prefix(&prefix));
+        let have: Vec<_> = have.filter(|name| !name.is_empty() && !name.contains('/')).collect();
+        assert_eq!(have.join(" "), names, "children of {dir}");
+        self
+    }
+
+    #[track_caller]
+    fn same(&self, left: &str, right: &str) -> &Self {
+        assert_eq!(self.0[left].0, self.0[right].0, "{left} and {right} are one inode");
+        self
+    }
+
+    fn xattrs(&self, path: &str) -> String {
+        let node = &self.1.nodes[self.0[path].0.0 as usize];
+        let show = |(name, value): &(Box<[u8]>, Box<[u8]>)| format!("{}={}", name.escape_ascii(), value.escape_ascii());
+        node.xattrs.iter().map(show).collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[test]
+fn base_alone() {
+    let view = View::over_base(vec![]);
+    view.children("", "d dd f g hl1 hl2 opq sl")
+        .is("d", "dir 700 5 n2")
+        .is("sl", "-> d 777 1 n1")
+        .is("hl1", "f0:8 644 1 n2")
+        .same("hl1", "hl2")
+        .is("", "dir 755 0 n5");
+}
+
+#[test]
+fn row_1_whiteout_then_file() {
+    View::over_base(vec![whiteout("f"), file("f", 50)]).is("f", "f1:50 644 1 n1");
+}
+
+#[test]
+fn row_2_file_then_whiteout() {
+    View::over_base(vec![file("g", 50), whiteout("g")]).is("g", "f1:50 644 1 n1");
+}
+
+#[test]
+fn row_3_whiteout_then_directory() {
+    View::over_base(vec![whiteout("dd"), dir("dd"), file("dd/new", 50)]).children("dd", "new");
+}
+
+#[test]
+fn row_4_directory_then_whiteout() {
+    View::over_base(vec![dir("dd"), file("dd/new", 50), whiteout("dd")]).children("dd", "new");
+}
+
+#[test]
+fn row_5_opaque_marker_last() {
+    View::over_base(vec![dir("opq"), file("opq/new", 50), opaque("opq")]).children("opq", "new");
+}
+
+#[test]
+fn row_6_opaque_marker_first() {
+    View::over_base(vec![opaque("opq"), dir("opq"), file("opq/new", 50)]).children("opq", "new");
+}
+
+#[test]
+fn row_7_opaque_marker_alone() {
+    View::over_base(vec![opaque("d")])
+        .children("d", "")
+        .is("d", "dir 700 5 n2");
+}
+
+#[test]
+fn row_8_directory_to_file() {
+    View::over_base(vec![file("d", 50)])
+        .is("d", "f1:50 644 1 n1")
+        .children("d", "");
+}
+
+#[test]
+fn row_9_file_to_directory() {
+    View::over_base(vec![dir("f"), file("f/x", 50)])
+        .is("f", "dir 711 7 n2")
+        .children("f", "x");
+}
+
+#[test]
+fn row_10_lower_symlink_as_parent_is_replaced() {
+    View::over_base(vec![file("sl/new", 50)])
+        .is("sl", "dir 755 0 n2")
+        .children("sl", "new")
+        .children("d", "a b");
+}
+
+#[test]
+fn row_11_hardlink_to_a_lower_file() {
+    View::over_base(vec![link("hl3", "hl1")])
+        .is("hl3", "f0:8 644 1 n3")
+        .same("hl3", "hl2");
+}
+
+#[test]
+fn row_12_name_rebound_after_a_hardlink() {
+    View::over_base(vec![file("t1", 50), link("t1h", "t1"), file("t1", 51)])
+        .is("t1", "f1:51 644 1 n1")
+        .is("t1h", "f1:50 644 1 n1");
+}
+
+#[test]
+fn row_13_implied_parents() {
+    View::over_base(vec![file("d/ns/file", 50)])
+        .is("d", "dir 700 5 n3")
+        .is("d/ns", "dir 755 0 n2")
+        .children("d", "a b ns");
+}
+
+#[test]
+fn row_14_root_entry_is_ignored() {
+    View::over_base(vec![xattr(dir(""), "user.x", "1")]).is("", "dir 755 0 n5");
+}
+
+#[test]
+fn row_16_char_device_0_0_arrives_as_whiteout() {
+    // The tar parser turns the device into a whiteout; other devices stay.
+    let device = entry("g", EntryKind::CharDevice { major: 1, minor: 3 });
+    View::over_base(vec![whiteout("f"), device])
+        .children("", "d dd g hl1 hl2 opq sl")
+        .is("g", "CharDevice { major: 1, minor: 3 } 644 1 n1");
+}
+
+#[test]
+fn row_17_whiteout_without_parent_entry() {
+    View::over_base(vec![whiteout("d/a")])
+        .is("d", "dir 700 5 n2")
+        .children("d", "b");
+}
+
+#[test]
+fn row_19_symlink_of_the_same_layer_as_parent() {
+    View::over_base(vec![symlink("ds", "d"), file("ds/q", 50)])
+        .is("ds", "-> d 777 1 n1")
+        .is("d", "dir 700 5 n2")
+        .children("d", "a b q");
+}
+
+#[test]
+fn row_19_also_for_whiteouts_and_dotdot() {
+    View::over_base(vec![symlink("dd/up", "../d"), whiteout("dd/up/a"), file("dd/up/x", 50)])
+        .children("d", "b x")
+        .children("dd", "old up");
+}
+
+#[test]
+fn row_21_hardlink_before_its_target() {
+    View::over_base(vec![link("early", "late"), owned(file("late", 50), 0o600, 9)])
+        .is("early", "f1:50 600 9 n2")
+        .same("early", "late");
+}
+
+#[test]
+fn row_22_later_hardlink_metadata_wins() {
+    View::over_base(vec![
+        xattr(file("one", 50), "user.kept", "1"),
+        xattr(owned(link("two", "one"), 0o600, 9), "user.new", "2"),
+    ])
+    .is("one", "f1:50 600 9 n2");
+    let view = View::over_base(vec![owned(link("hl3", "hl1"), 0o600, 9)]);
+    view.is("hl1", "f0:8 600 9 n3");
+}
+
+#[test]
+fn row_22_hardlink_attributes_are_added() {
+    let view = View::over_base(vec![
+        xattr(xattr(file("one", 50), "user.kept", "1"), "user.set", "1"),
+        xattr(link("two", "one"), "user.set", "2"),
+    ]);
+    assert_eq!(view.xattrs("one"), "user.kept=1 user.set=2");
+}
+
+#[test]
+fn row_23_file_twice() {
+    View::over_base(vec![file("x", 50), file("x", 51)]).is("x", "f1:51 644 1 n1");
+}
+
+#[test]
+fn row_24_directory_twice_merges() {
+    View::over_base(vec![
+        dir("x"),
+        file("x/1", 50),
+        owned(dir("x"), 0o700, 8),
+        file("x/2", 51),
+    ])
+    .is("x", "dir 700 8 n2")
+    .children("x", "1 2");
+}
+
+#[test]
+fn row_25_file_then_directory_in_one_layer() {
+    View::over_base(vec![file("x", 50), dir("x"), file("x/1", 51)]).children("x", "1");
+}
+
+#[test]
+fn row_26_directory_then_file_in_one_layer() {
+    View::over_base(vec![dir("x"), file("x/1", 50), file("x", 51)])
+        .is("x", "f1:51 644 1 n1")
+        .children("x", "");
+}
+
+#[test]
+fn row_31_hardlink_to_a_symlink_shares_it() {
+    View::over_base(vec![symlink("s1", "f"), link("s2", "s1"), link("s3", "sl")])
+        .is("s2", "-> f 777 1 n2")
+        .same("s1", "s2")
+        .is("sl", "-> d 777 1 n2");
+}
+
+#[test]
+fn row_32_whiteout_and_opaque_after_a_new_file() {
+    View::over_base(vec![file("opq/o1", 50), whiteout("opq/o1"), opaque("opq")])
+        .children("opq", "o1")
+        .is("opq/o1", "f1:50 644 1 n1");
+}
+
+#[test]
+fn row_33_opaque_root_hides_everything() {
+    View::over_base(vec![opaque(""), file("only", 50)]).children("", "only");
+}
+
+#[test]
+fn row_34_hardlink_into_an_opaque_directory() {
+    View::over_base(vec![opaque("opq"), link("opq/again", "opq/o1")])
+        .children("opq", "again")
+        .is("opq/again", "f0:6 644 1 n1");
+}
+
+#[test]
+fn row_35_hardlink_to_a_whited_out_file() {
+    View::over_base(vec![whiteout("hl1"), link("hz", "hl1")])
+        .is("hz", "f0:8 644 1 n2")
+        .same("hz", "hl2");
+}
+
+#[test]
+fn row_36_directory_over_directory_replaces_attributes() {
+    let view = View::over_base(vec![xattr(dir("d"), "user.up", "2")]);
+    view.is("d", "dir 711 7 n2").children("d", "a b");
+    assert_eq!(view.xattrs("d"), "user.up=2");
+}
+
+#[test]
+fn row_38_directory_without_attributes_clears_them() {
+    assert_eq!(View::over_base(vec![]).xattrs("d"), "user.low=1");
+    assert_eq!(View::over_base(vec![dir("d")]).xattrs("d"), "");
+}
+
+#[test]
+fn parent_entry_after_its_children() {
+    View::over_base(vec![file("n/x", 50), dir("n")])
+        .is("n", "dir 711 7 n2")
+        .children("n", "x");
+}
+
+#[test]
+fn whiteouts_make_no_directories() {
+    View::over_base(vec![
+        whiteout("new/x"),
+        opaque("other"),
+        whiteout("sl/a"),
+        opaque("sl"),
+        opaque("f"),
+    ])
+    .children("", "d dd f g hl1 hl2 opq sl")
+    .children("d", "a b");
+}
+
+#[test]
+fn hidden_entries_serve_as_link_targets_only() {
+    let hidden = entry(".wh..wh.plnk/1.2", EntryKind::Hidden(data(50)));
+    View::over_base(vec![
+        hidden,
+        link("x", ".wh..wh.plnk/1.2"),
+        link("y", ".wh..wh.plnk/1.2"),
+    ])
+    .children("", "d dd f g hl1 hl2 opq sl x y")
+    .is("x", "f1:50 644 1 n2");
+}
+
+#[test]
+fn hardlink_target_through_a_lower_symlink() {
+    View::over_base(vec![link("x", "sl/a")]).same("x", "d/a");
+}
+
+#[test]
+fn unusable_hardlinks_are_named() {
+    let fails = |second| merge(vec![base(), second]).unwrap_err().to_string();
+    assert_eq!(
+        fails(vec![link("x", "no")]),
+        "layer 1: hard link /x points at /no, which does not exist"
+    );
+    assert_eq!(
+        fails(vec![link("x", "d")]),
+        "layer 1: hard link /x points at /d, which is a directory"
+    );
+    assert_eq!(
+        fails(vec![link("x", "y"), dir("y")]),
+        "layer 1: hard link /x points at /y, which is a directory"
+    );
+    assert_eq!(
+        fails(vec![link("x", "x")]),
+        "layer 1: hard link /x to /x leads back to itself"
+    );
+    let cycle = fails(vec![link("x", "y"), link("z", "y"), link("y", "x")]);
+    assert!(cycle.ends_with("leads back to itself"), "{cycle}");
+}
+
+#[test]
+fn long_chains_of_forward_links_settle() {
+    let mut second: Vec<_> = (0..20_000)
+        .map(|i| link(&format!("l{i}"), &format!("l{}", i + 1)))
+        .collect();
+    second.push(file("l20000", 50));
+    View::over_base(second).is("l0", "f1:50 644 1 n20001");
+}
+
+#[test]
+fn symlink_parents_that_lead_nowhere_are_refused() {
+    let fails = |second| merge(vec![second]).unwrap_err().to_string();
+    let looped = fails(vec![symlink("a", "b"), symlink("b", "a"), file("a/x", 1)]);
+    assert!(looped.contains("too many symlinks"), "{looped}");
+    let long = fails(vec![symlink("a", &"n".repeat(256)), file("a/x", 1)]);
+    assert!(long.contains("longer than 255"), "{long}");
+    let deep = "n/".repeat(2000);
+    let long = fails(vec![
+        symlink(&format!("{deep}a"), &deep),
+        file(&format!("{deep}a/x"), 1),
+    ]);
+    assert!(long.contains("longer than 4096"), "{long}");
+}
+
+#[test]
+fn deep_trees_need_no_stack() {
+    let deep = format!("{}x", "n/".repeat(2047));
+    let tree = merge(vec![vec![file(&deep, 1)], vec![whiteout(&deep)], vec![file(&deep, 2)]]).unwrap();
+    assert_eq!(tree.nodes.len(), 2049);
+}
