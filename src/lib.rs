@@ -40,6 +40,7 @@
 //! | 8 | [`cli`] |
 
 pub mod blob;
+pub mod erofs;
 pub mod index;
 pub mod oci;
 pub mod toc;

@@ -1,0 +1,256 @@
+//! Writes the image: a pass over the tree that emits the inodes in order, then one for the blocks of directories and long
+//! symlinks. Everything is written once, front to back; only the first block is held back until its checksum is known.
+
+use std::io::{BufWriter, Write};
+
+use crate::erofs::ErofsError;
+use crate::erofs::dirent::{self, FileType, Measure};
+use crate::erofs::format::{
+    BLOCK, INCOMPAT_CHUNKED, INODE, LABEL_NO_XATTRS, LABEL_XATTRS, Layout, NULL_BLOCK, RawInode, SLOT, Superblock,
+    encode_device,
+};
+use crate::erofs::plan::{Plan, Shape, entries, file_type};
+use crate::erofs::xattr;
+use crate::oci::Digest;
+use crate::toc::{DataLayout, FileData};
+use crate::tree::{LayerIdx, Node, NodeId, NodeKind, Tree};
+
+/// What was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteSummary {
+    /// Bytes of the image, a multiple of 4096.
+    pub metadata_bytes: u64,
+    /// Bytes of the whole disk: the image and all data devices behind it.
+    pub disk_bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+    /// Extended attributes left out because Linux has no such namespace or takes no such size.
+    pub dropped_xattrs: u64,
+}
+
+/// Writes the metadata image of `tree` to `out`.
+///
+/// `devices` has the size in bytes of each layer's data device, base first. The file system's UUID comes from `seed`, the digest
+/// of the manifest. The tree is checked before the first byte is written.
+pub fn write(tree: &Tree, devices: &[u64], seed: &Digest, out: impl Write) -> Result<WriteSummary, ErofsError> {
+    let plan = Plan::new(tree, devices)?;
+    let disk_blocks = *plan.device_starts.last().expect("the end of the disk is always there");
+    let superblock = Superblock {
+        root_nid: plan.nids.first().map_or(0, |nid| *nid as u16),
+        inodes: tree.nodes.len() as u64,
+        blocks: u32::try_from(disk_blocks).expect("checked by the plan"),
+        uuid: uuid(seed),
+        label: *if plan.any_xattrs { LABEL_XATTRS } else { LABEL_NO_XATTRS },
+        incompat: if plan.any_chunked { INCOMPAT_CHUNKED } else { 0 },
+    };
+    let mut emit = Emit {
+        tree,
+        plan: &plan,
+        out: Output {
+            head: Some((Vec::with_capacity(BLOCK as usize), superblock)),
+            inner: BufWriter::with_capacity(1 << 18, out),
+            position: 0,
+        },
+        scratch: Vec::new(),
+    };
+    emit.inodes()?;
+    emit.blocks()?;
+    emit.out.inner.flush()?;
+    debug_assert_eq!(emit.out.position, plan.metadata_blocks * BLOCK);
+    Ok(WriteSummary {
+        metadata_bytes: plan.metadata_blocks * BLOCK,
+        disk_bytes: disk_blocks * BLOCK,
+        inodes: tree.nodes.len() as u64,
+        dropped_xattrs: plan.dropped_xattrs,
+    })
+}
+
+/// The first 16 bytes of the hash with the marks of an application-defined UUID (RFC 9562, version 8).
+fn uuid(seed: &Digest) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    for (byte, pair) in uuid.iter_mut().zip(seed.hex().as_bytes().chunks(2)) {
+        let digit = |c: u8| (c as char).to_digit(16).unwrap_or(0) as u8;
+        *byte = pair.iter().fold(0, |value, c| value << 4 | digit(*c));
+    }
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+struct Emit<'a, W: Write> {
+    tree: &'a Tree,
+    plan: &'a Plan,
+    out: Output<W>,
+    /// One inode's attributes and tail, or one block.
+    scratch: Vec<u8>,
+}
+
+impl<W: Write> Emit<'_, W> {
+    fn inodes(&mut self) -> Result<(), ErofsError> {
+        let mut next_block = self.plan.first_block;
+        for (number, node) in self.tree.nodes.iter().enumerate() {
+            let id = NodeId(number as u32);
+            self.scratch.clear();
+            xattr::encode(&node.xattrs, &mut self.scratch);
+            let shape = Shape::of(node, self.scratch.len() as u32);
+            self.out.pad_to(u64::from(self.plan.nids[number]) * SLOT)?;
+            self.out.write(&self.inode(id, node, &shape, next_block))?;
+            match (&node.kind, shape.layout) {
+                (NodeKind::Symlink(target), Layout::Inline) => self.scratch.extend_from_slice(target),
+                (NodeKind::Directory(_), Layout::Inline) => {
+                    let (tail, keep) = (&mut self.scratch, shape.xattr_size as usize);
+                    each_block(self.tree, self.plan, id, node, &mut |block| {
+                        tail.truncate(keep);
+                        tail.extend_from_slice(block);
+                        Ok(())
+                    })?;
+                }
+                _ => {}
+            }
+            self.out.write(&self.scratch)?;
+            if let (NodeKind::Regular { layer, data }, Layout::Chunked) = (&node.kind, shape.layout) {
+                self.chunk_map(*layer, data)?;
+            }
+            next_block += shape.blocks;
+        }
+        self.out.pad_to(self.plan.first_block * BLOCK)
+    }
+
+    fn inode(&self, id: NodeId, node: &Node, shape: &Shape, next_block: u64) -> [u8; INODE as usize] {
+        let union = match &node.kind {
+            NodeKind::CharDevice { major, minor } | NodeKind::BlockDevice { major, minor } => {
+                encode_device(*major, *minor)
+            }
+            NodeKind::Regular { data, .. } if data.size == 0 => 0,
+            NodeKind::Regular { layer, data } => match data.layout {
+                DataLayout::Flat { device } => self.device_block(*layer, device),
+                DataLayout::Chunked { chunk_bits, .. } => u32::from(chunk_bits),
+            },
+            NodeKind::Directory(_) | NodeKind::Symlink(_) if shape.blocks > 0 => next_block as u32,
+            NodeKind::Directory(_) | NodeKind::Symlink(_) | NodeKind::Fifo => 0,
+        };
+        let inode = RawInode {
+            layout: shape.layout,
+            xattr_size: shape.xattr_size,
+            mode: file_type(node).mode_bits() | node.meta.mode & 0o7777,
+            size: shape.size,
+            union,
+            ino: id.0 + 1,
+            uid: node.meta.uid,
+            gid: node.meta.gid,
+            mtime: node.meta.mtime,
+            mtime_nsec: node.meta.mtime_nsec,
+            nlink: node.nlink,
+        };
+        inode.encode()
+    }
+
+    /// Block of the disk at which byte `offset` of a data device lies; the plan has checked that it is one.
+    fn device_block(&self, layer: LayerIdx, offset: u64) -> u32 {
+        (self.plan.device_starts[layer.0 as usize] + offset / BLOCK) as u32
+    }
+
+    fn chunk_map(&mut self, layer: LayerIdx, data: &FileData) -> Result<(), ErofsError> {
+        let DataLayout::Chunked { chunk_bits, chunks } = &data.layout else {
+            return Ok(());
+        };
+        let mut stored = chunks.iter().peekable();
+        for number in 0..data.size.div_ceil(BLOCK << chunk_bits) {
+            let chunk = stored.next_if(|(at, _)| u64::from(*at) == number);
+            let block = chunk.map_or(NULL_BLOCK, |(_, offset)| self.device_block(layer, *offset));
+            self.out.write(&block.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// The blocks behind the inodes.
+    fn blocks(&mut self) -> Result<(), ErofsError> {
+        for (number, node) in self.tree.nodes.iter().enumerate() {
+            let (xattr_size, _) = xattr::measure(&node.xattrs).expect("the plan measured the same");
+            let mut left = Shape::of(node, xattr_size).blocks;
+            if left == 0 {
+                continue;
+            }
+            let out = &mut self.out;
+            let mut write_block = |block: &[u8]| {
+                if left == 0 {
+                    return Ok(()); // the tail, which lies behind the inode
+                }
+                left -= 1;
+                out.write(block)?;
+                out.pad_to(out.position.next_multiple_of(BLOCK))
+            };
+            if let NodeKind::Symlink(target) = &node.kind {
+                write_block(target)?;
+            } else {
+                let id = NodeId(number as u32);
+                each_block(self.tree, self.plan, id, node, &mut write_block)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gives each block of a directory to `take`, in order, the last one possibly short.
+fn each_block(
+    tree: &Tree,
+    plan: &Plan,
+    id: NodeId,
+    node: &Node,
+    take: &mut dyn FnMut(&[u8]) -> Result<(), ErofsError>,
+) -> Result<(), ErofsError> {
+    let mut measure = Measure::default();
+    let mut block: Vec<(&[u8], u64, FileType)> = Vec::new();
+    let mut bytes = Vec::with_capacity(BLOCK as usize);
+    for (name, child) in entries(node) {
+        if measure.add(name) {
+            bytes.clear();
+            dirent::encode(&block, &mut bytes);
+            take(&bytes)?;
+            block.clear();
+        }
+        let child = match child {
+            Some(child) => child,
+            None if name == b"." => id,
+            None => plan.parents[id.0 as usize],
+        };
+        let file_type = file_type(&tree.nodes[child.0 as usize]);
+        block.push((name, u64::from(plan.nids[child.0 as usize]), file_type));
+    }
+    bytes.clear();
+    dirent::encode(&block, &mut bytes);
+    take(&bytes)
+}
+
+/// Counts bytes, and keeps the first block until it is complete and sealed.
+struct Output<W: Write> {
+    head: Option<(Vec<u8>, Superblock)>,
+    inner: BufWriter<W>,
+    position: u64,
+}
+
+impl<W: Write> Output<W> {
+    fn write(&mut self, mut bytes: &[u8]) -> Result<(), ErofsError> {
+        self.position += bytes.len() as u64;
+        if let Some((head, superblock)) = &mut self.head {
+            let (first, rest) = bytes.split_at(bytes.len().min(BLOCK as usize - head.len()));
+            head.extend_from_slice(first);
+            bytes = rest;
+            if let Some(block) = head.first_chunk_mut() {
+                superblock.encode(block);
+                self.inner.write_all(block)?;
+                self.head = None;
+            }
+        }
+        Ok(self.inner.write_all(bytes)?)
+    }
+
+    fn pad_to(&mut self, position: u64) -> Result<(), ErofsError> {
+        const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
+        while self.position < position {
+            let len = (position - self.position).min(BLOCK) as usize;
+            self.write(&ZEROS[..len])?;
+        }
+        Ok(())
+    }
+}
