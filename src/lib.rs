@@ -43,5 +43,6 @@ pub mod blob;
 pub mod erofs;
 pub mod index;
 pub mod oci;
+pub mod store;
 pub mod toc;
 pub mod tree;

@@ -1,0 +1,403 @@
+//! The store: everything ocifs keeps between mounts, as plain files in one directory.
+//!
+//! ```text
+//! STORE/version                      layout of this directory, one line
+//! STORE/documents/ALG/HEX            manifests, image indexes, configs: the bytes received
+//! STORE/layers/ALG-HEX/spans         span index            } by digest of the layer's blob,
+//!                      toc           table of contents     } written once by the pass that
+//!                      extents       extent table          } verified the whole layer
+//!                      data          data device, sparse, and which spans it holds
+//!                      lock          held by the process that indexes the layer
+//! STORE/trees/ALG-HEX.erofs          merged tree, by digest of the manifest
+//! STORE/uppers/ID/                   private upper directories of writable mounts
+//! STORE/tmp/RANDOM                   files being written
+//! ```
+//!
+//! Invariants: a file outside `tmp` is complete, because it was renamed there, and each kind carries or is named by a digest
+//! that is checked when it is read; `data` follows the rules of [`crate::device`]. Deleting any of it, at any
+//! time, costs fetches and nothing else. A store that cannot be written still reads, and one that cannot even be opened is
+//! replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
+
+mod map;
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use bytes::Bytes;
+
+pub use map::{FileBytes, map_file};
+
+use crate::oci::Digest;
+
+/// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
+const VERSION: &str = "ocifs store 1\n";
+
+/// What can go wrong with the store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// A file or directory could not be read or written.
+    #[error("store: cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The directory has another layout.
+    #[error("store {} has layout `{found}`, this ocifs reads `{}`: use another --store, or delete it", path.display(), VERSION.trim())]
+    Version {
+        /// The store directory.
+        path: PathBuf,
+        /// First line of its version file.
+        found: String,
+    },
+    /// There is no store to write to.
+    #[error("no store: nothing is kept")]
+    Unavailable,
+}
+
+impl StoreError {
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+/// The store directory, or none.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: Option<PathBuf>,
+}
+
+impl Store {
+    /// Opens the store at `root`, creating it if need be, and removes what dead writers left in `tmp`. The directory is
+    /// for its owner alone: images may be private.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
+        made.map_err(|e| StoreError::io("create", root, e))?;
+        for directory in ["documents", "layers", "trees", "uppers", "tmp"] {
+            let path = root.join(directory);
+            fs::create_dir_all(&path).map_err(|e| StoreError::io("create", &path, e))?;
+        }
+        let store = Self {
+            root: Some(root.to_owned()),
+        };
+        let version = root.join("version");
+        match fs::read_to_string(&version) {
+            Ok(text) if text == VERSION => {}
+            Ok(text) => {
+                return Err(StoreError::Version {
+                    path: root.to_owned(),
+                    found: text.lines().next().unwrap_or_default().chars().take(80).collect(),
+                });
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                // Whole or not at all: others may be opening the new store at the same time.
+                store.publish(&version, Durability::Synced, |file| file.write_all(VERSION.as_bytes()))?;
+            }
+            Err(e) => return Err(StoreError::io("read", &version, e)),
+        }
+        store.sweep_tmp();
+        Ok(store)
+    }
+
+    /// A store that keeps nothing.
+    pub fn unavailable() -> Self {
+        Self { root: None }
+    }
+
+    /// The directory, if there is one.
+    pub fn root(&self) -> Option<&Path> {
+        self.root.as_deref()
+    }
+
+    /// Drafts whose writer is gone are never read, only in the way. Their writers hold them locked, so that those of other
+    /// containers are recognised too.
+    fn sweep_tmp(&self) {
+        let Some(root) = &self.root else { return };
+        let Ok(entries) = fs::read_dir(root.join("tmp")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let Ok(file) = File::open(entry.path()) else { continue };
+            if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() {
+                // Another process may be sweeping too; a file that is gone already is what we want.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// A file that is being written and has no name of its own yet.
+    pub fn draft(&self) -> Result<Draft, StoreError> {
+        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
+        let path = root.join("tmp").join(format!("{:016x}", fastrand::u64(..)));
+        let create = File::options().read(true).write(true).create_new(true).open(&path);
+        let file =
+            create.and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e)));
+        let file = file.map_err(|e| StoreError::io("write", &path, e))?;
+        Ok(Draft { file: Some(file), path })
+    }
+
+    fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
+        let root = self.root.as_ref()?;
+        Some(
+            root.join("documents")
+                .join(digest.algorithm().name())
+                .join(digest.hex()),
+        )
+    }
+
+    /// A document kept earlier, verified; a damaged one counts as absent and is removed.
+    pub fn document(&self, digest: &Digest) -> Result<Option<Bytes>, StoreError> {
+        let Some(path) = self.document_path(digest) else {
+            return Ok(None);
+        };
+        match fs::read(&path) {
+            Ok(bytes) if digest.matches(&bytes) => Ok(Some(bytes.into())),
+            Ok(_) => {
+                tracing::warn!(path = %path.display(), "stored document does not match its digest, removing it");
+                fs::remove_file(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+                Ok(None)
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(StoreError::io("read", &path, e)),
+        }
+    }
+
+    /// Keeps a document that was verified against `digest`.
+    pub fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.document_path(digest).ok_or(StoreError::Unavailable)?;
+        if path.exists() {
+            return Ok(());
+        }
+        self.publish(&path, Durability::Lazy, |file| file.write_all(bytes))
+    }
+
+    /// The directory of a layer's files, not created yet.
+    pub fn layer(&self, digest: &Digest) -> Option<LayerDir> {
+        let root = self.root.as_ref()?;
+        let name = format!("{}-{}", digest.algorithm().name(), digest.hex());
+        Some(LayerDir {
+            path: root.join("layers").join(name),
+        })
+    }
+
+    /// Directories of all layers the store knows.
+    pub fn layers(&self) -> Result<Vec<LayerDir>, StoreError> {
+        let Some(root) = &self.root else {
+            return Ok(Vec::new());
+        };
+        let path = root.join("layers");
+        let entries = fs::read_dir(&path).map_err(|e| StoreError::io("list", &path, e))?;
+        Ok(entries.flatten().map(|e| LayerDir { path: e.path() }).collect())
+    }
+
+    /// Where the merged tree of the image with this manifest is kept.
+    pub fn tree_path(&self, manifest: &Digest) -> Option<PathBuf> {
+        let root = self.root.as_ref()?;
+        let name = format!("{}-{}.erofs", manifest.algorithm().name(), manifest.hex());
+        Some(root.join("trees").join(name))
+    }
+
+    /// A fresh private directory for a writable mount.
+    pub fn upper_dir(&self, id: &str) -> Result<PathBuf, StoreError> {
+        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
+        Ok(root.join("uppers").join(id))
+    }
+
+    /// Writes a file under a temporary name and renames it to `target` when it is complete.
+    pub fn publish(
+        &self,
+        target: &Path,
+        durability: Durability,
+        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    ) -> Result<(), StoreError> {
+        let draft = self.draft()?;
+        let result = (|| {
+            let mut file = BufWriter::with_capacity(1 << 18, draft.file().try_clone()?);
+            write(&mut file)?;
+            let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+            if durability == Durability::Synced {
+                file.sync_data()?;
+            }
+            draft.publish(target).map(drop)
+        })();
+        result.map_err(|e| StoreError::io("write", target, e))
+    }
+}
+
+/// A file in `tmp`. It goes when it is dropped, unless it was published.
+#[derive(Debug)]
+pub struct Draft {
+    /// There until it is published.
+    file: Option<Flock<File>>,
+    path: PathBuf,
+}
+
+impl Draft {
+    /// The file, to read and write.
+    pub fn file(&self) -> &File {
+        self.file.as_ref().expect("a draft has its file until it is published")
+    }
+
+    /// Gives the file its name, in place of whatever had it.
+    pub fn publish(mut self, target: &Path) -> io::Result<File> {
+        create_parent(target)?;
+        fs::rename(&self.path, target)?;
+        let file = self.file.take().expect("a draft has its file until it is published");
+        file.unlock().map_err(|(_, e)| e.into())
+    }
+
+    /// Gives the file its name unless another has it already; then that one stays.
+    pub fn publish_new(self, target: &Path) -> io::Result<()> {
+        create_parent(target)?;
+        match fs::hard_link(&self.path, target) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // After publishing by rename there is nothing left; what cannot be removed now is swept later.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn create_parent(target: &Path) -> io::Result<()> {
+    target.parent().map_or(Ok(()), fs::create_dir_all)
+}
+
+/// Whether a published file must survive a power cut whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The file is checked as a whole whenever it is read, so a torn one is found.
+    Lazy,
+    /// The file is not checked as a whole: flush it before its name appears.
+    Synced,
+}
+
+/// The directory of one layer's files.
+#[derive(Debug, Clone)]
+pub struct LayerDir {
+    path: PathBuf,
+}
+
+impl LayerDir {
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The span index.
+    pub fn spans(&self) -> PathBuf {
+        self.path.join("spans")
+    }
+
+    /// The table of contents.
+    pub fn toc(&self) -> PathBuf {
+        self.path.join("toc")
+    }
+
+    /// The extent table.
+    pub fn extents(&self) -> PathBuf {
+        self.path.join("extents")
+    }
+
+    /// The data device.
+    pub fn data(&self) -> PathBuf {
+        self.path.join("data")
+    }
+
+    /// Opens (and creates) the file whose lock the indexing process holds.
+    pub fn lock_file(&self) -> Result<File, StoreError> {
+        let path = self.path.join("lock");
+        fs::create_dir_all(&self.path).map_err(|e| StoreError::io("create", &self.path, e))?;
+        File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|e| StoreError::io("open", &path, e))
+    }
+
+    /// Whether `lock` is (still) the file that [`LayerDir::lock_file`] opens.
+    pub fn is_lock_file(&self, lock: &File) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let (held, named) = (lock.metadata(), fs::metadata(self.path.join("lock")));
+        matches!((held, named), (Ok(held), Ok(named)) if held.ino() == named.ino() && held.dev() == named.dev())
+    }
+
+    /// Removes the span index, without which the layer counts as not indexed.
+    pub fn forget(&self) -> Result<(), StoreError> {
+        let path = self.spans();
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &path, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes the data device occupies on disk; 0 if there is none.
+    pub fn data_usage(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        fs::metadata(self.data()).map_or(0, |m| m.blocks() * 512)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_survive_and_damage_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = Digest::of(b"{}");
+        assert!(store.document(&digest).unwrap().is_none());
+        store.put_document(&digest, b"{}").unwrap();
+        assert_eq!(store.document(&digest).unwrap().unwrap(), &b"{}"[..]);
+        fs::write(store.document_path(&digest).unwrap(), b"[]").unwrap();
+        assert!(store.document(&digest).unwrap().is_none());
+        assert!(!store.document_path(&digest).unwrap().exists());
+    }
+
+    #[test]
+    fn an_interrupted_write_publishes_nothing_and_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let target = dir.path().join("trees/x");
+        let failed = store.publish(&target, Durability::Lazy, |f| {
+            f.write_all(b"half")?;
+            Err(io::Error::from(io::ErrorKind::StorageFull))
+        });
+        assert!(failed.is_err() && !target.exists());
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+        File::create(dir.path().join("tmp/left")).unwrap();
+        let draft = store.draft().unwrap();
+        Store::open(dir.path()).unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 1);
+        drop(draft);
+    }
+
+    #[test]
+    fn another_layout_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("version"), "ocifs store 99\n").unwrap();
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(
+            matches!(error, StoreError::Version { ref found, .. } if found == "ocifs store 99"),
+            "{error}"
+        );
+    }
+}
