@@ -43,6 +43,7 @@ pub mod blob;
 pub mod erofs;
 pub mod index;
 pub mod oci;
+pub mod registry;
 pub mod store;
 pub mod toc;
 pub mod tree;

@@ -1,0 +1,362 @@
+//! What a repository must be shown: challenges remembered, tokens cached, fetched once, renewed.
+//!
+//! State is kept per (registry, repository), which determines service, scope and credential: the challenge last seen and a
+//! cell with the *grant* (an `Authorization` value) obtained for it.
+//!
+//! ```text
+//!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant
+//!                                     ▲                              │ 80 % of its life over, or a 401 to it
+//!                                     └──────── new empty cell ◀─────┘
+//! ```
+//!
+//! Single flight: all who need a grant wait on the same cell, and the cell is replaced, under the lock, only by a caller that
+//! still sees the one it used. A caller that is dropped while fetching hands over to the next waiter.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine as _;
+use lru::LruCache;
+use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+use reqwest::{StatusCode, Url};
+use tokio::sync::OnceCell;
+
+use super::challenge::{self, Challenge};
+use super::config::RegistryConfig;
+use super::credentials::{Credential, Lookup};
+use super::endpoint::{Repository, is_loopback};
+use super::failure::{self, Context};
+use super::secret::Secret;
+use super::token::{self, BearerChallenge, Exchange};
+use super::transport::{Ask, Transport, authority};
+use crate::blob::BlobError;
+
+/// Repositories whose challenge and token are remembered.
+const REPOSITORIES: usize = 1024;
+/// Largest token answer. Tokens with many scopes reach tens of kilobytes.
+const MAX_TOKEN_ANSWER: usize = 1 << 20;
+/// A grant is renewed when this much of its life is over, so that it does not end on the way.
+const RENEW_AT: f64 = 0.8;
+
+/// How a registry wants to be addressed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Scheme {
+    Basic,
+    Bearer(BearerChallenge),
+}
+
+/// An `Authorization` value and where it comes from.
+#[derive(Debug)]
+struct Grant {
+    header: HeaderValue,
+    obtained: Instant,
+    renew_at: Option<Instant>,
+    tried: String,
+}
+
+type Cell = Arc<OnceCell<Grant>>;
+
+#[derive(Debug, Default)]
+struct Space {
+    scheme: Option<Scheme>,
+    cell: Cell,
+}
+
+/// A grant in use; shown back to [`Auth::challenged`] if the registry refuses it.
+#[derive(Debug, Clone)]
+pub(super) struct Ticket {
+    cell: Cell,
+    pub(super) header: HeaderValue,
+    pub(super) obtained: Instant,
+    /// How often a grant obtained for the request at hand may be refused before that is the answer: a new token may not have
+    /// reached every replica of a registry yet, or end by what other readers do; a password is as good as it was.
+    pub(super) second_chances: u32,
+    /// Where the credentials came from, or where none were found.
+    pub(super) tried: String,
+}
+
+/// Challenges and grants of all repositories.
+#[derive(Debug)]
+pub(super) struct Auth {
+    spaces: Mutex<LruCache<(String, String), Space>>,
+}
+
+impl Auth {
+    pub(super) fn new() -> Self {
+        let capacity = NonZeroUsize::new(REPOSITORIES).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            spaces: Mutex::new(LruCache::new(capacity)),
+        }
+    }
+
+    fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut Space) -> T) -> T {
+        let key = (repository.endpoint.name().to_owned(), repository.name.clone());
+        let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+        body(spaces.get_or_insert_mut(key, Space::default))
+    }
+
+    /// What to send with a request; `None` while the registry has not asked for anything.
+    pub(super) async fn ticket(
+        &self,
+        transport: &Transport,
+        repository: &Repository,
+        wait: Duration,
+    ) -> Result<Option<Ticket>, BlobError> {
+        let known = self.with_space(repository, |space| {
+            let over = |grant: &Grant| grant.renew_at.is_some_and(|at| Instant::now() >= at);
+            if space.cell.get().is_some_and(over) {
+                space.cell = Cell::default();
+            }
+            Some((space.scheme.clone()?, Arc::clone(&space.cell)))
+        });
+        let Some((scheme, cell)) = known else { return Ok(None) };
+        let fetched = tokio::time::timeout(
+            wait,
+            cell.get_or_try_init(|| obtain(transport, repository, &scheme, wait)),
+        );
+        let grant = fetched.await.map_err(|_| BlobError::Timeout {
+            what: format!("the token server of {}", repository.endpoint.name()),
+            seconds: wait.as_secs().max(1),
+        })??;
+        Ok(Some(Ticket {
+            header: grant.header.clone(),
+            obtained: grant.obtained,
+            second_chances: u32::from(matches!(scheme, Scheme::Bearer(_))),
+            tried: grant.tried.clone(),
+            cell: Arc::clone(&cell),
+        }))
+    }
+
+    /// A 401 arrived: remembers how the registry wants to be addressed and forgets the grant it refused.
+    pub(super) fn challenged(&self, repository: &Repository, scheme: Scheme, refused: Option<&Ticket>) {
+        self.with_space(repository, |space| {
+            let current_refused = refused.is_some_and(|ticket| Arc::ptr_eq(&ticket.cell, &space.cell));
+            let changed = space.scheme.as_ref() != Some(&scheme);
+            if current_refused || changed {
+                space.cell = Cell::default();
+            }
+            space.scheme = Some(scheme);
+        });
+    }
+}
+
+/// The best scheme offered by a 401 for a repository: Bearer before Basic.
+pub(super) fn choose(headers: &HeaderMap, base: &Url, repository: &Repository) -> Option<Scheme> {
+    let values = headers.get_all(WWW_AUTHENTICATE).iter();
+    let challenges: Vec<Challenge> = values
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(challenge::parse)
+        .collect();
+    let bearer = challenges.iter().filter(|c| c.scheme == "bearer").find_map(|c| {
+        let realm = base.join(c.get("realm")?).ok()?;
+        let http = matches!(realm.scheme(), "http" | "https") && realm.host_str().is_some();
+        http.then(|| BearerChallenge {
+            realm,
+            service: c.get("service").map(str::to_owned),
+            scope: match c.get("scope") {
+                Some(scope) => scope.to_owned(),
+                None => format!("repository:{}:pull", repository.name),
+            },
+        })
+    });
+    match bearer {
+        Some(bearer) => Some(Scheme::Bearer(bearer)),
+        None => challenges.iter().any(|c| c.scheme == "basic").then_some(Scheme::Basic),
+    }
+}
+
+async fn obtain(
+    transport: &Transport,
+    repository: &Repository,
+    scheme: &Scheme,
+    wait: Duration,
+) -> Result<Grant, BlobError> {
+    let config: &RegistryConfig = transport.config();
+    let Lookup { credential, tried } = config
+        .credentials
+        .lookup(repository.endpoint.name(), &repository.name)
+        .await;
+    let tried = match (tried.is_empty(), &credential) {
+        (true, None) => "no credentials".to_owned(),
+        (true, Some(_)) => "with credentials".to_owned(),
+        (false, _) => tried.join(", "),
+    };
+    let (value, lifetime) = match (scheme, credential) {
+        (Scheme::Basic, Some(Credential::Basic { username, password })) => (basic(&username, &password), None),
+        (Scheme::Basic, None) => return Err(unauthorized(repository, &tried, "")),
+        (Scheme::Basic, Some(_)) => {
+            let said = "it takes user and password only, no token";
+            return Err(unauthorized(repository, &tried, said));
+        }
+        (Scheme::Bearer(challenge), credential) => {
+            let (token, lifetime) = fetch_token(transport, repository, challenge, credential, &tried, wait).await?;
+            (Secret::new(format!("Bearer {}", token.expose())), lifetime)
+        }
+    };
+    let header = value.header().ok_or_else(|| BlobError::Invalid {
+        what: format!("the credential for {}", repository.endpoint.name()),
+        reason: "it holds characters that cannot be sent".to_owned(),
+    })?;
+    let obtained = Instant::now();
+    Ok(Grant {
+        header,
+        obtained,
+        renew_at: lifetime.and_then(|lifetime: Duration| obtained.checked_add(lifetime.mul_f64(RENEW_AT))),
+        tried,
+    })
+}
+
+/// The token, and its lifetime unless it is a fixed one.
+async fn fetch_token(
+    transport: &Transport,
+    repository: &Repository,
+    challenge: &BearerChallenge,
+    credential: Option<Credential>,
+    tried: &str,
+    wait: Duration,
+) -> Result<(Secret, Option<Duration>), BlobError> {
+    let has_secret = credential.is_some();
+    let mut ask = match challenge.exchange(credential) {
+        Exchange::Ready(token) => return Ok((token, None)),
+        Exchange::Get { url, login } => {
+            let mut ask = Ask::get(url);
+            ask.authorization = login.and_then(|(username, password)| basic(&username, &password).header());
+            ask
+        }
+        Exchange::Post { url, form } => {
+            let mut ask = Ask::get(url);
+            ask.form = Some(form);
+            ask
+        }
+    };
+    let realm = &challenge.realm;
+    let host = authority(realm);
+    let what = format!("a token for {repository}");
+    if has_secret && !may_see_secrets(realm, repository) {
+        return Err(BlobError::Protocol {
+            host,
+            what,
+            detail: "the token server has no TLS, so it is not shown the credentials".to_owned(),
+            transient: false,
+        });
+    }
+    ask.headers
+        .insert(reqwest::header::ACCEPT, HeaderValue::from_static("application/json"));
+    let mut reply = transport.send(&ask, wait).await?;
+    let status = reply.status();
+    if status != StatusCode::OK {
+        let body = reply.error_body().await;
+        let context = Context {
+            host: &host,
+            what: &what,
+            tried,
+        };
+        // Token servers answer wrong credentials with 400 (OAuth2), 401 or 403.
+        return Err(match status {
+            StatusCode::BAD_REQUEST if has_secret => unauthorized(repository, tried, &failure::message(&body)),
+            _ => failure::status(context, status, reply.headers(), &body),
+        });
+    }
+    let body = reply.whole(MAX_TOKEN_ANSWER).await?;
+    let token = body.and_then(|body| token::parse(&body, SystemTime::now()));
+    let token = token.ok_or_else(|| BlobError::Protocol {
+        host,
+        what,
+        detail: "no token in the answer".to_owned(),
+        transient: false,
+    })?;
+    Ok((token.token, Some(token.lifetime)))
+}
+
+/// Secrets go over TLS, or stay on this machine, or the user has chosen a registry without TLS.
+fn may_see_secrets(realm: &Url, repository: &Repository) -> bool {
+    realm.scheme() == "https" || repository.endpoint.is_plain() || realm.host_str().is_some_and(is_loopback)
+}
+
+fn basic(username: &str, password: &Secret) -> Secret {
+    let login = format!("{username}:{}", password.expose());
+    let encoded = base64::engine::general_purpose::STANDARD.encode(login);
+    Secret::new(format!("Basic {encoded}"))
+}
+
+/// The registry does not let us in.
+pub(super) fn unauthorized(repository: &Repository, tried: &str, said: &str) -> BlobError {
+    BlobError::Unauthorized {
+        host: repository.endpoint.name().to_owned(),
+        what: format!("repository {}, which may not exist", repository.name),
+        tried: failure::unauthorized_text(tried, said),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::endpoint::{Endpoint, PlainHttp};
+
+    fn repository(registry: &str) -> Repository {
+        Repository::new(Endpoint::new(registry, &PlainHttp::Loopback).unwrap(), "a/b").unwrap()
+    }
+
+    fn chosen(headers: &[&str]) -> Option<Scheme> {
+        let mut map = HeaderMap::new();
+        for header in headers {
+            map.append(WWW_AUTHENTICATE, header.parse().unwrap());
+        }
+        choose(&map, &Url::parse("https://r.lan/v2/").unwrap(), &repository("r.lan"))
+    }
+
+    #[test]
+    fn bearer_is_preferred_wherever_it_stands() {
+        let bearer = r#"Bearer realm="https://a.lan/t",service="s""#;
+        for headers in [
+            vec![r#"Basic realm="x""#, bearer],
+            vec![r#"Basic realm="x", Bearer realm="https://a.lan/t",service="s""#],
+        ] {
+            let Some(Scheme::Bearer(challenge)) = chosen(&headers) else {
+                panic!("no bearer");
+            };
+            assert_eq!(challenge.realm.as_str(), "https://a.lan/t");
+            assert_eq!(challenge.scope, "repository:a/b:pull", "guessed when not stated");
+        }
+        assert_eq!(chosen(&["Basic"]), Some(Scheme::Basic));
+        assert_eq!(chosen(&["Negotiate"]), None);
+        assert_eq!(chosen(&[r#"Bearer realm="ftp://x/y""#]), None);
+        assert_eq!(chosen(&[]), None);
+    }
+
+    #[test]
+    fn secrets_want_tls_unless_the_registry_has_none() {
+        let plain = Url::parse("http://auth.lan/token").unwrap();
+        let tls = Url::parse("https://auth.lan/token").unwrap();
+        assert!(!may_see_secrets(&plain, &repository("r.lan")));
+        assert!(may_see_secrets(&tls, &repository("r.lan")));
+        assert!(may_see_secrets(&plain, &repository("localhost:5000")));
+    }
+
+    #[test]
+    fn only_the_grant_in_use_is_forgotten() {
+        let auth = Auth::new();
+        let repository = repository("r.lan");
+        auth.challenged(&repository, Scheme::Basic, None);
+        let cell = || auth.with_space(&repository, |space| Arc::clone(&space.cell));
+        let first = cell();
+        let ticket = Ticket {
+            cell: Arc::clone(&first),
+            header: HeaderValue::from_static("x"),
+            obtained: Instant::now(),
+            second_chances: 0,
+            tried: String::new(),
+        };
+        auth.challenged(&repository, Scheme::Basic, None);
+        assert!(Arc::ptr_eq(&first, &cell()), "an anonymous 401 leaves a grant alone");
+        auth.challenged(&repository, Scheme::Basic, Some(&ticket));
+        let second = cell();
+        assert!(!Arc::ptr_eq(&first, &second));
+        auth.challenged(&repository, Scheme::Basic, Some(&ticket));
+        assert!(
+            Arc::ptr_eq(&second, &cell()),
+            "a late 401 to the old grant leaves the new one alone"
+        );
+    }
+}

@@ -1,0 +1,135 @@
+//! One read of a blob: bytes as they arrive, across as many answers as it takes.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::{Buf as _, Bytes};
+use futures::stream::{self, StreamExt as _};
+
+use super::Core;
+use crate::blob::retry::Retry;
+use crate::blob::{BlobError, ByteStream};
+use crate::registry::transport::Reply;
+
+/// A stretch of a blob as it arrives.
+#[derive(Debug)]
+pub(super) struct Body {
+    reply: Reply,
+    skip: u64,
+    left: u64,
+}
+
+/// The state of one [`BlobSource::read`].
+#[derive(Debug)]
+pub(super) struct Reading {
+    core: Arc<Core>,
+    rest: Range<u64>,
+    /// Whether the caller wants every byte up to the end, so that starting over without ranges is no waste.
+    whole: bool,
+    body: Option<Body>,
+    retry: Retry,
+}
+
+impl Reading {
+    /// Gets `range` flowing; what fails for good fails here, before a stream exists.
+    pub(super) async fn start(core: Arc<Core>, range: Range<u64>) -> Result<Self, BlobError> {
+        let mut reading = Self {
+            whole: range.start == 0 && range.end == core.size,
+            retry: core.client.retry(),
+            rest: range,
+            body: None,
+            core,
+        };
+        reading.open().await?;
+        Ok(reading)
+    }
+
+    /// The bytes in order; the stream ends after the first error.
+    pub(super) fn into_stream(self) -> ByteStream {
+        let stream = stream::try_unfold(self, |mut reading| async move {
+            let chunk = reading.next().await?;
+            Ok(chunk.map(|chunk| (chunk, reading)))
+        });
+        stream.boxed()
+    }
+
+    /// Gets the rest flowing, trying again while that can help.
+    async fn open(&mut self) -> Result<(), BlobError> {
+        loop {
+            let attempt = self.core.open(&self.rest, self.whole, self.retry.attempt_wait());
+            match self.core.bounded(self.retry.remaining(), attempt).await {
+                Ok(body) => {
+                    self.body = Some(body);
+                    return Ok(());
+                }
+                Err(error) => self.pause(error).await?,
+            }
+        }
+    }
+
+    async fn pause(&mut self, error: BlobError) -> Result<(), BlobError> {
+        tracing::debug!(blob = %self.core.key.digest, at = self.rest.start, %error, "interrupted");
+        let reached = self.core.client.reached(&self.core.repository);
+        let delay = self.retry.after(error, reached)?;
+        tokio::time::sleep(delay).await;
+        Ok(())
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
+        // The last chunk was progress, and the time the caller took with it is not ours.
+        self.retry.progressed();
+        while !self.rest.is_empty() {
+            let Some(body) = &mut self.body else {
+                self.open().await?;
+                continue;
+            };
+            match body.chunk().await {
+                Ok(Some(chunk)) => {
+                    self.rest.start += chunk.len() as u64;
+                    self.core.meter.bytes(chunk.len() as u64);
+                    return Ok(Some(chunk));
+                }
+                // A shorter range than asked for is legal; the next request asks for the rest.
+                Ok(None) => self.body = None,
+                Err(error) => {
+                    self.body = None;
+                    self.pause(error).await?;
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Body {
+    /// `left` bytes after `skip` unwanted ones.
+    pub(super) fn new(reply: Reply, skip: u64, left: u64) -> Self {
+        Self { reply, skip, left }
+    }
+
+    /// The next bytes of the stretch; `None` when all of it was delivered.
+    async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
+        while self.left > 0 {
+            let Some(mut chunk) = self.reply.chunk().await? else {
+                return Err(BlobError::Unreachable {
+                    host: self.reply.host(),
+                    reason: format!(
+                        "connection lost: the answer ended {} bytes early",
+                        self.skip + self.left
+                    ),
+                });
+            };
+            let skipped = self.skip.min(chunk.len() as u64);
+            self.skip -= skipped;
+            chunk.advance(skipped as usize);
+            if chunk.len() as u64 > self.left {
+                chunk.truncate(self.left as usize);
+            }
+            if !chunk.is_empty() {
+                self.left -= chunk.len() as u64;
+                return Ok(Some(chunk));
+            }
+        }
+        Ok(None)
+    }
+}

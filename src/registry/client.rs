@@ -1,0 +1,330 @@
+//! The client shared by a process: one set of pools, tokens, redirects and measurements for all its images.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use reqwest::StatusCode;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+
+use super::auth::{self, Auth, Scheme, Ticket};
+use super::config::RegistryConfig;
+use super::endpoint::{Endpoint, Repository};
+use super::failure::{self, Context};
+use super::redirects::Redirects;
+use super::source::RegistrySource;
+use super::stats::HostStats;
+use super::transport::{Ask, Reply, Transport, authority};
+use crate::blob::retry::{Retry, RetryPolicy};
+use crate::blob::{BlobError, Document};
+use crate::oci::{Digest, ReferenceSelector};
+
+/// Largest manifest or image index: the size the distribution specification asks registries to accept.
+pub const MAX_MANIFEST: usize = 4 << 20;
+/// Largest image config. Histories of generated images pass 1 MiB.
+pub const MAX_CONFIG: usize = 16 << 20;
+/// 401 answers to one request that are worth another try: no token, a token that was refused, one raced by another reader.
+const CHALLENGES: usize = 3;
+/// Tags listed in the hint of a missing tag.
+const HINTED_TAGS: usize = 20;
+
+/// Both families of index and manifest; without one of them some registries convert to the old schema 1 or answer 404.
+const ACCEPT_MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, \
+    application/vnd.oci.image.manifest.v1+json, \
+    application/vnd.docker.distribution.manifest.list.v2+json, \
+    application/vnd.docker.distribution.manifest.v2+json, */*";
+
+/// A registry client; clones share everything.
+#[derive(Debug, Clone)]
+pub struct RegistryClient {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    transport: Transport,
+    auth: Auth,
+    redirects: Redirects,
+}
+
+/// An authorised answer, and the credentials story for error texts.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) reply: Reply,
+    pub(super) tried: String,
+}
+
+impl RegistryClient {
+    /// Builds a client. Nothing is contacted and, certificate files apart, nothing is read.
+    pub fn new(config: RegistryConfig) -> Result<Self, BlobError> {
+        Ok(Self {
+            inner: Arc::new(Inner {
+                transport: Transport::new(config)?,
+                auth: Auth::new(),
+                redirects: Redirects::new(),
+            }),
+        })
+    }
+
+    /// The image `selector` of a repository; `registry` is a host as in references, such as `docker.io` or `localhost:5000`.
+    pub fn source(
+        &self,
+        registry: &str,
+        repository: &str,
+        selector: ReferenceSelector,
+    ) -> Result<RegistrySource, BlobError> {
+        RegistrySource::new(self.clone(), self.repository(registry, repository)?, selector)
+    }
+
+    /// A repository as this client would address it.
+    pub fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
+        let endpoint = Endpoint::new(registry, &self.inner.transport.config().plain_http)?;
+        Repository::new(endpoint, repository)
+    }
+
+    /// What was learned about the hosts spoken to: registries, token servers and storage they redirect to.
+    pub fn stats(&self) -> Vec<HostStats> {
+        self.inner.transport.stats()
+    }
+
+    pub(super) fn transport(&self) -> &Transport {
+        &self.inner.transport
+    }
+
+    pub(super) fn retry(&self) -> Retry {
+        Retry::new(RetryPolicy {
+            deadline: self.inner.transport.config().timeout,
+        })
+    }
+
+    /// Whether the API host of a repository has ever answered.
+    pub(super) fn reached(&self, repository: &Repository) -> bool {
+        self.inner.transport.meter(repository.endpoint.base()).reached()
+    }
+
+    /// The document a selector names; verified.
+    pub(super) async fn manifest(
+        &self,
+        repository: &Repository,
+        selector: &ReferenceSelector,
+    ) -> Result<Document, BlobError> {
+        let mut ask = Ask::get(repository.manifest_url(selector)?);
+        ask.headers.insert(ACCEPT, HeaderValue::from_static(ACCEPT_MANIFESTS));
+        let what = format!("manifest {}{selector}", repository.name);
+        let wanted = match selector {
+            ReferenceSelector::Tag { digest, .. } => digest.as_ref(),
+            ReferenceSelector::Digest(digest) => Some(digest),
+        };
+        match self.document(repository, &ask, &what, MAX_MANIFEST, wanted).await {
+            Err(BlobError::NotFound { what, hint }) => {
+                let hint = self.hint(repository, selector, hint).await;
+                Err(BlobError::NotFound { what, hint })
+            }
+            other => other,
+        }
+    }
+
+    /// A small blob read whole; verified.
+    pub(super) async fn small_blob(&self, repository: &Repository, digest: &Digest) -> Result<Document, BlobError> {
+        let ask = Ask::get(repository.blob_url(digest));
+        let what = format!("blob {digest} of {}", repository.name);
+        self.document(repository, &ask, &what, MAX_CONFIG, Some(digest)).await
+    }
+
+    async fn document(
+        &self,
+        repository: &Repository,
+        ask: &Ask,
+        what: &str,
+        cap: usize,
+        wanted: Option<&Digest>,
+    ) -> Result<Document, BlobError> {
+        let mut retry = self.retry();
+        loop {
+            // A body that drips just fast enough to pass as alive must not outlast the operation either.
+            let attempt = self.document_once(repository, ask, what, cap, wanted, retry.attempt_wait());
+            let result = match tokio::time::timeout(retry.remaining(), attempt).await {
+                Ok(result) => result,
+                Err(_) => Err(BlobError::Timeout {
+                    what: format!("{} ({what})", repository.endpoint.name()),
+                    seconds: self.inner.transport.config().timeout.as_secs().max(1),
+                }),
+            };
+            match result {
+                Ok(document) => return Ok(document),
+                Err(error) => {
+                    let delay = retry.after(error, self.reached(repository))?;
+                    tokio::time::sleep(delay).await;
+                }
+            }
+        }
+    }
+
+    async fn document_once(
+        &self,
+        repository: &Repository,
+        ask: &Ask,
+        what: &str,
+        cap: usize,
+        wanted: Option<&Digest>,
+        wait: Duration,
+    ) -> Result<Document, BlobError> {
+        let Answer { mut reply, tried } = self.request(repository, ask, wait).await?;
+        if reply.status() != StatusCode::OK {
+            return Err(refusal(reply, what, &tried).await);
+        }
+        let host = reply.host();
+        let bytes = reply.whole(cap).await?.ok_or_else(|| BlobError::Protocol {
+            host: host.clone(),
+            what: what.to_owned(),
+            detail: format!("more than {cap} bytes, which no such document has"),
+            transient: false,
+        })?;
+        let digest = check_digest(&bytes, wanted, &reply, &format!("{what} from {host}"))?;
+        let media_type = reply.header(CONTENT_TYPE).unwrap_or_default();
+        let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
+        Ok(Document {
+            media_type,
+            digest,
+            bytes,
+        })
+    }
+
+    /// Sends a request below a repository with what the registry wants to be shown; one token renewal included.
+    ///
+    /// Any status but the registry's own 401 is returned to the caller.
+    pub(super) async fn request(
+        &self,
+        repository: &Repository,
+        ask: &Ask,
+        wait: Duration,
+    ) -> Result<Answer, BlobError> {
+        let started = Instant::now();
+        let transport = &self.inner.transport;
+        let mut ask = ask.clone();
+        let mut fresh_refused = 0;
+        let mut ticket: Option<Ticket> = self.inner.auth.ticket(transport, repository, wait).await?;
+        for _ in 0..=CHALLENGES {
+            ask.authorization = ticket.as_ref().map(|ticket| ticket.header.clone());
+            let mut reply = transport.send(&ask, wait).await?;
+            let tried = || ticket.as_ref().map(|ticket| ticket.tried.clone()).unwrap_or_default();
+            if reply.status() != StatusCode::UNAUTHORIZED || reply.crossed {
+                return Ok(Answer { tried: tried(), reply });
+            }
+            let said = failure::message(&reply.error_body().await);
+            if let Some(ticket) = ticket.as_ref().filter(|ticket| ticket.obtained >= started) {
+                fresh_refused += 1;
+                if fresh_refused > ticket.second_chances {
+                    return Err(auth::unauthorized(repository, &tried(), &said));
+                }
+            }
+            let Some(scheme) = self.scheme(repository, &reply, wait).await? else {
+                return Err(auth::unauthorized(repository, &tried(), &said));
+            };
+            drop(reply);
+            self.inner.auth.challenged(repository, scheme, ticket.as_ref());
+            ticket = self.inner.auth.ticket(transport, repository, wait).await?;
+        }
+        Err(auth::unauthorized(repository, "credentials refused repeatedly", ""))
+    }
+
+    /// The scheme a 401 asks for; some registries say it only at the base of the API.
+    async fn scheme(
+        &self,
+        repository: &Repository,
+        reply: &Reply,
+        wait: Duration,
+    ) -> Result<Option<Scheme>, BlobError> {
+        let base = repository.endpoint.base();
+        if let Some(scheme) = auth::choose(reply.headers(), &reply.url, repository) {
+            return Ok(Some(scheme));
+        }
+        let ping = self.inner.transport.send(&Ask::get(base.clone()), wait).await?;
+        let refused = ping.status() == StatusCode::UNAUTHORIZED && !ping.crossed;
+        Ok(refused
+            .then(|| auth::choose(ping.headers(), base, repository))
+            .flatten())
+    }
+
+    /// What to tell about a missing manifest: the tags there are, in one request, or that the repository cannot be seen.
+    async fn hint(
+        &self,
+        repository: &Repository,
+        selector: &ReferenceSelector,
+        said: Option<String>,
+    ) -> Option<String> {
+        if !matches!(selector, ReferenceSelector::Tag { digest: None, .. }) {
+            return said;
+        }
+        // A hint is not worth more than a moment, head and body together.
+        let wait = self.retry().attempt_wait().min(Duration::from_secs(5));
+        let asking = tokio::time::timeout(wait, self.tags(repository, wait));
+        let tags = asking.await.ok().flatten().unwrap_or_default();
+        if tags.is_empty() {
+            let said = said.map(|said| format!(" ({said})")).unwrap_or_default();
+            return Some(format!("the repository does not exist or needs a login{said}"));
+        }
+        Some(format!("there are the tags {}", tags.join(", ")))
+    }
+
+    async fn tags(&self, repository: &Repository, wait: Duration) -> Option<Vec<String>> {
+        let ask = Ask::get(repository.tags_url(HINTED_TAGS));
+        let Answer { mut reply, .. } = self.request(repository, &ask, wait).await.ok()?;
+        if reply.status() != StatusCode::OK {
+            return None;
+        }
+        parse_tags(&reply.whole(1 << 20).await.ok()??)
+    }
+
+    /// Where blobs were last redirected to.
+    pub(super) fn redirects(&self) -> &Redirects {
+        &self.inner.redirects
+    }
+}
+
+/// An answer with an unwelcome status, as an error.
+pub(super) async fn refusal(mut reply: Reply, what: &str, tried: &str) -> BlobError {
+    let body = reply.error_body().await;
+    let host = authority(&reply.url);
+    let context = Context {
+        host: &host,
+        what,
+        tried,
+    };
+    failure::status(context, reply.status(), reply.headers(), &body)
+}
+
+/// The digest of a document: checked against the one asked for, or, for a tag, against what the server claims.
+fn check_digest(bytes: &Bytes, wanted: Option<&Digest>, reply: &Reply, what: &str) -> Result<Digest, BlobError> {
+    let claimed = || claimed_digest(reply.headers());
+    let Some(expected) = wanted.cloned().or_else(claimed) else {
+        return Ok(Digest::of(bytes));
+    };
+    let mut hasher = expected.hasher();
+    hasher.update(bytes);
+    let actual = hasher.finish();
+    if actual == expected {
+        return Ok(actual);
+    }
+    Err(BlobError::Corrupt {
+        what: what.to_owned(),
+        expected: expected.to_string(),
+        actual: actual.to_string(),
+    })
+}
+
+fn claimed_digest(headers: &HeaderMap) -> Option<Digest> {
+    let name = HeaderName::from_static("docker-content-digest");
+    headers.get(name)?.to_str().ok()?.parse().ok()
+}
+
+fn parse_tags(body: &[u8]) -> Option<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Tags {
+        #[serde(default)]
+        tags: Option<Vec<String>>,
+    }
+    let tags: Tags = serde_json::from_slice(body).ok()?;
+    let printable = |tag: &String| !tag.is_empty() && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_graphic());
+    Some(tags.tags?.into_iter().filter(printable).take(HINTED_TAGS).collect())
+}

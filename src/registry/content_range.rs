@@ -1,0 +1,133 @@
+//! `Content-Range` of answers to single byte ranges (RFC 9110 §14.4): pure.
+
+use std::ops::Range;
+
+/// What a `Content-Range` header says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ContentRange {
+    /// Part of a representation.
+    Part {
+        /// The bytes that follow, half-open; never empty.
+        range: Range<u64>,
+        /// Size of the whole, unless the server wrote `*`.
+        total: Option<u64>,
+    },
+    /// `bytes */total`, sent with 416.
+    Unsatisfied {
+        /// Size of the whole.
+        total: u64,
+    },
+}
+
+impl ContentRange {
+    /// Parses a header value; `None` if it breaks the grammar.
+    pub fn parse(header: &str) -> Option<Self> {
+        let header = header.trim();
+        let (unit, rest) = header.split_at_checked(5)?;
+        if !unit.eq_ignore_ascii_case("bytes") || !rest.starts_with([' ', '\t']) {
+            return None;
+        }
+        let (part, total) = rest.trim().split_once('/')?;
+        let total = match total {
+            "*" => None,
+            digits => Some(number(digits)?),
+        };
+        if part == "*" {
+            return Some(Self::Unsatisfied { total: total? });
+        }
+        let (first, last) = part.split_once('-')?;
+        let (first, last) = (number(first)?, number(last)?);
+        let end = last.checked_add(1)?;
+        if first > last || total.is_some_and(|total| end > total) {
+            return None;
+        }
+        Some(Self::Part {
+            range: first..end,
+            total,
+        })
+    }
+
+    /// Checks the answer to a request for `asked` of a blob of `size` bytes: the end of what is sent, which may be short of
+    /// what was asked, or what is wrong with it.
+    pub fn check(&self, asked: &Range<u64>, size: u64) -> Result<u64, String> {
+        match self {
+            Self::Part { total: Some(total), .. } if *total != size => {
+                Err(format!("the blob has {total} bytes there, {size} expected"))
+            }
+            Self::Part { range, .. } if range.start != asked.start || range.end > asked.end => Err(format!(
+                "bytes {}..{} were sent, {}..{} asked for",
+                range.start, range.end, asked.start, asked.end
+            )),
+            Self::Part { range, .. } => Ok(range.end),
+            Self::Unsatisfied { total } => Err(format!("no range of {total} bytes")),
+        }
+    }
+}
+
+/// Digits only: `u64::from_str` would take a sign.
+fn number(text: &str) -> Option<u64> {
+    if !text.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    text.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn malformed_headers_are_refused() {
+        for header in [
+            "",
+            "bytes",
+            "bytes ",
+            "bytes 0-1",
+            "bytes 5-4/10",
+            "bytes 0-10/10",
+            "bytes -1/10",
+            "bytes +0-1/10",
+            "bytes 0-18446744073709551615/*",
+            "bytes */*",
+            "chars 0-1/2",
+            "bytes0-1/2",
+            "byte\u{e9} 0-1/2",
+        ] {
+            assert_eq!(ContentRange::parse(header), None, "{header}");
+        }
+        assert_eq!(
+            ContentRange::parse("bytes */7"),
+            Some(ContentRange::Unsatisfied { total: 7 })
+        );
+    }
+
+    #[test]
+    fn answers_are_checked_against_the_request() {
+        let check = |header: &str| ContentRange::parse(header).unwrap().check(&(10..20), 100);
+        assert_eq!(check("bytes 10-19/100"), Ok(20));
+        assert_eq!(check("bytes 10-14/*"), Ok(15));
+        assert!(check("bytes 9-19/100").is_err());
+        assert!(check("bytes 10-20/100").is_err());
+        assert!(check("bytes 10-19/101").is_err());
+        assert!(check("bytes */100").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(header in ".{0,60}") {
+            let _ = ContentRange::parse(&header);
+        }
+
+        #[test]
+        fn round_trip(first in 0u64..1 << 50, len in 1u64..1 << 40, more in 0u64..1 << 40) {
+            let end = first + len;
+            let total = end + more;
+            prop_assert_eq!(
+                ContentRange::parse(&format!("bytes {first}-{}/{total}", end - 1)),
+                Some(ContentRange::Part { range: first..end, total: Some(total) })
+            );
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Credentials as a *source* that is asked whenever one is needed, never a value that was copied once.
+//!
+//! [`ConfigFiles`] reads what `docker login`, `podman login` and their helpers leave behind, anew at every question, so that
+//! a login, a rotated password or a 12-hour cloud token takes effect in a running mount. A lookup also says where it looked:
+//! "unauthorized" is only useful to a user together with that.
+
+mod config_file;
+mod helper;
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+pub use config_file::{AuthFile, AuthFileError, Found};
+
+use super::secret::Secret;
+
+/// Largest credential file read; real ones are a few kilobytes.
+const MAX_FILE: u64 = 4 << 20;
+
+/// What a registry can be shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// User and password.
+    Basic {
+        /// User name.
+        username: String,
+        /// Password or personal token.
+        password: Secret,
+    },
+    /// An OAuth2 refresh token, exchanged at the token server.
+    IdentityToken(Secret),
+    /// A bearer token sent to the registry as it is.
+    RegistryToken(Secret),
+}
+
+/// The answer of a [`CredentialSource`].
+#[derive(Debug, Clone, Default)]
+pub struct Lookup {
+    /// The credential, if there is one.
+    pub credential: Option<Credential>,
+    /// Where it was found or looked for, one line each, without secrets.
+    pub tried: Vec<String>,
+}
+
+/// Something that knows credentials.
+#[async_trait]
+pub trait CredentialSource: Send + Sync + Debug {
+    /// The credential for a repository, looked up now. `registry` is the name in references: `docker.io`, `host:port`.
+    async fn lookup(&self, registry: &str, repository: &str) -> Lookup;
+}
+
+/// No credentials.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Anonymous;
+
+#[async_trait]
+impl CredentialSource for Anonymous {
+    async fn lookup(&self, _registry: &str, _repository: &str) -> Lookup {
+        Lookup {
+            credential: None,
+            tried: vec!["credentials are switched off".to_owned()],
+        }
+    }
+}
+
+/// One credential for one registry, given by the program.
+#[derive(Debug, Clone)]
+pub struct Fixed {
+    /// The registry it is for; no other one ever sees it.
+    pub registry: String,
+    /// The credential.
+    pub credential: Credential,
+}
+
+#[async_trait]
+impl CredentialSource for Fixed {
+    async fn lookup(&self, registry: &str, _repository: &str) -> Lookup {
+        let matches = self.registry == registry;
+        let verdict = if matches { "given for" } else { "not for" };
+        Lookup {
+            credential: matches.then(|| self.credential.clone()),
+            tried: vec![format!("a fixed credential {verdict} {registry}")],
+        }
+    }
+}
+
+/// The credential files of docker and the containers tools; the first one with an answer wins.
+#[derive(Debug, Clone)]
+pub struct ConfigFiles {
+    paths: Vec<PathBuf>,
+}
+
+impl ConfigFiles {
+    /// Reads these files, in this order.
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        Self { paths }
+    }
+
+    /// The places the environment of this process names.
+    pub fn from_environment() -> Self {
+        let uid = nix::unistd::getuid().as_raw();
+        let home = std::env::var_os("HOME").map(PathBuf::from);
+        Self::new(standard_paths(
+            &|name| std::env::var_os(name).map(PathBuf::from),
+            home,
+            uid,
+        ))
+    }
+
+    async fn ask(
+        &self,
+        path: &PathBuf,
+        registry: &str,
+        repository: &str,
+        tried: &mut Vec<String>,
+    ) -> Option<Credential> {
+        let shown = path.display();
+        let text = match read_capped(path).await {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tried.push(format!("{shown}: {error}"));
+                return None;
+            }
+        };
+        let file = match AuthFile::parse(&text) {
+            Ok(file) => file,
+            Err(error) => {
+                tried.push(format!("{shown}: {error}"));
+                return None;
+            }
+        };
+        match file.find(registry, repository) {
+            Ok(Found::Credential(credential)) => {
+                tried.push(format!("{shown} has credentials"));
+                Some(credential)
+            }
+            Ok(Found::Helper { name, key, otherwise }) => {
+                let answer = helper::ask(&name, &key).await;
+                match answer {
+                    Ok(Some(credential)) => {
+                        tried.push(format!("docker-credential-{name} (from {shown}) has credentials"));
+                        return Some(credential);
+                    }
+                    Ok(None) => tried.push(format!(
+                        "docker-credential-{name} (from {shown}) knows nothing of {key}"
+                    )),
+                    Err(error) => tried.push(format!("docker-credential-{name} (from {shown}): {error}")),
+                }
+                otherwise
+            }
+            Ok(Found::Nothing) => {
+                tried.push(format!("{shown} has no entry for {registry}"));
+                None
+            }
+            Err(error) => {
+                tried.push(format!("{shown}: {error}"));
+                None
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl CredentialSource for ConfigFiles {
+    async fn lookup(&self, registry: &str, repository: &str) -> Lookup {
+        let mut lookup = Lookup::default();
+        for path in &self.paths {
+            if let Some(credential) = self.ask(path, registry, repository, &mut lookup.tried).await {
+                lookup.credential = Some(credential);
+                break;
+            }
+        }
+        if lookup.tried.is_empty() {
+            let paths: Vec<String> = self.paths.iter().map(|path| path.display().to_string()).collect();
+            lookup
+                .tried
+                .push(format!("there is no credential file at {}", paths.join(" or ")));
+        }
+        lookup
+    }
+}
+
+async fn read_capped(path: &PathBuf) -> std::io::Result<Vec<u8>> {
+    use tokio::io::AsyncReadExt as _;
+    let mut text = Vec::new();
+    let file = tokio::fs::File::open(path).await?;
+    file.take(MAX_FILE).read_to_end(&mut text).await?;
+    Ok(text)
+}
+
+/// Explicitly named files first, then those of a login session, then those in the home directory.
+fn standard_paths(environment: &dyn Fn(&str) -> Option<PathBuf>, home: Option<PathBuf>, uid: u32) -> Vec<PathBuf> {
+    let set = |name: &str| environment(name).filter(|path| !path.as_os_str().is_empty());
+    let under_home = |tail: &str| home.as_ref().map(|home| home.join(tail));
+    let docker = set("DOCKER_CONFIG").map(|dir| dir.join("config.json"));
+    let candidates = [
+        set("REGISTRY_AUTH_FILE"),
+        docker,
+        set("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json")),
+        Some(PathBuf::from(format!("/run/containers/{uid}/auth.json"))),
+        set("XDG_CONFIG_HOME")
+            .or_else(|| under_home(".config"))
+            .map(|dir| dir.join("containers/auth.json")),
+        under_home(".docker/config.json"),
+        under_home(".dockercfg"),
+    ];
+    let mut paths: Vec<PathBuf> = Vec::new();
+    for path in candidates.into_iter().flatten() {
+        if !paths.contains(&path) {
+            paths.push(path);
+        }
+    }
+    paths
+}
+
+/// Names under which credential files know a registry: Docker Hub has several.
+pub(super) fn aliases(registry: &str) -> Vec<&str> {
+    match registry {
+        "docker.io" => vec!["docker.io", "index.docker.io", "registry-1.docker.io"],
+        other => vec![other],
+    }
+}
+
+/// What a helper is asked for.
+pub(super) fn helper_key(registry: &str) -> &str {
+    match registry {
+        "docker.io" => "https://index.docker.io/v1/",
+        other => other,
+    }
+}
+
+/// Maps of credential files: key to anything.
+type Keyed<T> = HashMap<String, T>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_places_in_order() {
+        let environment = |name: &str| match name {
+            "DOCKER_CONFIG" => Some(PathBuf::from("/d")),
+            "XDG_RUNTIME_DIR" => Some(PathBuf::from("/run/user/7")),
+            "XDG_CONFIG_HOME" => Some(PathBuf::new()),
+            _ => None,
+        };
+        let paths = standard_paths(&environment, Some("/home/u".into()), 7);
+        let want = [
+            "/d/config.json",
+            "/run/user/7/containers/auth.json",
+            "/run/containers/7/auth.json",
+            "/home/u/.config/containers/auth.json",
+            "/home/u/.docker/config.json",
+            "/home/u/.dockercfg",
+        ];
+        assert_eq!(paths, want.map(PathBuf::from));
+    }
+
+    #[tokio::test]
+    async fn a_fixed_credential_is_for_one_registry() {
+        let fixed = Fixed {
+            registry: "a:1".into(),
+            credential: Credential::RegistryToken(Secret::new("t")),
+        };
+        assert!(fixed.lookup("a:1", "x").await.credential.is_some());
+        assert!(fixed.lookup("b:1", "x").await.credential.is_none());
+    }
+
+    #[tokio::test]
+    async fn files_are_read_anew_and_the_answer_says_where_it_looked() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.json");
+        let files = ConfigFiles::new(vec![path.clone()]);
+        let lookup = files.lookup("r.lan", "a").await;
+        assert!(lookup.credential.is_none());
+        assert!(lookup.tried[0].contains("no credential file at"));
+        std::fs::write(&path, r#"{"auths":{"r.lan":{"username":"u","password":"p"}}}"#).unwrap();
+        assert!(files.lookup("r.lan", "a").await.credential.is_some());
+        std::fs::write(&path, "{").unwrap();
+        let lookup = files.lookup("r.lan", "a").await;
+        assert!(lookup.tried[0].contains("config.json"), "{:?}", lookup.tried);
+    }
+}

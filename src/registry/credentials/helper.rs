@@ -1,0 +1,139 @@
+//! Credential helper programs: `docker-credential-NAME get`, server key on stdin, JSON on stdout.
+
+use std::ffi::OsStr;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+
+use super::Credential;
+use super::config_file::login;
+
+/// Longest a helper may take. Cloud helpers ask a metadata service or refresh a session: seconds, not minutes.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Most that is read of a helper's answer.
+const MAX_ANSWER: u64 = 1 << 20;
+
+/// Why a helper gave no answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(super) enum HelperError {
+    /// The name would leave the search path.
+    #[error("not a helper name")]
+    Name,
+    /// It could not be run or spoken to.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    /// It did not end in time.
+    #[error("no answer within {}s", PATIENCE.as_secs())]
+    Timeout,
+    /// It reported an error.
+    #[error("{message}")]
+    Refused {
+        /// First line of what it said.
+        message: String,
+    },
+    /// Not the JSON the protocol wants. Its text is not shown: it may hold the secret.
+    #[error("the answer is not the JSON of the helper protocol")]
+    Answer,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Answer {
+    #[serde(default)]
+    username: String,
+    #[serde(default)]
+    secret: String,
+}
+
+/// Asks a helper; `None` if it knows nothing of `key`.
+pub(super) async fn ask(name: &str, key: &str) -> Result<Option<Credential>, HelperError> {
+    if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+        return Err(HelperError::Name);
+    }
+    match tokio::time::timeout(PATIENCE, run(OsStr::new(&format!("docker-credential-{name}")), key)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(HelperError::Timeout),
+    }
+}
+
+/// Cancel safe: dropping it kills the program.
+async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperError> {
+    let mut child = Command::new(program)
+        .arg("get")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        let written = stdin.write_all(format!("{key}\n").as_bytes()).await;
+        // A helper that needs no input may be gone already; its answer counts.
+        if let Err(error) = written
+            && error.kind() != std::io::ErrorKind::BrokenPipe
+        {
+            return Err(error.into());
+        }
+    }
+    let mut text = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(MAX_ANSWER).read_to_end(&mut text).await?;
+    }
+    let status = child.wait().await?;
+    if !status.success() {
+        let message = String::from_utf8_lossy(&text);
+        if message.contains("credentials not found") {
+            return Ok(None);
+        }
+        let line = message.lines().next().unwrap_or_default();
+        return Err(HelperError::Refused {
+            message: format!("{status}: {}", line.chars().take(200).collect::<String>()),
+        });
+    }
+    let answer: Answer = serde_json::from_slice(&text).map_err(|_| HelperError::Answer)?;
+    if answer.username.is_empty() && answer.secret.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(login(&answer.username, &answer.secret)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A helper made of a shell script; what it answers to `key`.
+    async fn script(body: &str, key: &str) -> Result<Option<Credential>, HelperError> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("docker-credential-test");
+        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        run(path.as_os_str(), key).await
+    }
+
+    #[tokio::test]
+    async fn helpers_speak_the_protocol() {
+        let echo = r#"test "$1" = get && read key && printf '{"ServerURL":"%s","Username":"u-%s","Secret":"s"}' "$key" "$key""#;
+        let found = script(echo, "r.lan").await.unwrap().unwrap();
+        assert!(matches!(found, Credential::Basic { username, .. } if username == "u-r.lan"));
+        let token = r#"echo '{"Username":"<token>","Secret":"t"}'"#;
+        assert!(matches!(
+            script(token, "h").await,
+            Ok(Some(Credential::IdentityToken(_)))
+        ));
+        let none = "echo credentials not found in native keychain; exit 1";
+        assert!(matches!(script(none, "h").await, Ok(None)));
+        let refused = script("echo session expired; exit 3", "h").await.unwrap_err();
+        assert!(refused.to_string().contains("session expired"), "{refused}");
+        assert!(matches!(script("echo hello", "h").await, Err(HelperError::Answer)));
+    }
+
+    #[tokio::test]
+    async fn names_stay_on_the_search_path() {
+        assert!(matches!(ask("../../tmp/x", "h").await, Err(HelperError::Name)));
+        assert!(matches!(ask("no-such-helper-here", "h").await, Err(HelperError::Io(_))));
+    }
+}

@@ -1,0 +1,288 @@
+//! A registry as named by people and the repository inside it, turned into URLs.
+//!
+//! `docker.io` is served by `registry-1.docker.io`. Loopback registries speak plain HTTP unless their port is absent or 443,
+//! as Docker and containerd have it; every other registry speaks TLS unless [`PlainHttp`] says otherwise.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use reqwest::Url;
+
+use crate::blob::BlobError;
+use crate::oci::{Digest, ReferenceSelector};
+
+/// Host and path together, as the distribution specification limits them.
+const MAX_NAME: usize = 255;
+
+/// Which registries are spoken to without TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum PlainHttp {
+    /// Loopback ones only.
+    #[default]
+    Loopback,
+    /// Loopback ones and these (`host` or `host:port`, as in references).
+    Hosts(BTreeSet<String>),
+    /// All.
+    Everywhere,
+    /// None, not even loopback ones.
+    Nowhere,
+}
+
+/// A registry: its name in references and credentials, and where its API is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    name: String,
+    base: Url,
+}
+
+impl Endpoint {
+    /// Resolves a registry host (`docker.io`, `quay.io`, `localhost:5000`, `[::1]:5000`).
+    pub fn new(registry: &str, plain: &PlainHttp) -> Result<Self, BlobError> {
+        let invalid = |reason: &str| BlobError::Invalid {
+            what: format!("registry host `{registry}`"),
+            reason: reason.to_owned(),
+        };
+        let name = match registry {
+            "index.docker.io" | "registry-1.docker.io" => "docker.io",
+            other => other,
+        };
+        let api = if name == "docker.io" {
+            "registry-1.docker.io"
+        } else {
+            name
+        };
+        let parsed = Url::parse(&format!("https://{api}/v2/")).map_err(|e| invalid(&e.to_string()))?;
+        let host = parsed.host_str().ok_or_else(|| invalid("no host"))?.to_owned();
+        if parsed.path() != "/v2/"
+            || parsed.query().is_some()
+            || parsed.fragment().is_some()
+            || api.contains(['@', '\\'])
+        {
+            return Err(invalid("want host or host:port"));
+        }
+        let loopback_plain = is_loopback(&host) && !matches!(parsed.port(), None | Some(443));
+        let is_plain = match plain {
+            PlainHttp::Loopback => loopback_plain,
+            PlainHttp::Hosts(hosts) => loopback_plain || hosts.contains(registry) || hosts.contains(name),
+            PlainHttp::Everywhere => true,
+            PlainHttp::Nowhere => false,
+        };
+        let base = match is_plain {
+            true => Url::parse(&format!("http://{api}/v2/")).map_err(|e| invalid(&e.to_string()))?,
+            false => parsed,
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            base,
+        })
+    }
+
+    /// The name in references and credential files.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it is spoken to without TLS.
+    pub fn is_plain(&self) -> bool {
+        self.base.scheme() == "http"
+    }
+
+    /// `/v2/`, the base of the API.
+    pub(super) fn base(&self) -> &Url {
+        &self.base
+    }
+}
+
+/// A repository of a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repository {
+    /// The registry.
+    pub endpoint: Endpoint,
+    /// The path within it, such as `library/alpine`.
+    pub name: String,
+}
+
+impl Repository {
+    /// Checks the name: path components of `[a-z0-9]`, joined inside by `.`, `_`, `__` or dashes.
+    pub fn new(endpoint: Endpoint, name: &str) -> Result<Self, BlobError> {
+        let invalid = |reason: &str| BlobError::Invalid {
+            what: format!("repository name `{}`", name.chars().take(MAX_NAME).collect::<String>()),
+            reason: reason.to_owned(),
+        };
+        if endpoint.name.len() + 1 + name.len() > MAX_NAME {
+            return Err(invalid("longer than 255 characters together with the registry"));
+        }
+        if !name.split('/').all(is_path_component) {
+            return Err(invalid(
+                "want lower-case letters, digits and single separators between slashes",
+            ));
+        }
+        Ok(Self {
+            endpoint,
+            name: name.to_owned(),
+        })
+    }
+
+    /// Where a document is.
+    pub(super) fn manifest_url(&self, selector: &ReferenceSelector) -> Result<Url, BlobError> {
+        let reference = match selector {
+            ReferenceSelector::Tag { tag, digest: None } => {
+                check_tag(tag)?;
+                tag.clone()
+            }
+            ReferenceSelector::Tag {
+                digest: Some(digest), ..
+            }
+            | ReferenceSelector::Digest(digest) => digest.to_string(),
+        };
+        Ok(self.url(&format!("manifests/{reference}")))
+    }
+
+    /// Where a blob is.
+    pub(super) fn blob_url(&self, digest: &Digest) -> Url {
+        self.url(&format!("blobs/{digest}"))
+    }
+
+    /// Where the first `count` tags are listed.
+    pub(super) fn tags_url(&self, count: usize) -> Url {
+        let mut url = self.url("tags/list");
+        url.set_query(Some(&format!("n={count}")));
+        url
+    }
+
+    fn url(&self, tail: &str) -> Url {
+        let mut url = self.endpoint.base.clone();
+        url.set_path(&format!("/v2/{}/{tail}", self.name));
+        url
+    }
+}
+
+impl std::fmt::Display for Repository {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.endpoint.name, self.name)
+    }
+}
+
+fn check_tag(tag: &str) -> Result<(), BlobError> {
+    let first = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let good = (1..=128).contains(&tag.len())
+        && first(tag.as_bytes()[0])
+        && tag.bytes().all(|b| first(b) || b == b'.' || b == b'-');
+    if good {
+        return Ok(());
+    }
+    Err(BlobError::Invalid {
+        what: format!("tag `{}`", tag.chars().take(128).collect::<String>()),
+        reason: "want up to 128 letters, digits, `_`, `.` and `-`, not beginning with `.` or `-`".to_owned(),
+    })
+}
+
+fn is_path_component(component: &str) -> bool {
+    let alphanumeric = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = component.as_bytes();
+    let ends = bytes.first().is_some_and(alphanumeric) && bytes.last().is_some_and(alphanumeric);
+    let separators_valid = component
+        .split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        .all(|s| matches!(s, "" | "." | "_" | "__") || s.bytes().all(|b| b == b'-'));
+    ends && separators_valid
+}
+
+/// Whether a URL's host names this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    if host == "localhost" || host.ends_with(".localhost") {
+        return true;
+    }
+    if let Ok(address) = host.parse::<Ipv4Addr>() {
+        return address.is_loopback();
+    }
+    let unbracketed = host.trim_start_matches('[').trim_end_matches(']');
+    unbracketed
+        .parse::<Ipv6Addr>()
+        .is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn base(registry: &str, plain: &PlainHttp) -> String {
+        Endpoint::new(registry, plain).unwrap().base().to_string()
+    }
+
+    #[test]
+    fn loopback_is_plain_and_the_rest_is_not() {
+        let auto = PlainHttp::Loopback;
+        for (registry, want) in [
+            ("docker.io", "https://registry-1.docker.io/v2/"),
+            ("index.docker.io", "https://registry-1.docker.io/v2/"),
+            ("quay.io", "https://quay.io/v2/"),
+            ("localhost:5000", "http://localhost:5000/v2/"),
+            ("127.1.2.3:5000", "http://127.1.2.3:5000/v2/"),
+            ("[::1]:5000", "http://[::1]:5000/v2/"),
+            ("localhost:80", "http://localhost/v2/"),
+            ("localhost:443", "https://localhost/v2/"),
+            ("localhost", "https://localhost/v2/"),
+            ("10.0.0.1:5000", "https://10.0.0.1:5000/v2/"),
+        ] {
+            assert_eq!(base(registry, &auto), want);
+        }
+        assert_eq!(
+            base("localhost:5000", &PlainHttp::Nowhere),
+            "https://localhost:5000/v2/"
+        );
+        assert_eq!(base("quay.io", &PlainHttp::Everywhere), "http://quay.io/v2/");
+        let some = PlainHttp::Hosts(BTreeSet::from(["r.lan:5000".to_owned()]));
+        assert_eq!(base("r.lan:5000", &some), "http://r.lan:5000/v2/");
+        assert_eq!(base("r.lan:5001", &some), "https://r.lan:5001/v2/");
+    }
+
+    #[test]
+    fn hosts_cannot_smuggle_other_parts_of_a_url() {
+        for registry in [
+            "",
+            "a/b",
+            "user@host",
+            "host?x",
+            "host#x",
+            "host:port",
+            "a b",
+            "host\\x",
+        ] {
+            assert!(Endpoint::new(registry, &PlainHttp::Loopback).is_err(), "{registry}");
+        }
+    }
+
+    #[test]
+    fn repository_names_follow_the_specification() {
+        let endpoint = Endpoint::new("quay.io", &PlainHttp::Loopback).unwrap();
+        let check = |name: &str| Repository::new(endpoint.clone(), name).is_ok();
+        for name in ["a", "library/alpine", "a__b/c--d.e/f_g", "a/b/c/d"] {
+            assert!(check(name), "{name}");
+        }
+        for name in [
+            "", "/a", "a/", "a//b", "A", "a..b", "a/../b", "a___b", "-a", "a?x", "a b", "é",
+        ] {
+            assert!(!check(name), "{name}");
+        }
+        assert!(!check(&"a".repeat(250)));
+    }
+
+    #[test]
+    fn tags_are_checked_and_digests_win() {
+        let endpoint = Endpoint::new("quay.io", &PlainHttp::Loopback).unwrap();
+        let repository = Repository::new(endpoint, "org/app").unwrap();
+        let url = |selector| repository.manifest_url(&selector).map(|u| u.to_string());
+        assert_eq!(
+            url(ReferenceSelector::tag("v1.0")).unwrap(),
+            "https://quay.io/v2/org/app/manifests/v1.0"
+        );
+        let digest = Digest::of(b"");
+        assert_eq!(
+            url(ReferenceSelector::tag_with_digest("v1", digest.clone())).unwrap(),
+            format!("https://quay.io/v2/org/app/manifests/{digest}")
+        );
+        for tag in ["", "../x", ".a", "-a", "a/b", "a?b"] {
+            assert!(url(ReferenceSelector::tag(tag)).is_err(), "{tag}");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! Turning transport failures and error answers into [`BlobError`]s.
+//!
+//! Error bodies may be the specification's JSON, HTML of a proxy or anything: they are read to a cap, reduced to one printable
+//! line, and never hold what we sent.
+
+use std::error::Error as StdError;
+use std::time::{Duration, SystemTime};
+
+use reqwest::StatusCode;
+use reqwest::header::{HeaderMap, RETRY_AFTER};
+
+use crate::blob::BlobError;
+
+/// Most that is read of an error body.
+pub(super) const MAX_ERROR_BODY: usize = 16 * 1024;
+/// Most of a server's message that is shown.
+const MAX_MESSAGE: usize = 300;
+/// Longest accepted `Retry-After`.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// A failure before or between the bytes of an answer.
+pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
+    let error = error.without_url();
+    let host = host.to_owned();
+    if let Some(tls) = find_tls(&error) {
+        let hint = match tls {
+            rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
+            _ => "",
+        };
+        return BlobError::Tls {
+            host,
+            reason: format!("{tls}{hint}"),
+        };
+    }
+    if error.is_builder() {
+        return BlobError::Protocol {
+            host,
+            what: "a request".to_owned(),
+            detail: innermost(&error),
+            transient: false,
+        };
+    }
+    let reason = match (error.is_connect(), error.is_timeout()) {
+        (true, true) => "no connection in time".to_owned(),
+        (true, false) => match innermost(&error) {
+            // What an HTTP server without TLS does if it does not answer in plain text.
+            reason if reason.contains("handshake eof") => format!("{reason} (does the registry speak plain HTTP?)"),
+            reason => reason,
+        },
+        (false, _) => format!("connection lost: {}", innermost(&error)),
+    };
+    BlobError::Unreachable { host, reason }
+}
+
+/// The TLS error in a chain; `std::io::Error` hides its content from `source()`.
+fn find_tls<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+            return Some(tls);
+        }
+        next = match error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+fn innermost(error: &(dyn StdError + 'static)) -> String {
+    let mut last = error;
+    while let Some(next) = last.source() {
+        last = next;
+    }
+    last.to_string()
+}
+
+/// Who was asked for what, for the error text.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) host: &'a str,
+    pub(super) what: &'a str,
+    /// Which credentials were used or looked for.
+    pub(super) tried: &'a str,
+}
+
+/// An answer that is not the one hoped for.
+pub(super) fn status(context: Context<'_>, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> BlobError {
+    let said = message(body);
+    let host = context.host.to_owned();
+    let what = context.what.to_owned();
+    let said_or = |fallback: &str| {
+        if said.is_empty() {
+            fallback.to_owned()
+        } else {
+            said.clone()
+        }
+    };
+    let with_tried = |text: String| match context.tried {
+        "" => text,
+        tried => format!("{text} ({tried})"),
+    };
+    match status {
+        StatusCode::UNAUTHORIZED => BlobError::Unauthorized {
+            host,
+            what,
+            tried: unauthorized_text(context.tried, &said),
+        },
+        StatusCode::FORBIDDEN => BlobError::Denied {
+            host,
+            what,
+            message: match context.tried {
+                "" => format!("{} (no login was used)", said_or("403 without a reason")),
+                _ => with_tried(said_or("403 without a reason")),
+            },
+        },
+        StatusCode::NOT_FOUND | StatusCode::GONE => BlobError::NotFound {
+            what: format!("{what} at {host}"),
+            hint: Some(said).filter(|said| !said.is_empty()),
+        },
+        StatusCode::TOO_MANY_REQUESTS => BlobError::RateLimited {
+            host,
+            after: retry_after(headers, SystemTime::now()),
+        },
+        other => BlobError::Protocol {
+            host,
+            what,
+            detail: match said.as_str() {
+                "" => other.to_string(),
+                said => format!("{other}: {said}"),
+            },
+            transient: other.is_server_error() || other == StatusCode::REQUEST_TIMEOUT,
+        },
+    }
+}
+
+/// The text of an [`BlobError::Unauthorized`]: where was looked, what came back.
+pub(super) fn unauthorized_text(tried: &str, said: &str) -> String {
+    let tried = if tried.is_empty() {
+        "no credentials were tried"
+    } else {
+        tried
+    };
+    match said {
+        "" => tried.to_owned(),
+        said => format!("{tried}; the server said: {said}"),
+    }
+}
+
+/// One printable line of an error body: code and message of the specification's JSON, else its text without markup.
+pub fn message(body: &[u8]) -> String {
+    let body = &body[..body.len().min(MAX_ERROR_BODY)];
+    let text = match serde_json::from_slice::<serde_json::Value>(body) {
+        Ok(json) => json_message(&json).unwrap_or_default(),
+        Err(_) => strip_markup(&String::from_utf8_lossy(body)),
+    };
+    let mut line = String::new();
+    for word in text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .filter(|word| !word.is_empty())
+    {
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+        if line.len() > MAX_MESSAGE {
+            return line.chars().take(MAX_MESSAGE).chain(['…']).collect();
+        }
+    }
+    line
+}
+
+fn json_message(json: &serde_json::Value) -> Option<String> {
+    let text = |value: &serde_json::Value, key: &str| value.get(key)?.as_str().map(str::to_owned);
+    let error = match json.get("errors") {
+        Some(serde_json::Value::Array(errors)) => errors.first()?,
+        _ => json,
+    };
+    let code = text(error, "code").or_else(|| text(error, "error"));
+    let message = ["message", "error_description", "details", "detail"]
+        .iter()
+        .find_map(|key| text(error, key));
+    match (code, message) {
+        (Some(code), Some(message)) if !message.is_empty() => Some(format!("{code}: {message}")),
+        (code, message) => code.or(message),
+    }
+}
+
+fn strip_markup(text: &str) -> String {
+    let mut plain = String::new();
+    let mut in_tag = false;
+    for c in text.chars() {
+        match c {
+            '<' => in_tag = true,
+            '>' if in_tag => {
+                in_tag = false;
+                plain.push(' ');
+            }
+            _ if !in_tag => plain.push(c),
+            _ => {}
+        }
+    }
+    plain
+}
+
+/// `Retry-After` in seconds or as a date (RFC 9110 §10.2.3).
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let after = match text.parse::<u64>() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(text)
+            .ok()?
+            .duration_since(now)
+            .unwrap_or_default(),
+    };
+    Some(after.min(MAX_RETRY_AFTER))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn messages_of_registries_token_servers_and_proxies() {
+        for (body, want) in [
+            (
+                r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown","detail":{"Tag":"x"}}]}"#,
+                "MANIFEST_UNKNOWN: manifest unknown",
+            ),
+            (r#"{"errors":[{"code":"DENIED"}]}"#, "DENIED"),
+            (r#"{"errors":[]}"#, ""),
+            (
+                r#"{"details":"incorrect username or password"}"#,
+                "incorrect username or password",
+            ),
+            (
+                r#"{"error":"invalid_grant","error_description":"expired"}"#,
+                "invalid_grant: expired",
+            ),
+            (
+                "<html><head><title>502</title></head>\n<body>Bad\x07  Gateway</body></html>",
+                "502 Bad Gateway",
+            ),
+            ("404 page not found\n", "404 page not found"),
+            ("", ""),
+        ] {
+            assert_eq!(message(body.as_bytes()), want);
+        }
+        assert!(message("word ".repeat(1 << 20).as_bytes()).len() < 2 * MAX_MESSAGE);
+    }
+
+    #[test]
+    fn retry_after_in_both_forms() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let parse = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RETRY_AFTER, text.parse().unwrap());
+            retry_after(&headers, now)
+        };
+        assert_eq!(parse("120"), Some(Duration::from_secs(120)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:49:47 GMT"), Some(Duration::from_secs(10)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:00:00 GMT"), Some(Duration::ZERO));
+        assert_eq!(parse("99999999999"), Some(MAX_RETRY_AFTER));
+        assert_eq!(parse("soon"), None);
+        assert_eq!(parse("-5"), None);
+    }
+
+    #[test]
+    fn statuses_become_kinds() {
+        let context = Context {
+            host: "h",
+            what: "blob x",
+            tried: "/c has no entry for h",
+        };
+        let kind = |code: u16| status(context, StatusCode::from_u16(code).unwrap(), &HeaderMap::new(), b"why");
+        assert!(
+            kind(401)
+                .to_string()
+                .contains("/c has no entry for h; the server said: why")
+        );
+        assert!(kind(403).to_string().contains("why (/c has no entry for h)"));
+        assert!(matches!(kind(404), BlobError::NotFound { .. }));
+        for code in [408, 429, 500, 502, 503, 504] {
+            assert!(kind(code).is_transient(), "{code}");
+        }
+        for code in [400, 401, 403, 404, 405, 410, 418, 451] {
+            assert!(!kind(code).is_transient(), "{code}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn messages_are_one_short_printable_line(body in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let line = message(&body);
+            prop_assert!(!line.contains(|c: char| c.is_control()));
+            prop_assert!(line.chars().count() <= MAX_MESSAGE + 1);
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! For programs that embed a puller: five operations over repositories of one registry, typed by `oci_spec`.
+//!
+//! ```
+//! # // A registry with one image, so that the example runs.
+//! # use std::io::{BufRead, BufReader, Write};
+//! # fn serve() -> std::io::Result<String> {
+//! #     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+//! #     let host = listener.local_addr()?.to_string();
+//! #     let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
+//! #     let digest = ocifs::oci::Digest::of(config.as_bytes());
+//! #     let manifest = format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":{}}},"layers":[]}}"#, config.len());
+//! #     std::thread::spawn(move || -> std::io::Result<()> {
+//! #         for stream in listener.incoming() {
+//! #             let mut reader = BufReader::new(stream?);
+//! #             let mut target = String::new();
+//! #             reader.read_line(&mut target)?;
+//! #             let mut line = String::new();
+//! #             while reader.read_line(&mut line)? > 2 { line.clear(); }
+//! #             let body = if target.contains("/manifests/") { manifest.as_str() } else { config };
+//! #             write!(reader.get_mut(), "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+//! #         }
+//! #         Ok(())
+//! #     });
+//! #     Ok(host)
+//! # }
+//! use futures::TryStreamExt as _;
+//! use ocifs::oci::ReferenceSelector;
+//! use ocifs::registry::{Puller, RegistryClient, RegistryConfig};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let host = serve()?;
+//! let client = RegistryClient::new(RegistryConfig::default())?;
+//! let puller = Puller::new(client, &host);
+//! let manifest = puller.fetch_manifest("org/app", ReferenceSelector::tag("latest")).await?;
+//! let config: ocifs::oci::Digest = manifest.config().digest().to_string().parse()?;
+//! let stream = puller.fetch_image_blob("org/app", &config, 1..15).await?;
+//! let bytes = stream.try_collect::<Vec<_>>().await?.concat();
+//! assert_eq!(bytes, br#""architecture""#);
+//! # Ok(())
+//! # }
+//! ```
+
+mod layout;
+
+use std::ops::{Bound, RangeBounds};
+use std::path::Path;
+use std::sync::Arc;
+
+use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
+
+use super::blob::RegistryBlob;
+use super::client::RegistryClient;
+use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
+use crate::oci::{
+    Digest, DocumentError, DocumentKind, ImageIndex as OwnIndex, Manifest as OwnManifest, Platform, ReferenceSelector,
+    classify, platform,
+};
+
+/// Media type of a manifest that does not state one: only OCI's may be silent.
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// Deepest nesting of image indexes followed; tools write one level, two when an index is copied into another.
+const MAX_INDEX_DEPTH: usize = 4;
+
+/// Pulls from one registry.
+#[derive(Debug, Clone)]
+pub struct Puller {
+    client: RegistryClient,
+    registry: String,
+    platform: Platform,
+}
+
+/// A pulled image: its verified documents; its blobs lie in the directory it was pulled into.
+#[derive(Debug, Clone)]
+pub struct PulledImage {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// The manifest as received.
+    pub manifest_bytes: bytes::Bytes,
+    /// The manifest.
+    pub manifest: ImageManifest,
+    /// The config.
+    pub config: ImageConfiguration,
+}
+
+impl Puller {
+    /// A puller for images of this machine's platform. `registry` is a host as in references.
+    pub fn new(client: RegistryClient, registry: &str) -> Self {
+        Self {
+            client,
+            registry: registry.to_owned(),
+            platform: Platform::host(),
+        }
+    }
+
+    /// Picks another platform from image indexes.
+    pub fn with_platform(mut self, platform: Platform) -> Self {
+        self.platform = platform;
+        self
+    }
+
+    /// The image index of a reference; a single manifest is given as an index of one entry.
+    pub async fn fetch_index(
+        &self,
+        repository: &str,
+        selector: impl Into<ReferenceSelector>,
+    ) -> Result<ImageIndex, BlobError> {
+        let document = self.root(repository, selector.into()).await?;
+        if kind(&document)? == DocumentKind::ImageIndex {
+            return parse(&document, "image index");
+        }
+        let index = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [{"mediaType": manifest_type(&known(&document)?), "digest": document.digest, "size": document.bytes.len()}],
+        });
+        serde_json::from_value(index).map_err(|error| invalid("image index", &error))
+    }
+
+    /// The manifest of a reference; from an image index, the one for the platform.
+    pub async fn fetch_manifest(
+        &self,
+        repository: &str,
+        selector: impl Into<ReferenceSelector>,
+    ) -> Result<ImageManifest, BlobError> {
+        parse(&self.manifest(repository, selector.into()).await?, "manifest")
+    }
+
+    /// The config of an image: by tag, the one of the tagged image; by digest, the config blob of that digest.
+    pub async fn fetch_config(
+        &self,
+        repository: &str,
+        selector: impl Into<ReferenceSelector>,
+    ) -> Result<ImageConfiguration, BlobError> {
+        let selector = selector.into();
+        let target = self.client.repository(&self.registry, repository)?;
+        let digest = match selector {
+            ReferenceSelector::Digest(digest) => digest,
+            tagged => known(&self.manifest(repository, tagged).await?)?.config.digest,
+        };
+        parse(&self.client.small_blob(&target, &digest).await?, "config")
+    }
+
+    /// Bytes of a blob. The range may be open; an end past the blob's is the blob's, an empty range an empty stream.
+    ///
+    /// The digest alone does not tell the size, so this costs one request of one byte more than a
+    /// [`RegistryBlob`](super::RegistryBlob) made from a descriptor.
+    pub async fn fetch_image_blob(
+        &self,
+        repository: &str,
+        digest: &Digest,
+        range: impl RangeBounds<u64> + Send,
+    ) -> Result<ByteStream, BlobError> {
+        let bounds = (range.start_bound().cloned(), range.end_bound().cloned());
+        let target = Arc::new(self.client.repository(&self.registry, repository)?);
+        let size = RegistryBlob::find_size(&self.client, &target, digest).await?;
+        let range = normalise(bounds, size);
+        RegistryBlob::new(self.client.clone(), target, digest.clone(), size, None)
+            .read(range)
+            .await
+    }
+
+    /// Pulls an image into `directory`, an OCI image layout afterwards.
+    ///
+    /// Every blob is verified against its digest before it gets its name there, so that what has a name is whole; blobs already
+    /// there are not fetched again. `index.json` is replaced: it names this image.
+    pub async fn pull_image(
+        &self,
+        repository: &str,
+        selector: impl Into<ReferenceSelector>,
+        directory: &Path,
+    ) -> Result<PulledImage, BlobError> {
+        let document = self.manifest(repository, selector.into()).await?;
+        let known = known(&document)?;
+        let digest = ReferenceSelector::Digest(document.digest.clone());
+        let source = self.client.source(&self.registry, repository, digest)?;
+        let config = source.config(&known.config).await?;
+        let image = PulledImage {
+            digest: document.digest.clone(),
+            manifest_bytes: document.bytes.clone(),
+            manifest: parse(&document, "manifest")?,
+            config: parse(&config, "config")?,
+        };
+        layout::write(&source, &document, &known, &config, directory).await?;
+        Ok(image)
+    }
+
+    fn source(&self, repository: &str, selector: ReferenceSelector) -> Result<super::RegistrySource, BlobError> {
+        self.client.source(&self.registry, repository, selector)
+    }
+
+    async fn root(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {
+        self.source(repository, selector)?.root().await
+    }
+
+    /// The manifest document, through image indexes if there are any.
+    async fn manifest(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {
+        let source = self.source(repository, selector)?;
+        let mut document = source.root().await?;
+        for _ in 0..MAX_INDEX_DEPTH {
+            if kind(&document)? == DocumentKind::Manifest {
+                return Ok(document);
+            }
+            let index = OwnIndex::parse(&document.bytes).map_err(|error| unusable(&document, error))?;
+            let entry = platform::choose(&index.manifests, &self.platform).map_err(|error| BlobError::NotFound {
+                what: source.describe(),
+                hint: Some(error.to_string()),
+            })?;
+            document = source.manifest(entry).await?;
+        }
+        Err(BlobError::Invalid {
+            what: source.describe(),
+            reason: format!("more than {MAX_INDEX_DEPTH} image indexes inside each other"),
+        })
+    }
+}
+
+fn kind(document: &Document) -> Result<DocumentKind, BlobError> {
+    classify(&document.media_type, &document.bytes).map_err(|error| unusable(document, error))
+}
+
+/// The manifest in this crate's own terms, for its descriptors.
+fn known(document: &Document) -> Result<OwnManifest, BlobError> {
+    OwnManifest::parse(&document.bytes).map_err(|error| unusable(document, error))
+}
+
+/// The media type to list a manifest under.
+fn manifest_type(manifest: &OwnManifest) -> &str {
+    match manifest.media_type.as_str() {
+        "" => OCI_MANIFEST,
+        stated => stated,
+    }
+}
+
+fn unusable(document: &Document, error: DocumentError) -> BlobError {
+    let what = format!("document {}", document.digest);
+    match error {
+        DocumentError::Refused(refusal) => BlobError::Unsupported {
+            what,
+            reason: refusal.to_string(),
+        },
+        other => BlobError::Invalid {
+            what,
+            reason: other.to_string(),
+        },
+    }
+}
+
+/// Range bounds as a half-open range within a blob of `size` bytes.
+fn normalise((start, end): (Bound<u64>, Bound<u64>), size: u64) -> std::ops::Range<u64> {
+    let start = match start {
+        Bound::Included(start) => start,
+        Bound::Excluded(before) => before.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match end {
+        Bound::Included(last) => last.saturating_add(1),
+        Bound::Excluded(end) => end,
+        Bound::Unbounded => size,
+    };
+    let end = end.min(size);
+    start.min(end)..end
+}
+
+fn parse<T: serde::de::DeserializeOwned>(document: &Document, kind: &str) -> Result<T, BlobError> {
+    serde_json::from_slice(&document.bytes).map_err(|error| invalid(&format!("{kind} {}", document.digest), &error))
+}
+
+fn invalid(what: &str, error: &serde_json::Error) -> BlobError {
+    BlobError::Invalid {
+        what: what.to_owned(),
+        reason: error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn bounds_of_every_kind() {
+        let of = |range: (Bound<u64>, Bound<u64>)| normalise(range, 10);
+        assert_eq!(of((Bound::Unbounded, Bound::Unbounded)), 0..10);
+        assert_eq!(of((Bound::Included(3), Bound::Excluded(3))), 3..3);
+        assert_eq!(of((Bound::Included(3), Bound::Included(u64::MAX))), 3..10);
+        assert_eq!(of((Bound::Unbounded, Bound::Excluded(0))), 0..0);
+        assert_eq!(of((Bound::Included(11), Bound::Unbounded)), 10..10);
+        assert_eq!(of((Bound::Excluded(u64::MAX), Bound::Unbounded)), 10..10);
+    }
+
+    proptest! {
+        #[test]
+        fn normalised_ranges_lie_in_the_blob(start: u64, end: u64, size: u64) {
+            let range = normalise((Bound::Included(start), Bound::Excluded(end)), size);
+            prop_assert!(range.start <= range.end && range.end <= size);
+        }
+    }
+}

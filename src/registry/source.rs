@@ -1,0 +1,143 @@
+//! One image reference in a registry, as an [`ImageSource`].
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use bytes::Bytes;
+
+use super::blob::RegistryBlob;
+use super::client::{MAX_CONFIG, RegistryClient};
+use super::endpoint::Repository;
+use crate::blob::{BlobError, BlobSource, Document, ImageSource};
+use crate::oci::{Descriptor, ReferenceSelector};
+
+/// An image in a registry. Cheap to clone; all sources of a client share its connections and tokens.
+#[derive(Debug, Clone)]
+pub struct RegistrySource {
+    client: RegistryClient,
+    repository: Arc<Repository>,
+    selector: ReferenceSelector,
+}
+
+impl RegistrySource {
+    pub(super) fn new(
+        client: RegistryClient,
+        repository: Repository,
+        selector: ReferenceSelector,
+    ) -> Result<Self, BlobError> {
+        // A malformed tag is reported here, before anything is contacted.
+        repository.manifest_url(&selector)?;
+        Ok(Self {
+            client,
+            repository: Arc::new(repository),
+            selector,
+        })
+    }
+
+    /// The repository.
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// What is selected of it.
+    pub fn selector(&self) -> &ReferenceSelector {
+        &self.selector
+    }
+
+    /// A blob with its registry-specific side: counters besides [`BlobSource`].
+    pub fn registry_blob(&self, descriptor: &Descriptor) -> Result<RegistryBlob, BlobError> {
+        let size = u64::try_from(descriptor.size).map_err(|_| BlobError::Invalid {
+            what: format!("the descriptor of {} in {}", descriptor.digest, self.describe()),
+            reason: format!("its size is {}", descriptor.size),
+        })?;
+        Ok(RegistryBlob::new(
+            self.client.clone(),
+            Arc::clone(&self.repository),
+            descriptor.digest.clone(),
+            size,
+            inline(descriptor),
+        ))
+    }
+}
+
+#[async_trait]
+impl ImageSource for RegistrySource {
+    async fn root(&self) -> Result<Document, BlobError> {
+        self.client.manifest(&self.repository, &self.selector).await
+    }
+
+    async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
+        if let Some(document) = inline_document(descriptor) {
+            return Ok(document);
+        }
+        let selector = ReferenceSelector::Digest(descriptor.digest.clone());
+        self.client.manifest(&self.repository, &selector).await
+    }
+
+    async fn config(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
+        if let Some(document) = inline_document(descriptor) {
+            return Ok(document);
+        }
+        if descriptor.size > MAX_CONFIG as i64 {
+            return Err(BlobError::Unsupported {
+                what: format!("the config of {}", self.describe()),
+                reason: format!("its {} bytes are more than the {MAX_CONFIG} allowed", descriptor.size),
+            });
+        }
+        self.client.small_blob(&self.repository, &descriptor.digest).await
+    }
+
+    async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
+        Ok(Arc::new(self.registry_blob(descriptor)?))
+    }
+
+    fn describe(&self) -> String {
+        format!("{}{}", self.repository, self.selector)
+    }
+}
+
+/// The content embedded in a descriptor, if it is there and true to size and digest; else it is fetched as if absent.
+fn inline(descriptor: &Descriptor) -> Option<Bytes> {
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(descriptor.data.as_ref()?)
+        .ok()?;
+    let fits = i64::try_from(bytes.len()).is_ok_and(|size| size == descriptor.size);
+    (fits && descriptor.digest.matches(&bytes)).then(|| bytes.into())
+}
+
+fn inline_document(descriptor: &Descriptor) -> Option<Document> {
+    Some(Document {
+        media_type: descriptor.media_type.clone(),
+        digest: descriptor.digest.clone(),
+        bytes: inline(descriptor)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Digest;
+
+    #[test]
+    fn embedded_content_counts_only_when_true() {
+        let mut descriptor = Descriptor {
+            media_type: "application/vnd.oci.image.config.v1+json".into(),
+            digest: Digest::of(b"{}"),
+            size: 2,
+            urls: Vec::new(),
+            annotations: Default::default(),
+            data: Some("e30=".into()),
+            artifact_type: None,
+            platform: None,
+        };
+        assert_eq!(inline(&descriptor).unwrap().as_ref(), b"{}");
+        descriptor.size = 3;
+        assert!(inline(&descriptor).is_none());
+        descriptor.size = 2;
+        descriptor.data = Some("e31=".into());
+        assert!(inline(&descriptor).is_none());
+        descriptor.data = Some("%".into());
+        assert!(inline(&descriptor).is_none());
+    }
+}

@@ -1,0 +1,292 @@
+//! One HTTP exchange: connection pools, TLS, redirects followed by hand, deadlines, measurements.
+//!
+//! Redirects are not left to the HTTP library because three things depend on each hop: `Authorization` must go when scheme,
+//! host or port change (presigned URLs fail with it, and it would leak), `Range` must stay, and the final URL is worth keeping.
+
+mod pools;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{StatusCode, Url};
+
+use self::pools::Pools;
+use super::config::RegistryConfig;
+use super::failure;
+use super::secret::Secret;
+use super::stats::{HostMeter, HostStats};
+use crate::blob::BlobError;
+
+/// Redirects followed for one request. Real chains have one or two.
+const MAX_HOPS: usize = 10;
+
+/// Connection pools and what is known about hosts.
+#[derive(Debug)]
+pub(super) struct Transport {
+    config: RegistryConfig,
+    pools: Pools,
+    hosts: Mutex<HashMap<String, Arc<HostMeter>>>,
+}
+
+/// Fields of a form; their values may be secrets.
+pub(super) type Form = Vec<(&'static str, Secret)>;
+
+/// One request; always a GET unless it has a form.
+#[derive(Debug, Clone)]
+pub(super) struct Ask {
+    pub(super) url: Url,
+    pub(super) headers: HeaderMap,
+    /// Sent to the first origin only.
+    pub(super) authorization: Option<HeaderValue>,
+    /// Posted as a form.
+    pub(super) form: Option<Form>,
+}
+
+impl Ask {
+    pub(super) fn get(url: Url) -> Self {
+        Self {
+            url,
+            headers: HeaderMap::new(),
+            authorization: None,
+            form: None,
+        }
+    }
+}
+
+/// An answer whose head has arrived.
+#[derive(Debug)]
+pub(super) struct Reply {
+    response: reqwest::Response,
+    /// Where it came from after redirects.
+    pub(super) url: Url,
+    /// Whether a redirect led to another origin.
+    pub(super) crossed: bool,
+    /// Requests sent, redirects included.
+    pub(super) hops: u64,
+    stall: Duration,
+    /// Whether this stream is counted as open in `meter`.
+    open: OpenStream,
+}
+
+#[derive(Debug)]
+struct OpenStream(Arc<HostMeter>);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.stream_closed();
+    }
+}
+
+impl Transport {
+    pub(super) fn new(config: RegistryConfig) -> Result<Self, BlobError> {
+        Ok(Self {
+            pools: Pools::new(&config)?,
+            config,
+            hosts: Mutex::default(),
+        })
+    }
+
+    pub(super) fn config(&self) -> &RegistryConfig {
+        &self.config
+    }
+
+    /// What is known about every host spoken to.
+    pub(super) fn stats(&self) -> Vec<HostStats> {
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stats: Vec<HostStats> = hosts.values().map(|meter| meter.snapshot()).collect();
+        stats.sort_by(|a, b| a.host.cmp(&b.host));
+        stats
+    }
+
+    /// The measurements of a URL's host.
+    pub(super) fn meter(&self, url: &Url) -> Arc<HostMeter> {
+        let host = authority(url);
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let make = || Arc::new(HostMeter::new(host.clone()));
+        Arc::clone(hosts.entry(host.clone()).or_insert_with(make))
+    }
+
+    /// Sends a request, follows redirects, and waits at most `wait` for the head of the answer.
+    ///
+    /// Cancel safe: nothing is kept but measurements.
+    pub(super) async fn send(&self, ask: &Ask, wait: Duration) -> Result<Reply, BlobError> {
+        match tokio::time::timeout(wait, self.follow(ask)).await {
+            Ok(reply) => reply,
+            Err(_) => Err(BlobError::Timeout {
+                what: authority(&ask.url),
+                seconds: wait.as_secs().max(1),
+            }),
+        }
+    }
+
+    async fn follow(&self, ask: &Ask) -> Result<Reply, BlobError> {
+        let mut url = ask.url.clone();
+        let mut crossed = false;
+        for hop in 0..=MAX_HOPS {
+            let authorization = ask.authorization.as_ref().filter(|_| !crossed);
+            // A form holds credentials and is posted once, to the place it was made for.
+            let form = ask.form.as_ref().filter(|_| hop == 0);
+            let (response, meter) = self.exchange(&url, &ask.headers, authorization, form).await?;
+            let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
+            let Some(next) = next else {
+                meter.stream_opened();
+                return Ok(Reply {
+                    response,
+                    url,
+                    crossed,
+                    hops: hop as u64 + 1,
+                    open: OpenStream(meter),
+                    // An operation with a short deadline resumes within it.
+                    stall: self.config.stall_timeout.min(self.config.timeout / 2),
+                });
+            };
+            crossed |= next.origin() != url.origin();
+            url = next;
+        }
+        Err(BlobError::Protocol {
+            host: authority(&ask.url),
+            what: "a request".to_owned(),
+            detail: format!("more than {MAX_HOPS} redirects"),
+            transient: false,
+        })
+    }
+
+    async fn exchange(
+        &self,
+        url: &Url,
+        headers: &HeaderMap,
+        authorization: Option<&HeaderValue>,
+        form: Option<&Form>,
+    ) -> Result<(reqwest::Response, Arc<HostMeter>), BlobError> {
+        let meter = self.meter(url);
+        let pool = self.pools.get(url)?;
+        let mut request = match form {
+            Some(form) => {
+                let fields: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.expose())).collect();
+                pool.post(url.clone()).form(&fields)
+            }
+            None => pool.get(url.clone()),
+        };
+        request = request.headers(headers.clone()).header(ACCEPT_ENCODING, "identity");
+        if let Some(authorization) = authorization {
+            request = request.header(AUTHORIZATION, authorization);
+        }
+        meter.request();
+        let sent = Instant::now();
+        let response = request
+            .send()
+            .await
+            .map_err(|e| failure::transport(&authority(url), e))?;
+        meter.answer(sent.elapsed());
+        Ok((response, meter))
+    }
+}
+
+impl Reply {
+    pub(super) fn status(&self) -> StatusCode {
+        self.response.status()
+    }
+
+    pub(super) fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// A header as text, if it is there once at least and readable.
+    pub(super) fn header(&self, name: reqwest::header::HeaderName) -> Option<&str> {
+        self.headers().get(name)?.to_str().ok()
+    }
+
+    /// `Content-Length`, if stated.
+    pub(super) fn length(&self) -> Option<u64> {
+        self.header(CONTENT_LENGTH)?.trim().parse().ok()
+    }
+
+    /// Host and port it came from.
+    pub(super) fn host(&self) -> String {
+        authority(&self.url)
+    }
+
+    /// The next piece of the body; `None` at its end.
+    pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
+        let host = || authority(&self.url);
+        let chunk = match tokio::time::timeout(self.stall, self.response.chunk()).await {
+            Ok(chunk) => chunk.map_err(|error| failure::transport(&host(), error))?,
+            Err(_) => {
+                return Err(BlobError::Timeout {
+                    what: format!("{} (in the middle of an answer)", host()),
+                    seconds: self.stall.as_secs().max(1),
+                });
+            }
+        };
+        if let Some(bytes) = &chunk {
+            self.open.0.bytes(bytes.len() as u64);
+        }
+        Ok(chunk)
+    }
+
+    /// The body whole, or `None` if it is longer than `cap`.
+    pub(super) async fn whole(&mut self, cap: usize) -> Result<Option<Bytes>, BlobError> {
+        if self.length().is_some_and(|length| length > cap as u64) {
+            return Ok(None);
+        }
+        let mut body = Vec::new();
+        while let Some(chunk) = self.chunk().await? {
+            if body.len() + chunk.len() > cap {
+                return Ok(None);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Some(body.into()))
+    }
+
+    /// The start of an error body; what cannot be read is left out.
+    pub(super) async fn error_body(&mut self) -> Vec<u8> {
+        let mut body = Vec::new();
+        while body.len() < failure::MAX_ERROR_BODY {
+            match self.chunk().await {
+                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        body
+    }
+}
+
+/// `host` or `host:port` of a URL.
+pub(super) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+fn redirect_target(response: &reqwest::Response, url: &Url) -> Result<Option<Url>, BlobError> {
+    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+        return Ok(None);
+    }
+    let broken = |detail: &str| BlobError::Protocol {
+        host: authority(url),
+        what: "a request".to_owned(),
+        detail: format!("a redirect {detail}"),
+        transient: false,
+    };
+    let location = response
+        .headers()
+        .get(LOCATION)
+        .ok_or_else(|| broken("without a location"))?;
+    let location = std::str::from_utf8(location.as_bytes()).map_err(|_| broken("to no URL"))?;
+    let mut target = url.join(location).map_err(|_| broken("to no URL"))?;
+    if !matches!(target.scheme(), "http" | "https") || target.host_str().is_none() {
+        return Err(broken("to something that is not HTTP"));
+    }
+    // Credentials in a URL would be sent as Basic and shown in errors.
+    if target.set_username("").is_err() || target.set_password(None).is_err() {
+        return Err(broken("to no URL"));
+    }
+    target.set_fragment(None);
+    Ok(Some(target))
+}

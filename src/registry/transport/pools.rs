@@ -1,0 +1,143 @@
+//! Connection pools and TLS.
+//!
+//! TLS uses the ring provider, given explicitly to each configuration; no process-wide provider is installed. Pools are made
+//! when first needed: a plain-HTTP mount never reads the system's certificates. Loopback hosts are never asked through a proxy.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use reqwest::{Client, Url};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use crate::blob::BlobError;
+use crate::registry::config::RegistryConfig;
+use crate::registry::endpoint::is_loopback;
+use crate::registry::failure;
+
+/// Idle connections are kept this long: the planner pauses between bursts, and load balancers close after 60 s or more.
+const POOL_IDLE: Duration = Duration::from_secs(55);
+/// Flow control of HTTP/2: a stream can fill 200 Mbit/s at 160 ms, and a connection several of them.
+const H2_STREAM_WINDOW: u32 = 4 << 20;
+const H2_CONNECTION_WINDOW: u32 = 16 << 20;
+
+/// Pools by kind of host: loopback or not, with TLS or without.
+#[derive(Debug)]
+pub(super) struct Pools {
+    settings: Settings,
+    authorities: Vec<CertificateDer<'static>>,
+    lanes: [OnceLock<Result<Client, BlobError>>; 4],
+}
+
+/// What pools take from the client's configuration.
+#[derive(Debug)]
+struct Settings {
+    user_agent: String,
+    connect_timeout: Duration,
+    stall_timeout: Duration,
+}
+
+impl Pools {
+    /// Reads the certificate files, so that a wrong one is reported early.
+    pub(super) fn new(config: &RegistryConfig) -> Result<Self, BlobError> {
+        let mut authorities = Vec::new();
+        for path in &config.ca_files {
+            authorities.extend(read_authorities(path)?);
+        }
+        Ok(Self {
+            settings: Settings {
+                user_agent: config.user_agent.clone(),
+                connect_timeout: config.connect_timeout,
+                stall_timeout: config.stall_timeout,
+            },
+            authorities,
+            lanes: [const { OnceLock::new() }; 4],
+        })
+    }
+
+    /// The pool for a URL.
+    pub(super) fn get(&self, url: &Url) -> Result<&Client, BlobError> {
+        let loopback = url.host_str().is_some_and(is_loopback);
+        let tls = url.scheme() == "https";
+        let slot = &self.lanes[usize::from(loopback) * 2 + usize::from(tls)];
+        let pool = slot.get_or_init(|| self.make(loopback, tls));
+        pool.as_ref().map_err(BlobError::clone)
+    }
+
+    fn make(&self, loopback: bool, tls: bool) -> Result<Client, BlobError> {
+        let settings = &self.settings;
+        // An endless stall timeout still wants dead connections noticed.
+        let alive = settings.stall_timeout.min(Duration::from_secs(60));
+        let mut builder = Client::builder()
+            .tls_backend_preconfigured(self.tls_config(tls)?)
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .user_agent(&settings.user_agent)
+            .connect_timeout(settings.connect_timeout)
+            .pool_idle_timeout(POOL_IDLE)
+            .tcp_nodelay(true)
+            .tcp_keepalive(Duration::from_secs(15))
+            .http2_initial_stream_window_size(H2_STREAM_WINDOW)
+            .http2_initial_connection_window_size(H2_CONNECTION_WINDOW)
+            .http2_keep_alive_interval(alive)
+            .http2_keep_alive_timeout(alive);
+        #[cfg(target_os = "linux")]
+        {
+            builder = builder.tcp_user_timeout(alive);
+        }
+        if loopback {
+            builder = builder.no_proxy();
+        }
+        builder
+            .build()
+            .map_err(|error| failure::transport("the HTTP client", error))
+    }
+
+    /// The system's authorities and the configured ones. Without TLS an empty set does: it is never used.
+    fn tls_config(&self, tls: bool) -> Result<rustls::ClientConfig, BlobError> {
+        let mut roots = rustls::RootCertStore::empty();
+        if tls {
+            // A system without certificates is no error by itself: the configured authorities may suffice, and if not, the
+            // handshake says that the issuer is unknown.
+            let native = rustls_native_certs::load_native_certs();
+            for error in &native.errors {
+                tracing::debug!(%error, "a system certificate could not be read");
+            }
+            roots.add_parsable_certificates(native.certs);
+            roots.add_parsable_certificates(self.authorities.iter().cloned());
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let versions = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let mut config = versions
+            .map_err(|error| BlobError::Tls {
+                host: "this machine".to_owned(),
+                reason: error.to_string(),
+            })?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Ok(config)
+    }
+}
+
+fn read_authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, BlobError> {
+    let invalid = |reason: String| BlobError::Invalid {
+        what: path.display().to_string(),
+        reason,
+    };
+    let pem = std::fs::read(path).map_err(|error| BlobError::io(path, error))?;
+    let parsed: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let authorities = parsed.map_err(|error| invalid(error.to_string()))?;
+    if authorities.is_empty() {
+        return Err(invalid("no PEM certificate in it".to_owned()));
+    }
+    let mut probe = rustls::RootCertStore::empty();
+    for authority in &authorities {
+        probe
+            .add(authority.clone())
+            .map_err(|error| invalid(error.to_string()))?;
+    }
+    Ok(authorities)
+}
