@@ -42,6 +42,7 @@
 pub mod blob;
 pub mod erofs;
 pub mod index;
+pub mod layout;
 pub mod oci;
 pub mod registry;
 pub mod store;
