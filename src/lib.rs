@@ -39,6 +39,7 @@
 //! | 7 | [`mount`] |
 //! | 8 | [`cli`] |
 
+pub mod archive;
 pub mod blob;
 pub mod erofs;
 pub mod index;

@@ -1,0 +1,237 @@
+//! The archive's file: opened, unpacked if it is compressed as a whole, its members found.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::members::{FindError, Member, Members};
+use crate::blob::BlobError;
+use crate::blob::file::{open_regular, read_piece};
+
+/// Bytes read at once when unpacking and hashing.
+const BUFFER: usize = 256 << 10;
+/// Largest window a zstd archive may ask for, as log2: `zstd --ultra --long=31`, the format's practical limit.
+const MAX_WINDOW_LOG: u32 = 31;
+
+/// Bytes that tell a compression: the longest magic looked for.
+const SNIFFED: usize = 10;
+
+/// How bytes are compressed, by their first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Compression {
+    None,
+    Gzip,
+    Zstd,
+    Xz,
+    Bzip2,
+}
+
+impl Compression {
+    pub(super) fn sniff(start: &[u8]) -> Self {
+        match start {
+            [0x1f, 0x8b, 0x08, ..] => Self::Gzip,
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
+            // A skippable frame may come first.
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
+            [0xfd, b'7', b'z', b'X', b'Z', 0x00, ..] => Self::Xz,
+            // With the magic of a block or of the end: the rest alone could begin a file name in a tar.
+            [b'B', b'Z', b'h', b'1'..=b'9', b'1', b'A', b'Y', b'&', b'S', b'Y', ..] => Self::Bzip2,
+            [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90, ..] => Self::Bzip2,
+            _ => Self::None,
+        }
+    }
+}
+
+/// An uncompressed archive and where its members are.
+pub(super) struct Archive {
+    /// The archive, or the unlinked file it was unpacked to.
+    pub file: Arc<File>,
+    /// Length of `file`.
+    len: u64,
+    /// What errors call the archive.
+    pub path: Arc<Path>,
+    members: Members,
+}
+
+impl Archive {
+    pub fn open(path: Arc<Path>) -> Result<Self, BlobError> {
+        let (file, _) = open_regular(&path).map_err(|error| match error {
+            BlobError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => BlobError::NotFound {
+                what: format!("archive {}", path.display()),
+                hint: None,
+            },
+            other => other,
+        })?;
+        let mut start = [0; SNIFFED];
+        let got = file.read_at(&mut start, 0).map_err(|e| BlobError::io(&path, e))?;
+        let file = match Compression::sniff(&start[..got]) {
+            Compression::None => file,
+            Compression::Gzip => unpack(
+                &path,
+                flate2::read::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, file)),
+            )?,
+            Compression::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::new(file).map_err(|e| BlobError::io(&path, e))?;
+                decoder
+                    .window_log_max(MAX_WINDOW_LOG)
+                    .map_err(|e| BlobError::io(&path, e))?;
+                unpack(&path, decoder)?
+            }
+            Compression::Xz => return Err(packed(&path, "xz")),
+            Compression::Bzip2 => return Err(packed(&path, "bzip2")),
+        };
+        let len = file.metadata().map_err(|e| BlobError::io(&path, e))?.len();
+        let members = Members::of(&file).map_err(|error| BlobError::Invalid {
+            what: format!("archive {}", path.display()),
+            reason: error.to_string(),
+        })?;
+        Ok(Self {
+            file: Arc::new(file),
+            len,
+            path,
+            members,
+        })
+    }
+
+    /// Finds a file of the archive by name, through links.
+    pub fn member(&self, name: &str) -> Result<Member, BlobError> {
+        let invalid = |reason: String| BlobError::Invalid {
+            what: format!("`{name}` in archive {}", self.path.display()),
+            reason,
+        };
+        let member = self.members.find(name.as_bytes()).map_err(|error| match error {
+            FindError::Missing => BlobError::NotFound {
+                what: format!("`{name}` in archive {}", self.path.display()),
+                hint: Some("the archive is incomplete".to_owned()),
+            },
+            FindError::Circle | FindError::Sparse => invalid(error.to_string()),
+        })?;
+        if member.offset.checked_add(member.size).is_none_or(|end| end > self.len) {
+            return Err(invalid("the archive ends before it: it is truncated".to_owned()));
+        }
+        Ok(member)
+    }
+
+    /// Whether there is a file of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.members.find(name.as_bytes()).is_ok()
+    }
+
+    /// Reads a small member whole.
+    pub fn read_small(&self, name: &str, max: usize) -> Result<Bytes, BlobError> {
+        let member = self.member(name)?;
+        if member.size > max as u64 {
+            return Err(BlobError::Invalid {
+                what: format!("`{name}` in archive {}", self.path.display()),
+                reason: format!("it has {} bytes, more than the {max} allowed", member.size),
+            });
+        }
+        read_piece(&self.file, &self.path, member.offset, member.size)
+    }
+
+    /// The first bytes of a member; fewer if it is shorter.
+    pub fn start(&self, member: &Member) -> Result<Bytes, BlobError> {
+        read_piece(&self.file, &self.path, member.offset, member.size.min(SNIFFED as u64))
+    }
+
+    /// Hands all bytes of a member, in order, to `take`.
+    pub fn for_each_piece(&self, member: &Member, mut take: impl FnMut(&[u8])) -> Result<(), BlobError> {
+        let (mut at, end) = (member.offset, member.offset + member.size);
+        while at < end {
+            let piece = read_piece(&self.file, &self.path, at, (end - at).min(BUFFER as u64))?;
+            take(&piece);
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+fn packed(path: &Path, with: &str) -> BlobError {
+    BlobError::Unsupported {
+        what: format!("archive {}", path.display()),
+        reason: format!("it is compressed with {with}: unpack it first (`{with} --decompress --keep FILE`)"),
+    }
+}
+
+/// Unpacks a compressed archive into a file without a name, which goes when it is closed.
+fn unpack(path: &Path, mut from: impl Read) -> Result<File, BlobError> {
+    let dir = std::env::temp_dir();
+    let mut file = unnamed_file(&dir).map_err(|e| BlobError::io(&dir, e))?;
+    tracing::info!(archive = %path.display(), into = %dir.display(), "unpacking a compressed archive");
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let got = match from.read(&mut buffer) {
+            Ok(0) => return Ok(file),
+            Ok(got) => got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                return Err(BlobError::Corrupt {
+                    what: format!("archive {}", path.display()),
+                    expected: "compressed data".to_owned(),
+                    actual: error.to_string(),
+                });
+            }
+        };
+        io::Write::write_all(&mut file, &buffer[..got]).map_err(|error| no_room(&dir, error))?;
+    }
+}
+
+fn no_room(dir: &Path, error: io::Error) -> BlobError {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            let text =
+                format!("no room to unpack a compressed archive: set TMPDIR elsewhere or unpack it first ({error})");
+            BlobError::io(dir, io::Error::new(error.kind(), text))
+        }
+        _ => BlobError::io(dir, error),
+    }
+}
+
+fn unnamed_file(dir: &Path) -> io::Result<File> {
+    let name = dir.join(format!("ocifs-{}-{:016x}", std::process::id(), fastrand::u64(..)));
+    // Only this user may read what is unpacked, and the name must be new: the directory is everybody's.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&name)?;
+    std::fs::remove_file(&name)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_is_known_by_its_first_bytes() {
+        for (start, is) in [
+            (&b""[..], Compression::None),
+            (b"etc/passwd\0", Compression::None),
+            (b"\x1f\x8b\x08\x00", Compression::Gzip),
+            (b"\x1f\x8b", Compression::None),
+            (b"\x28\xb5\x2f\xfd\x00", Compression::Zstd),
+            (b"\x5a\x2a\x4d\x18\x00", Compression::Zstd),
+            (b"\xfd7zXZ\x00\x00\x04", Compression::Xz),
+            (b"BZh91AY&SY\x12", Compression::Bzip2),
+            (b"BZh9\x17\x72\x45\x38\x50\x90\0", Compression::Bzip2),
+            (b"BZh9/file\0\0", Compression::None),
+        ] {
+            assert_eq!(Compression::sniff(start), is, "{start:?}");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_says_what_to_do() {
+        let error = no_room(Path::new("/tmp"), io::Error::from(io::ErrorKind::StorageFull)).to_string();
+        assert!(
+            error.starts_with("/tmp: no room") && error.contains("set TMPDIR"),
+            "{error}"
+        );
+    }
+}
