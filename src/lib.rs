@@ -46,6 +46,7 @@ pub mod index;
 pub mod layout;
 pub mod oci;
 pub mod registry;
+pub mod resolve;
 pub mod store;
 pub mod toc;
 pub mod tree;

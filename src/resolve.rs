@@ -1,0 +1,556 @@
+//! From an image source to one image: root document, platform choice, manifest, config.
+//!
+//! ```text
+//! root --+-- manifest ----------------------------------+
+//!        +-- image index -- choose by platform --+-- manifest -- config
+//!                 ^---------- nested index ------+
+//! ```
+//! Costs one round trip for each arrow and no more, except that index entries without a platform have to be looked into. What
+//! comes out is an image ocifs can mount, or the reason it cannot.
+
+use std::collections::HashSet;
+
+use base64::Engine as _;
+use bytes::Bytes;
+
+use crate::blob::{BlobError, Document, ImageSource};
+use crate::oci::platform::{choose, has_platform, runs};
+use crate::oci::{
+    Descriptor, DiffId, DocumentError, DocumentKind, ImageConfig, ImageIndex, Manifest, Platform, PlatformError,
+    classify, is_companion,
+};
+
+/// Deepest nesting of image indexes followed; tools write one level, two when an index is copied into a layout.
+const MAX_INDEX_DEPTH: usize = 4;
+/// Most entries without a platform looked into: each costs round trips, and real indexes have one or two.
+const MAX_LOOKED_INTO: usize = 16;
+
+/// One image for one platform, with every document it is made of. The documents' bytes hash to their digests.
+#[derive(Debug, Clone)]
+pub struct ResolvedImage {
+    /// The image index the reference named, if it did not name a manifest. Its entries are also where companions of the
+    /// manifest, such as SOCI indexes, are found.
+    pub index: Option<Document>,
+    /// The manifest as received.
+    pub manifest_document: Document,
+    /// The manifest, parsed.
+    pub manifest: Manifest,
+    /// The config as received.
+    pub config_document: Document,
+    /// The config, parsed.
+    pub config: ImageConfig,
+}
+
+impl ResolvedImage {
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[Descriptor] {
+        &self.manifest.layers
+    }
+
+    /// diffIDs of [`ResolvedImage::layers`], as many of them, in the same order.
+    pub fn diff_ids(&self) -> &[DiffId] {
+        &self.config.rootfs.diff_ids
+    }
+}
+
+/// Finds the image for `wanted` (the host's platform if none) that `source` names.
+///
+/// A reference to a manifest is taken at its word: a platform that does not match is a warning in the log. Fails with
+/// [`BlobError::NotFound`] listing the platforms if none of an index fits, with [`BlobError::Unsupported`] for what is no
+/// mountable image, and with [`BlobError::Invalid`] for documents that contradict themselves.
+pub async fn resolve(source: &dyn ImageSource, wanted: Option<&Platform>) -> Result<ResolvedImage, BlobError> {
+    let wanted = wanted.map_or_else(Platform::host, Platform::normalized);
+    let resolver = Resolver { source, wanted };
+    let root = source.root().await?;
+    match resolver.kind(&root)? {
+        DocumentKind::Manifest => {
+            let image = resolver.image(root).await?;
+            resolver.warn_of_mismatch(&image);
+            Ok(image)
+        }
+        DocumentKind::ImageIndex => {
+            let mut image = resolver.index(&root).await?;
+            image.index = Some(root);
+            Ok(image)
+        }
+    }
+}
+
+struct Resolver<'a> {
+    source: &'a dyn ImageSource,
+    wanted: Platform,
+}
+
+impl Resolver<'_> {
+    /// How errors call a document.
+    fn what(&self, noun: &str, document: &Document) -> String {
+        format!("{noun} {} of {}", document.digest, self.source.describe())
+    }
+
+    fn unusable(&self, noun: &str, document: &Document, error: DocumentError) -> BlobError {
+        let what = self.what(noun, document);
+        let reason = error.to_string();
+        match error {
+            DocumentError::Refused(_) => BlobError::Unsupported { what, reason },
+            _ => BlobError::Invalid { what, reason },
+        }
+    }
+
+    fn kind(&self, document: &Document) -> Result<DocumentKind, BlobError> {
+        classify(&document.media_type, &document.bytes).map_err(|e| self.unusable("document", document, e))
+    }
+
+    /// Goes down from the root index, one level at a time.
+    async fn index(&self, root: &Document) -> Result<ResolvedImage, BlobError> {
+        let mut document = root.clone();
+        let mut visited = HashSet::new();
+        let invalid = |reason: String| BlobError::Invalid {
+            what: self.what("image index", root),
+            reason,
+        };
+        for _ in 0..MAX_INDEX_DEPTH {
+            if !visited.insert(document.digest.clone()) {
+                return Err(invalid("its indexes lead in a circle".to_owned()));
+            }
+            let index = ImageIndex::parse(&document.bytes).map_err(|e| self.unusable("image index", &document, e))?;
+            match self.pick(&document, &index).await? {
+                Picked::Image(image) => return Ok(*image),
+                Picked::Index(next) => document = next,
+            }
+        }
+        Err(invalid(format!(
+            "its indexes are nested more than {MAX_INDEX_DEPTH} deep"
+        )))
+    }
+
+    /// The image an index has for the wanted platform, or the index that is to be searched next.
+    async fn pick(&self, document: &Document, index: &ImageIndex) -> Result<Picked, BlobError> {
+        let no_match = match choose(&index.manifests, &self.wanted) {
+            Ok(entry) => return self.follow(entry).await,
+            Err(error) => error,
+        };
+        let images = || index.manifests.iter().filter(|entry| !is_companion(entry));
+        let only_one = images().nth(1).is_none();
+        let mut seen = Vec::new();
+        for entry in images().filter(|e| has_platform(e).is_none()).take(MAX_LOOKED_INTO) {
+            let followed = match self.follow(entry).await {
+                // Beside images, indexes list things that are none.
+                Err(BlobError::Unsupported { reason, .. }) if !only_one => {
+                    tracing::debug!(digest = %entry.digest, reason, "passed over an image index entry");
+                    continue;
+                }
+                other => other?,
+            };
+            let image = match followed {
+                Picked::Image(image) => image,
+                index @ Picked::Index(_) => return Ok(index),
+            };
+            if only_one {
+                self.warn_of_mismatch(&image);
+                return Ok(Picked::Image(image));
+            }
+            seen.push(*image);
+        }
+        self.best(document, seen, no_match).map(Picked::Image)
+    }
+
+    /// The best of the images whose platform is only known from their config.
+    fn best(
+        &self,
+        document: &Document,
+        mut seen: Vec<ResolvedImage>,
+        no_match: PlatformError,
+    ) -> Result<Box<ResolvedImage>, BlobError> {
+        let entries: Vec<Descriptor> = seen.iter().map(described).collect();
+        if let Ok(entry) = choose(&entries, &self.wanted)
+            && let Some(position) = entries.iter().position(|e| std::ptr::eq(e, entry))
+        {
+            return Ok(Box::new(seen.swap_remove(position)));
+        }
+        let reason = match no_match {
+            PlatformError::NoMatch { wanted, mut available } => {
+                available.extend(seen.iter().map(|image| image.config.platform().normalized()));
+                PlatformError::NoMatch { wanted, available }
+            }
+            other => other,
+        };
+        Err(BlobError::NotFound {
+            what: self.what("image in index", document),
+            hint: Some(reason.to_string()),
+        })
+    }
+
+    /// Fetches what an entry names: a whole image, or a nested index.
+    async fn follow(&self, entry: &Descriptor) -> Result<Picked, BlobError> {
+        let document = match embedded(entry) {
+            Some(document) => document,
+            None => self.source.manifest(entry).await?,
+        };
+        match self.kind(&document)? {
+            DocumentKind::Manifest => Ok(Picked::Image(Box::new(self.image(document).await?))),
+            DocumentKind::ImageIndex => Ok(Picked::Index(document)),
+        }
+    }
+
+    async fn image(&self, manifest_document: Document) -> Result<ResolvedImage, BlobError> {
+        let unusable = |error| self.unusable("manifest", &manifest_document, error);
+        let manifest = Manifest::parse(&manifest_document.bytes).map_err(unusable)?;
+        if let Some(refusal) = manifest.refusal() {
+            return Err(unusable(refusal.into()));
+        }
+        let config_document = match embedded(&manifest.config) {
+            Some(document) => document,
+            None => self.source.config(&manifest.config).await?,
+        };
+        let config = ImageConfig::parse(&config_document.bytes).map_err(|error| {
+            let refusal = manifest.refusal_without_config();
+            refusal.map_or_else(
+                || self.unusable("config", &config_document, error),
+                |refusal| unusable(refusal.into()),
+            )
+        })?;
+        config.check(&manifest).map_err(unusable)?;
+        Ok(ResolvedImage {
+            index: None,
+            manifest_document,
+            manifest,
+            config_document,
+            config,
+        })
+    }
+
+    /// Images lie about their platform often enough that the only one there is gets the benefit of the doubt.
+    fn warn_of_mismatch(&self, image: &ResolvedImage) {
+        let platform = image.config.platform();
+        if !platform.architecture.is_empty() && !runs(&self.wanted, &platform) {
+            tracing::warn!(
+                image = %self.source.describe(), is = %platform, wanted = %self.wanted,
+                "the image says it is for another platform"
+            );
+        }
+    }
+}
+
+enum Picked {
+    Image(Box<ResolvedImage>),
+    Index(Document),
+}
+
+/// An index entry for the image as it would be if the index gave its platform.
+fn described(image: &ResolvedImage) -> Descriptor {
+    Descriptor {
+        media_type: image.manifest_document.media_type.clone(),
+        digest: image.manifest_document.digest.clone(),
+        size: -1,
+        urls: Vec::new(),
+        annotations: Default::default(),
+        data: None,
+        artifact_type: None,
+        platform: Some(image.config.platform()),
+    }
+}
+
+/// The document embedded in a descriptor, which saves fetching it. One that is not what the descriptor says is as good as none.
+fn embedded(descriptor: &Descriptor) -> Option<Document> {
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(descriptor.data.as_deref()?)
+        .ok()?;
+    let intact = i64::try_from(bytes.len()) == Ok(descriptor.size) && descriptor.digest.matches(&bytes);
+    intact.then(|| Document {
+        media_type: descriptor.media_type.clone(),
+        digest: descriptor.digest.clone(),
+        bytes: Bytes::from(bytes),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::{Arc, Mutex};
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::blob::BlobSource;
+    use crate::oci::Digest;
+    use crate::oci::media_type::{OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST};
+
+    /// Documents in memory, and the requests made for them.
+    #[derive(Debug, Default)]
+    struct Memory {
+        documents: HashMap<Digest, Document>,
+        root: Option<Digest>,
+        requests: Mutex<Vec<&'static str>>,
+    }
+
+    impl Memory {
+        fn add(&mut self, media_type: &str, body: &str) -> Digest {
+            let bytes = Bytes::from(body.to_owned());
+            let digest = Digest::of(&bytes);
+            let document = Document {
+                media_type: media_type.to_owned(),
+                digest: digest.clone(),
+                bytes,
+            };
+            self.documents.insert(digest.clone(), document);
+            digest
+        }
+
+        /// An image of one layer, told apart by `name`.
+        fn add_image(&mut self, platform: &str, name: &str) -> Digest {
+            let (os, architecture) = platform.split_once('/').unwrap();
+            let diff_id = Digest::of(name.as_bytes());
+            let config = format!(
+                r#"{{"os":"{os}","architecture":"{architecture}","rootfs":{{"type":"layers","diff_ids":["{diff_id}"]}}}}"#
+            );
+            let config = self.add(OCI_CONFIG, &config);
+            self.add_manifest(OCI_CONFIG, &config, OCI_LAYER_GZIP)
+        }
+
+        fn add_manifest(&mut self, config_type: &str, config: &Digest, layer_type: &str) -> Digest {
+            let layer = Digest::of(b"layer");
+            let manifest = format!(
+                r#"{{"schemaVersion":2,"config":{{"mediaType":"{config_type}","digest":"{config}","size":-1}},
+                "layers":[{{"mediaType":"{layer_type}","digest":"{layer}","size":5}}]}}"#
+            );
+            self.add(OCI_MANIFEST, &manifest)
+        }
+
+        fn add_index(&mut self, entries: &[(&Digest, &str)]) -> Digest {
+            let entry = |(digest, more): &(&Digest, &str)| {
+                let media_type = &self.documents[*digest].media_type;
+                format!(r#"{{"mediaType":"{media_type}","digest":"{digest}","size":-1{more}}}"#)
+            };
+            let entries: Vec<String> = entries.iter().map(entry).collect();
+            self.add(
+                OCI_INDEX,
+                &format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(",")),
+            )
+        }
+
+        fn get(&self, request: &'static str, digest: &Digest) -> Result<Document, BlobError> {
+            self.requests.lock().unwrap().push(request);
+            self.documents.get(digest).cloned().ok_or_else(|| BlobError::NotFound {
+                what: digest.to_string(),
+                hint: None,
+            })
+        }
+
+        async fn resolve(&mut self, root: &Digest, wanted: &str) -> Result<ResolvedImage, String> {
+            self.root = Some(root.clone());
+            self.requests.lock().unwrap().clear();
+            resolve(self, Some(&wanted.parse().unwrap()))
+                .await
+                .map_err(|error| error.to_string())
+        }
+
+        fn requests(&self) -> String {
+            self.requests.lock().unwrap().join(" ")
+        }
+    }
+
+    #[async_trait]
+    impl ImageSource for Memory {
+        async fn root(&self) -> Result<Document, BlobError> {
+            self.get("root", self.root.as_ref().unwrap())
+        }
+
+        async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
+            self.get("manifest", &descriptor.digest)
+        }
+
+        async fn config(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
+            self.get("config", &descriptor.digest)
+        }
+
+        async fn blob(&self, _: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
+            unreachable!("resolving reads no layer")
+        }
+
+        fn describe(&self) -> String {
+            "memory".into()
+        }
+    }
+
+    const AMD64: &str = r#","platform":{"os":"linux","architecture":"amd64"}"#;
+    const ARM64: &str = r#","platform":{"os":"linux","architecture":"arm64"}"#;
+
+    #[tokio::test]
+    async fn an_index_costs_three_round_trips_and_a_manifest_two() {
+        let mut memory = Memory::default();
+        let (amd64, arm64) = (
+            memory.add_image("linux/amd64", "a"),
+            memory.add_image("linux/arm64", "b"),
+        );
+        let root = memory.add_index(&[(&amd64, AMD64), (&arm64, ARM64)]);
+
+        let image = memory.resolve(&root, "arm64").await.unwrap();
+        assert_eq!(image.manifest_document.digest, arm64);
+        assert_eq!(image.index.as_ref().unwrap().digest, root);
+        assert_eq!((image.layers().len(), image.diff_ids().len()), (1, 1));
+        assert_eq!(image.diff_ids()[0].0, Digest::of(b"b"));
+        assert_eq!(memory.requests(), "root manifest config");
+
+        let image = memory.resolve(&amd64, "amd64").await.unwrap();
+        assert!(image.index.is_none());
+        assert_eq!(memory.requests(), "root config");
+        // A manifest is taken at its word.
+        assert_eq!(
+            memory.resolve(&amd64, "arm64").await.unwrap().manifest_document.digest,
+            amd64
+        );
+    }
+
+    #[tokio::test]
+    async fn embedded_documents_save_round_trips_if_they_are_intact() {
+        let mut memory = Memory::default();
+        let amd64 = memory.add_image("linux/amd64", "a");
+        let body = memory.documents[&amd64].bytes.clone();
+        let data = base64::engine::general_purpose::STANDARD.encode(&body);
+        for (size, requests) in [(body.len(), "root config"), (body.len() + 1, "root manifest config")] {
+            let text = format!(
+                r#"{{"manifests":[{{"mediaType":"{OCI_MANIFEST}","digest":"{amd64}","size":{size},"data":"{data}"{AMD64}}}]}}"#
+            );
+            let root = memory.add(OCI_INDEX, &text);
+            assert_eq!(
+                memory.resolve(&root, "amd64").await.unwrap().manifest_document.digest,
+                amd64
+            );
+            assert_eq!(memory.requests(), requests);
+        }
+    }
+
+    #[tokio::test]
+    async fn entries_without_a_platform_are_looked_into() {
+        let mut memory = Memory::default();
+        let (amd64, arm64) = (
+            memory.add_image("linux/amd64", "a"),
+            memory.add_image("linux/arm64", "b"),
+        );
+        let config = memory.add(OCI_CONFIG, "{}");
+        let chart = memory.add_manifest("application/vnd.cncf.helm.config.v1+json", &config, OCI_LAYER_GZIP);
+        let root = memory.add_index(&[(&chart, ""), (&amd64, ""), (&arm64, "")]);
+        assert_eq!(
+            memory.resolve(&root, "arm64").await.unwrap().manifest_document.digest,
+            arm64
+        );
+        let error = memory.resolve(&root, "s390x").await.unwrap_err();
+        assert!(
+            error.contains("no image for linux/s390x: the image index has linux/amd64, linux/arm64"),
+            "{error}"
+        );
+
+        // An entry that says its platform needs no looking into the others.
+        let root = memory.add_index(&[(&amd64, ""), (&arm64, ARM64)]);
+        assert_eq!(
+            memory.resolve(&root, "arm64").await.unwrap().manifest_document.digest,
+            arm64
+        );
+        assert_eq!(memory.requests(), "root manifest config");
+
+        // The only one is taken whatever it says.
+        let root = memory.add_index(&[(&amd64, "")]);
+        assert_eq!(
+            memory.resolve(&root, "arm64").await.unwrap().manifest_document.digest,
+            amd64
+        );
+        let root = memory.add_index(&[(&chart, "")]);
+        assert!(
+            memory
+                .resolve(&root, "arm64")
+                .await
+                .unwrap_err()
+                .contains("a Helm chart")
+        );
+    }
+
+    #[tokio::test]
+    async fn nested_indexes_are_followed_to_a_depth() {
+        let mut memory = Memory::default();
+        let amd64 = memory.add_image("linux/amd64", "a");
+        let mut nested = memory.add_index(&[(&amd64, AMD64)]);
+        for _ in 1..MAX_INDEX_DEPTH {
+            nested = memory.add_index(&[(&nested, "")]);
+        }
+        let image = memory.resolve(&nested, "amd64").await.unwrap();
+        assert_eq!(image.manifest_document.digest, amd64);
+        assert_eq!(image.index.unwrap().digest, nested);
+        let deeper = memory.add_index(&[(&nested, "")]);
+        assert!(
+            memory
+                .resolve(&deeper, "amd64")
+                .await
+                .unwrap_err()
+                .contains("nested more than 4 deep")
+        );
+
+        // Only a source that breaks its word makes a circle: a digest cannot be put into what it is computed from.
+        let circle = memory.add_index(&[(&amd64, "")]);
+        let root = memory.add_index(&[(&circle, "")]);
+        let document = memory.documents[&root].clone();
+        memory.documents.insert(circle, document);
+        assert!(
+            memory
+                .resolve(&root, "amd64")
+                .await
+                .unwrap_err()
+                .contains("lead in a circle")
+        );
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_mounted_is_refused() {
+        let mut memory = Memory::default();
+        let windows = memory.add_image("windows/amd64", "w");
+        assert!(
+            memory
+                .resolve(&windows, "amd64")
+                .await
+                .unwrap_err()
+                .contains("it is a Windows image")
+        );
+        let root = memory.add_index(&[(&windows, r#","platform":{"os":"windows","architecture":"amd64"}"#)]);
+        let error = memory.resolve(&root, "amd64").await.unwrap_err();
+        assert!(error.contains("the image index has windows/amd64"), "{error}");
+
+        let config = memory.add("application/x-tool", "not JSON");
+        let artifact = memory.add_manifest("application/x-tool", &config, OCI_LAYER_GZIP);
+        let error = memory.resolve(&artifact, "amd64").await.unwrap_err();
+        assert!(
+            error.contains("cannot be mounted: it is an OCI artifact (`application/x-tool`)"),
+            "{error}"
+        );
+        let broken = memory.add_manifest(OCI_CONFIG, &config, OCI_LAYER_GZIP);
+        let error = memory.resolve(&broken, "amd64").await.unwrap_err();
+        assert!(
+            error.starts_with(&format!("config {config} of memory is not valid: ")),
+            "{error}"
+        );
+
+        let empty = memory.add_index(&[]);
+        assert!(
+            memory
+                .resolve(&empty, "amd64")
+                .await
+                .unwrap_err()
+                .contains("lists none")
+        );
+        let schema1 = memory.add("application/json", r#"{"schemaVersion":1}"#);
+        assert!(
+            memory
+                .resolve(&schema1, "amd64")
+                .await
+                .unwrap_err()
+                .contains("schema 1")
+        );
+        let few = memory.add(OCI_CONFIG, r#"{"os":"linux"}"#);
+        let few = memory.add_manifest(OCI_CONFIG, &few, OCI_LAYER_GZIP);
+        assert!(
+            memory
+                .resolve(&few, "amd64")
+                .await
+                .unwrap_err()
+                .contains("lists 1 layers but its config 0 diff_ids")
+        );
+    }
+}
