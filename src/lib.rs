@@ -41,6 +41,7 @@
 
 pub mod archive;
 pub mod blob;
+pub mod device;
 pub mod erofs;
 pub mod index;
 pub mod layout;
