@@ -44,6 +44,7 @@ pub mod blob;
 pub mod device;
 pub mod erofs;
 pub mod index;
+pub mod layer;
 pub mod layout;
 pub mod oci;
 pub mod registry;

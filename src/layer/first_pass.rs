@@ -1,0 +1,454 @@
+//! Index while streaming: one pass over a whole layer makes everything that later reads need, and verifies the layer.
+//!
+//! ```text
+//! source ──bytes──▶ decode thread ──batches──▶ table thread
+//!   (async)          SHA-256 of the blob         SHA-256 of the tar (diffID)
+//!                    inflate, restarts           span digests, TOC, extents
+//!                                                data device
+//! ```
+//! Decoding is the slowest stage and everything else together costs about the same, so two threads keep two cores busy; more
+//! stages would only pass bytes around. Both channels are short, so the memory in flight is bounded.
+//!
+//! Invariants: nothing of the layer is believed before both digests match: the device's presence map is written after that,
+//! the store's files are published after that, the span index last. If the device or the store cannot be written, the pass
+//! goes on in memory.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use tokio::sync::mpsc;
+
+use super::LayerStats;
+use crate::blob::{BlobError, BlobSource, ByteStream};
+use crate::device::{DataDevice, DeviceError, DeviceWriter};
+use crate::index::{
+    Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
+    SpanStart, sniff,
+};
+use crate::oci::{Algorithm, DiffId, Digest, DigestHasher};
+use crate::store::{LayerDir, Store};
+use crate::toc::{Limits, TarReader, Toc, TocError};
+
+/// Chunks between network and decoder; they are at most a few tens of KiB each.
+const NETWORK_QUEUE: usize = 32;
+/// Bytes from which [`sniff`] can tell every format: one tar header.
+const SNIFF: usize = 512;
+/// Decoded bytes per batch, and batches between the two threads.
+const BATCH: usize = 512 << 10;
+const BATCH_QUEUE: usize = 3;
+
+/// Why a layer cannot be indexed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FirstPassError {
+    /// The blob's source gave up.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// The bytes hash to something else than the manifest says.
+    #[error("layer {expected} is corrupt: the bytes received hash to {actual}")]
+    BlobDigest {
+        /// Digest in the manifest.
+        expected: Digest,
+        /// Digest of the bytes.
+        actual: Digest,
+    },
+    /// The layer decompresses to something else than the config says.
+    #[error("layer {layer} is not what the image config promises: its tar hashes to {actual}, diffID is {expected}")]
+    DiffId {
+        /// Digest of the layer.
+        layer: Digest,
+        /// diffID in the config.
+        expected: DiffId,
+        /// Digest of the tar.
+        actual: Digest,
+    },
+    /// The compressed stream is broken.
+    #[error("layer {layer} cannot be decompressed: {source}")]
+    Decode {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        source: IndexError,
+    },
+    /// The tar inside is broken, or is none.
+    #[error("layer {layer} cannot be read: {source}")]
+    Tar {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        source: TocError,
+    },
+    /// A thread of the pass ended without a result.
+    #[error("indexing layer {layer} was interrupted")]
+    Interrupted {
+        /// Digest of the layer.
+        layer: Digest,
+    },
+}
+
+impl FirstPassError {
+    /// Whether the bytes were not what they should be, and other bytes may come the next time.
+    pub fn is_corruption(&self) -> bool {
+        match self {
+            Self::BlobDigest { .. } | Self::Decode { .. } | Self::Tar { .. } => true,
+            // A diffID is compared when the blob is known to be right.
+            Self::DiffId { .. } | Self::Blob(_) | Self::Interrupted { .. } => false,
+        }
+    }
+}
+
+/// What a pass makes.
+#[derive(Debug)]
+pub(super) struct Indexed {
+    pub(super) index: SpanIndex,
+    pub(super) toc: Toc,
+    pub(super) device: Option<DataDevice>,
+    /// Why there is no device although there is a store.
+    pub(super) device_error: Option<DeviceError>,
+}
+
+/// Where the data device goes.
+#[derive(Debug)]
+pub(super) struct Destination {
+    pub(super) store: Store,
+    pub(super) dir: LayerDir,
+    /// A layer with more content than this many bytes is only indexed.
+    pub(super) limit: u64,
+}
+
+/// Streams the whole blob once. The caller holds the layer's lock.
+pub(super) async fn run(
+    blob: Arc<dyn BlobSource>,
+    diff_id: DiffId,
+    destination: Option<Destination>,
+    stats: Arc<LayerStats>,
+) -> Result<Indexed, FirstPassError> {
+    let layer = blob.digest().clone();
+    let mut source = Source::open(&*blob, &stats).await?;
+    let prefix = source.prefix().await?;
+    let compression = sniff(&prefix).map_err(|source| FirstPassError::Decode {
+        layer: layer.clone(),
+        source,
+    })?;
+    let (chunks, decoder_input) = mpsc::channel(NETWORK_QUEUE);
+    let (batches, table_input) = sync_channel(BATCH_QUEUE);
+    let decode = {
+        let layer = layer.clone();
+        tokio::task::spawn_blocking(move || decode(&layer, compression, decoder_input, batches))
+    };
+    let table = {
+        let layer = layer.clone();
+        tokio::task::spawn_blocking(move || tabulate(&layer, compression, table_input, destination))
+    };
+    let fetched = source.feed(prefix, chunks).await;
+    let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
+    let decoded = decode.await.map_err(interrupted)?;
+    let table = table.await.map_err(interrupted)?;
+    // A network error starves the decoder, and a decoder error starves the table: report the cause, not the effects.
+    fetched?;
+    let (decoded, table) = match (decoded, table) {
+        (Ok(decoded), Ok(table)) => (decoded, table),
+        (Ok(_) | Err(FirstPassError::Interrupted { .. }), Err(cause)) | (Err(cause), _) => return Err(cause),
+    };
+    if decoded != layer {
+        return Err(FirstPassError::BlobDigest {
+            expected: layer,
+            actual: decoded,
+        });
+    }
+    if table.tar_digest != diff_id.0 {
+        return Err(FirstPassError::DiffId {
+            layer,
+            expected: diff_id,
+            actual: table.tar_digest,
+        });
+    }
+    let identity = Identity {
+        blob: layer.clone(),
+        blob_size: blob.size(),
+        diff_id,
+    };
+    let finishing = tokio::task::spawn_blocking(move || table.finish(identity));
+    finishing.await.map_err(interrupted)?
+}
+
+/// The blob as it arrives.
+struct Source<'a> {
+    stream: ByteStream,
+    stats: &'a LayerStats,
+}
+
+impl<'a> Source<'a> {
+    async fn open(blob: &dyn BlobSource, stats: &'a LayerStats) -> Result<Self, BlobError> {
+        stats.request();
+        let stream = blob.read(0..blob.size()).await?;
+        Ok(Self { stream, stats })
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
+        let Some(bytes) = self.stream.next().await.transpose()? else {
+            return Ok(None);
+        };
+        self.stats.fetched_more(bytes.len());
+        Ok(Some(bytes))
+    }
+
+    /// The first bytes, enough to tell the compression; they may come in small pieces.
+    async fn prefix(&mut self) -> Result<Bytes, BlobError> {
+        let mut prefix = BytesMut::new();
+        while prefix.len() < SNIFF
+            && let Some(bytes) = self.next().await?
+        {
+            prefix.extend_from_slice(&bytes);
+        }
+        Ok(prefix.freeze())
+    }
+
+    /// Passes on the prefix and all that follows.
+    async fn feed(mut self, prefix: Bytes, chunks: mpsc::Sender<Bytes>) -> Result<(), BlobError> {
+        let mut next = Some(prefix);
+        while let Some(bytes) = next {
+            if chunks.send(bytes).await.is_err() {
+                // The decoder gave up and says why.
+                return Ok(());
+            }
+            next = self.next().await?;
+        }
+        Ok(())
+    }
+}
+
+/// Decoded bytes with the events that happened between them.
+#[derive(Debug, Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    /// Position in `bytes` in front of which the event happened.
+    events: Vec<(usize, Event)>,
+}
+
+#[derive(Debug)]
+enum Event {
+    Span(SpanStart),
+    Window(SpanId, Vec<u8>),
+}
+
+/// Collects what the decoder says and passes it on in batches.
+struct Recorder {
+    batch: Batch,
+    batches: SyncSender<Batch>,
+    /// The other thread gave up; it says why.
+    closed: bool,
+}
+
+impl Recorder {
+    fn flush(&mut self) {
+        let next = Batch {
+            bytes: Vec::with_capacity(BATCH + BATCH / 4),
+            events: Vec::new(),
+        };
+        let full = std::mem::replace(&mut self.batch, next);
+        self.closed |= self.batches.send(full).is_err();
+    }
+}
+
+impl DecodeSink for Recorder {
+    fn span(&mut self, start: SpanStart) {
+        self.batch.events.push((self.batch.bytes.len(), Event::Span(start)));
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.batch.bytes.extend_from_slice(bytes);
+        if self.batch.bytes.len() >= BATCH {
+            self.flush();
+        }
+    }
+
+    fn window(&mut self, span: SpanId, window: Vec<u8>) {
+        self.batch
+            .events
+            .push((self.batch.bytes.len(), Event::Window(span, window)));
+    }
+}
+
+/// The decode thread: from compressed bytes to batches. Returns the digest of the blob.
+fn decode(
+    layer: &Digest,
+    compression: Compression,
+    mut input: mpsc::Receiver<Bytes>,
+    batches: SyncSender<Batch>,
+) -> Result<Digest, FirstPassError> {
+    let broken = |source| FirstPassError::Decode {
+        layer: layer.clone(),
+        source,
+    };
+    let mut hasher = layer.hasher();
+    let mut recorder = Recorder {
+        batch: Batch::default(),
+        batches,
+        closed: false,
+    };
+    let mut decoder = LayerDecoder::new(compression, SPACING).map_err(broken)?;
+    while let Some(bytes) = input.blocking_recv() {
+        hasher.update(&bytes);
+        decoder.push(&bytes, &mut recorder).map_err(broken)?;
+        if recorder.closed {
+            return Err(FirstPassError::Interrupted { layer: layer.clone() });
+        }
+    }
+    let end = decoder.finish(&mut recorder).map_err(broken)?;
+    recorder.flush();
+    if let Some(offset) = end.trailing_garbage {
+        tracing::warn!(%layer, offset, "ignoring bytes behind the compressed data");
+    }
+    Ok(hasher.finish())
+}
+
+/// What the table thread makes.
+struct Table {
+    tar_digest: Digest,
+    spans: SpanIndexBuilder,
+    tar: TarReader,
+    device: Option<Filling>,
+    device_error: Option<DeviceError>,
+}
+
+/// A data device being written, with the checksum of each span's content.
+struct Filling {
+    /// Bytes of content that may still come.
+    room: u64,
+    writer: DeviceWriter,
+    crcs: Vec<u32>,
+    crc: crc32fast::Hasher,
+}
+
+/// The table thread: from batches to everything else.
+fn tabulate(
+    layer: &Digest,
+    compression: Compression,
+    batches: Receiver<Batch>,
+    destination: Option<Destination>,
+) -> Result<Table, FirstPassError> {
+    let mut hasher = DigestHasher::new(Algorithm::Sha256);
+    let (device, device_error) = match destination {
+        None => (None, None),
+        Some(destination) => match DataDevice::create(&destination.store, &destination.dir) {
+            Err(error) => (None, Some(error)),
+            Ok(writer) => {
+                let filling = Filling {
+                    room: destination.limit,
+                    writer,
+                    crcs: Vec::new(),
+                    crc: crc32fast::Hasher::new(),
+                };
+                (Some(filling), None)
+            }
+        },
+    };
+    let mut table = Table {
+        tar_digest: Digest::of(b""),
+        spans: SpanIndexBuilder::new(compression).map_err(|source| FirstPassError::Decode {
+            layer: layer.clone(),
+            source,
+        })?,
+        tar: TarReader::new(Limits::default()),
+        device,
+        device_error,
+    };
+    for batch in batches {
+        hasher.update(&batch.bytes);
+        let mut done = 0;
+        for (position, event) in batch.events {
+            table.content(layer, &batch.bytes[done..position])?;
+            done = position;
+            match event {
+                Event::Span(start) => table.span(start),
+                Event::Window(span, window) => table.spans.window(span, window),
+            }
+        }
+        table.content(layer, &batch.bytes[done..])?;
+    }
+    table.tar_digest = hasher.finish();
+    Ok(table)
+}
+
+impl Table {
+    fn span(&mut self, start: SpanStart) {
+        self.spans.span(start);
+        if let Some(filling) = &mut self.device
+            && start.span.0 > 0
+        {
+            filling.next_span();
+        }
+    }
+
+    fn content(&mut self, layer: &Digest, bytes: &[u8]) -> Result<(), FirstPassError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.spans.bytes(bytes);
+        let mut failed = None;
+        let pushed = self.tar.push(bytes, &mut |offset, content| {
+            let Some(filling) = &mut self.device else { return };
+            let Some(room) = filling.room.checked_sub(content.len() as u64) else {
+                self.device = None;
+                return;
+            };
+            filling.room = room;
+            filling.crc.update(content);
+            if let Err(error) = filling.writer.write(offset, content) {
+                failed = Some(error);
+                self.device = None;
+            }
+        });
+        if let Some(error) = failed {
+            self.device_error = Some(error);
+        }
+        pushed.map_err(|source| FirstPassError::Tar {
+            layer: layer.clone(),
+            source,
+        })
+    }
+
+    /// Both digests matched: the index is believed and the device counts.
+    fn finish(self, identity: Identity) -> Result<Indexed, FirstPassError> {
+        let layer = identity.blob.clone();
+        let toc = self.tar.finish().map_err(|source| FirstPassError::Tar {
+            layer: layer.clone(),
+            source,
+        })?;
+        for warning in &toc.warnings {
+            tracing::debug!(%layer, warning, "oddity in the tar");
+        }
+        let index = self.spans.finish(identity);
+        let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
+        let (device, device_error) = match self.device {
+            None => (None, self.device_error),
+            Some(filling) => match filling.finish(&index, toc.device_size) {
+                Ok(device) => (Some(device), None),
+                Err(error) => (None, Some(error)),
+            },
+        };
+        Ok(Indexed {
+            index,
+            toc,
+            device,
+            device_error,
+        })
+    }
+}
+
+impl Filling {
+    fn next_span(&mut self) {
+        let crc = std::mem::take(&mut self.crc);
+        self.crcs.push(crc.finalize());
+    }
+
+    fn finish(mut self, index: &SpanIndex, size: u64) -> Result<DataDevice, DeviceError> {
+        if !index.is_empty() {
+            self.next_span();
+        }
+        self.writer.finish(index, size, &self.crcs)
+    }
+}

@@ -1,0 +1,90 @@
+//! Decoded spans in memory: the tier above the data device, bounded in bytes.
+//!
+//! Spans live here that the device cannot take: because there is no store, or it is full or broken. One instance serves all
+//! layers of a process.
+
+use std::sync::{Arc, Mutex};
+
+use lru::LruCache;
+
+use crate::oci::Digest;
+
+/// Least recently used spans, at most `budget` bytes of them.
+#[derive(Debug)]
+pub struct SpanMemory {
+    inner: Mutex<Inner>,
+    budget: usize,
+}
+
+#[derive(Debug)]
+struct Inner {
+    spans: LruCache<(Digest, u32), Arc<[u8]>>,
+    bytes: usize,
+}
+
+impl SpanMemory {
+    /// An empty memory of at most `budget` bytes (a single larger span is not kept).
+    pub fn new(budget: usize) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                spans: LruCache::unbounded(),
+                bytes: 0,
+            }),
+            budget,
+        }
+    }
+
+    /// The span's bytes, marking it used.
+    pub fn get(&self, layer: &Digest, span: u32) -> Option<Arc<[u8]>> {
+        let mut inner = self.inner.lock().expect("no panic while locked");
+        inner.spans.get(&(layer.clone(), span)).cloned()
+    }
+
+    /// Whether the span is here.
+    pub fn contains(&self, layer: &Digest, span: u32) -> bool {
+        let inner = self.inner.lock().expect("no panic while locked");
+        inner.spans.contains(&(layer.clone(), span))
+    }
+
+    /// Adds a span and drops the least recently used ones that no longer fit.
+    pub fn insert(&self, layer: &Digest, span: u32, bytes: Arc<[u8]>) {
+        if bytes.len() > self.budget {
+            return;
+        }
+        let mut inner = self.inner.lock().expect("no panic while locked");
+        inner.bytes += bytes.len();
+        if let Some(old) = inner.spans.put((layer.clone(), span), bytes) {
+            inner.bytes -= old.len();
+        }
+        while inner.bytes > self.budget {
+            let Some((_, old)) = inner.spans.pop_lru() else { break };
+            inner.bytes -= old.len();
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.inner.lock().expect("no panic while locked").bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stays_within_its_budget_and_keeps_what_was_used_last() {
+        let layer = Digest::of(b"layer");
+        let memory = SpanMemory::new(100);
+        for span in 0..3 {
+            memory.insert(&layer, span, vec![0; 40].into());
+            memory.get(&layer, 0);
+        }
+        assert!(memory.contains(&layer, 0) && !memory.contains(&layer, 1) && memory.contains(&layer, 2));
+        assert_eq!(memory.bytes(), 80);
+        memory.insert(&layer, 9, vec![0; 101].into());
+        assert!(!memory.contains(&layer, 9));
+        memory.insert(&layer, 2, vec![0; 10].into());
+        assert_eq!(memory.bytes(), 50);
+    }
+}

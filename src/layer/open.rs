@@ -1,0 +1,294 @@
+//! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::Semaphore;
+
+use super::first_pass::{self, Destination, FirstPassError, Indexed};
+use super::{IndexSource, Layer, LayerStats, SpanMemory};
+use crate::blob::BlobSource;
+use crate::device::{CacheBudget, DataDevice};
+use crate::index::SpanIndex;
+use crate::oci::{DiffId, Digest};
+use crate::store::{Durability, FileBytes, LayerDir, Store, StoreError, map_file};
+use crate::toc::{ExtentTable, Toc};
+
+/// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
+const PASSES: usize = 8;
+/// Flights decoding at once: each has a decoder, a window and a span in memory, and often waits for the network.
+const DECODES: usize = 16;
+
+/// What all layers of a process share.
+#[derive(Debug, Clone)]
+pub struct LayerContext {
+    /// Where indexes and data devices are kept.
+    pub store: Store,
+    /// Decoded spans in memory.
+    pub memory: Arc<SpanMemory>,
+    /// Limit of the data devices.
+    pub budget: Arc<CacheBudget>,
+    /// What stopped working without stopping the mount.
+    pub health: Arc<Health>,
+    passes: Arc<Semaphore>,
+    decodes: Arc<Semaphore>,
+}
+
+impl LayerContext {
+    /// A context with `memory` bytes for decoded spans and `cache` bytes for data devices.
+    pub fn new(store: Store, memory: usize, cache: u64) -> Self {
+        Self {
+            budget: CacheBudget::new(store.clone(), cache),
+            store,
+            memory: Arc::new(SpanMemory::new(memory)),
+            health: Arc::default(),
+            passes: Arc::new(Semaphore::new(PASSES)),
+            decodes: Arc::new(Semaphore::new(DECODES)),
+        }
+    }
+}
+
+/// Trouble that the mount lives with, for `status`: the first of each kind.
+#[derive(Debug, Default)]
+pub struct Health {
+    store: Mutex<Option<String>>,
+}
+
+impl Health {
+    /// Something could not be kept on disk. Logged once.
+    pub fn store_failed(&self, error: &dyn std::fmt::Display) {
+        let mut store = self.store.lock().expect("no panic while locked");
+        if store.is_none() {
+            tracing::warn!(%error, "the store cannot be written, going on from memory");
+            *store = Some(format!("the store cannot be written, going on from memory: {error}"));
+        }
+    }
+
+    /// The trouble, if there was any.
+    pub fn problem(&self) -> Option<String> {
+        self.store.lock().expect("no panic while locked").clone()
+    }
+}
+
+/// Why a layer cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Streaming it failed.
+    #[error(transparent)]
+    FirstPass(#[from] FirstPassError),
+    /// Its stored table of contents is gone or damaged.
+    #[error("layer {layer}: its stored table of contents cannot be read: {reason}")]
+    Toc {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The program is shutting down.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// An open layer.
+#[derive(Debug)]
+pub struct Opened {
+    /// The layer.
+    pub layer: Arc<Layer>,
+    /// Its table of contents, if it was made just now; otherwise the store has it ([`stored_toc`]).
+    pub toc: Option<Toc>,
+}
+
+/// Opens a layer. One process at a time streams it; others wait for that one's index.
+pub async fn open(
+    context: &LayerContext,
+    blob: Arc<dyn BlobSource>,
+    diff_id: DiffId,
+    stats: Arc<LayerStats>,
+) -> Result<Opened, OpenError> {
+    let dir = context.store.layer(blob.digest());
+    if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
+        return Ok(opened);
+    }
+    let (dir, _lock) = match dir {
+        None => (None, None),
+        Some(dir) => match lock(dir.clone()).await {
+            Ok(lock) => (Some(dir), Some(lock)),
+            Err(error) => {
+                context.health.store_failed(&error);
+                (None, None)
+            }
+        },
+    };
+    if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
+        return Ok(opened);
+    }
+    // After the lock: whoever waits for another process must not keep this one from its other layers.
+    let _permit = context.passes.acquire().await.map_err(|_| OpenError::Interrupted)?;
+    let destination = || {
+        dir.clone().map(|dir| Destination {
+            store: context.store.clone(),
+            dir,
+            limit: context.budget.limit(),
+        })
+    };
+    let pass = || first_pass::run(blob.clone(), diff_id.clone(), destination(), stats.clone());
+    let mut indexed = match pass().await {
+        // What went wrong on the way does not go wrong twice; what is wrong at the source does.
+        Err(error) if error.is_corruption() => {
+            tracing::warn!(%error, "streaming the layer once more");
+            pass().await?
+        }
+        result => result?,
+    };
+    stats.set_source(IndexSource::Streamed);
+    if let Some(dir) = &dir {
+        if let Err(error) = keep(&context.store, dir, &indexed) {
+            context.health.store_failed(&error);
+        }
+        match indexed.device_error.take() {
+            Some(error) => context.health.store_failed(&error),
+            // The layer is larger than the cache may be: it fills with what is read.
+            None if indexed.device.is_none() => {
+                let opened = DataDevice::open(&context.store, dir, &indexed.index, indexed.toc.device_size);
+                indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
+            }
+            None => context.budget.wrote(dir.data_usage()),
+        }
+    }
+    let extents = indexed.toc.extent_table().map_bytes(FileBytes::Owned);
+    let layer = layer(context, blob, indexed.index, extents, indexed.device, stats);
+    Ok(Opened {
+        layer,
+        toc: Some(indexed.toc),
+    })
+}
+
+fn layer(
+    context: &LayerContext,
+    blob: Arc<dyn BlobSource>,
+    index: SpanIndex,
+    extents: ExtentTable<FileBytes>,
+    device: Option<DataDevice>,
+    stats: Arc<LayerStats>,
+) -> Arc<Layer> {
+    Arc::new(Layer {
+        blob,
+        index,
+        extents,
+        device,
+        device_broken: AtomicBool::new(false),
+        memory: context.memory.clone(),
+        budget: context.budget.clone(),
+        health: context.health.clone(),
+        decodes: context.decodes.clone(),
+        flights: Mutex::new(HashMap::new()),
+        stats,
+    })
+}
+
+/// Waits until no other process streams the layer.
+async fn lock(dir: LayerDir) -> Result<Flock<std::fs::File>, StoreError> {
+    let waiting = tokio::task::spawn_blocking(move || {
+        loop {
+            let file = dir.lock_file()?;
+            let lock = Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, e)| StoreError::io("lock", dir.path(), e.into()))?;
+            // The file may have been deleted, with all of the layer, while this waited: then the lock is worth nothing.
+            if dir.is_lock_file(&lock) {
+                return Ok(lock);
+            }
+        }
+    });
+    waiting.await.unwrap_or(Err(StoreError::Unavailable))
+}
+
+/// The layer as it was indexed before, if all of that is there. Reads and hashes files, so not on the runtime's threads.
+async fn from_store(
+    context: &LayerContext,
+    dir: &Option<LayerDir>,
+    blob: &Arc<dyn BlobSource>,
+    diff_id: &DiffId,
+    stats: &Arc<LayerStats>,
+) -> Result<Option<Opened>, OpenError> {
+    let Some(dir) = dir.clone() else { return Ok(None) };
+    let (context, blob) = (context.clone(), blob.clone());
+    let (diff_id, stats) = (diff_id.clone(), stats.clone());
+    let loading = tokio::task::spawn_blocking(move || load(&context, &dir, blob, &diff_id, stats));
+    loading.await.map_err(|_| OpenError::Interrupted)?
+}
+
+fn load(
+    context: &LayerContext,
+    dir: &LayerDir,
+    blob: Arc<dyn BlobSource>,
+    diff_id: &DiffId,
+    stats: Arc<LayerStats>,
+) -> Result<Option<Opened>, OpenError> {
+    let Some((index, extents)) = stored_index(dir, blob.digest()) else {
+        return Ok(None);
+    };
+    if index.diff_id() != diff_id {
+        // What the blob unpacks to is known from a pass that verified it, so this image's config is wrong.
+        return Err(OpenError::FirstPass(FirstPassError::DiffId {
+            layer: blob.digest().clone(),
+            expected: diff_id.clone(),
+            actual: index.diff_id().0.clone(),
+        }));
+    }
+    let device = match DataDevice::open(&context.store, dir, &index, extents.device_size()) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            context.health.store_failed(&error);
+            None
+        }
+    };
+    stats.set_source(IndexSource::Store);
+    let layer = layer(context, blob, index, extents, device, stats);
+    Ok(Some(Opened { layer, toc: None }))
+}
+
+fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTable<FileBytes>)> {
+    let unusable = |what: &str, error: &dyn std::fmt::Display| {
+        tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
+    };
+    let map = |path: std::path::PathBuf| match map_file(&path) {
+        Ok(map) => Some(map),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            unusable("index", &error);
+            None
+        }
+    };
+    let index = SpanIndex::open(map(dir.spans())?)
+        .map_err(|e| unusable("span index", &e))
+        .ok()?;
+    let extents = ExtentTable::open(map(dir.extents())?)
+        .map_err(|e| unusable("extent table", &e))
+        .ok()?;
+    (index.blob_digest() == layer && dir.toc().exists()).then_some((index, extents))
+}
+
+/// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
+fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
+    let extents = indexed.toc.extent_table();
+    store.publish(&dir.toc(), Durability::Lazy, |file| indexed.toc.encode(file))?;
+    store.publish(&dir.extents(), Durability::Lazy, |file| extents.encode(file))?;
+    store.publish(&dir.spans(), Durability::Lazy, |file| indexed.index.write(file))
+}
+
+/// The table of contents of a layer that was indexed before.
+pub fn stored_toc(store: &Store, digest: &Digest) -> Result<Toc, OpenError> {
+    let lost = |reason: String| OpenError::Toc {
+        layer: digest.clone(),
+        reason,
+    };
+    let dir = store
+        .layer(digest)
+        .ok_or_else(|| lost("there is no store".to_owned()))?;
+    let map = map_file(&dir.toc()).map_err(|e| lost(e.to_string()))?;
+    Toc::decode(map.as_ref()).map_err(|e| lost(e.to_string()))
+}

@@ -1,0 +1,119 @@
+//! Counters of one layer, shared with whoever reports them.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// Where a layer's index came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IndexSource {
+    /// Not there yet.
+    Pending,
+    /// Made by this process while streaming the layer.
+    Streamed,
+    /// Found in the store.
+    Store,
+}
+
+/// Counters of a layer; all monotonic.
+#[derive(Debug)]
+pub struct LayerStats {
+    /// Compressed size of the layer in bytes.
+    pub size: u64,
+    fetched: AtomicU64,
+    served: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    requests: AtomicU64,
+    source: Mutex<IndexSource>,
+}
+
+/// A snapshot of a layer's counters.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LayerStatus {
+    /// Digest of the layer's blob.
+    pub digest: String,
+    /// Compressed size in bytes.
+    pub size: u64,
+    /// Compressed bytes fetched by this mount.
+    pub fetched: u64,
+    /// Bytes served to readers by this mount.
+    pub served: u64,
+    /// Reads answered without waiting.
+    pub hits: u64,
+    /// Reads that had to wait.
+    pub misses: u64,
+    /// Ranged or whole requests made for the blob.
+    pub requests: u64,
+    /// Spans in the layer; 0 until the index is there.
+    pub spans: u32,
+    /// Spans on the local device.
+    pub local_spans: u32,
+    /// Where the index came from.
+    pub index_source: IndexSource,
+}
+
+impl LayerStats {
+    /// Zero counters of a layer of `size` compressed bytes.
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            fetched: AtomicU64::new(0),
+            served: AtomicU64::new(0),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
+            source: Mutex::new(IndexSource::Pending),
+        }
+    }
+
+    /// Compressed bytes fetched.
+    pub fn fetched(&self) -> u64 {
+        self.fetched.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn fetched_more(&self, bytes: usize) {
+        self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn hit(&self, bytes: usize) {
+        self.hits.fetch_add(1, Ordering::Relaxed);
+        self.served.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn miss(&self, bytes: usize) {
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        self.served.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_source(&self, source: IndexSource) {
+        *self.source.lock().expect("no panic while locked") = source;
+    }
+
+    /// Where the index came from.
+    pub fn source(&self) -> IndexSource {
+        *self.source.lock().expect("no panic while locked")
+    }
+
+    /// The counters now.
+    pub fn snapshot(&self, digest: String, spans: u32, local_spans: u32) -> LayerStatus {
+        LayerStatus {
+            digest,
+            size: self.size,
+            fetched: self.fetched(),
+            served: self.served.load(Ordering::Relaxed),
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+            requests: self.requests.load(Ordering::Relaxed),
+            spans,
+            local_spans,
+            index_source: self.source(),
+        }
+    }
+}
