@@ -1,0 +1,247 @@
+//! An image opened for reading: its merged tree and its layers.
+//!
+//! [`Preparation`] is what is known once manifest and config are here: enough to mount. [`Preparation::finish`] then opens all
+//! layers side by side (from the store, or by streaming each once) and merges their tables into the tree, unless the store
+//! has the tree of this very manifest.
+//!
+//! Invariants: manifest and config are verified; a layer in use was verified against its digest and diffID, here or by the
+//! process that put its index into the store; the tree is made from such layers only.
+
+mod complete;
+mod kept;
+mod tree_file;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+
+pub use kept::KeptSource;
+
+use crate::blob::{BlobError, ImageSource};
+use crate::erofs::{ErofsError, Reader};
+use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
+use crate::oci::{Descriptor, DiffId, Digest};
+use crate::resolve::ResolvedImage;
+use crate::store::{FileBytes, StoreError};
+use crate::toc::{Toc, TocError};
+use crate::tree::{LayerIdx, Merger, TreeError};
+
+/// Why an image cannot be made readable.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// A blob could not be had.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// A layer could not be opened.
+    #[error(transparent)]
+    Layer(#[from] OpenError),
+    /// The layers do not fit together.
+    #[error("cannot merge the layers: {0}")]
+    Merge(#[from] TreeError),
+    /// The tree could not be written or read back.
+    #[error("cannot build the tree: {0}")]
+    Tree(#[from] ErofsError),
+    /// The tree could not be read from the store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A layer's stored table of contents is damaged.
+    #[error("layer {layer}: {source}")]
+    Toc {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        source: TocError,
+    },
+    /// The program is shutting down.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// An image whose manifest and config are known.
+#[derive(Debug)]
+pub struct Preparation {
+    source: Arc<dyn ImageSource>,
+    resolved: Arc<ResolvedImage>,
+    stats: HashMap<Digest, Arc<LayerStats>>,
+}
+
+impl Preparation {
+    /// Nothing is fetched yet.
+    pub fn new(source: Arc<dyn ImageSource>, resolved: ResolvedImage) -> Self {
+        let stats = resolved.layers().iter().map(|d| {
+            let size = u64::try_from(d.size).unwrap_or(0);
+            (d.digest.clone(), Arc::new(LayerStats::new(size)))
+        });
+        Self {
+            source,
+            stats: stats.collect(),
+            resolved: Arc::new(resolved),
+        }
+    }
+
+    /// Manifest, config and layer descriptors.
+    pub fn resolved(&self) -> &Arc<ResolvedImage> {
+        &self.resolved
+    }
+
+    /// Counters per layer, base first, before there is an image.
+    pub fn status(&self) -> Vec<LayerStatus> {
+        let layers = self.resolved.layers().iter();
+        layers
+            .map(|d| self.stats[&d.digest].snapshot(d.digest.to_string(), 0, 0))
+            .collect()
+    }
+
+    /// Opens all layers and the tree. A stored table of contents that is damaged is made again.
+    pub async fn finish(&self, context: &LayerContext) -> Result<Image, ImageError> {
+        // Each layer's table can be damaged, and each is made again once.
+        for _ in self.resolved.layers() {
+            match self.assemble(context).await {
+                Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
+                    tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
+                    if let Some(dir) = context.store.layer(&layer) {
+                        dir.forget()?;
+                    }
+                }
+                result => return result,
+            }
+        }
+        self.assemble(context).await
+    }
+
+    async fn assemble(&self, context: &LayerContext) -> Result<Image, ImageError> {
+        let mut opened = self.open_layers(context).await?;
+        let layers: Vec<Arc<Layer>> = self
+            .resolved
+            .layers()
+            .iter()
+            .map(|d| opened[&d.digest].layer.clone())
+            .collect();
+        let sizes: Vec<u64> = layers.iter().map(|l| l.device_size()).collect();
+        let manifest = self.resolved.manifest_document.digest.clone();
+        let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
+        let tocs: HashMap<Digest, Option<Toc>> = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
+        let store = context.store.clone();
+        let building = tokio::task::spawn_blocking(move || {
+            if let Some(tree) = tree_file::open(&store, &manifest, &sizes)? {
+                return Ok(tree);
+            }
+            let tree = merge(&store, &order, &tocs)?;
+            tree_file::build(&store, &manifest, &tree, &sizes)
+        });
+        let tree = building.await.map_err(|_| ImageError::Interrupted)??;
+        Ok(Image {
+            resolved: self.resolved.clone(),
+            tree,
+            layers,
+        })
+    }
+
+    /// The largest layer starts first, because it ends last; the small ones then fill the other places.
+    async fn open_layers(&self, context: &LayerContext) -> Result<HashMap<Digest, Opened>, ImageError> {
+        let mut order: Vec<usize> = (0..self.resolved.layers().len()).collect();
+        order.sort_by_key(|&i| self.resolved.layers()[i].size);
+        let largest = usize::from(!order.is_empty());
+        order.rotate_right(largest);
+        let mut opening = FuturesUnordered::new();
+        let mut seen: HashMap<Digest, &DiffId> = HashMap::new();
+        for i in order {
+            let descriptor = self.resolved.layers()[i].clone();
+            let diff_id = &self.resolved.diff_ids()[i];
+            match seen.insert(descriptor.digest.clone(), diff_id) {
+                None => opening.push(self.open_layer(context, descriptor, i)),
+                Some(other) if other == diff_id => {}
+                Some(other) => {
+                    return Err(ImageError::Layer(OpenError::FirstPass(FirstPassError::DiffId {
+                        layer: descriptor.digest,
+                        expected: diff_id.clone(),
+                        actual: other.0.clone(),
+                    })));
+                }
+            }
+        }
+        let mut opened = HashMap::new();
+        while let Some(result) = opening.next().await {
+            let (digest, layer) = result?;
+            opened.insert(digest, layer);
+        }
+        Ok(opened)
+    }
+
+    async fn open_layer(
+        &self,
+        context: &LayerContext,
+        descriptor: Descriptor,
+        position: usize,
+    ) -> Result<(Digest, Opened), ImageError> {
+        let blob = self.source.blob(&descriptor).await?;
+        let diff_id = self.resolved.diff_ids()[position].clone();
+        let stats = self.stats[&descriptor.digest].clone();
+        let opened = layer::open(context, blob, diff_id, stats).await?;
+        Ok((descriptor.digest, opened))
+    }
+}
+
+/// Merges the layers' tables, base first; a layer that was indexed earlier has its table in the store.
+fn merge(
+    store: &crate::store::Store,
+    order: &[Digest],
+    tocs: &HashMap<Digest, Option<Toc>>,
+) -> Result<crate::tree::Tree, ImageError> {
+    let mut merger = Merger::new();
+    for (position, digest) in order.iter().enumerate() {
+        let position = LayerIdx(position as u32);
+        match &tocs[digest] {
+            Some(toc) => merger.add(position, toc)?,
+            None => merger.add(position, &layer::stored_toc(store, digest)?)?,
+        }
+    }
+    Ok(merger.finish())
+}
+
+/// An image that can be read.
+#[derive(Debug)]
+pub struct Image {
+    resolved: Arc<ResolvedImage>,
+    tree: Reader<FileBytes>,
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Image {
+    /// Manifest, config and layer descriptors.
+    pub fn resolved(&self) -> &Arc<ResolvedImage> {
+        &self.resolved
+    }
+
+    /// The merged tree.
+    pub fn tree(&self) -> &Reader<FileBytes> {
+        &self.tree
+    }
+
+    /// The layer at a position, 0 is the base.
+    ///
+    /// # Panics
+    /// If the image has no such layer; positions in the tree are checked when it is opened.
+    pub fn layer(&self, position: LayerIdx) -> &Arc<Layer> {
+        &self.layers[position.0 as usize]
+    }
+
+    /// All layers, base first.
+    pub fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    /// Counters per layer, base first.
+    pub fn status(&self) -> Vec<LayerStatus> {
+        let layers = self.layers.iter();
+        layers
+            .map(|l| {
+                let spans = l.index().len() as u32;
+                l.stats().snapshot(l.digest().to_string(), spans, l.local_spans())
+            })
+            .collect()
+    }
+}
