@@ -43,6 +43,7 @@ pub mod archive;
 pub mod blob;
 pub mod device;
 pub mod erofs;
+pub mod fs;
 pub mod image;
 pub mod index;
 pub mod layer;

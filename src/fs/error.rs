@@ -1,0 +1,77 @@
+//! Errors of the file system, and the one place that chooses an errno for them.
+
+use std::time::Duration;
+
+pub use nix::errno::Errno;
+
+use crate::blob::BlobError;
+use crate::erofs::ErofsError;
+use crate::layer::LayerError;
+
+/// Why an operation failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FsError {
+    /// The tree is damaged, or an inode number that it never gave out was used.
+    #[error(transparent)]
+    Tree(#[from] ErofsError),
+    /// Content could not be had.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// Content did not come in time.
+    #[error("no data within {}s", timeout.as_secs_f32())]
+    Timeout {
+        /// The deadline that passed.
+        timeout: Duration,
+    },
+    /// A directory was read as a file.
+    #[error("is a directory")]
+    IsDirectory,
+    /// Something without content was read.
+    #[error("is not a regular file")]
+    NotAFile,
+    /// The image could not be made readable at all.
+    #[error("{reason}")]
+    Failed {
+        /// What went wrong while it was prepared.
+        reason: String,
+    },
+}
+
+/// What a caller of the kernel sees.
+pub trait ToErrno {
+    /// The errno for this error.
+    fn errno(&self) -> Errno;
+}
+
+impl ToErrno for FsError {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::Tree(error) => match error {
+                // The kernel knows the types and does not ask a file for an entry.
+                ErofsError::WrongType { .. } => Errno::EINVAL,
+                _ => Errno::EIO,
+            },
+            Self::Layer(error) => error.errno(),
+            Self::Timeout { .. } => Errno::ETIMEDOUT,
+            Self::IsDirectory => Errno::EISDIR,
+            Self::NotAFile => Errno::EINVAL,
+            Self::Failed { .. } => Errno::EIO,
+        }
+    }
+}
+
+impl ToErrno for LayerError {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::Blob { source, .. } => match source {
+                // POSIX lets read(2) say that the far side did not answer; a program can tell it from a broken disk.
+                BlobError::Timeout { .. } => Errno::ETIMEDOUT,
+                // EACCES would read as a statement about the file's mode, which it is not.
+                _ => Errno::EIO,
+            },
+            Self::Corrupt { .. } => Errno::EIO,
+            Self::Closed { .. } => Errno::ESHUTDOWN,
+        }
+    }
+}
