@@ -44,6 +44,7 @@ pub mod blob;
 pub mod device;
 pub mod erofs;
 pub mod fs;
+pub mod fuse;
 pub mod image;
 pub mod index;
 pub mod layer;

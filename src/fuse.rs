@@ -1,0 +1,317 @@
+//! FUSE front end: carries [`ImageFs`] to the kernel. The only module that knows fuser.
+//!
+//! What makes it fast is what the kernel is told never to ask again: names, attributes, absent names, links and pages of an
+//! immutable tree stay valid for ever; OPEN and OPENDIR are answered ENOSYS once, after which the kernel sends no OPEN,
+//! RELEASE, FLUSH at all and keeps pages and directories cached. Hits are answered on the thread that took the request; a
+//! read that has to wait becomes a task that answers later, so waiting reads never hold up others.
+//!
+//! The session starts only when the tree is ready. Until then requests wait inside the kernel, where a fatal signal can still
+//! end the waiting process; once a request was handed to a server that cannot handle INTERRUPT, it could not.
+
+mod attr;
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fuser::{
+    AccessFlags, Config, Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+};
+use tokio::runtime::Handle;
+
+use crate::erofs::Nid;
+use crate::fs::{FsError, ImageFs, ToErrno as _};
+
+/// "For ever": the tree never changes. The kernel keeps times in jiffies, which this does not overflow.
+const FOREVER: Duration = Duration::from_secs(1_000_000_000);
+/// A READ of the kernel is at most this long; one page array (fs.fuse.max_pages_limit) is 1 MiB.
+const MAX_READ: u32 = 1 << 20;
+/// Readahead requests in flight. Each may wait for the network, so more than fuse's default of 12.
+const MAX_BACKGROUND: u16 = 64;
+/// Threads taking requests. One is woken on the other CPU for each request, which costs more than serving it; several
+/// find one still awake.
+const THREADS: usize = 8;
+
+/// Who may use the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Everybody, as modes and owners allow.
+    Everybody,
+    /// Only the user who mounted.
+    Owner,
+}
+
+/// What is served: the image, or an error for everything after the image could not be prepared.
+#[derive(Debug, Clone)]
+pub enum Served {
+    /// The image.
+    Image(ImageFs),
+    /// EIO for every request.
+    Failed(Arc<FsError>),
+}
+
+/// Serves requests from `fuse` (an open /dev/fuse that is mounted) until it is unmounted. Blocks.
+/// `runtime` runs the reads that have to wait.
+pub fn serve(fuse: OwnedFd, access: Access, served: Served, runtime: Handle) -> io::Result<()> {
+    let mut config = Config::default();
+    config.n_threads = Some(THREADS);
+    config.acl = match access {
+        Access::Everybody => SessionACL::All,
+        Access::Owner => SessionACL::Owner,
+    };
+    let adapter = Adapter { served, runtime };
+    Session::from_fd(adapter, fuse, config.acl, config)?.run()
+}
+
+#[derive(Debug)]
+struct Adapter {
+    served: Served,
+    runtime: Handle,
+}
+
+impl Adapter {
+    fn fs(&self) -> Result<&ImageFs, Errno> {
+        match &self.served {
+            Served::Image(fs) => Ok(fs),
+            Served::Failed(error) => Err(errno(error)),
+        }
+    }
+
+    /// FUSE calls the root 1; no other inode has that number, because the superblock lies there.
+    fn nid(&self, fs: &ImageFs, ino: INodeNo) -> Nid {
+        if ino == INodeNo::ROOT { fs.root() } else { Nid(ino.0) }
+    }
+
+    fn lookup_attr(&self, parent: INodeNo, name: &OsStr) -> Result<Option<fuser::FileAttr>, Errno> {
+        let fs = self.fs()?;
+        let found = fs.lookup(self.nid(fs, parent), name.as_bytes());
+        Ok(found.map_err(report)?.map(|a| attr::to_fuse(fs, &a)))
+    }
+
+    fn attr(&self, ino: INodeNo) -> Result<fuser::FileAttr, Errno> {
+        let fs = self.fs()?;
+        let found = fs.attr(self.nid(fs, ino));
+        Ok(attr::to_fuse(fs, &found.map_err(report)?))
+    }
+}
+
+/// Logs an error where it leaves the program, and turns it into fuser's errno.
+fn report(error: FsError) -> Errno {
+    tracing::error!(%error, "answering a request with an error");
+    errno(&error)
+}
+
+fn errno(error: &FsError) -> Errno {
+    Errno::from_i32(error.errno() as i32)
+}
+
+/// getxattr and listxattr ask for the size first, with an empty buffer.
+fn reply_sized(reply: ReplyXattr, size: u32, data: &[u8]) {
+    if size == 0 {
+        reply.size(data.len() as u32);
+    } else if data.len() > size as usize {
+        reply.error(Errno::ERANGE);
+    } else {
+        reply.data(data);
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ASYNC_READ
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_CACHE_SYMLINKS
+            | InitFlags::FUSE_NO_OPEN_SUPPORT
+            | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
+        // Old kernels lack some; each is only an acceleration.
+        let offered = wanted & config.capabilities();
+        if let Err(refused) = config.add_capabilities(offered) {
+            tracing::warn!(?refused, "the kernel offers a capability and refuses it");
+        }
+        // The nearest value the kernel takes is as good.
+        let _ = config.set_max_write(MAX_READ);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.lookup_attr(parent, name) {
+            Ok(Some(attr)) => reply.entry(&FOREVER, &attr, Generation(0)),
+            // Inode 0 with a lifetime: the kernel remembers that the name is absent.
+            Ok(None) => reply.entry(&FOREVER, &attr::absent(), Generation(0)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        match self.attr(ino) {
+            Ok(attr) => reply.attr(&FOREVER, &attr),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+        let target = self.fs().and_then(|fs| fs.read_link(self.nid(fs, ino)).map_err(report));
+        match target {
+            Ok(target) => reply.data(&target),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn opendir(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn flush(&self, _request: &Request, _ino: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let fs = match self.fs() {
+            Ok(fs) => fs,
+            Err(errno) => return reply.error(errno),
+        };
+        let nid = self.nid(fs, ino);
+        let size = size.min(MAX_READ) as usize;
+        let missed = READ_BUFFER.with_borrow_mut(|buffer| {
+            buffer.resize(size, 0);
+            match fs.read_local(nid, offset, buffer) {
+                Ok(Some(length)) => reply.data(&buffer[..length]),
+                Ok(None) => return Some(reply),
+                Err(error) => reply.error(report(error)),
+            }
+            None
+        });
+        if let Some(reply) = missed {
+            let fs = fs.clone();
+            self.runtime.spawn(async move {
+                match fs.read(nid, offset, size).await {
+                    Ok(bytes) => reply.data(&bytes),
+                    Err(error) => reply.error(report(error)),
+                }
+            });
+        }
+    }
+
+    fn readdir(&self, _request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let listed = self.fs().and_then(|fs| {
+            fs.read_dir(self.nid(fs, ino), offset, |entry| {
+                let ino = attr::fuse_ino(fs, entry.ino);
+                !reply.add(
+                    ino,
+                    entry.next,
+                    attr::fuse_type(entry.file_type),
+                    OsStr::from_bytes(entry.name),
+                )
+            })
+            .map_err(report)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let mut failed = None;
+        let listed = self.fs().and_then(|fs| {
+            fs.read_dir(self.nid(fs, ino), offset, |entry| match fs.attr(entry.ino) {
+                Ok(found) => {
+                    let attr = attr::to_fuse(fs, &found);
+                    let name = OsStr::from_bytes(entry.name);
+                    !reply.add(attr.ino, entry.next, name, &FOREVER, &attr, Generation(0))
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            })
+            .map_err(report)
+        });
+        match (listed, failed) {
+            (Ok(()), None) => reply.ok(),
+            (Ok(()), Some(error)) => reply.error(report(error)),
+            (Err(errno), _) => reply.error(errno),
+        }
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.fs() {
+            Ok(fs) => {
+                let stat = fs.stat();
+                reply.statfs(stat.blocks, 0, 0, stat.inodes, 0, attr::BLOCK, 255, attr::BLOCK);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let value = self.fs().and_then(|fs| {
+            if !fs.has_xattrs() {
+                // The kernel stops asking, which saves a round trip on every permission check and copy-up.
+                return Err(Errno::ENOSYS);
+            }
+            let value = fs.xattr(self.nid(fs, ino), name.as_bytes()).map_err(report)?;
+            value.ok_or(Errno::NO_XATTR)
+        });
+        match value {
+            Ok(value) => reply_sized(reply, size, &value),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        // Always served, unlike getxattr: it is rare, and programs take "not supported" for an error here.
+        let names = self
+            .fs()
+            .and_then(|fs| fs.xattr_names(self.nid(fs, ino)).map_err(report));
+        match names {
+            Ok(names) => {
+                let list: Vec<u8> = names.into_iter().flat_map(|n| [n, vec![0]].concat()).collect();
+                reply_sized(reply, size, &list);
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn access(&self, _request: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        // A mount that others may use carries default_permissions, so the kernel decides by mode and owner; in a private one
+        // its owner may read all. It stops asking after this.
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+thread_local! {
+    /// One buffer per dispatch thread: an allocation of a megabyte for each read would cost more than the copy.
+    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}

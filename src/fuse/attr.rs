@@ -1,0 +1,74 @@
+//! Attributes in FUSE's terms.
+
+use std::time::UNIX_EPOCH;
+
+use fuser::{FileAttr, INodeNo};
+
+use crate::erofs::{FileType, Nid};
+use crate::fs::{Attr, ImageFs, mtime};
+use crate::toc::DEVICE_BLOCK;
+
+/// Block size shown by stat(2) and statfs(2).
+pub(super) const BLOCK: u32 = DEVICE_BLOCK as u32;
+
+pub(super) fn fuse_ino(fs: &ImageFs, nid: Nid) -> INodeNo {
+    if nid == fs.root() {
+        INodeNo::ROOT
+    } else {
+        INodeNo(nid.0)
+    }
+}
+
+pub(super) fn fuse_type(file_type: FileType) -> fuser::FileType {
+    match file_type {
+        FileType::Regular => fuser::FileType::RegularFile,
+        FileType::Directory => fuser::FileType::Directory,
+        FileType::Symlink => fuser::FileType::Symlink,
+        FileType::CharDevice => fuser::FileType::CharDevice,
+        FileType::BlockDevice => fuser::FileType::BlockDevice,
+        FileType::Fifo => fuser::FileType::NamedPipe,
+    }
+}
+
+pub(super) fn to_fuse(fs: &ImageFs, attr: &Attr) -> FileAttr {
+    let inode = &attr.inode;
+    let mtime = mtime(inode);
+    FileAttr {
+        ino: fuse_ino(fs, attr.ino),
+        size: inode.size,
+        blocks: inode.size.div_ceil(512),
+        atime: mtime,
+        mtime,
+        ctime: mtime,
+        crtime: mtime,
+        kind: fuse_type(inode.file_type),
+        perm: inode.mode & 0o7777,
+        nlink: inode.nlink,
+        uid: inode.uid,
+        gid: inode.gid,
+        rdev: inode.rdev,
+        blksize: BLOCK,
+        flags: 0,
+    }
+}
+
+/// What stands for an absent name.
+pub(super) fn absent() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: fuser::FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
