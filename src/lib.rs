@@ -49,6 +49,7 @@ pub mod image;
 pub mod index;
 pub mod layer;
 pub mod layout;
+pub mod mount;
 pub mod oci;
 pub mod registry;
 pub mod resolve;

@@ -1,0 +1,41 @@
+//! A mount from beginning to end: attach, prepare, serve, take down.
+//!
+//! ```text
+//!            ┌─────────── unmount, signal ───────────┐
+//!            │                                       ▼
+//! attach ─▶ Preparing ── tree ready ──▶ Ready ──▶ taken down
+//!            │                                       ▲
+//!            └── cannot be prepared ──▶ Failed ──────┘
+//! ```
+//! The directory is mounted as soon as manifest and config are known. Until the tree is ready no request is taken from the
+//! kernel, so that waiting processes can be killed; afterwards every request is answered: from the image, or with an error if
+//! it could not be prepared.
+//!
+//! A writable mount appears only when the tree is ready: the image is mounted in the run directory, an overlay is put on the
+//! mount point, and the image's own mount goes away again. The overlay holds the image by itself, nobody else can reach it, and
+//! whoever unmounts the overlay, in whatever way, thereby ends the session. So the end of the session is all there is to watch.
+//!
+//! Invariants: whatever way the process ends (unmount, signal, somebody else's umount) it detaches what it mounted, removes its
+//! registration and its private upper directory; one that is killed leaves a registration that `umount` recognises as dead.
+
+mod attached;
+mod control;
+mod kernel;
+mod mountinfo;
+mod options;
+mod overlay;
+mod privilege;
+mod registration;
+mod server;
+mod status;
+mod takedown;
+
+pub use control::{ControlError, Request, Response, call};
+pub use kernel::KernelMountError;
+pub use options::{FuseOptions, UnknownOption};
+pub use overlay::{OverlayError, Upper};
+pub use privilege::is_system_root;
+pub use registration::{MountRecord, RegistrationError, RunDir, RunEntry};
+pub use server::{Event, MountConfig, MountError, serve};
+pub use status::{MountState, MountStatus};
+pub use takedown::{TakedownError, list, status_of, take_down};

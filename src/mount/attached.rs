@@ -1,0 +1,98 @@
+//! What a mount's process attached: mounts, registration, private upper directory. It all goes, one way or another.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use nix::fcntl::Flock;
+
+use super::registration::{MountRecord, RunEntry};
+use super::server::{MountError, system};
+use super::{kernel, mountinfo, overlay};
+
+/// What this process attached and has to take down, at the latest when this is dropped.
+pub(super) struct Attached {
+    pub(super) entry: RunEntry,
+    pub(super) record: MountRecord,
+    /// The later ones lie on the earlier ones.
+    mounts: Vec<Mounted>,
+    registered: bool,
+    /// Held until the mount stands; see [`RunEntry::turn`].
+    pub(super) turn: Option<File>,
+    /// Held as long as the directories of the overlay are used.
+    upper_lock: Option<Flock<File>>,
+}
+
+/// One of our mounts.
+struct Mounted {
+    path: PathBuf,
+    id: u64,
+}
+
+impl Attached {
+    pub(super) fn new(entry: RunEntry, record: MountRecord, turn: File) -> Self {
+        Self {
+            entry,
+            record,
+            mounts: Vec::new(),
+            registered: true,
+            turn: Some(turn),
+            upper_lock: None,
+        }
+    }
+
+    /// Remembers what was just mounted at `path`.
+    pub(super) fn add(&mut self, path: PathBuf) -> Result<(), MountError> {
+        let entry = mountinfo::at(&path).map_err(system("read the mount table"))?;
+        // If it is gone by now, there is nothing to take down.
+        self.mounts.extend(entry.map(|entry| Mounted { path, id: entry.id }));
+        Ok(())
+    }
+
+    /// Remembers an overlay, and takes away the mounts that it was made from. `lock` marks its directories as in use.
+    pub(super) fn cover(&mut self, mountpoint: PathBuf, lock: Flock<File>) -> Result<(), MountError> {
+        self.upper_lock = Some(lock);
+        let below = self.mounts.len();
+        self.add(mountpoint)?;
+        for mounted in self.mounts.drain(..below) {
+            kernel::unmount_own(&mounted.path, mounted.id, true)?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything down. Without `lazy` it stops, with everything standing, if something is in use.
+    pub(super) fn detach(&mut self, lazy: bool) -> Result<(), MountError> {
+        while let Some(mounted) = self.mounts.last() {
+            kernel::unmount_own(&mounted.path, mounted.id, lazy)?;
+            self.mounts.pop();
+        }
+        if self.registered {
+            self.registered = false;
+            let _turn = match self.turn.take() {
+                Some(turn) => turn,
+                None => self.entry.turn()?,
+            };
+            // After an unmount by somebody else, the mount point may be registered to another process already.
+            if self.entry.record()?.is_none_or(|record| record.pid == self.record.pid) {
+                self.entry.remove()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the private upper directory, when nobody uses the overlay any more.
+    pub(super) fn discard(&mut self) {
+        if let Some(scratch) = self.record.scratch.take() {
+            overlay::discard(&scratch);
+        }
+        self.upper_lock = None;
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach(true) {
+            tracing::error!(%error, "cannot take the mount down");
+        }
+        self.discard();
+    }
+}

@@ -1,0 +1,89 @@
+//! /proc/self/mountinfo (proc(5)): what is mounted where.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
+
+/// One mounted file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MountEntry {
+    pub(super) id: u64,
+    pub(super) mountpoint: PathBuf,
+    pub(super) fs_type: String,
+}
+
+/// The topmost mount at exactly `path`, if it is a mount point.
+pub(super) fn at(path: &Path) -> io::Result<Option<MountEntry>> {
+    Ok(table()?.into_iter().rfind(|entry| entry.mountpoint == path))
+}
+
+/// Whether the mount `id` is still attached at `path`, perhaps below another one.
+pub(super) fn is_there(path: &Path, id: u64) -> io::Result<bool> {
+    let mut entries = table()?.into_iter();
+    Ok(entries.any(|entry| entry.id == id && entry.mountpoint == path))
+}
+
+/// All mounts, a covering one after what it covers. Paths are bytes: what others mount need not be UTF-8.
+fn table() -> io::Result<Vec<MountEntry>> {
+    let text = fs::read("/proc/self/mountinfo")?;
+    Ok(text.split(|&b| b == b'\n').filter_map(parse).collect())
+}
+
+fn parse(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|&b| b == b' ');
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let mountpoint = unescape(fields.nth(3)?);
+    // Any number of optional fields ends with a hyphen.
+    fields.find(|field| *field == b"-")?;
+    Some(MountEntry {
+        id,
+        mountpoint,
+        fs_type: String::from_utf8_lossy(fields.next()?).into_owned(),
+    })
+}
+
+/// Space, tab, newline and backslash are written as three octal digits.
+fn unescape(text: &[u8]) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        let octal = tail.get(..3).and_then(|d| std::str::from_utf8(d).ok());
+        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => bytes.push(*first),
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_understood() {
+        let line = br"98 30 0:46 / /mnt/a\040b\134c rw,relatime shared:1 - fuse.ocifs alpine:latest ro,user_id=0";
+        let entry = parse(line).unwrap();
+        assert_eq!(entry.id, 98);
+        assert_eq!(entry.mountpoint, Path::new(r"/mnt/a b\c"));
+        assert_eq!(entry.fs_type, "fuse.ocifs");
+        assert!(parse(b"nonsense").is_none());
+        let line = b"99 30 0:47 / /mnt/\xe9 rw - tmpfs tmpfs rw";
+        assert_eq!(
+            parse(line).unwrap().mountpoint.as_os_str().as_encoded_bytes(),
+            b"/mnt/\xe9"
+        );
+    }
+
+    #[test]
+    fn proc_is_a_mount_point_and_its_status_file_is_not() {
+        assert_eq!(at(Path::new("/proc")).unwrap().unwrap().fs_type, "proc");
+        assert!(at(Path::new("/proc/self/status")).unwrap().is_none());
+    }
+}

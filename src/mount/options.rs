@@ -1,0 +1,172 @@
+//! `-o` options of a mount (mount(8), fuse(8)).
+
+use std::os::fd::RawFd;
+
+use nix::mount::MsFlags;
+
+use crate::fuse::Access;
+
+/// An option that is not known.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "unknown mount option `{option}`: known are allow_other, noallow_other, default_permissions, nonempty, ro, suid, nosuid, dev, nodev, exec, noexec, noatime, nodiratime, relatime"
+)]
+pub struct UnknownOption {
+    /// As given.
+    pub option: String,
+}
+
+/// What the kernel is told about a mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FuseOptions {
+    /// Everybody may use the mount, as modes and owners allow; without it only who made it, but they may read everything:
+    /// the bytes are theirs.
+    pub allow_other: bool,
+    /// Modes and owners count also for who made a mount that nobody else may use.
+    pub default_permissions: bool,
+    /// The mount point may have entries.
+    pub nonempty: bool,
+    /// Set-id bits count.
+    pub suid: bool,
+    /// Device nodes can be opened.
+    pub dev: bool,
+    /// Programs can be run.
+    pub exec: bool,
+    /// Access times are never updated (the tree has none to update).
+    pub noatime: bool,
+}
+
+impl FuseOptions {
+    /// A root file system for everybody if root mounts it: set-id programs and device nodes work, as in a container.
+    /// An ordinary user gets a private mount without them.
+    pub fn defaults(root: bool) -> Self {
+        Self {
+            allow_other: root,
+            default_permissions: false,
+            nonempty: false,
+            suid: root,
+            dev: root,
+            exec: true,
+            noatime: true,
+        }
+    }
+
+    /// Applies a comma separated list.
+    pub fn apply(&mut self, list: &str) -> Result<(), UnknownOption> {
+        for option in list.split(',').map(str::trim).filter(|o| !o.is_empty()) {
+            match option {
+                "allow_other" => self.allow_other = true,
+                "noallow_other" => self.allow_other = false,
+                "default_permissions" => self.default_permissions = true,
+                "nonempty" => self.nonempty = true,
+                "suid" => self.suid = true,
+                "nosuid" => self.suid = false,
+                "dev" => self.dev = true,
+                "nodev" => self.dev = false,
+                "exec" => self.exec = true,
+                "noexec" => self.exec = false,
+                // What every ocifs mount has anyway.
+                "ro" | "noatime" | "nodiratime" | "relatime" => {}
+                _ => {
+                    return Err(UnknownOption {
+                        option: option.to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Who may use the mount.
+    pub fn access(&self) -> Access {
+        if self.allow_other {
+            Access::Everybody
+        } else {
+            Access::Owner
+        }
+    }
+
+    /// Flags of mount(2).
+    pub(super) fn flags(&self) -> MsFlags {
+        let mut flags = MsFlags::MS_RDONLY;
+        flags.set(MsFlags::MS_NOSUID, !self.suid);
+        flags.set(MsFlags::MS_NODEV, !self.dev);
+        flags.set(MsFlags::MS_NOEXEC, !self.exec);
+        flags.set(MsFlags::MS_NOATIME, self.noatime);
+        flags
+    }
+
+    /// The data argument of mount(2).
+    pub(super) fn kernel_data(&self, device: RawFd) -> String {
+        let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+        let mut data = format!("fd={device},rootmode=40000,user_id={uid},group_id={gid}");
+        self.push_access(&mut data);
+        data
+    }
+
+    /// The `-o` argument of fusermount3 for the image.
+    pub(super) fn helper_options(&self, source: &str) -> String {
+        let source = source.replace('\\', "\\\\").replace(',', "\\,");
+        let mut options = format!("ro,subtype=ocifs,fsname={source}");
+        self.push_access(&mut options);
+        options.push_str(&self.flag_names());
+        options
+    }
+
+    fn push_access(&self, options: &mut String) {
+        if self.allow_other {
+            options.push_str(",allow_other");
+        }
+        if self.allow_other || self.default_permissions {
+            options.push_str(",default_permissions");
+        }
+    }
+
+    /// The restrictions by name, each after a comma.
+    pub(super) fn flag_names(&self) -> String {
+        let restrictions = [
+            (!self.suid, ",nosuid"),
+            (!self.dev, ",nodev"),
+            (!self.exec, ",noexec"),
+            (self.noatime, ",noatime"),
+        ];
+        restrictions
+            .iter()
+            .filter(|(on, _)| *on)
+            .map(|(_, name)| *name)
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_applied_in_order_and_unknown_ones_named() {
+        let mut options = FuseOptions::defaults(true);
+        options.apply("nosuid, nodev,ro,,default_permissions").unwrap();
+        assert!(!options.suid && !options.dev && options.allow_other);
+        let flags = options.flags();
+        assert!(flags.contains(MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV));
+        assert_eq!(options.apply("rw").unwrap_err().option, "rw");
+    }
+
+    #[test]
+    fn modes_count_wherever_others_have_access() {
+        let has = |options: FuseOptions| options.kernel_data(3).contains("default_permissions");
+        let (everybody, mut owner) = (FuseOptions::defaults(true), FuseOptions::defaults(false));
+        assert!(has(everybody) && !has(owner.clone()));
+        owner.apply("default_permissions").unwrap();
+        assert!(has(owner));
+    }
+
+    #[test]
+    fn a_comma_in_the_reference_does_not_become_an_option() {
+        let options = FuseOptions::defaults(false).helper_options("host/a,suid:b");
+        assert!(
+            options.ends_with("fsname=host/a\\,suid:b,nosuid,nodev,noatime"),
+            "{options}"
+        );
+    }
+}

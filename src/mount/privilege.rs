@@ -1,0 +1,48 @@
+//! Who this process is, seen from outside its user namespace (user_namespaces(7)).
+
+use std::fs;
+
+/// Whether this is root of the machine. Root of another user namespace has no more rights over what belongs to the machine
+/// than the ordinary user who made the namespace: /var and /run are closed to it, `trusted.*` attributes too.
+pub fn is_system_root() -> bool {
+    let uid = nix::unistd::geteuid();
+    uid.is_root() && uid_map().is_none_or(|map| map.trim_end() == "0 0 4294967295")
+}
+
+/// The user id as the namespace around has it: there are many who are root, each in a namespace of their own.
+pub(super) fn outer_uid() -> u32 {
+    let uid = nix::unistd::geteuid().as_raw();
+    uid_map().and_then(|map| translate(&map, uid)).unwrap_or(uid)
+}
+
+/// The map of this process's namespace, blanks collapsed; none if the kernel has no user namespaces.
+fn uid_map() -> Option<String> {
+    let map = fs::read_to_string("/proc/self/uid_map").ok()?;
+    let lines = map
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+    Some(lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// Each line: first id inside, first id outside, how many.
+fn translate(map: &str, uid: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split(' ').map(|number| number.parse::<u32>().ok());
+        let (inside, outside, length) = (numbers.next()??, numbers.next()??, numbers.next()??);
+        let offset = uid.checked_sub(inside).filter(|offset| *offset < length)?;
+        outside.checked_add(offset)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_translated_outwards() {
+        let map = "0 1000 1\n1 100000 65536";
+        assert_eq!(translate(map, 0), Some(1000));
+        assert_eq!(translate(map, 33), Some(100_032));
+        assert_eq!(translate(map, 65_537), None);
+    }
+}

@@ -1,0 +1,384 @@
+//! The run directory: which mounts there are, for `list`, `status` and `umount`, also after their process died.
+//!
+//! ```text
+//! RUN/ID/mount.json    what is mounted where, by which process
+//!        control       the process's socket
+//!        log           its log, if it runs in the background
+//!        lower/        where the image is mounted until the overlay of a writable mount is put together
+//! RUN/locks/mountpoints  a byte of it is locked for each mount point that a process is about to use
+//! RUN/changes/ID         private upper directories, if there is no store to hold them
+//! ```
+//! RUN is /run/ocifs for root, `$XDG_RUNTIME_DIR/ocifs` for others (or /tmp/ocifs-UID, if it is their own and private).
+//! ID is made from the mount point's path, so there is at most one registration per mount point.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+use serde::{Deserialize, Serialize};
+
+use super::mountinfo;
+use super::overlay;
+use super::privilege::{is_system_root, outer_uid};
+
+/// Why registrations cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegistrationError {
+    /// A file could not be read or written.
+    #[error("run directory: {}: {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The fallback directory belongs to somebody else.
+    #[error("{} is not a private directory of this user: set XDG_RUNTIME_DIR", path.display())]
+    NotPrivate {
+        /// Which.
+        path: PathBuf,
+    },
+    /// There is a live mount already.
+    #[error("{} is an ocifs mount of {image} already (process {pid})", mountpoint.display())]
+    Taken {
+        /// Where.
+        mountpoint: PathBuf,
+        /// What is mounted there.
+        image: String,
+        /// Who serves it.
+        pid: u32,
+    },
+}
+
+/// What is known about a mount without asking its process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountRecord {
+    /// Serving process.
+    pub pid: u32,
+    /// When that process started, in clock ticks since boot (/proc/PID/stat field 22); tells it from a later one.
+    pub started: u64,
+    /// The image as given.
+    pub image: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Where the user sees it.
+    #[serde(with = "path_bytes")]
+    pub mountpoint: PathBuf,
+    /// Where the image itself is mounted: the mount point, or, until there is an overlay, a directory of its own.
+    #[serde(with = "path_bytes")]
+    pub lower: PathBuf,
+    /// Whether an overlay lies on top.
+    pub writable: bool,
+    /// Private upper directory to delete at the end.
+    #[serde(with = "optional_path_bytes")]
+    pub scratch: Option<PathBuf>,
+}
+
+impl MountRecord {
+    /// Whether the process that serves the mount is alive.
+    pub fn is_alive(&self) -> bool {
+        process_start(self.pid) == Some(self.started)
+    }
+
+    /// Whether anything of it is mounted.
+    pub(super) fn is_mounted(&self) -> io::Result<bool> {
+        let has = |path: &Path, types: &[&str]| {
+            mountinfo::at(path).map(|mount| mount.is_some_and(|mount| types.contains(&mount.fs_type.as_str())))
+        };
+        Ok(has(&self.lower, &["fuse.ocifs"])? || (self.writable && has(&self.mountpoint, &overlay::TYPES)?))
+    }
+}
+
+/// JSON text is Unicode and a path need not be: such a one is written as an array of its bytes.
+mod path_bytes {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt as _;
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        match path.to_str() {
+            Some(text) => serializer.serialize_str(text),
+            None => path.as_os_str().as_encoded_bytes().serialize(serializer),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Text(PathBuf),
+            Bytes(Vec<u8>),
+        }
+        Ok(match Written::deserialize(deserializer)? {
+            Written::Text(path) => path,
+            Written::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
+}
+
+/// The same for a path that may be missing.
+mod optional_path_bytes {
+    use std::path::PathBuf;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Wrapped(#[serde(with = "super::path_bytes")] PathBuf);
+
+    pub(super) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+        path.clone().map(Wrapped).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+        Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
+    }
+}
+
+/// Start time of a live process; zombies do not count.
+pub fn process_start(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command name is in parentheses and may contain anything, so count from the last one.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    if matches!(fields.first(), Some(&("Z" | "X"))) {
+        return None;
+    }
+    fields.get(19)?.parse().ok()
+}
+
+/// The run directory of this user.
+#[derive(Debug, Clone)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    /// Finds (and creates) it.
+    pub fn open() -> Result<Self, RegistrationError> {
+        let uid = nix::unistd::geteuid();
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR")
+            .map(PathBuf::from)
+            .filter(|p| p.is_absolute());
+        let path = match runtime {
+            _ if is_system_root() => PathBuf::from("/run/ocifs"),
+            Some(runtime) => runtime.join("ocifs"),
+            None => PathBuf::from(format!("/tmp/ocifs-{}", outer_uid())),
+        };
+        let io = |source| RegistrationError::Io {
+            path: path.clone(),
+            source,
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)
+            .map_err(io)?;
+        let metadata = fs::symlink_metadata(&path).map_err(io)?;
+        if !metadata.is_dir() || metadata.uid() != uid.as_raw() || metadata.mode() & 0o022 != 0 {
+            return Err(RegistrationError::NotPrivate { path });
+        }
+        Ok(Self { path })
+    }
+
+    /// The directory of the mount at `mountpoint` (an absolute path without symlinks).
+    pub fn entry(&self, mountpoint: &Path) -> RunEntry {
+        use std::os::unix::ffi::OsStrExt as _;
+        let hash = blake3::hash(mountpoint.as_os_str().as_bytes()).to_hex();
+        RunEntry {
+            path: self.path.join(&hash[..16]),
+        }
+    }
+
+    /// A private upper directory for want of a store.
+    pub fn upper_dir(&self, id: &str) -> PathBuf {
+        self.path.join("changes").join(id)
+    }
+
+    /// All registrations, of dead processes too.
+    pub fn records(&self) -> Result<Vec<(RunEntry, MountRecord)>, RegistrationError> {
+        let entries = fs::read_dir(&self.path).map_err(|source| RegistrationError::Io {
+            path: self.path.clone(),
+            source,
+        })?;
+        let mut records = Vec::new();
+        for entry in entries.flatten() {
+            let entry = RunEntry { path: entry.path() };
+            if let Some(record) = entry.record()? {
+                records.push((entry, record));
+            }
+        }
+        records.sort_by(|a, b| a.1.mountpoint.cmp(&b.1.mountpoint));
+        Ok(records)
+    }
+}
+
+/// The directory of one mount.
+#[derive(Debug, Clone)]
+pub struct RunEntry {
+    path: PathBuf,
+}
+
+impl RunEntry {
+    fn io(&self, path: &Path) -> impl Fn(io::Error) -> RegistrationError + use<> {
+        let path = path.to_owned();
+        move |source| RegistrationError::Io {
+            path: path.clone(),
+            source,
+        }
+    }
+
+    /// Socket of the serving process.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join("control")
+    }
+
+    /// Log of a background process.
+    pub fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+
+    /// Where the image is mounted until an overlay is put together.
+    pub fn lower(&self) -> PathBuf {
+        self.path.join("lower")
+    }
+
+    /// Creates the directory.
+    pub fn create(&self) -> Result<(), RegistrationError> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&self.path).map_err(self.io(&self.path))
+    }
+
+    /// The registration, if there is one.
+    pub fn record(&self) -> Result<Option<MountRecord>, RegistrationError> {
+        let path = self.path.join("mount.json");
+        match fs::read(&path) {
+            // A record that does not parse is one that is being written, or was when the machine went down.
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            // A stray file in the run directory is no registration.
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(self.io(&path)(e)),
+        }
+    }
+
+    /// Fails if a live process has a mount there.
+    pub fn check_free(&self) -> Result<(), RegistrationError> {
+        let own = std::process::id();
+        let Some(other) = self.record()?.filter(|r| r.is_alive() && r.pid != own) else {
+            return Ok(());
+        };
+        // One whose mount is gone is about to end.
+        match other.is_mounted().map_err(self.io(Path::new("/proc/self/mountinfo")))? {
+            true => Err(RegistrationError::Taken {
+                mountpoint: other.mountpoint,
+                image: other.image,
+                pid: other.pid,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Waits until no other process is between looking at this mount point and having it mounted, or given up. The turn
+    /// ends when the file is dropped.
+    pub fn turn(&self) -> Result<File, RegistrationError> {
+        let directory = self.path.with_file_name("locks");
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(&directory).map_err(self.io(&directory))?;
+        let path = directory.join("mountpoints");
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(self.io(&path))?;
+        let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        // The byte of this mount point; the file has none, and locks do not mind.
+        let byte = u64::from_str_radix(name, 16).unwrap_or_default() >> 1;
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: byte.cast_signed(),
+            l_len: 1,
+            l_pid: 0,
+        };
+        loop {
+            match fcntl(&file, FcntlArg::F_OFD_SETLKW(&lock)) {
+                Ok(_) => return Ok(file),
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(self.io(&path)(error.into())),
+            }
+        }
+    }
+
+    /// Registers a mount; fails if a live one is registered.
+    pub fn register(&self, record: &MountRecord) -> Result<(), RegistrationError> {
+        self.create()?;
+        self.check_free()?;
+        let path = self.path.join("mount.json");
+        let part = self.path.join("mount.json.part");
+        let bytes = serde_json::to_vec_pretty(record).expect("a record has only strings and numbers");
+        fs::write(&part, bytes).map_err(self.io(&part))?;
+        fs::rename(&part, &path).map_err(self.io(&path))
+    }
+
+    /// Removes the registration. Only what ocifs put there goes, one by one: were something still mounted on `lower`, a
+    /// recursive removal would reach into it.
+    pub fn remove(&self) -> Result<(), RegistrationError> {
+        let gone = |path: PathBuf, result: io::Result<()>| match result {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.io(&path)(e)),
+            _ => Ok(()),
+        };
+        for name in ["control", "log", "mount.json.part", "mount.json"] {
+            let path = self.path.join(name);
+            gone(path.clone(), fs::remove_file(&path))?;
+        }
+        gone(self.lower(), fs::remove_dir(self.lower()))?;
+        match fs::remove_dir(&self.path) {
+            // Another process is about to mount here.
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            result => gone(self.path.clone(), result),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_keeps_paths_that_are_not_text() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let path = |bytes: &[u8]| PathBuf::from(std::ffi::OsStr::from_bytes(bytes));
+        let record = MountRecord {
+            pid: 1,
+            started: 2,
+            image: "alpine".to_owned(),
+            digest: String::new(),
+            mountpoint: path(b"/mnt/\xe9"),
+            lower: path(b"/mnt/plain"),
+            writable: true,
+            scratch: Some(path(b"/store/\xff")),
+        };
+        let json = serde_json::to_string(&record).unwrap();
+        assert!(json.contains("\"/mnt/plain\""), "{json}");
+        assert_eq!(serde_json::from_str::<MountRecord>(&json).unwrap(), record);
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start_time() {
+        let me = std::process::id();
+        let started = process_start(me).unwrap();
+        assert_eq!(process_start(me), Some(started));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        child.wait().unwrap();
+        assert_ne!(process_start(pid), Some(started));
+    }
+}

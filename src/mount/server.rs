@@ -1,0 +1,425 @@
+//! The process behind a mount.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixListener;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use super::attached::Attached;
+use super::control::{self, Control, Request, Response};
+use super::kernel::{self, KernelMountError};
+use super::mountinfo::{self, MountEntry};
+use super::options::FuseOptions;
+use super::overlay::{self, OverlayError, Upper};
+use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry, process_start};
+use super::status::{MountState, MountStatus};
+use crate::fs::{FsError, ImageFs};
+use crate::fuse::{self, Served};
+use crate::image::{Image, ImageError, Preparation};
+use crate::layer::LayerContext;
+
+/// What to mount where.
+#[derive(Debug, Clone)]
+pub struct MountConfig {
+    /// The image as the user wrote it.
+    pub image: String,
+    /// Absolute path of a directory, without symlinks.
+    pub mountpoint: PathBuf,
+    /// `-o` options.
+    pub options: FuseOptions,
+    /// Where changes go, for a writable root.
+    pub upper: Option<Upper>,
+    /// Deadline of a read; none is for ever.
+    pub timeout: Option<Duration>,
+    /// Give up, instead of serving errors, if the image cannot be prepared.
+    pub require_ready: bool,
+    /// When the program started.
+    pub started: Instant,
+}
+
+/// What happens to a mount, in this order.
+#[derive(Debug)]
+pub enum Event {
+    /// The directory is mounted.
+    Mounted,
+    /// Requests are answered.
+    Ready(Arc<Image>),
+    /// Requests are answered with errors, because of this.
+    Failed(String),
+}
+
+/// Why a mount did not come about.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MountError {
+    /// The mount point cannot be used.
+    #[error("cannot mount on {}: {reason}", mountpoint.display())]
+    Mountpoint {
+        /// Where.
+        mountpoint: PathBuf,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// The kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] KernelMountError),
+    /// The overlay failed.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// The run directory failed.
+    #[error(transparent)]
+    Registration(#[from] RegistrationError),
+    /// The image could not be prepared.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Signals, sockets, threads.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+pub(super) fn system(action: &'static str) -> impl Fn(io::Error) -> MountError {
+    move |source| MountError::System { action, source }
+}
+
+/// Another mount namespace may have a copy of the mount. It is served on, but `umount` waits no longer than this for its end.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Mounts and serves until unmounted. `events` hears how it goes.
+pub async fn serve(
+    config: MountConfig,
+    context: LayerContext,
+    preparation: Arc<Preparation>,
+    events: impl Fn(Event),
+) -> Result<(), MountError> {
+    // From here on a signal takes down what stands, instead of killing the process.
+    let signals = Signals::catch()?;
+    let entry = RunDir::open()?.entry(&config.mountpoint);
+    let turn = entry.turn()?;
+    entry.check_free()?;
+    check_mountpoint(&config, &entry)?;
+    let record = record(&config, &preparation, &entry);
+    entry.register(&record)?;
+    let mut mount = Mount {
+        attached: Attached::new(entry, record, turn),
+        config,
+        context,
+        preparation,
+        image: None,
+        failure: None,
+        mounted: Duration::ZERO,
+        ready: None,
+    };
+    let fuse = mount.attach_lower()?;
+    mount.attached.turn = None;
+    let (calls, requests) = mpsc::channel(4);
+    let control = mount.listen(calls)?;
+    mount.mounted = mount.config.started.elapsed();
+    if mount.config.upper.is_none() {
+        events(Event::Mounted);
+    }
+    let asked = mount.run(fuse, requests, signals, events).await?;
+    mount.attached.detach(true)?;
+    mount.attached.discard();
+    if let Some(answer) = asked {
+        // A client that went away does not need the answer.
+        let _ = answer.send(Response::Unmounted);
+    }
+    control.close().await;
+    Ok(())
+}
+
+/// The signals that end a mount.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self, MountError> {
+        let catch = |kind| signal(kind).map_err(system("handle signals"));
+        Ok(Self {
+            terminate: catch(SignalKind::terminate())?,
+            interrupt: catch(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Who asked for the unmount, and until when to wait for the end of the session before the answer.
+struct Leaving {
+    answer: oneshot::Sender<Response>,
+    until: tokio::time::Instant,
+}
+
+impl Leaving {
+    async fn waited(leaving: Option<&Self>) {
+        match leaving {
+            Some(leaving) => tokio::time::sleep_until(leaving.until).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// A mount in one process.
+struct Mount {
+    attached: Attached,
+    config: MountConfig,
+    context: LayerContext,
+    preparation: Arc<Preparation>,
+    image: Option<Arc<Image>>,
+    failure: Option<Arc<FsError>>,
+    mounted: Duration,
+    ready: Option<Duration>,
+}
+
+impl Mount {
+    /// Prepares, serves and answers until the session ends or has to. Returns who still waits for the answer to an unmount.
+    async fn run(
+        &mut self,
+        fuse: OwnedFd,
+        mut requests: mpsc::Receiver<control::Call>,
+        mut signals: Signals,
+        events: impl Fn(Event),
+    ) -> Result<Option<oneshot::Sender<Response>>, MountError> {
+        let (ended, mut session_end) = oneshot::channel();
+        let watched = fuse.try_clone().map_err(system("watch /dev/fuse"))?;
+        let mut gone = tokio::task::spawn_blocking(move || kernel::wait_gone(&watched));
+        let mut unstarted = Some((fuse, ended));
+        let mut leaving: Option<Leaving> = None;
+        let (preparation, context) = (self.preparation.clone(), self.context.clone());
+        let mut preparing = std::pin::pin!(preparation.finish(&context));
+        loop {
+            tokio::select! {
+                prepared = &mut preparing, if unstarted.is_some() => {
+                    let (fuse, ended) = unstarted.take().expect("the guard of this branch");
+                    self.start_session(prepared, fuse, ended)?;
+                    if self.attach_overlay().await? {
+                        events(Event::Mounted);
+                    }
+                    match (&self.image, &self.failure) {
+                        (Some(image), _) => events(Event::Ready(image.clone())),
+                        (None, Some(error)) => events(Event::Failed(error.to_string())),
+                        (None, None) => {}
+                    }
+                }
+                Some((request, answer)) = requests.recv() => {
+                    let Some(answer) = self.answer(request, answer) else { continue };
+                    if unstarted.is_some() {
+                        return Ok(Some(answer));
+                    }
+                    // Whoever still has a file open after a lazy unmount is served until the session ends by itself.
+                    leaving = Some(Leaving { answer, until: tokio::time::Instant::now() + LINGER });
+                }
+                () = Leaving::waited(leaving.as_ref()) => {
+                    // A client that went away does not need the answer.
+                    let _ = leaving.take().map(|leaving| leaving.answer.send(Response::Unmounted));
+                }
+                () = signals.next() => return Ok(leaving.map(|leaving| leaving.answer)),
+                // Somebody else unmounted it before there was a session to end.
+                _ = &mut gone, if unstarted.is_some() => return Ok(None),
+                result = &mut session_end, if unstarted.is_none() => {
+                    match result {
+                        Ok(Ok(())) => tracing::info!("unmounted"),
+                        Ok(Err(error)) => tracing::error!(%error, "the FUSE session ended"),
+                        Err(_) => tracing::error!("the thread of the FUSE session ended"),
+                    }
+                    return Ok(leaving.map(|leaving| leaving.answer));
+                }
+            }
+        }
+    }
+
+    /// Mounts the image itself, on the mount point or, for an overlay to come, where only this user reaches it.
+    fn attach_lower(&mut self) -> Result<OwnedFd, MountError> {
+        let lower = self.attached.record.lower.clone();
+        if self.config.upper.is_some() {
+            std::fs::create_dir_all(&lower).map_err(system("create the directory below the overlay"))?;
+        }
+        let fuse = kernel::mount(&self.config.image, &lower, &self.config.options)?;
+        self.attached.add(lower)?;
+        Ok(fuse)
+    }
+
+    fn listen(&self, calls: mpsc::Sender<control::Call>) -> Result<Control, MountError> {
+        let path = self.attached.entry.socket();
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(system("replace a dead control socket")(e)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(system("open the control socket"))?;
+        Ok(Control::serve(listener, calls))
+    }
+
+    /// Begins to answer requests: from the image, or with the error that kept it from being prepared.
+    fn start_session(
+        &mut self,
+        prepared: Result<Image, ImageError>,
+        fuse: OwnedFd,
+        ended: oneshot::Sender<io::Result<()>>,
+    ) -> Result<(), MountError> {
+        let served = match prepared {
+            Ok(image) => {
+                let image = Arc::new(image);
+                self.image = Some(image.clone());
+                self.ready = Some(self.config.started.elapsed());
+                Served::Image(ImageFs::new(image, self.config.timeout))
+            }
+            Err(error) if self.config.require_ready => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "the image cannot be prepared, every operation will fail");
+                let error = Arc::new(FsError::Failed {
+                    reason: error.to_string(),
+                });
+                self.failure = Some(error.clone());
+                Served::Failed(error)
+            }
+        };
+        let (access, runtime) = (self.config.options.access(), Handle::current());
+        let serve = move || {
+            // Nobody waits for the end any more if the process is going down.
+            let _ = ended.send(fuse::serve(fuse, access, served, runtime));
+        };
+        let thread = std::thread::Builder::new().name("fuse".to_owned());
+        thread.spawn(serve).map_err(system("start the FUSE session"))?;
+        Ok(())
+    }
+
+    /// Puts the overlay on the mount point, if one is wanted, and takes away the image's own mount.
+    async fn attach_overlay(&mut self) -> Result<bool, MountError> {
+        let Some(upper) = self.config.upper.clone() else {
+            return Ok(false);
+        };
+        let (lower, mountpoint) = (self.attached.record.lower.clone(), self.config.mountpoint.clone());
+        let options = self.config.options.clone();
+        let mounting = tokio::task::spawn_blocking(move || overlay::mount(&lower, &upper, &mountpoint, &options));
+        let lock = mounting
+            .await
+            .map_err(|e| system("mount the overlay")(io::Error::other(e)))??;
+        self.attached.cover(self.config.mountpoint.clone(), lock)?;
+        Ok(true)
+    }
+
+    /// Answers a request. The answer to an unmount that succeeded comes back, for when everything is gone.
+    fn answer(&mut self, request: Request, answer: oneshot::Sender<Response>) -> Option<oneshot::Sender<Response>> {
+        let response = match request {
+            Request::Status => Response::Status(Box::new(self.status())),
+            Request::Unmount { lazy } => match self.attached.detach(lazy) {
+                Ok(()) => return Some(answer),
+                Err(error) => Response::Failed {
+                    message: error.to_string(),
+                },
+            },
+        };
+        // A client that went away does not need the answer.
+        let _ = answer.send(response);
+        None
+    }
+
+    fn status(&self) -> MountStatus {
+        let layers = match &self.image {
+            Some(image) => image.status(),
+            None => self.preparation.status(),
+        };
+        let record = &self.attached.record;
+        let size: u64 = layers.iter().map(|l| l.size).sum();
+        let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
+        let preparing = self.image.is_none() && self.failure.is_none();
+        let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
+        let rate = (preparing && fetched > 0).then(|| fetched as f64 / seconds);
+        MountStatus {
+            pid: record.pid,
+            image: record.image.clone(),
+            digest: record.digest.clone(),
+            mountpoint: record.mountpoint.display().to_string(),
+            state: match (&self.image, &self.failure) {
+                (Some(_), _) => MountState::Ready,
+                (None, Some(_)) => MountState::Failed,
+                (None, None) => MountState::Preparing,
+            },
+            problem: match &self.failure {
+                Some(error) => Some(error.to_string()),
+                None => self.context.health.problem(),
+            },
+            writable: record.writable,
+            uptime: self.config.started.elapsed().as_secs_f64(),
+            mount_seconds: self.mounted.as_secs_f64(),
+            ready_seconds: self.ready.map(|d| d.as_secs_f64()),
+            size,
+            fetched,
+            rate,
+            remaining_seconds: rate.map(|rate| size.saturating_sub(fetched) as f64 / rate),
+            memory: self.context.memory.bytes() as u64,
+            layers,
+        }
+    }
+}
+
+fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> MountRecord {
+    let pid = std::process::id();
+    MountRecord {
+        pid,
+        started: process_start(pid).unwrap_or(0),
+        image: config.image.clone(),
+        digest: preparation.resolved().manifest_document.digest.to_string(),
+        mountpoint: config.mountpoint.clone(),
+        lower: match config.upper {
+            Some(_) => entry.lower(),
+            None => config.mountpoint.clone(),
+        },
+        writable: config.upper.is_some(),
+        scratch: match &config.upper {
+            Some(Upper::Private(scratch)) => Some(scratch.clone()),
+            _ => None,
+        },
+    }
+}
+
+fn check_mountpoint(config: &MountConfig, entry: &RunEntry) -> Result<(), MountError> {
+    let refuse = |reason: String| MountError::Mountpoint {
+        mountpoint: config.mountpoint.clone(),
+        reason,
+    };
+    let path: &Path = &config.mountpoint;
+    let covers = |mount: MountEntry| mount.fs_type == "fuse.ocifs";
+    let left = match entry.record()? {
+        Some(record) => record.is_mounted(),
+        None => Ok(false),
+    };
+    let read = system("read the mount table");
+    if left.map_err(&read)? || mountinfo::at(path).map_err(&read)?.is_some_and(covers) {
+        return Err(refuse(
+            "an ocifs mount is there already (`ocifs umount` takes it down)".to_owned(),
+        ));
+    }
+    let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => refuse("it does not exist (create the directory first)".to_owned()),
+        _ => refuse(e.to_string()),
+    })?;
+    if !metadata.is_dir() {
+        return Err(refuse("it is not a directory".to_owned()));
+    }
+    let mut entries = std::fs::read_dir(path).map_err(|e| refuse(e.to_string()))?;
+    if entries.next().is_some() && !config.options.nonempty {
+        return Err(refuse(
+            "it is not empty (-o nonempty mounts over what is there)".to_owned(),
+        ));
+    }
+    Ok(())
+}

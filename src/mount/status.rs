@@ -1,0 +1,56 @@
+//! What a mount says about itself.
+
+use serde::{Deserialize, Serialize};
+
+use crate::layer::LayerStatus;
+
+/// Where a mount is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MountState {
+    /// Mounted; operations wait for the tree.
+    Preparing,
+    /// Serving.
+    Ready,
+    /// The image could not be made readable; every operation gets an error.
+    Failed,
+    /// The process is gone, the mount point may still be there.
+    Dead,
+}
+
+/// A mount and its layers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MountStatus {
+    /// Serving process.
+    pub pid: u32,
+    /// The image as given.
+    pub image: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// Life stage.
+    pub state: MountState,
+    /// What went wrong, if anything did: why it failed, or why nothing is kept on disk.
+    pub problem: Option<String>,
+    /// Whether changes can be made.
+    pub writable: bool,
+    /// Seconds since it was mounted.
+    pub uptime: f64,
+    /// Seconds from the start of the process until it was mounted.
+    pub mount_seconds: f64,
+    /// Seconds from the start of the process until the tree was ready.
+    pub ready_seconds: Option<f64>,
+    /// Sum of the layers' compressed sizes in bytes.
+    pub size: u64,
+    /// Compressed bytes fetched by this mount.
+    pub fetched: u64,
+    /// While preparing: how fast layers come in, compressed bytes per second, on average since it was mounted.
+    pub rate: Option<f64>,
+    /// While preparing: seconds until all layers are in, at that rate.
+    pub remaining_seconds: Option<f64>,
+    /// Decoded spans held in memory, bytes.
+    pub memory: u64,
+    /// Layers, base first.
+    pub layers: Vec<LayerStatus>,
+}
