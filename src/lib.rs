@@ -41,6 +41,7 @@
 
 pub mod archive;
 pub mod blob;
+pub mod cli;
 pub mod device;
 pub mod erofs;
 pub mod fs;

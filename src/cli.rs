@@ -1,0 +1,150 @@
+//! The command line: arguments become a resolved configuration, then calls. The only module that prints.
+//!
+//! Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong arguments.
+
+mod cache;
+mod config;
+mod export;
+mod files;
+mod inspect;
+mod log;
+mod mount;
+mod mounts;
+mod open;
+mod progress;
+mod pull;
+mod units;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+
+use config::Globals;
+use units::Size;
+
+/// Mount an OCI image as a root file system and fetch only the bytes that are read.
+#[derive(Debug, Parser)]
+#[command(name = "ocifs", version, max_term_width = 110, after_long_help = IMAGE_HELP)]
+struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const IMAGE_HELP: &str = "\
+IMAGE is one of
+  alpine:latest, ghcr.io/org/app:1.2, localhost:5000/app@sha256:...   in a registry
+  oci:DIR[:REF]                                                        in an OCI layout directory
+  docker-archive:FILE[:REF]                                            in a `docker save` archive
+
+Registry logins come from docker's config.json (with credential helpers) and containers' auth.json.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Mount an image on a directory
+    Mount(mount::MountArgs),
+    /// Take a mount down
+    #[command(visible_alias = "unmount")]
+    Umount(mounts::UmountArgs),
+    /// List the mounts of this user
+    List(mounts::ListArgs),
+    /// Show how a mount is doing: state, and per layer what was fetched
+    Status(mounts::StatusArgs),
+    /// Show manifest, config and layers of an image without fetching any layer
+    Inspect(inspect::InspectArgs),
+    /// List a directory of an image without mounting it
+    Ls(files::LsArgs),
+    /// Write a file of an image to standard output
+    Cat(files::CatArgs),
+    /// Write the merged file system of an image as one archive
+    Export(export::ExportArgs),
+    /// Fetch all of an image into the store
+    Pull(pull::PullArgs),
+    /// Look after the store
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
+}
+
+/// The image a command is about.
+#[derive(Debug, Clone, Args)]
+struct ImageArgs {
+    /// Image reference; see below
+    image: String,
+    /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<String>,
+}
+
+/// The store and its limit, as given.
+#[derive(Debug, Clone, Args)]
+struct StoreArgs {
+    /// Directory where indexes, trees and cached data are kept
+    #[arg(long, global = true, env = "OCIFS_STORE", value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Limit of cached data on disk; least recently used data goes first [default: 10GiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    cache_size: Option<Size>,
+}
+
+/// Runs the command line; the whole program.
+pub fn main() -> ExitCode {
+    let started = Instant::now();
+    let cli = Cli::parse();
+    match run(cli, started) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Somebody closed our standard output, as `head` does: no reason to complain.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ocifs: {}", explain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error and its causes in one line; many messages quote their cause already, which is enough once.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|c| c.downcast_ref::<std::io::Error>());
+    causes.any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
+    let config = config::Config::resolve(cli.globals)?;
+    log::init(&config);
+    match cli.command {
+        Command::Mount(args) => mount::run(&config, args, started),
+        Command::Umount(args) => mounts::umount(args),
+        Command::List(args) => mounts::list(args),
+        Command::Status(args) => mounts::status(args),
+        Command::Inspect(args) => inspect::run(&config, args),
+        Command::Ls(args) => files::ls(&config, args),
+        Command::Cat(args) => files::cat(&config, args),
+        Command::Export(args) => export::run(&config, args),
+        Command::Pull(args) => pull::run(&config, args),
+        Command::Cache(command) => cache::run(&config, command),
+    }
+}
+
+/// The runtime that fetches. Decoding is the only real work done on it, so it has as many workers as there are cores, at
+/// least two: one waits for a decode while the other keeps the network busy.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let workers = std::thread::available_parallelism().map_or(2, |n| n.get().max(2));
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    Ok(builder
+        .worker_threads(workers)
+        .thread_name("ocifs")
+        .enable_all()
+        .build()?)
+}

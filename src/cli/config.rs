@@ -1,0 +1,131 @@
+//! The resolved configuration: arguments, then environment, then the configuration file, then defaults.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use super::StoreArgs;
+use super::units::{Deadline, Size};
+
+const DEFAULT_CACHE: u64 = 10 << 30;
+const DEFAULT_MEMORY: u64 = 64 << 20;
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+const SYSTEM_CONFIG: &str = "/etc/ocifs.toml";
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Globals {
+    #[command(flatten)]
+    store: StoreArgs,
+    /// Memory for decoded data on its way to readers [default: 64MiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    memory: Option<Size>,
+    /// Deadline of any single wait for the registry: 30s, 2m, never [default: 30s]
+    #[arg(long, global = true, value_name = "TIME")]
+    timeout: Option<Deadline>,
+    /// Speak HTTP without TLS to the registry (loopback registries get it anyway)
+    #[arg(long, global = true)]
+    plain_http: bool,
+    /// PEM file with further certificate authorities to trust
+    #[arg(long, global = true, value_name = "FILE")]
+    ca: Vec<PathBuf>,
+    /// Configuration file (TOML: store, cache-size, memory, timeout, plain-http, ca) [default: /etc/ocifs.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Format of log lines
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+    /// Log more; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What the configuration file may say.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct FileConfig {
+    store: Option<PathBuf>,
+    cache_size: Option<Size>,
+    memory: Option<Size>,
+    timeout: Option<Deadline>,
+    #[serde(default)]
+    plain_http: Vec<String>,
+    #[serde(default)]
+    ca: Vec<PathBuf>,
+    log_format: Option<LogFormat>,
+}
+
+/// Everything a command needs to know.
+#[derive(Debug, Clone)]
+pub(super) struct Config {
+    pub(super) store: PathBuf,
+    pub(super) cache_size: u64,
+    pub(super) memory: usize,
+    pub(super) timeout: Option<Duration>,
+    /// Speak plain HTTP to whatever registry is named.
+    pub(super) plain_http: bool,
+    /// Hosts (with port, if not the default) that speak plain HTTP.
+    pub(super) plain_http_hosts: Vec<String>,
+    pub(super) ca: Vec<PathBuf>,
+    pub(super) log_format: LogFormat,
+    pub(super) verbose: u8,
+}
+
+impl Config {
+    pub(super) fn resolve(globals: Globals) -> anyhow::Result<Self> {
+        let file = match &globals.config {
+            Some(path) => read(path)?,
+            None if Path::new(SYSTEM_CONFIG).exists() => read(Path::new(SYSTEM_CONFIG))?,
+            None => FileConfig::default(),
+        };
+        let store = match globals.store.store.or(file.store) {
+            Some(store) => std::path::absolute(store)?,
+            None => default_store()?,
+        };
+        let size = |given: Option<Size>, file: Option<Size>, default| given.or(file).map_or(default, |s| s.0);
+        let timeout = globals.timeout.or(file.timeout);
+        Ok(Self {
+            store,
+            cache_size: size(globals.store.cache_size, file.cache_size, DEFAULT_CACHE),
+            memory: usize::try_from(size(globals.memory, file.memory, DEFAULT_MEMORY))?,
+            timeout: timeout.map_or(Some(DEFAULT_TIMEOUT), |d| d.0),
+            plain_http: globals.plain_http,
+            plain_http_hosts: file.plain_http,
+            ca: [globals.ca, file.ca].concat(),
+            log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+            verbose: globals.verbose,
+        })
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<FileConfig> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("configuration file {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("configuration file {}", path.display()))
+}
+
+fn default_store() -> anyhow::Result<PathBuf> {
+    if crate::mount::is_system_root() {
+        return Ok(PathBuf::from("/var/lib/ocifs"));
+    }
+    let data = std::env::var_os("XDG_DATA_HOME")
+        .map(PathBuf::from)
+        .filter(|p| p.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share"));
+    let data = data
+        .or_else(home)
+        .context("no HOME and no XDG_DATA_HOME: say --store DIR")?;
+    Ok(data.join("ocifs"))
+}

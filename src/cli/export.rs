@@ -1,0 +1,330 @@
+//! `ocifs export`: the merged file system of an image as one tar, or as one EROFS disk.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Seek as _, SeekFrom, Write};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use tar::{EntryType, Header};
+use tokio::runtime::Handle;
+
+use super::config::Config;
+use super::open::open_image;
+use super::{ImageArgs, runtime};
+use crate::erofs::{FileType, Inode, Nid};
+use crate::fs::{Attr, ImageFs};
+
+/// Bytes read at once.
+const READ: usize = 1 << 20;
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// What to write
+    #[arg(long, value_enum, default_value = "tar")]
+    format: Format,
+    /// Write to this file instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// One tar of the merged tree.
+    Tar,
+    /// A disk image for `mount -t erofs` or a virtual machine.
+    Erofs,
+}
+
+pub(super) fn run(config: &Config, args: ExportArgs) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let fs = open_image(&runtime, config, &args.image)?;
+    let handle = runtime.handle();
+    match (&args.output, args.format) {
+        (None, Format::Tar) => tar(&fs, handle, io::stdout().lock()),
+        (None, Format::Erofs) => disk(&fs, handle, &mut io::stdout().lock()),
+        (Some(path), format) => {
+            let named = || format!("{}", path.display());
+            let mut file = File::create(path).with_context(named)?;
+            match format {
+                Format::Tar => tar(&fs, handle, &file)?,
+                Format::Erofs => {
+                    let mut sparse = Sparse { file: &mut file };
+                    disk(&fs, handle, &mut sparse)?;
+                    let length = file.stream_position().with_context(named)?;
+                    file.set_len(length).with_context(named)?;
+                }
+            }
+            file.sync_all().with_context(named)
+        }
+    }
+}
+
+/// Metadata, then every layer's data device: the disk that the tree describes.
+fn disk(fs: &ImageFs, handle: &Handle, out: &mut impl Write) -> anyhow::Result<()> {
+    let image = fs.image();
+    out.write_all(image.tree().image())?;
+    for layer in image.layers() {
+        let mut buffer = vec![0; READ];
+        let mut offset = 0;
+        while offset < layer.device_size() {
+            let part = &mut buffer[..READ.min((layer.device_size() - offset) as usize)];
+            handle.block_on(layer.read(offset, part))?;
+            out.write_all(part)?;
+            offset += part.len() as u64;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+/// Writes zeros as holes.
+struct Sparse<'a> {
+    file: &'a mut File,
+}
+
+impl Write for Sparse<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.iter().all(|&b| b == 0) {
+            self.file.seek(SeekFrom::Current(bytes.len() as i64))?;
+            return Ok(bytes.len());
+        }
+        let part = &bytes[..bytes.len().min(64 << 10)];
+        self.file.write(part)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Reads a file of the image as a stream.
+struct Content<'a> {
+    fs: &'a ImageFs,
+    handle: &'a Handle,
+    ino: Nid,
+    offset: u64,
+    buffer: Vec<u8>,
+    used: usize,
+}
+
+impl Read for Content<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.used == self.buffer.len() {
+            let reading = self.fs.read(self.ino, self.offset, READ);
+            self.buffer = self.handle.block_on(reading).map_err(io::Error::other)?;
+            self.offset += self.buffer.len() as u64;
+            self.used = 0;
+        }
+        let length = out.len().min(self.buffer.len() - self.used);
+        out[..length].copy_from_slice(&self.buffer[self.used..self.used + length]);
+        self.used += length;
+        Ok(length)
+    }
+}
+
+fn tar(fs: &ImageFs, handle: &Handle, out: impl Write) -> anyhow::Result<()> {
+    let mut archive = TarExport {
+        fs,
+        handle,
+        builder: tar::Builder::new(io::BufWriter::with_capacity(READ, out)),
+        links: HashMap::new(),
+    };
+    // Parents before children, without recursion: an image may nest thousands of directories.
+    let mut todo = vec![(Vec::new(), fs.attr(fs.root())?)];
+    while let Some((path, attr)) = todo.pop() {
+        archive.append(&path, &attr)?;
+        if attr.inode.file_type == FileType::Directory {
+            todo.extend(archive.children(&path, attr.ino)?);
+        }
+    }
+    Ok(archive.builder.into_inner()?.flush()?)
+}
+
+struct TarExport<'a, W: Write> {
+    fs: &'a ImageFs,
+    handle: &'a Handle,
+    builder: tar::Builder<W>,
+    /// First path of each inode with several names.
+    links: HashMap<Nid, Vec<u8>>,
+}
+
+impl<W: Write> TarExport<'_, W> {
+    /// Entries of a directory, last name first, so that a stack gives them back in order.
+    fn children(&self, path: &[u8], ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Attr)>> {
+        let mut names = Vec::new();
+        self.fs.read_dir(ino, 0, |entry| {
+            if entry.name != b"." && entry.name != b".." {
+                names.push((entry.name.to_vec(), entry.ino));
+            }
+            true
+        })?;
+        names.reverse();
+        let child = |(name, ino): (Vec<u8>, Nid)| {
+            let path = if path.is_empty() {
+                name
+            } else {
+                [path, b"/", &name].concat()
+            };
+            Ok((path, self.fs.attr(ino)?))
+        };
+        names.into_iter().map(child).collect()
+    }
+
+    fn append(&mut self, path: &[u8], attr: &Attr) -> anyhow::Result<()> {
+        let inode = &attr.inode;
+        let mut name = if path.is_empty() { b"./".to_vec() } else { path.to_vec() };
+        if inode.file_type == FileType::Directory && !path.is_empty() {
+            name.push(b'/');
+        }
+        if inode.nlink > 1 && inode.file_type != FileType::Directory {
+            if let Some(first) = self.links.get(&attr.ino).cloned() {
+                return self.entry(EntryType::Link, &name, inode, 0, Some(&first), &[], io::empty());
+            }
+            self.links.insert(attr.ino, path.to_vec());
+        }
+        let xattrs = self.xattrs(attr.ino)?;
+        let target = match inode.file_type {
+            FileType::Symlink => Some(self.fs.read_link(attr.ino)?),
+            _ => None,
+        };
+        let (kind, size) = match inode.file_type {
+            FileType::Regular => (EntryType::Regular, inode.size),
+            FileType::Directory => (EntryType::Directory, 0),
+            FileType::Symlink => (EntryType::Symlink, 0),
+            FileType::CharDevice => (EntryType::Char, 0),
+            FileType::BlockDevice => (EntryType::Block, 0),
+            FileType::Fifo => (EntryType::Fifo, 0),
+        };
+        let content = Content {
+            fs: self.fs,
+            handle: self.handle,
+            ino: attr.ino,
+            offset: 0,
+            buffer: Vec::new(),
+            used: 0,
+        };
+        self.entry(kind, &name, inode, size, target.as_deref(), &xattrs, content.take(size))
+    }
+
+    fn xattrs(&self, ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let mut xattrs = Vec::new();
+        for name in self.fs.xattr_names(ino)? {
+            let value = self.fs.xattr(ino, &name)?.unwrap_or_default();
+            xattrs.push(([b"SCHILY.xattr.", name.as_slice()].concat(), value));
+        }
+        Ok(xattrs)
+    }
+
+    /// Writes one entry: what does not fit the ustar fields goes into pax records in front.
+    #[allow(clippy::too_many_arguments)]
+    fn entry(
+        &mut self,
+        kind: EntryType,
+        name: &[u8],
+        inode: &Inode,
+        size: u64,
+        link: Option<&[u8]>,
+        records: &[(Vec<u8>, Vec<u8>)],
+        content: impl Read,
+    ) -> anyhow::Result<()> {
+        let mut records = records.to_vec();
+        let mut header = Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_mode(u32::from(inode.mode & 0o7777));
+        header.set_size(size);
+        for (value, limit, key) in [
+            (u64::from(inode.uid), 0o7_777_777, "uid"),
+            (u64::from(inode.gid), 0o7_777_777, "gid"),
+            (size, 0o77_777_777_777, "size"),
+        ] {
+            if value > limit {
+                records.push((key.into(), value.to_string().into()));
+            }
+        }
+        header.set_uid(u64::from(inode.uid).min(0o7_777_777));
+        header.set_gid(u64::from(inode.gid).min(0o7_777_777));
+        header.set_size(size.min(0o77_777_777_777));
+        let whole = u64::try_from(inode.mtime).ok().filter(|&t| t <= 0o77_777_777_777);
+        header.set_mtime(whole.unwrap_or(0));
+        if whole.is_none() || inode.mtime_nsec != 0 {
+            records.push((b"mtime".to_vec(), pax_time(inode.mtime, inode.mtime_nsec).into()));
+        }
+        if matches!(kind, EntryType::Char | EntryType::Block) {
+            header.set_device_major((inode.rdev >> 8) & 0xfff)?;
+            header.set_device_minor((inode.rdev & 0xff) | ((inode.rdev >> 12) & 0xf_ff00))?;
+        }
+        put_text(&mut header.as_old_mut().name, name, "path", &mut records);
+        if let Some(link) = link {
+            put_text(&mut header.as_old_mut().linkname, link, "linkpath", &mut records);
+        }
+        header.set_cksum();
+        if !records.is_empty() {
+            self.pax(&records)?;
+        }
+        self.builder.append(&header, content)?;
+        Ok(())
+    }
+
+    fn pax(&mut self, records: &[(Vec<u8>, Vec<u8>)]) -> anyhow::Result<()> {
+        let mut payload = Vec::new();
+        for (key, value) in records {
+            let rest = key.len() + value.len() + 3;
+            let mut length = rest + 1;
+            // The length counts its own digits.
+            while rest + length.to_string().len() != length {
+                length = rest + length.to_string().len();
+            }
+            payload.extend_from_slice(length.to_string().as_bytes());
+            payload.push(b' ');
+            payload.extend_from_slice(key);
+            payload.push(b'=');
+            payload.extend_from_slice(value);
+            payload.push(b'\n');
+        }
+        let mut header = Header::new_ustar();
+        header.set_entry_type(EntryType::XHeader);
+        header.set_mode(0o644);
+        header.set_size(payload.len() as u64);
+        header.as_old_mut().name[..9].copy_from_slice(b"PaxHeader");
+        header.set_cksum();
+        self.builder.append(&header, payload.as_slice())?;
+        Ok(())
+    }
+}
+
+/// Puts text into a header field, and into a pax record if it is too long for the field.
+fn put_text(field: &mut [u8], text: &[u8], key: &str, records: &mut Vec<(Vec<u8>, Vec<u8>)>) {
+    let length = text.len().min(field.len());
+    field[..length].copy_from_slice(&text[..length]);
+    if text.len() > field.len() {
+        records.push((key.into(), text.to_vec()));
+    }
+}
+
+/// Decimal seconds; before the epoch the fraction counts towards zero.
+fn pax_time(seconds: i64, nanoseconds: u32) -> String {
+    if seconds >= 0 || nanoseconds == 0 {
+        return match nanoseconds {
+            0 => seconds.to_string(),
+            n => format!("{seconds}.{n:09}"),
+        };
+    }
+    format!("-{}.{:09}", -(seconds + 1), 1_000_000_000 - nanoseconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_before_the_epoch_are_written_towards_zero() {
+        assert_eq!(pax_time(5, 0), "5");
+        assert_eq!(pax_time(5, 250_000_000), "5.250000000");
+        assert_eq!(pax_time(-2, 250_000_000), "-1.750000000");
+        assert_eq!(pax_time(-1, 500_000_000), "-0.500000000");
+    }
+}

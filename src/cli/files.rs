@@ -1,0 +1,199 @@
+//! `ocifs ls` and `ocifs cat`: looking into an image without mounting it.
+
+use std::io::Write as _;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+
+use super::config::Config;
+use super::open::open_image;
+use super::{ImageArgs, runtime};
+use crate::erofs::{FileType, Nid};
+use crate::fs::{Attr, ImageFs, mtime};
+
+/// Symbolic links followed in one path, as many as the kernel follows.
+const MAX_LINKS: u32 = 40;
+/// Bytes read at once.
+const READ: usize = 1 << 20;
+
+/// Arguments of `ls`.
+#[derive(Debug, Args)]
+pub(super) struct LsArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Path in the image
+    #[arg(default_value = "/")]
+    path: String,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `cat`.
+#[derive(Debug, Args)]
+pub(super) struct CatArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Paths of files in the image
+    #[arg(required = true)]
+    paths: Vec<String>,
+}
+
+/// Follows `path` from the root, symbolic links included, as a chroot would.
+fn walk(fs: &ImageFs, path: &str) -> anyhow::Result<Attr> {
+    let split = |text: &[u8]| -> Vec<Vec<u8>> { text.split(|&b| b == b'/').rev().map(<[u8]>::to_vec).collect() };
+    let mut todo = split(path.as_bytes());
+    let mut parents: Vec<Nid> = Vec::new();
+    let mut here = fs.attr(fs.root())?;
+    let mut links = 0;
+    while let Some(name) = todo.pop() {
+        match name.as_slice() {
+            b"" | b"." => continue,
+            b".." => {
+                here = fs.attr(parents.pop().unwrap_or(fs.root()))?;
+                continue;
+            }
+            _ => {}
+        }
+        if here.inode.file_type != FileType::Directory {
+            bail!("{path}: not a directory");
+        }
+        let next = fs.lookup(here.ino, &name)?;
+        let next = next.with_context(|| format!("{path}: no such file or directory in the image"))?;
+        if next.inode.file_type != FileType::Symlink {
+            parents.push(here.ino);
+            here = next;
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS {
+            bail!("{path}: too many levels of symbolic links");
+        }
+        let target = fs.read_link(next.ino)?;
+        if target.starts_with(b"/") {
+            parents.clear();
+            here = fs.attr(fs.root())?;
+        }
+        todo.extend(split(&target));
+    }
+    Ok(here)
+}
+
+fn letter(file_type: FileType) -> char {
+    match file_type {
+        FileType::Regular => '-',
+        FileType::Directory => 'd',
+        FileType::Symlink => 'l',
+        FileType::CharDevice => 'c',
+        FileType::BlockDevice => 'b',
+        FileType::Fifo => 'p',
+    }
+}
+
+/// `rwxr-sr-t` as ls(1) writes it.
+fn permissions(mode: u16) -> String {
+    let mut text = String::with_capacity(9);
+    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
+        let bits = mode >> shift;
+        text.push(if bits & 4 != 0 { 'r' } else { '-' });
+        text.push(if bits & 2 != 0 { 'w' } else { '-' });
+        text.push(match (bits & 1 != 0, mode & special != 0) {
+            (true, true) => set,
+            (false, true) => unset,
+            (true, false) => 'x',
+            (false, false) => '-',
+        });
+    }
+    text
+}
+
+fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, json: bool) -> anyhow::Result<()> {
+    let inode = &attr.inode;
+    let target = match inode.file_type {
+        FileType::Symlink => Some(fs.read_link(attr.ino)?),
+        _ => None,
+    };
+    let name = String::from_utf8_lossy(name);
+    let target = target.as_deref().map(String::from_utf8_lossy);
+    if json {
+        let object = serde_json::json!({
+            "name": name, "type": letter(inode.file_type).to_string(), "mode": format!("{:04o}", inode.mode & 0o7777),
+            "uid": inode.uid, "gid": inode.gid, "size": inode.size, "mtime": inode.mtime, "nlink": inode.nlink,
+            "target": target,
+        });
+        writeln!(out, "{object}")?;
+        return Ok(());
+    }
+    let time = humantime::format_rfc3339_seconds(mtime(inode));
+    write!(
+        out,
+        "{}{} {:>3} {:>5} {:>5} {:>11} {time} {name}",
+        letter(inode.file_type),
+        permissions(inode.mode),
+        inode.nlink,
+        inode.uid,
+        inode.gid,
+        inode.size,
+    )?;
+    match target {
+        Some(target) => writeln!(out, " -> {target}")?,
+        None => writeln!(out)?,
+    }
+    Ok(())
+}
+
+pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let fs = open_image(&runtime, config, &args.image)?;
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let attr = walk(&fs, &args.path)?;
+    if attr.inode.file_type != FileType::Directory {
+        show(&fs, &mut out, args.path.as_bytes(), &attr, args.json)?;
+        return Ok(out.flush()?);
+    }
+    let mut entries = Vec::new();
+    fs.read_dir(attr.ino, 0, |entry| {
+        if entry.name != b"." && entry.name != b".." {
+            entries.push((entry.name.to_vec(), entry.ino));
+        }
+        true
+    })?;
+    for (name, ino) in entries {
+        show(&fs, &mut out, &name, &fs.attr(ino)?, args.json)?;
+    }
+    Ok(out.flush()?)
+}
+
+pub(super) fn cat(config: &Config, args: CatArgs) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let fs = open_image(&runtime, config, &args.image)?;
+    let mut out = std::io::stdout().lock();
+    for path in &args.paths {
+        let attr = walk(&fs, path)?;
+        let mut offset = 0;
+        loop {
+            let bytes = runtime
+                .block_on(fs.read(attr.ino, offset, READ))
+                .with_context(|| path.clone())?;
+            if bytes.is_empty() {
+                break;
+            }
+            out.write_all(&bytes)?;
+            offset += bytes.len() as u64;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permissions_look_like_those_of_ls() {
+        assert_eq!(permissions(0o4755), "rwsr-xr-x");
+        assert_eq!(permissions(0o2644), "rw-r-Sr--");
+        assert_eq!(permissions(0o1777), "rwxrwxrwt");
+        assert_eq!(permissions(0), "---------");
+    }
+}

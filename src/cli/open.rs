@@ -1,0 +1,103 @@
+//! From an image as the user wrote it to something that can be read.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+
+use super::ImageArgs;
+use super::config::Config;
+use super::progress::{self, Bar};
+use crate::archive::DockerArchive;
+use crate::blob::ImageSource;
+use crate::fs::ImageFs;
+use crate::image::{KeptSource, Preparation};
+use crate::layer::LayerContext;
+use crate::layout::OciLayout;
+use crate::oci::{Digest, ImageRef, Platform};
+use crate::registry::{PlainHttp, RegistryClient, RegistryConfig};
+use crate::resolve::resolve;
+use crate::store::{Store, StoreError};
+
+/// The store, or none if it cannot be written: then everything works from memory, and says so.
+pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
+    let (store, problem) = match Store::open(&config.store) {
+        Ok(store) => (store, None),
+        Err(error @ StoreError::Version { .. }) => return Err(error.into()),
+        Err(error) => (Store::unavailable(), Some(error)),
+    };
+    let context = LayerContext::new(store, config.memory, config.cache_size);
+    if let Some(error) = problem {
+        context.health.store_failed(&error);
+    }
+    Ok(context)
+}
+
+/// Resolves the image: manifest and config are fetched (or found in the store), nothing else.
+pub(super) async fn prepare(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Preparation> {
+    let image: ImageRef = args.image.parse()?;
+    let platform: Option<Platform> = match &args.platform {
+        Some(text) => Some(text.parse()?),
+        None => None,
+    };
+    let (source, pinned) = open(config, &image).await?;
+    let source: Arc<dyn ImageSource> = Arc::new(KeptSource::new(source, context.store.clone(), pinned));
+    let resolved = resolve(&*source, platform.as_ref()).await?;
+    Ok(Preparation::new(source, resolved))
+}
+
+/// The source of an image, and the digest in its reference.
+async fn open(config: &Config, image: &ImageRef) -> anyhow::Result<(Arc<dyn ImageSource>, Option<Digest>)> {
+    match image {
+        ImageRef::Registry(reference) => {
+            let client = RegistryClient::new(registry_config(config))?;
+            let source = client.source(&reference.registry, &reference.repository, reference.selector())?;
+            Ok((Arc::new(source), reference.digest.clone()))
+        }
+        ImageRef::Layout { dir, image } => Ok((Arc::new(OciLayout::open(dir, image.as_deref()).await?), None)),
+        ImageRef::Archive { file, image } => Ok((Arc::new(DockerArchive::open(file, image.as_deref()).await?), None)),
+    }
+}
+
+fn registry_config(config: &Config) -> RegistryConfig {
+    let plain_http = if config.plain_http {
+        PlainHttp::Everywhere
+    } else if config.plain_http_hosts.is_empty() {
+        PlainHttp::Loopback
+    } else {
+        PlainHttp::Hosts(config.plain_http_hosts.iter().cloned().collect())
+    };
+    RegistryConfig {
+        plain_http,
+        ca_files: config.ca.clone(),
+        timeout: config.timeout.unwrap_or(Duration::MAX),
+        ..RegistryConfig::default()
+    }
+}
+
+/// The image as a file system, with progress on standard error while layers are streamed.
+pub(super) fn open_image(runtime: &Runtime, config: &Config, args: &ImageArgs) -> anyhow::Result<ImageFs> {
+    let context = context(config)?;
+    runtime.block_on(async {
+        let preparation = Arc::new(prepare(config, args, &context).await?);
+        let bar = Bar::new(&args.image);
+        let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
+        bar.finish();
+        Ok(ImageFs::new(Arc::new(image), config.timeout))
+    })
+}
+
+/// Shows how many bytes of the image's layers came in while `work` runs.
+pub(super) async fn watch<T>(preparation: &Preparation, bar: &Bar, work: impl Future<Output = T>) -> T {
+    let mut interval = tokio::time::interval(progress::INTERVAL);
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = interval.tick() => {
+                let layers = preparation.status();
+                bar.set(layers.iter().map(|l| l.fetched).sum(), layers.iter().map(|l| l.size).sum());
+            }
+        }
+    }
+}
