@@ -1,0 +1,7 @@
+//! What several test modules share.
+
+pub mod docker_registry;
+pub mod layers;
+pub mod oci_layout;
+pub mod ocifs;
+pub mod registry;

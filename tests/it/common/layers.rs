@@ -1,0 +1,188 @@
+//! Layers and images for tests that mount: small tars, their compressions, and pushing them to a registry.
+#![allow(dead_code)]
+
+use std::io::Write as _;
+
+use ocifs::oci::Digest;
+
+use super::registry::{MANIFEST, TestRegistry, architecture};
+
+/// A tar being written.
+pub struct Tar(Vec<u8>);
+
+impl Tar {
+    pub fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// An entry with this header (its checksum is made here) and content.
+    pub fn raw(mut self, mut header: tar::Header, content: &[u8]) -> Self {
+        header.set_cksum();
+        self.0.extend_from_slice(header.as_bytes());
+        self.0.extend_from_slice(content);
+        self.0.resize(self.0.len().next_multiple_of(512), 0);
+        self
+    }
+
+    /// A pax header for the next entry.
+    pub fn pax(self, records: &[(&str, &[u8])]) -> Self {
+        let mut payload = Vec::new();
+        for (key, value) in records {
+            let rest = key.len() + value.len() + 3;
+            let mut length = rest + 1;
+            while rest + length.to_string().len() != length {
+                length = rest + length.to_string().len();
+            }
+            payload.extend_from_slice(format!("{length} {key}=").as_bytes());
+            payload.extend_from_slice(value);
+            payload.push(b'\n');
+        }
+        self.raw(
+            header(b"pax", tar::EntryType::XHeader, 0o644, payload.len() as u64),
+            &payload,
+        )
+    }
+
+    pub fn file(self, name: impl AsRef<[u8]>, content: impl AsRef<[u8]>) -> Self {
+        let content = content.as_ref();
+        self.raw(
+            header(name.as_ref(), tar::EntryType::Regular, 0o644, content.len() as u64),
+            content,
+        )
+    }
+
+    pub fn dir(self, name: &str) -> Self {
+        self.raw(header(name.as_bytes(), tar::EntryType::Directory, 0o755, 0), b"")
+    }
+
+    pub fn link(self, kind: tar::EntryType, name: &str, target: &str) -> Self {
+        let mode = if kind == tar::EntryType::Link { 0o644 } else { 0o777 };
+        let mut header = header(name.as_bytes(), kind, mode, 0);
+        header.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes());
+        self.raw(header, b"")
+    }
+
+    /// The archive, with its end mark.
+    pub fn finish(mut self) -> Vec<u8> {
+        self.0.resize(self.0.len() + 1024, 0);
+        self.0
+    }
+}
+
+/// A ustar header of an entry of root's from 2001.
+pub fn header(name: &[u8], kind: tar::EntryType, mode: u32, size: u64) -> tar::Header {
+    let mut header = tar::Header::new_ustar();
+    header.as_old_mut().name[..name.len()].copy_from_slice(name);
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(1_000_000_000);
+    header.set_size(size);
+    header
+}
+
+/// Reproducible bytes that compress to about half: hex digits of a xorshift sequence.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(length + 16);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        for shift in (0..64).step_by(4) {
+            bytes.push(b"0123456789abcdef"[(state >> shift) as usize & 15]);
+        }
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A layer as a registry has it.
+#[derive(Clone)]
+pub struct Blob {
+    pub bytes: Vec<u8>,
+    pub media_type: &'static str,
+    pub diff_id: Digest,
+}
+
+impl Blob {
+    pub fn plain(tar: Vec<u8>) -> Self {
+        Self {
+            diff_id: Digest::of(&tar),
+            bytes: tar,
+            media_type: "application/vnd.oci.image.layer.v1.tar",
+        }
+    }
+
+    pub fn gzip(tar: &[u8]) -> Self {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+        encoder.write_all(tar).unwrap();
+        Self {
+            diff_id: Digest::of(tar),
+            bytes: encoder.finish().unwrap(),
+            media_type: "application/vnd.oci.image.layer.v1.tar+gzip",
+        }
+    }
+
+    pub fn zstd(tar: &[u8]) -> Self {
+        Self {
+            diff_id: Digest::of(tar),
+            bytes: zstd::encode_all(tar, 3).unwrap(),
+            media_type: "application/vnd.oci.image.layer.v1.tar+zstd",
+        }
+    }
+
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.bytes)
+    }
+
+    /// Part of the target of every request for this layer.
+    pub fn path(&self) -> String {
+        format!("/blobs/{}", self.digest())
+    }
+}
+
+/// The config of an image of these layers.
+pub fn config(layers: &[Blob]) -> serde_json::Value {
+    serde_json::json!({
+        "architecture": architecture(), "os": "linux", "config": {"Cmd": ["/bin/sh"]},
+        "rootfs": {"type": "layers", "diff_ids": layers.iter().map(|l| l.diff_id.to_string()).collect::<Vec<_>>()},
+    })
+}
+
+/// A descriptor of these bytes.
+pub fn descriptor(media_type: &str, bytes: &[u8]) -> serde_json::Value {
+    serde_json::json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()})
+}
+
+/// The manifest of an image with this config.
+pub fn manifest(config: &[u8], layers: &[Blob]) -> serde_json::Value {
+    serde_json::json!({
+        "schemaVersion": 2, "mediaType": MANIFEST,
+        "config": descriptor("application/vnd.oci.image.config.v1+json", config),
+        "layers": layers.iter().map(|l| descriptor(l.media_type, &l.bytes)).collect::<Vec<_>>(),
+    })
+}
+
+/// Puts an image of these layers into the registry: digest of its manifest.
+pub fn push(registry: &TestRegistry, repository: &str, tag: &str, layers: &[Blob]) -> Digest {
+    push_with(registry, repository, tag, layers, &config(layers))
+}
+
+/// The same with a config of the caller's.
+pub fn push_with(
+    registry: &TestRegistry,
+    repository: &str,
+    tag: &str,
+    layers: &[Blob],
+    config: &serde_json::Value,
+) -> Digest {
+    let config = config.to_string().into_bytes();
+    let manifest = manifest(&config, layers).to_string();
+    registry.add_blob(config);
+    for layer in layers {
+        registry.add_blob(layer.bytes.clone());
+    }
+    registry.add_manifest(repository, Some(tag), MANIFEST, manifest)
+}

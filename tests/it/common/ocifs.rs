@@ -1,0 +1,380 @@
+//! The real program with a store of its own, and real mounts. Needs root and /dev/fuse.
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything that must happen may take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Polls until `done`, at most for [`PATIENCE`].
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What a command said.
+#[derive(Debug)]
+pub struct Said {
+    pub code: Option<i32>,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Said {
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).unwrap()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// Runs a command that must end within [`PATIENCE`].
+pub fn bounded(command: &mut Command) -> Said {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let mut stdout = child.stdout.take().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let reading = std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stdout.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    let complaining = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        stderr.read_to_end(&mut text).unwrap();
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let status = wait(&mut child, &format!("{command:?}"));
+    Said {
+        code: status.code(),
+        stdout: reading.join().unwrap(),
+        stderr: complaining.join().unwrap(),
+    }
+}
+
+/// Waits for a child that must end within [`PATIENCE`].
+pub fn wait(child: &mut Child, what: &str) -> std::process::ExitStatus {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("does not end: {what}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs a program that must succeed: its standard output.
+pub fn tool<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Vec<u8> {
+    let said = bounded(Command::new(program).args(arguments));
+    assert_eq!(said.code, Some(0), "{program}: {said:?}");
+    said.stdout
+}
+
+pub fn send(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+}
+
+/// Whether a process is there and no zombie.
+pub fn alive(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return false;
+    };
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Type of the file system mounted at exactly `path`.
+pub fn mounted_type(path: &Path) -> Option<String> {
+    let table = std::fs::read("/proc/self/mountinfo").unwrap();
+    let table = String::from_utf8_lossy(&table);
+    let line = table.lines().rfind(|line| line.split(' ').nth(4) == path.to_str())?;
+    line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
+}
+
+/// The program with a private store.
+pub struct Ocifs {
+    directory: TempDir,
+    store: PathBuf,
+    options: Vec<String>,
+}
+
+impl Ocifs {
+    pub fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "tests that mount need root");
+        assert!(
+            Path::new("/dev/fuse").exists(),
+            "tests that mount need /dev/fuse (load the fuse module)"
+        );
+        let directory = tempfile::tempdir().unwrap();
+        Self {
+            store: directory.path().join("store"),
+            directory,
+            options: Vec::new(),
+        }
+    }
+
+    pub fn with(options: &[&str]) -> Self {
+        Self {
+            options: options.iter().map(|&o| o.to_owned()).collect(),
+            ..Self::new()
+        }
+    }
+
+    /// With its store in this place.
+    pub fn at(store: &Path) -> Self {
+        Self {
+            store: store.to_owned(),
+            ..Self::new()
+        }
+    }
+
+    pub fn store(&self) -> &Path {
+        &self.store
+    }
+
+    /// Home directory of the commands, without any login.
+    pub fn home(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
+        command
+            .arg("--store")
+            .arg(self.store())
+            .args(&self.options)
+            .args(arguments);
+        command
+            .env("HOME", self.home())
+            .env_remove("DOCKER_CONFIG")
+            .env_remove("REGISTRY_AUTH_FILE")
+            .env_remove("XDG_RUNTIME_DIR")
+            .env_remove("OCIFS_STORE")
+            .env_remove("OCIFS_LOG");
+        command
+    }
+
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Said {
+        bounded(&mut self.command(arguments))
+    }
+
+    /// A command that must succeed.
+    pub fn ok<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Said {
+        let said = self.run(arguments);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        said
+    }
+
+    /// A command that must fail with exit status 1 and one line on standard error: that line.
+    pub fn fails<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
+        let said = self.run(arguments);
+        assert_eq!(said.code, Some(1), "{said:?}");
+        assert!(said.stdout.is_empty(), "{said:?}");
+        let lines: Vec<&str> = said.stderr.lines().collect();
+        assert_eq!(lines.len(), 1, "{said:?}");
+        let line = lines[0].strip_prefix("ocifs: ").unwrap_or_else(|| panic!("{said:?}"));
+        line.to_owned()
+    }
+
+    /// Mounts on a fresh directory and waits for the tree.
+    pub fn mount(&self, image: &str) -> Mounted {
+        self.mount_with(image, &["--wait", "ready"])
+    }
+
+    pub fn mount_with(&self, image: &str, options: &[&str]) -> Mounted {
+        let directory = mountpoint();
+        let mut arguments = vec!["mount", "--json"];
+        arguments.extend_from_slice(options);
+        arguments.push(image);
+        arguments.push(directory.path().to_str().unwrap());
+        let said = self.ok(&arguments).json();
+        let pid = said["pid"].as_u64().unwrap() as u32;
+        Mounted { directory, pid }
+    }
+
+    /// A mount that must fail, and leave nothing: the error.
+    pub fn mount_fails(&self, image: &str, options: &[&str]) -> String {
+        let directory = mountpoint();
+        let path = directory.path().to_str().unwrap();
+        let mut arguments = vec!["mount"];
+        if !options.contains(&"--wait") {
+            arguments.extend_from_slice(&["--wait", "ready"]);
+        }
+        arguments.extend_from_slice(options);
+        arguments.extend_from_slice(&[image, path]);
+        let error = self.fails(&arguments);
+        assert_eq!(mounted_type(directory.path()), None, "{error}");
+        assert!(!registration(directory.path()).exists(), "{error}");
+        error
+    }
+}
+
+/// An empty directory to mount on, its path without symlinks.
+pub fn mountpoint() -> TempDir {
+    let base = std::env::temp_dir().canonicalize().unwrap();
+    tempfile::Builder::new().prefix("ocifs-mnt-").tempdir_in(base).unwrap()
+}
+
+/// Directory of the registration of a mount point.
+pub fn registration(mountpoint: &Path) -> PathBuf {
+    let hash = blake3::hash(mountpoint.as_os_str().as_encoded_bytes()).to_hex();
+    Path::new("/run/ocifs").join(&hash[..16])
+}
+
+/// A mount, taken down when dropped.
+pub struct Mounted {
+    directory: TempDir,
+    pub pid: u32,
+}
+
+impl Mounted {
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path().join(name)
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.join(name)).unwrap_or_else(|e| panic!("{name}: {e}; log: {}", self.log()))
+    }
+
+    /// Makes the kernel forget a file's pages, so that the next read reaches the process.
+    pub fn forget(&self, name: &str) {
+        let file = std::fs::File::open(self.join(name)).unwrap();
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
+    }
+
+    /// The errno that reading a file gives.
+    pub fn read_error(&self, name: &str) -> i32 {
+        match std::fs::read(self.join(name)) {
+            Ok(bytes) => panic!("{name}: {} bytes instead of an error", bytes.len()),
+            Err(error) => error.raw_os_error().unwrap(),
+        }
+    }
+
+    pub fn status(&self) -> Value {
+        let said = bounded(
+            Command::new(env!("CARGO_BIN_EXE_ocifs"))
+                .args(["status", "--json"])
+                .arg(self.path()),
+        );
+        assert_eq!(said.code, Some(0), "{said:?}");
+        said.json()
+    }
+
+    pub fn umount(&self, options: &[&str]) -> Said {
+        bounded(
+            Command::new(env!("CARGO_BIN_EXE_ocifs"))
+                .arg("umount")
+                .args(options)
+                .arg(self.path()),
+        )
+    }
+
+    /// Directory of the registration.
+    pub fn registration(&self) -> PathBuf {
+        registration(self.path())
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.registration().join("log")).unwrap_or_default()
+    }
+
+    /// Nothing of it is left: no mount, no process, no registration.
+    pub fn assert_gone(&self) {
+        eventually("the mount is gone", || mounted_type(self.path()).is_none());
+        eventually("the process ends", || !alive(self.pid));
+        assert!(!self.registration().exists(), "the registration stays");
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if mounted_type(self.path()).is_some() || self.registration().exists() {
+            let said = self.umount(&["--lazy"]);
+            if !std::thread::panicking() {
+                assert_eq!(said.code, Some(0), "{said:?}");
+            }
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while alive(self.pid) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if alive(self.pid) {
+            send(self.pid, Signal::SIGKILL);
+            assert!(std::thread::panicking(), "the process behind a mount does not end");
+        }
+    }
+}
+
+/// A tmpfs of a given size, unmounted when dropped.
+pub struct Tmpfs(TempDir);
+
+impl Tmpfs {
+    pub fn new(size: &str) -> Self {
+        let directory = mountpoint();
+        let options = format!("size={size}");
+        tool(
+            "mount",
+            [
+                "-t",
+                "tmpfs",
+                "-o",
+                &options,
+                "tmpfs",
+                directory.path().to_str().unwrap(),
+            ],
+        );
+        Self(directory)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn resize(&self, size: &str) {
+        let options = format!("remount,size={size}");
+        tool("mount", ["-o", &options, self.0.path().to_str().unwrap()]);
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        bounded(Command::new("umount").arg("--lazy").arg(self.0.path()));
+    }
+}

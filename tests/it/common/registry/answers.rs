@@ -1,0 +1,204 @@
+//! What the registry knows and answers when nothing goes wrong.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ocifs::oci::Digest;
+
+use super::wire::{Answer, Request};
+use super::{Fault, Guard, Issuer, Logged, Shared};
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) blobs: HashMap<String, Vec<u8>>,
+    /// By `repository:reference`.
+    pub(super) manifests: HashMap<String, (String, Vec<u8>)>,
+    pub(super) tags: HashMap<String, Vec<String>>,
+    pub(super) rules: Vec<(String, usize, Fault)>,
+    pub(super) guard: Guard,
+    pub(super) issuer: Option<Arc<Issuer>>,
+    /// Token to remaining uses.
+    pub(super) tokens: HashMap<String, usize>,
+    pub(super) issued: usize,
+    pub(super) storage: Option<Storage>,
+    /// Storage ticket to remaining uses.
+    pub(super) tickets: HashMap<String, usize>,
+    pub(super) latency: Duration,
+    pub(super) log: Vec<Logged>,
+}
+
+/// Where blob requests are redirected.
+#[derive(Clone)]
+pub(super) struct Storage {
+    pub(super) shared: Arc<Shared>,
+    pub(super) host: String,
+    pub(super) uses: usize,
+    pub(super) query: String,
+    pub(super) hops: usize,
+}
+
+impl State {
+    pub(super) fn answer(&mut self, request: &Request, ignore_range: bool) -> Answer {
+        if request.path() == "/token" {
+            return self.token(request);
+        }
+        if let Some(rest) = request.path().strip_prefix("/storage/") {
+            return self.stored(request, rest, ignore_range);
+        }
+        let Some(rest) = request.path().strip_prefix("/v2/") else {
+            return Answer::error(404, "NAME_UNKNOWN");
+        };
+        if let Some(refusal) = self.refuse(request) {
+            return refusal;
+        }
+        if rest.is_empty() {
+            return Answer::new(200).body("{}");
+        }
+        if let Some(repository) = rest.strip_suffix("/tags/list") {
+            return match self.tags.get(repository) {
+                Some(tags) => Answer::new(200).body(serde_json::json!({"name": repository, "tags": tags}).to_string()),
+                None => Answer::error(404, "NAME_UNKNOWN"),
+            };
+        }
+        if let Some((repository, reference)) = rest.split_once("/manifests/") {
+            return match self.manifests.get(&format!("{repository}:{reference}")) {
+                Some((media_type, bytes)) => Answer::new(200)
+                    .header("Content-Type", media_type)
+                    .header("Docker-Content-Digest", Digest::of(bytes).to_string())
+                    .body(bytes.clone()),
+                None if self.tags.contains_key(repository) => Answer::error(404, "MANIFEST_UNKNOWN"),
+                None => Answer::error(404, "NAME_UNKNOWN"),
+            };
+        }
+        match rest.split_once("/blobs/") {
+            Some((_, digest)) => self.blob(request, digest, ignore_range),
+            None => Answer::error(404, "NAME_UNKNOWN"),
+        }
+    }
+
+    fn blob(&mut self, request: &Request, digest: &str, ignore_range: bool) -> Answer {
+        let Some(bytes) = self.blobs.get(digest) else {
+            return Answer::error(404, "BLOB_UNKNOWN");
+        };
+        let Some(storage) = &self.storage else {
+            return ranged(request, bytes, ignore_range);
+        };
+        let mut target = storage.shared.state.lock().unwrap();
+        target.blobs.insert(digest.to_owned(), bytes.clone());
+        let ticket = format!("t{}", target.tickets.len());
+        target.tickets.insert(ticket.clone(), storage.uses);
+        let Storage { host, query, hops, .. } = storage;
+        Answer::new(307).body("<a href=\"x\">Temporary Redirect</a>.\n").header(
+            "Location",
+            format!("http://{host}/storage/{digest}?ticket={ticket}&hops={hops}&{query}"),
+        )
+    }
+
+    fn stored(&mut self, request: &Request, digest: &str, ignore_range: bool) -> Answer {
+        let hops: usize = request.query("hops").unwrap_or_default().parse().unwrap_or(0);
+        if hops > 1 {
+            let next = request
+                .target
+                .replace(&format!("hops={hops}"), &format!("hops={}", hops - 1));
+            return Answer::new(302).header("Location", next);
+        }
+        if request.headers.contains_key("authorization") {
+            return Answer::new(400).body("<Error><Code>InvalidArgument</Code></Error>");
+        }
+        let uses = self.tickets.get_mut(&request.query("ticket").unwrap_or_default());
+        match (uses, self.blobs.get(digest)) {
+            (Some(uses), Some(bytes)) if *uses > 0 => {
+                *uses -= 1;
+                ranged(request, bytes, ignore_range)
+            }
+            _ => {
+                Answer::new(403).body("<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
+            }
+        }
+    }
+
+    /// The 401 to a request that does not show what it must.
+    fn refuse(&mut self, request: &Request) -> Option<Answer> {
+        let shown = request.headers.get("authorization").cloned().unwrap_or_default();
+        let host = request.headers.get("host").cloned().unwrap_or_default();
+        let refusal = Answer::error(401, "UNAUTHORIZED");
+        match self.guard.clone() {
+            Guard::Open => None,
+            Guard::Basic(user, password) => {
+                (shown != basic(&user, &password)).then(|| refusal.header("WWW-Authenticate", "Basic realm=\"test\""))
+            }
+            Guard::Bearer(tokens) => {
+                let token = shown.strip_prefix("Bearer ").unwrap_or_default();
+                if let Some(uses) = self.tokens.get_mut(token).filter(|uses| **uses > 0) {
+                    *uses -= 1;
+                    return None;
+                }
+                if tokens.challenge_at_base_only && request.path() != "/v2/" {
+                    return Some(refusal);
+                }
+                let scope = match request.path().strip_prefix("/v2/").and_then(|rest| {
+                    let cut = ["/manifests/", "/blobs/", "/tags/"]
+                        .iter()
+                        .find_map(|part| rest.find(part))?;
+                    Some(&rest[..cut])
+                }) {
+                    Some(repository) => format!(",scope=\"repository:{repository}:pull\""),
+                    None => String::new(),
+                };
+                let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"test\"{scope}");
+                Some(refusal.header("WWW-Authenticate", challenge))
+            }
+        }
+    }
+
+    fn token(&mut self, request: &Request) -> Answer {
+        if let Some(issuer) = &self.issuer {
+            let token = issuer(&request.query("scope").unwrap_or_default());
+            return Answer::new(200).body(serde_json::json!({"token": token, "expires_in": 300}).to_string());
+        }
+        let Guard::Bearer(tokens) = self.guard.clone() else {
+            return Answer::new(404);
+        };
+        let shown = request.headers.get("authorization").cloned();
+        let welcome = match (&tokens.login, &tokens.identity) {
+            (None, None) => true,
+            (Some((user, password)), _) if request.method == "GET" => shown == Some(basic(user, password)),
+            (_, Some(identity)) if request.method == "POST" => {
+                request.body.contains(&format!("refresh_token={identity}"))
+                    && request.body.contains("grant_type=refresh_token")
+            }
+            _ => false,
+        };
+        if !welcome {
+            return Answer::new(401).body(r#"{"details":"incorrect username or password"}"#);
+        }
+        self.issued += 1;
+        let token = format!("token-{}", self.issued);
+        self.tokens.insert(token.clone(), tokens.uses);
+        let answer = serde_json::json!({"token": token, "expires_in": tokens.expires_in});
+        Answer::new(200).body(answer.to_string())
+    }
+}
+
+fn basic(user: &str, password: &str) -> String {
+    use base64::Engine as _;
+    let encoded = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+    format!("Basic {encoded}")
+}
+
+fn ranged(request: &Request, bytes: &[u8], ignore_range: bool) -> Answer {
+    let whole = Answer::new(200).header("Content-Type", "application/octet-stream");
+    let Some(range) = request.headers.get("range").filter(|_| !ignore_range) else {
+        return whole.body(bytes);
+    };
+    let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+    let first: usize = first.parse().unwrap();
+    let last: usize = last.parse().unwrap_or(usize::MAX).min(bytes.len().saturating_sub(1));
+    if first >= bytes.len() {
+        return Answer::new(416).header("Content-Range", format!("bytes */{}", bytes.len()));
+    }
+    Answer::new(206)
+        .header("Content-Range", format!("bytes {first}-{last}/{}", bytes.len()))
+        .body(&bytes[first..=last])
+}
