@@ -1,0 +1,239 @@
+//! Challenges, tokens and credentials.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use ocifs::blob::{BlobError, ImageSource as _};
+use ocifs::registry::{ConfigFiles, Credential, Fixed, Secret};
+
+use super::{blob, client, client_with, read, source};
+use crate::common::registry::{Fault, Guard, MANIFEST, TestRegistry, Tokens};
+
+fn guarded(guard: Guard) -> TestRegistry {
+    let registry = TestRegistry::start();
+    registry.add_manifest("org/app", Some("latest"), MANIFEST, b"{}".to_vec());
+    registry.guard(guard);
+    registry
+}
+
+fn login() -> (String, String) {
+    ("me".to_owned(), "hunter2".to_owned())
+}
+
+fn fixed(registry: &TestRegistry, credential: Credential) -> Fixed {
+    Fixed {
+        registry: registry.host(),
+        credential,
+    }
+}
+
+fn password(text: &str) -> Credential {
+    Credential::Basic {
+        username: "me".to_owned(),
+        password: Secret::new(text),
+    }
+}
+
+#[tokio::test]
+async fn basic_is_sent_at_once_after_the_first_challenge() {
+    let registry = guarded(Guard::Basic(login().0, login().1));
+    let client = client_with(fixed(&registry, password("hunter2")));
+    for _ in 0..3 {
+        source(&client, &registry, "latest").root().await.unwrap();
+    }
+    let statuses: Vec<u16> = registry.log().iter().map(|logged| logged.status).collect();
+    assert_eq!(statuses, [401, 200, 200, 200]);
+    assert!(!format!("{client:?}").contains("hunter2"));
+}
+
+#[tokio::test]
+async fn refused_credentials_say_where_they_came_from() {
+    let bearer = Tokens {
+        login: Some(login()),
+        ..Tokens::default()
+    };
+    for guard in [Guard::Basic(login().0, login().1), Guard::Bearer(bearer)] {
+        let registry = guarded(guard);
+        let client = client_with(fixed(&registry, password("wrong-secret")));
+        let error = source(&client, &registry, "latest").root().await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, BlobError::Unauthorized { .. }), "{text}");
+        assert!(text.contains("a fixed credential given for"), "{text}");
+        assert!(
+            text.contains("told by the test registry") || text.contains("incorrect username"),
+            "{text}"
+        );
+        assert!(!text.contains("wrong-secret"), "{text}");
+        assert!(
+            registry.log().len() <= 3,
+            "a wrong password is not tried again and again"
+        );
+    }
+}
+
+#[tokio::test]
+async fn no_credentials_at_all_say_where_was_looked() {
+    let registry = guarded(Guard::Basic(login().0, login().1));
+    let client = client_with(ConfigFiles::new(vec!["/nonexistent/config.json".into()]));
+    let error = source(&client, &registry, "latest")
+        .root()
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("no credential file at /nonexistent/config.json"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn credentials_are_read_again_when_refused() {
+    let registry = guarded(Guard::Basic("me".to_owned(), "old".to_owned()));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.json");
+    let write = |password: &str| {
+        let entry = serde_json::json!({"auths": {registry.host(): {"username": "me", "password": password}}});
+        std::fs::write(&path, entry.to_string()).unwrap();
+    };
+    write("old");
+    let client = client_with(ConfigFiles::new(vec![path.clone()]));
+    let (bytes, blob) = blob(&client, &registry, 1000);
+    assert_eq!(read(&blob, 0..10).await.unwrap(), bytes[..10]);
+    registry.guard(Guard::Basic("me".to_owned(), "new".to_owned()));
+    write("new");
+    assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20]);
+}
+
+#[tokio::test]
+async fn tokens_by_password_refresh_token_or_as_they_are() {
+    let login_only = Tokens {
+        login: Some(login()),
+        ..Tokens::default()
+    };
+    let identity = Tokens {
+        identity: Some("r3fresh".to_owned()),
+        login: Some(login()),
+        ..Tokens::default()
+    };
+    for (tokens, credential) in [
+        (login_only, password("hunter2")),
+        (identity, Credential::IdentityToken(Secret::new("r3fresh"))),
+    ] {
+        let registry = guarded(Guard::Bearer(tokens));
+        let client = client_with(fixed(&registry, credential));
+        source(&client, &registry, "latest").root().await.unwrap();
+        let log = registry.log();
+        let exchange = log.iter().find(|logged| logged.target.starts_with("/token")).unwrap();
+        assert!(!exchange.target.contains("hunter2") && !exchange.target.contains("r3fresh"));
+        assert!(exchange.target.contains("scope=repository%3Aorg%2Fapp%3Apull") || exchange.method == "POST");
+    }
+    let registry = guarded(Guard::Bearer(Tokens::default()));
+    let anonymous = client();
+    source(&anonymous, &registry, "latest").root().await.unwrap();
+    let ready = Credential::RegistryToken(Secret::new("token-1"));
+    registry.clear_log();
+    source(&client_with(fixed(&registry, ready)), &registry, "latest")
+        .root()
+        .await
+        .unwrap();
+    assert_eq!(registry.count("/token"), 0);
+}
+
+#[tokio::test]
+async fn challenges_may_hide_at_the_base_of_the_api() {
+    let registry = guarded(Guard::Bearer(Tokens {
+        challenge_at_base_only: true,
+        ..Tokens::default()
+    }));
+    source(&client(), &registry, "latest").root().await.unwrap();
+    let targets: Vec<String> = registry.log().iter().map(|logged| logged.target.clone()).collect();
+    assert_eq!(targets[1], "/v2/");
+    assert!(
+        targets[2].contains("scope=repository%3Aorg%2Fapp%3Apull"),
+        "{targets:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_token_that_ends_is_replaced_in_the_middle_of_reading() {
+    let registry = guarded(Guard::Bearer(Tokens {
+        uses: 3,
+        ..Tokens::default()
+    }));
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 10_000);
+    for at in 0..10 {
+        let range = at * 1000..(at + 1) * 1000;
+        assert_eq!(
+            read(&blob, range.start as u64..range.end as u64).await.unwrap(),
+            bytes[range]
+        );
+    }
+    assert_eq!(registry.count("/token"), 4, "10 reads of 3 per token");
+    assert_eq!(registry.log().iter().filter(|logged| logged.status == 401).count(), 4);
+}
+
+#[tokio::test]
+async fn many_readers_fetch_one_token() {
+    let registry = guarded(Guard::Bearer(Tokens::default()));
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 16_000);
+    registry.latency(Duration::from_millis(20));
+    for round in 1..=2 {
+        let reads = (0..16).map(|at| read(&blob, at * 1000..(at + 1) * 1000));
+        let parts: Vec<Vec<u8>> = join_all(reads).await.into_iter().map(Result::unwrap).collect();
+        assert_eq!(parts.concat(), bytes);
+        assert_eq!(registry.count("/token"), round);
+        registry.revoke_tokens();
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_leaves_does_not_strand_the_others() {
+    let registry = guarded(Guard::Bearer(Tokens::default()));
+    registry.latency(Duration::from_millis(50));
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 100);
+    let leaving = tokio::time::timeout(Duration::from_millis(75), read(&blob, 0..10));
+    let (left, stayed) = tokio::join!(leaving, read(&blob, 0..100));
+    assert!(left.is_err(), "it was to leave in the middle of the exchange");
+    assert_eq!(stayed.unwrap(), bytes);
+}
+
+#[tokio::test]
+async fn tokens_are_renewed_before_they_end() {
+    let registry = guarded(Guard::Bearer(Tokens {
+        expires_in: 1,
+        ..Tokens::default()
+    }));
+    let client = client();
+    let image = source(&client, &registry, "latest");
+    image.root().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(850)).await;
+    image.root().await.unwrap();
+    assert_eq!(registry.count("/token"), 2);
+    let refused = registry.log().iter().filter(|logged| logged.status == 401).count();
+    assert_eq!(refused, 1, "only the first challenge");
+}
+
+#[tokio::test]
+async fn a_new_token_gets_a_second_chance_but_no_third() {
+    let registry = guarded(Guard::Bearer(Tokens::default()));
+    let challenge = format!("Bearer realm=\"http://{}/token\",service=\"test\"", registry.host());
+    let refusal = Fault::Status {
+        code: 401,
+        headers: vec![("WWW-Authenticate".to_owned(), challenge)],
+        body: String::new(),
+    };
+    // The anonymous request and the one with the first token.
+    registry.fault("/manifests/", 2, refusal);
+    source(&client(), &registry, "latest").root().await.unwrap();
+    assert_eq!(registry.count("/token"), 2);
+    let stubborn = guarded(Guard::Bearer(Tokens {
+        uses: 0,
+        ..Tokens::default()
+    }));
+    let error = source(&client(), &stubborn, "latest").root().await.unwrap_err();
+    assert!(matches!(error, BlobError::Unauthorized { .. }), "{error}");
+    assert_eq!((stubborn.count("/token"), stubborn.count("/manifests/")), (2, 3));
+}

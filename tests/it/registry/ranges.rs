@@ -1,0 +1,225 @@
+//! Ranges and redirects.
+
+use std::time::{Duration, SystemTime};
+
+use ocifs::blob::{BlobError, BlobSource as _};
+use ocifs::registry::{Credential, Fixed, Secret};
+
+use super::{blob, client, client_with, descriptor, ranges, read, source};
+use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
+
+const MIB: u64 = 1 << 20;
+
+#[tokio::test]
+async fn ranges_are_exact_and_a_whole_blob_is_asked_without_one() {
+    let registry = TestRegistry::start();
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 100_000);
+    assert_eq!(read(&blob, 0..100_000).await.unwrap(), bytes);
+    assert_eq!(read(&blob, 99_999..100_000).await.unwrap(), bytes[99_999..]);
+    assert_eq!(read(&blob, 0..1).await.unwrap(), bytes[..1]);
+    assert_eq!(read(&blob, 5..5).await.unwrap(), b"");
+    assert_eq!(ranges(&registry), ["", "bytes=99999-99999", "bytes=0-0"]);
+    let log = registry.log();
+    assert!(log.iter().all(|logged| logged.headers["accept-encoding"] == "identity"));
+    assert!(
+        log.iter().all(|logged| logged.connection == 0),
+        "connections are kept alive"
+    );
+    for range in [99_999..100_001, 100_001..100_002] {
+        assert!(matches!(read(&blob, range).await, Err(BlobError::Invalid { .. })));
+    }
+    assert_eq!(blob.stats().bytes, 100_002);
+    assert_eq!(blob.stats().requests, 3);
+    let stats = client.stats();
+    assert_eq!((stats[0].host.clone(), stats[0].requests), (registry.host(), 3));
+    assert!(stats[0].rtt.is_some());
+}
+
+#[tokio::test]
+async fn short_answers_are_continued() {
+    let registry = TestRegistry::start();
+    let (bytes, blob) = blob(&client(), &registry, 1000);
+    registry.fault("/blobs/", usize::MAX, Fault::Short(300));
+    assert_eq!(read(&blob, 100..900).await.unwrap(), bytes[100..900]);
+    assert_eq!(ranges(&registry), ["bytes=100-899", "bytes=400-899", "bytes=700-899"]);
+}
+
+#[tokio::test]
+async fn answers_with_other_bytes_are_refused() {
+    let registry = TestRegistry::start();
+    let (_, blob) = blob(&client(), &registry, 1000);
+    let faults = [
+        Fault::ContentRange("bytes 0-99/1000".to_owned()),
+        Fault::ContentRange("bytes 100-200/1000".to_owned()),
+        Fault::ContentRange("bytes 100-199/999".to_owned()),
+        Fault::ContentRange("garbage".to_owned()),
+        Fault::ContentRange(String::new()),
+        Fault::Header("Content-Encoding".to_owned(), "gzip".to_owned()),
+    ];
+    for fault in faults {
+        registry.clear_log();
+        registry.fault("/blobs/", 1, fault.clone());
+        let error = read(&blob, 100..200).await.unwrap_err();
+        assert!(matches!(error, BlobError::Protocol { .. }), "{fault:?}: {error}");
+        assert_eq!(registry.log().len(), 1, "{fault:?}");
+    }
+    registry.fault("/blobs/", 1, Fault::ContentRange("bytes 100-199/*".to_owned()));
+    assert!(read(&blob, 100..200).await.is_ok());
+}
+
+#[tokio::test]
+async fn servers_that_ignore_ranges_serve_what_is_near_or_whole() {
+    let registry = TestRegistry::start();
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 3 << 20);
+    registry.fault("/blobs/", 4, Fault::IgnoreRange);
+    let error = read(&blob, 2 * MIB..3 * MIB).await.unwrap_err();
+    assert!(matches!(error, BlobError::RangeUnsupported { .. }), "{error}");
+    assert_eq!(registry.log().len(), 1);
+    assert_eq!(read(&blob, 1000..2000).await.unwrap(), bytes[1000..2000]);
+    assert_eq!(read(&blob, 0..2000).await.unwrap(), bytes[..2000]);
+    assert!(read(&blob, 0..3 * MIB).await.unwrap() == bytes);
+    registry.clear_log();
+    assert!(read(&blob, 2 * MIB..3 * MIB).await.is_err());
+    assert!(registry.log().is_empty(), "the host is remembered");
+    assert!(read(&blob, 1000..2000).await.is_ok());
+    let again = read(&blob, 2 * MIB..3 * MIB).await;
+    assert!(again.is_ok(), "a proper answer makes up for it: {again:?}");
+}
+
+#[tokio::test]
+async fn a_blob_that_is_shorter_than_promised_is_corrupt() {
+    let registry = TestRegistry::start();
+    let client = client();
+    let digest = registry.add_blob(b"short".to_vec());
+    let image = source(&client, &registry, "latest");
+    let blob = image.registry_blob(&descriptor(&digest, 500)).unwrap();
+    for range in [100..200, 0..500, 0..10] {
+        let error = read(&blob, range.clone()).await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                BlobError::Corrupt { .. } | BlobError::Protocol { transient: false, .. }
+            ),
+            "{range:?}: {error}"
+        );
+    }
+    let missing = image
+        .registry_blob(&descriptor(&ocifs::oci::Digest::of(b"?"), 5))
+        .unwrap();
+    assert!(matches!(read(&missing, 0..5).await, Err(BlobError::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn redirects_are_remembered_and_credentials_stay_behind() {
+    let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+    registry.guard(Guard::Bearer(Tokens::default()));
+    registry.redirect_blobs(&storage, usize::MAX, "", 1);
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 10_000);
+    for at in 0..5 {
+        assert_eq!(
+            read(&blob, at * 100..(at + 1) * 100).await.unwrap(),
+            bytes[at as usize * 100..][..100]
+        );
+    }
+    assert_eq!(registry.count("/blobs/"), 2, "one challenge, one redirect");
+    assert_eq!(storage.log().len(), 5);
+    assert_eq!(
+        blob.host_stats().host,
+        storage.host(),
+        "the host that serves is the one to measure"
+    );
+    for logged in registry.log().iter().chain(&storage.log()) {
+        assert_eq!(logged.connection, 0, "connections outlive redirects and challenges");
+    }
+    for logged in storage.log() {
+        assert!(!logged.headers.contains_key("authorization"));
+        assert!(logged.headers["range"].starts_with("bytes="));
+        assert_eq!(logged.headers["accept-encoding"], "identity");
+    }
+}
+
+#[tokio::test]
+async fn basic_credentials_stay_behind_too() {
+    let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+    registry.guard(Guard::Basic("me".to_owned(), "hunter2".to_owned()));
+    registry.redirect_blobs(&storage, usize::MAX, "", 3);
+    let credential = Credential::Basic {
+        username: "me".to_owned(),
+        password: Secret::new("hunter2"),
+    };
+    let client = client_with(Fixed {
+        registry: registry.host(),
+        credential,
+    });
+    let (bytes, blob) = blob(&client, &registry, 100);
+    assert_eq!(read(&blob, 0..100).await.unwrap(), bytes);
+    assert!(
+        storage
+            .log()
+            .iter()
+            .all(|logged| !logged.headers.contains_key("authorization"))
+    );
+}
+
+#[tokio::test]
+async fn expired_redirects_are_resolved_again_once() {
+    let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+    registry.redirect_blobs(&storage, 2, "", 1);
+    let (bytes, blob) = blob(&client(), &registry, 1000);
+    for at in 0..6 {
+        assert_eq!(
+            read(&blob, at * 100..(at + 1) * 100).await.unwrap(),
+            bytes[at as usize * 100..][..100]
+        );
+    }
+    assert_eq!(registry.count("/blobs/"), 3, "two reads per URL");
+    assert_eq!(storage.log().iter().filter(|logged| logged.status == 403).count(), 2);
+    registry.redirect_blobs(&storage, 0, "", 1);
+    registry.clear_log();
+    let error = read(&blob, 0..10).await.unwrap_err();
+    assert!(matches!(error, BlobError::Denied { .. }), "{error}");
+    let text = format!("{error} {error:?} {blob:?}");
+    assert!(text.contains("Request has expired"), "{text}");
+    assert!(!text.contains("ticket"), "signed URLs are secrets: {text}");
+    assert_eq!(registry.count("/blobs/"), 1);
+}
+
+#[tokio::test]
+async fn urls_that_say_they_end_are_not_used_after() {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    for (left, resolved) in [(Duration::from_secs(5), 3), (Duration::from_secs(3600), 1)] {
+        let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+        registry.redirect_blobs(&storage, usize::MAX, &format!("Expires={}", (now + left).as_secs()), 1);
+        let (_, blob) = blob(&client(), &registry, 1000);
+        for _ in 0..3 {
+            read(&blob, 0..10).await.unwrap();
+        }
+        assert_eq!(registry.count("/blobs/"), resolved);
+    }
+}
+
+#[tokio::test]
+async fn redirects_have_an_end() {
+    for (hops, good) in [(10, true), (11, false)] {
+        let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+        registry.redirect_blobs(&storage, usize::MAX, "", hops);
+        let (_, blob) = blob(&client(), &registry, 100);
+        let result = read(&blob, 0..10).await;
+        assert_eq!(result.is_ok(), good, "{hops} hops: {result:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_dead_storage_host_is_asked_for_anew() {
+    let (registry, storage, other) = (TestRegistry::start(), TestRegistry::start(), TestRegistry::start());
+    registry.redirect_blobs(&storage, usize::MAX, "", 1);
+    let (bytes, blob) = blob(&client(), &registry, 1000);
+    read(&blob, 0..10).await.unwrap();
+    drop(storage);
+    registry.redirect_blobs(&other, usize::MAX, "", 1);
+    assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20]);
+    assert_eq!(blob.size(), 1000);
+}

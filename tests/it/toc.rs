@@ -1,0 +1,508 @@
+//! The table of contents of tars that real programs wrote, against what GNU tar makes of the same tars on a real file system.
+//!
+//! Needs root (owners, devices, capabilities) and `tar`, `getfattr`, `setfattr`, `setcap`; `bsdtar` and `python3` where a test says
+//! so. What is missing is said on stderr and skipped.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::{self, File, FileTimes};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, UNIX_EPOCH};
+
+use ocifs::toc::{
+    DEVICE_BLOCK, DataLayout, EntryKind, ExtentTable, FileData, Limits, TarReader, Toc, TocEntry, Xattrs,
+};
+
+type Bytes = Box<[u8]>;
+
+/// What a tar format can hold.
+#[derive(Debug, Clone, Copy)]
+struct Features {
+    /// Names over 255 bytes, link targets over 100.
+    long_names: bool,
+    /// Devices and pipes.
+    special: bool,
+    /// Owners over 2^18, times before 1970.
+    wide_numbers: bool,
+    /// Extended attributes, fractions of seconds.
+    pax: bool,
+    /// Names that are not UTF-8.
+    raw_names: bool,
+}
+
+const V7: Features = Features {
+    long_names: false,
+    special: false,
+    wide_numbers: false,
+    pax: false,
+    raw_names: true,
+};
+const USTAR: Features = Features { special: true, ..V7 };
+const GNU: Features = Features {
+    long_names: true,
+    wide_numbers: true,
+    ..USTAR
+};
+const PAX: Features = Features { pax: true, ..GNU };
+
+fn have(program: &str) -> bool {
+    let found = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok();
+    if !found {
+        eprintln!("SKIPPED: {program} is not installed");
+    }
+    found
+}
+
+fn ready() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: needs root");
+    }
+    root && have("tar") && have("getfattr")
+}
+
+fn run(command: &mut Command) -> Vec<u8> {
+    let output = command.stderr(Stdio::piped()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {stderr}");
+    output.stdout
+}
+
+/// A tree of everything, the same for the same seed.
+fn make_tree(root: &Path, seed: u64, features: Features) {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut dirs = vec![root.to_owned()];
+    let mut files = Vec::new();
+    for i in 0..60 {
+        let dir = dirs[rng.usize(..dirs.len())].clone();
+        let mut name = match rng.u8(..6) {
+            0 => format!("with space and \"{i}\"\n").into_bytes(),
+            1 if features.raw_names => [&b"\xff\xfe\x80"[..], i.to_string().as_bytes()].concat(),
+            2 => format!("\u{e9}{i}\\x").into_bytes(),
+            3 if features.long_names => format!("{i}{}", "n".repeat(rng.usize(90..250))).into_bytes(),
+            _ => format!("f{i}").into_bytes(),
+        };
+        if !features.long_names && dir.as_os_str().len() + name.len() > root.as_os_str().len() + 80 {
+            name = format!("g{i}").into_bytes();
+        }
+        let path = dir.join(OsStr::from_bytes(&name));
+        match rng.u8(..12) {
+            0..=2 if dirs.len() < 12 || features.long_names => {
+                fs::create_dir(&path).unwrap();
+                dirs.push(path.clone());
+            }
+            3 => {
+                let target = "../t/".repeat(rng.usize(1..if features.long_names { 200 } else { 18 }));
+                std::os::unix::fs::symlink(target, &path).unwrap();
+            }
+            4 if !files.is_empty() => fs::hard_link::<_, &Path>(&files[rng.usize(..files.len())], &path).unwrap(),
+            5 if features.special => {
+                let kind: &[&str] = [&["p"][..], &["c", "5", "70000"], &["b", "300", "3"]][rng.usize(..3)];
+                // A v7-style device number field has 21 bits, so the large minor fits everywhere.
+                run(Command::new("mknod").arg("-m").arg("640").arg(&path).args(kind));
+            }
+            _ => {
+                make_file(&path, &mut rng);
+                files.push(path.clone());
+            }
+        }
+        set_metadata(&path, &mut rng, features);
+    }
+    for (i, dir) in dirs.iter().enumerate() {
+        let time = UNIX_EPOCH + Duration::new(1_600_000_000 + i as u64, 5);
+        File::open(dir)
+            .unwrap()
+            .set_times(FileTimes::new().set_modified(time))
+            .unwrap();
+    }
+}
+
+fn make_file(path: &Path, rng: &mut fastrand::Rng) {
+    let file = File::create(path).unwrap();
+    let size = [0, 1, 511, 512, 513, 4096, 70_000][rng.usize(..7)];
+    let content: Vec<u8> = std::iter::repeat_with(|| rng.u8(1..)).take(size).collect();
+    file.write_all_at(&content, 0).unwrap();
+    // Islands in a sea of zeros, some touching the end.
+    for _ in 0..[0, 0, 1, 6, 40][rng.usize(..5)] {
+        let at = rng.u64(..50) * 65_536;
+        file.write_all_at(&content[..content.len().min(9000)], at).unwrap();
+    }
+    if rng.bool() {
+        let size = file.metadata().unwrap().len();
+        file.set_len(size + rng.u64(..300_000)).unwrap();
+    }
+}
+
+fn set_metadata(path: &Path, rng: &mut fastrand::Rng, features: Features) {
+    let kind = fs::symlink_metadata(path).unwrap().file_type();
+    let id = |rng: &mut fastrand::Rng| {
+        if features.wide_numbers && rng.bool() {
+            rng.u32(..u32::MAX)
+        } else {
+            rng.u32(..1 << 18)
+        }
+    };
+    let (uid, gid) = (id(rng), id(rng));
+    std::os::unix::fs::lchown(path, Some(uid), Some(gid)).unwrap();
+    if kind.is_symlink() || kind.is_fifo() || kind.is_char_device() || kind.is_block_device() {
+        return;
+    }
+    let mode = if kind.is_dir() { 0o700 } else { 0o400 } | rng.u32(..0o10000);
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    if features.pax && rng.bool() {
+        let value: String = (0..rng.usize(1..300)).map(|_| format!("{:02x}", rng.u8(..))).collect();
+        run(Command::new("setfattr")
+            .args(["-n", "user.some", "-v", &format!("0x{value}")])
+            .arg(path));
+        run(Command::new("setfattr")
+            .args(["-n", "security.other", "-v", "0x00ff0a3d"])
+            .arg(path));
+        run(Command::new("setfattr")
+            .args(["-n", "trusted.secret", "-v", "0x01"])
+            .arg(path));
+    }
+    if features.pax && kind.is_file() && rng.u8(..4) == 0 {
+        run(Command::new("setcap").arg("cap_net_raw,cap_sys_admin+ep").arg(path));
+    }
+    let time = match rng.u8(..3) {
+        0 if features.wide_numbers => UNIX_EPOCH - Duration::new(rng.u64(1..1 << 30), rng.u32(..1_000_000_000)),
+        1 => UNIX_EPOCH,
+        _ => UNIX_EPOCH + Duration::new(rng.u64(..1 << 31), rng.u32(..1_000_000_000)),
+    };
+    if kind.is_file() {
+        File::open(path)
+            .unwrap()
+            .set_times(FileTimes::new().set_modified(time))
+            .unwrap();
+    }
+}
+
+/// Reads a tar in pieces of random size; the table survives its encoding on the way.
+fn read(tar: &[u8], seed: u64) -> Toc {
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let mut reader = TarReader::new(Limits::default());
+    let mut rest = tar;
+    while !rest.is_empty() {
+        let (head, tail) = rest.split_at(rng.usize(1..100_000).min(rest.len()));
+        reader.push(head, &mut |_, _| ()).unwrap();
+        rest = tail;
+    }
+    let toc = reader.finish().unwrap();
+    let mut encoded = Vec::new();
+    toc.encode(&mut encoded).unwrap();
+    assert_eq!(Toc::decode(&encoded).unwrap(), toc);
+    toc
+}
+
+/// What the data device holds, by way of the extents.
+fn device_bytes(tar: &[u8], table: &ExtentTable, device: u64, len: u64) -> Vec<u8> {
+    let mut bytes = vec![0; len as usize];
+    for piece in table.pieces_in_device(device..device + len) {
+        let at = (piece.device - device) as usize;
+        let source = &tar[piece.tar as usize..(piece.tar + piece.len) as usize];
+        bytes[at..at + source.len()].copy_from_slice(source);
+    }
+    bytes
+}
+
+fn content(tar: &[u8], table: &ExtentTable, data: &FileData) -> Vec<u8> {
+    match &data.layout {
+        DataLayout::Flat { .. } if data.size == 0 => Vec::new(),
+        DataLayout::Flat { device } => device_bytes(tar, table, *device, data.size),
+        DataLayout::Chunked { chunk_bits, chunks } => {
+            let chunk = DEVICE_BLOCK << chunk_bits;
+            let mut bytes = vec![0; data.size as usize];
+            for (number, device) in chunks {
+                let start = u64::from(*number) * chunk;
+                let stored = device_bytes(tar, table, *device, chunk.min(data.size - start));
+                bytes[start as usize..][..stored.len()].copy_from_slice(&stored);
+            }
+            bytes
+        }
+    }
+}
+
+fn walk(root: &Path, dir: &Path, found: &mut Vec<Vec<u8>>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        found.push(path.strip_prefix(root).unwrap().as_os_str().as_bytes().to_vec());
+        if fs::symlink_metadata(&path).unwrap().is_dir() {
+            walk(root, &path, found);
+        }
+    }
+}
+
+/// Attributes as getfattr(1) sees them, without those that a layer may not set.
+fn getfattr(path: &Path) -> Xattrs {
+    let output = run(Command::new("getfattr")
+        .args(["-h", "-d", "-m", "-", "-e", "hex", "--absolute-names"])
+        .arg(path));
+    let text = String::from_utf8_lossy(&output);
+    let pair = |line: &str| -> Option<(Bytes, Bytes)> {
+        let (name, value) = line.split_once("=0x")?;
+        let value: Vec<u8> = (0..value.len() / 2)
+            .map(|i| u8::from_str_radix(&value[2 * i..2 * i + 2], 16).unwrap())
+            .collect();
+        Some((name.as_bytes().into(), value.into()))
+    };
+    let mut xattrs: Xattrs = text
+        .lines()
+        .filter_map(pair)
+        .filter(|(name, _)| !name.starts_with(b"trusted."))
+        .collect();
+    xattrs.sort();
+    xattrs
+}
+
+/// Extracts the tar with GNU tar and compares everything.
+fn check_against_gnu_tar(tar: &[u8], toc: &Toc, label: &str) {
+    let scratch = tempfile::tempdir().unwrap();
+    let (file, out) = (scratch.path().join("tar"), scratch.path().join("out"));
+    fs::write(&file, tar).unwrap();
+    fs::create_dir(&out).unwrap();
+    let mut extract = Command::new("tar");
+    extract.args([
+        "--xattrs",
+        "--xattrs-include=*",
+        "--delay-directory-restore",
+        "--numeric-owner",
+        "-p",
+        "--warning=no-unknown-keyword",
+        "-xf",
+    ]);
+    run(extract.arg(&file).arg("-C").arg(&out));
+    assert!(toc.warnings.is_empty(), "{label}: {:?}", toc.warnings);
+
+    let table = toc.extent_table();
+    let entries: BTreeMap<&[u8], &TocEntry> = toc.entries.iter().map(|e| (&*e.path, e)).collect();
+    let mut found = Vec::new();
+    walk(&out, &out, &mut found);
+    found.sort();
+    let names: Vec<_> = entries
+        .keys()
+        .filter(|path| !path.is_empty())
+        .map(|path| path.to_vec())
+        .collect();
+    assert_eq!(names, found, "{label}: not the same names");
+    for path in found {
+        let real = out.join(std::ffi::OsString::from_vec(path.clone()));
+        let stat = fs::symlink_metadata(&real).unwrap();
+        let mut entry = entries[&path[..]];
+        let at = format!("{label}: {}", path.escape_ascii());
+        if let EntryKind::Hardlink(target) = &entry.kind {
+            let other = fs::symlink_metadata(out.join(OsStr::from_bytes(target))).unwrap();
+            assert_eq!((stat.dev(), stat.ino()), (other.dev(), other.ino()), "{at}");
+            entry = entries[&target[..]];
+        }
+        let meta = entry.meta;
+        assert_eq!(u32::from(meta.mode), stat.mode() & 0o7777, "{at}");
+        assert_eq!((meta.uid, meta.gid), (stat.uid(), stat.gid()), "{at}");
+        // Extracting a hard link to something else changes nothing but its ctime, so mtimes stay comparable.
+        assert_eq!(
+            (meta.mtime, i64::from(meta.mtime_nsec)),
+            (stat.mtime(), stat.mtime_nsec()),
+            "{at}"
+        );
+        let rdev = |major: u32, minor: u32| u64::from(minor & 0xff | major << 8) | u64::from(minor & !0xff) << 12;
+        let kind = stat.file_type();
+        match &entry.kind {
+            EntryKind::Directory => assert!(kind.is_dir(), "{at}"),
+            EntryKind::Regular(data) => {
+                assert!(kind.is_file(), "{at}");
+                assert_eq!(data.size, stat.size(), "{at}");
+                assert!(
+                    content(tar, &table, data) == fs::read(&real).unwrap(),
+                    "{at}: other content"
+                );
+            }
+            EntryKind::Symlink(target) => {
+                assert_eq!(&**target, fs::read_link(&real).unwrap().as_os_str().as_bytes(), "{at}");
+            }
+            EntryKind::CharDevice { major, minor } => {
+                assert!(kind.is_char_device() && stat.rdev() == rdev(*major, *minor), "{at}");
+            }
+            EntryKind::BlockDevice { major, minor } => {
+                assert!(kind.is_block_device() && stat.rdev() == rdev(*major, *minor), "{at}");
+            }
+            EntryKind::Fifo => assert!(kind.is_fifo(), "{at}"),
+            other => panic!("{at}: unexpected {other:?}"),
+        }
+        assert_eq!(entry.xattrs, getfattr(&real), "{at}");
+    }
+}
+
+/// Compares with GNU tar for a few trees; how many files had a sparse map.
+fn check_writer(
+    features: Features,
+    seeds: std::ops::Range<u64>,
+    label: &str,
+    write: impl Fn(&Path) -> Vec<u8>,
+) -> usize {
+    let mut sparse = 0;
+    for seed in seeds {
+        let tree = tempfile::tempdir().unwrap();
+        make_tree(tree.path(), seed, features);
+        let tar = write(tree.path());
+        let toc = read(&tar, seed);
+        assert!(
+            toc.entries.len() > 50,
+            "{label}: {} entries test nothing",
+            toc.entries.len()
+        );
+        check_against_gnu_tar(&tar, &toc, &format!("{label}, seed {seed}"));
+        let chunked = |e: &&TocEntry| {
+            matches!(
+                &e.kind,
+                EntryKind::Regular(FileData {
+                    layout: DataLayout::Chunked { .. },
+                    ..
+                })
+            )
+        };
+        sparse += toc.entries.iter().filter(chunked).count();
+    }
+    sparse
+}
+
+fn gnu_tar(features: Features, options: &[&str]) {
+    if !ready() {
+        return;
+    }
+    let mut label = "tar".to_owned();
+    options.iter().for_each(|option| label.extend([" ", option]));
+    let sparse = check_writer(features, 0..2, &label, |tree| {
+        let mut tar = Command::new("tar");
+        if features.pax {
+            tar.args(["--xattrs", "--xattrs-include=*"]);
+        }
+        run(tar.args(options).arg("-C").arg(tree).args(["-cf", "-", "."]))
+    });
+    assert_eq!(
+        sparse > 5,
+        options.contains(&"--sparse"),
+        "{label}: {sparse} sparse files"
+    );
+}
+
+#[test]
+fn gnu_tar_v7() {
+    gnu_tar(V7, &["--format=v7"]);
+}
+
+#[test]
+fn gnu_tar_ustar() {
+    gnu_tar(USTAR, &["--format=ustar"]);
+}
+
+#[test]
+fn gnu_tar_gnu() {
+    gnu_tar(GNU, &["--format=gnu"]);
+    gnu_tar(GNU, &["--format=gnu", "--sparse"]);
+    gnu_tar(GNU, &["--format=gnu", "--sparse", "--hole-detection=raw"]);
+}
+
+#[test]
+fn gnu_tar_incremental() {
+    // Dump directories, and the times of access in the headers where other formats have the prefix.
+    gnu_tar(GNU, &["--format=gnu", "--incremental", "--sparse"]);
+}
+
+#[test]
+fn gnu_tar_oldgnu() {
+    gnu_tar(GNU, &["--format=oldgnu", "--sparse"]);
+}
+
+#[test]
+fn gnu_tar_pax() {
+    gnu_tar(PAX, &["--format=pax"]);
+    for version in ["0.0", "0.1", "1.0"] {
+        gnu_tar(PAX, &["--format=pax", "--sparse", "--sparse-version", version]);
+        gnu_tar(
+            PAX,
+            &[
+                "--format=pax",
+                "--sparse",
+                "--sparse-version",
+                version,
+                "--hole-detection=raw",
+            ],
+        );
+    }
+}
+
+#[test]
+fn bsdtar() {
+    if !ready() || !have("bsdtar") {
+        return;
+    }
+    // bsdtar 3.6 loses the directory of sparse files whose names are not UTF-8.
+    let pax = Features {
+        raw_names: false,
+        ..PAX
+    };
+    for (format, features) in [("ustar", USTAR), ("gnutar", GNU), ("pax", pax)] {
+        check_writer(features, 10..12, &format!("bsdtar {format}"), |tree| {
+            run(Command::new("bsdtar")
+                .args(["--format", format, "-cf", "-", "-C"])
+                .arg(tree)
+                .arg("."))
+        });
+    }
+}
+
+#[test]
+fn python_tarfile() {
+    if !ready() || !have("python3") {
+        return;
+    }
+    const SCRIPT: &str = "import sys, tarfile
+with tarfile.open(fileobj=sys.stdout.buffer, mode='w|', format=getattr(tarfile, sys.argv[2])) as t:
+    t.add(sys.argv[1], arcname='/')";
+    for (format, features) in [("USTAR_FORMAT", USTAR), ("GNU_FORMAT", GNU), ("PAX_FORMAT", GNU)] {
+        check_writer(features, 20..22, &format!("tarfile {format}"), |tree| {
+            run(Command::new("python3").args(["-c", SCRIPT]).arg(tree).arg(format))
+        });
+    }
+}
+
+/// libarchive writes every attribute twice; the base64 spelling alone must do too.
+#[test]
+fn both_spellings_of_attributes() {
+    if !ready() || !have("bsdtar") {
+        return;
+    }
+    let tree = tempfile::tempdir().unwrap();
+    let file = tree.path().join("f");
+    fs::write(&file, "x").unwrap();
+    run(Command::new("setfattr")
+        .args(["-n", "user.binary", "-v", "0x000a3dff"])
+        .arg(&file));
+    run(Command::new("setcap").arg("cap_net_raw+ep").arg(&file));
+    let mut tar = run(Command::new("bsdtar")
+        .args(["--format", "pax", "-cf", "-", "-C"])
+        .arg(tree.path())
+        .arg("f"));
+    let expected = getfattr(&file);
+    assert!(expected.iter().any(|(name, _)| &**name == b"security.capability"));
+    let find = |tar: &[u8], what: &[u8]| tar.windows(what.len()).position(|w| w == what);
+    for key in [&b"SCHILY.xattr."[..], b"LIBARCHIVE.xattr."] {
+        assert!(
+            find(&tar, key).is_some(),
+            "bsdtar no longer writes {}",
+            key.escape_ascii()
+        );
+    }
+    assert_eq!(read(&tar, 0).entries[0].xattrs, expected);
+    while let Some(at) = find(&tar, b"SCHILY.xattr.") {
+        tar[at..at + 6].copy_from_slice(b"NOBODY");
+    }
+    assert_eq!(read(&tar, 0).entries[0].xattrs, expected);
+}
