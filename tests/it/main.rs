@@ -2,11 +2,18 @@
 #![allow(clippy::unwrap_used)]
 
 mod archive;
+mod cache;
+mod cli;
 mod common;
 mod erofs;
+mod failures;
 mod index;
 mod layout;
+mod mount;
+mod reads;
 mod registry;
 mod structure;
 mod toc;
 mod tree;
+mod unprivileged;
+mod writable;

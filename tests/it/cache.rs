@@ -1,0 +1,236 @@
+//! The store's limit: eviction, `cache` commands, and reads that go on meanwhile.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ocifs::device::DataDevice;
+use ocifs::index::{BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndexBuilder, SpanStart};
+use ocifs::oci::{DiffId, Digest};
+use ocifs::store::Store;
+
+use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, eventually};
+use crate::common::registry::TestRegistry;
+
+const FILES: u64 = 24;
+const FILE: usize = 384 << 10;
+
+fn image() -> (TestRegistry, String) {
+    let registry = TestRegistry::start();
+    let layer = |seed: u64, prefix: &str| {
+        let tar = (0..FILES / 2).fold(Tar::new(), |tar, i| {
+            tar.file(format!("{prefix}{i}"), noise(seed + i, FILE))
+        });
+        tar.finish()
+    };
+    push(
+        &registry,
+        "app",
+        "1",
+        &[Blob::gzip(&layer(0, "a")), Blob::plain(layer(100, "b"))],
+    );
+    let image = format!("{}/app:1", registry.host());
+    (registry, image)
+}
+
+/// Reads all files, in an order that `turn` determines, past the page cache.
+fn read_all(mount: &Mounted, turn: u64) {
+    for step in 0..FILES {
+        let i = (step * 7 + turn * 5) % FILES;
+        let (name, seed) = match i < FILES / 2 {
+            true => (format!("a{i}"), i),
+            false => (format!("b{}", i - FILES / 2), 100 + i - FILES / 2),
+        };
+        assert!(mount.read(&name) == noise(seed, FILE), "{name}");
+        mount.forget(&name);
+    }
+}
+
+/// Bytes of all data devices on disk.
+fn usage(store: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let layers = std::fs::read_dir(store.join("layers")).unwrap();
+    let data = layers.map(|layer| std::fs::metadata(layer.unwrap().path().join("data")));
+    data.map(|m| m.map_or(0, |m| m.blocks() * 512)).sum()
+}
+
+#[test]
+fn the_cache_stays_near_its_limit_while_two_mounts_read() {
+    let (_registry, image) = image();
+    let limit = 3 << 20;
+    let ocifs = Ocifs::with(&["--cache-size", "3MiB"]);
+    let mounts = [ocifs.mount(&image), ocifs.mount(&image)];
+    let done = AtomicBool::new(false);
+    let most = std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4)
+            .map(|i| {
+                let mount = &mounts[i % 2];
+                scope.spawn(move || (0..2).for_each(|turn| read_all(mount, turn * 4 + i as u64)))
+            })
+            .collect();
+        let watching = scope.spawn(|| {
+            let mut most = 0;
+            eventually("the readers are done", || {
+                most = most.max(usage(ocifs.store()));
+                done.load(Ordering::SeqCst)
+            });
+            most
+        });
+        let read: Vec<_> = readers.into_iter().map(|reader| reader.join()).collect();
+        done.store(true, Ordering::SeqCst);
+        let most = watching.join().unwrap();
+        read.into_iter().for_each(|r| r.unwrap());
+        most
+    });
+    eventually("the cache is below its limit", || {
+        usage(ocifs.store()) <= limit + limit / 8
+    });
+    // The first pass writes whole layers before anything can be evicted.
+    assert!(most < 12 << 20, "{most}");
+}
+
+#[test]
+fn reads_go_on_whatever_the_cache_commands_delete() {
+    let (_registry, image) = image();
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&image);
+    let rows = ocifs.ok(["cache", "list", "--json"]).json();
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        assert!(row["layer"].as_str().unwrap().starts_with("sha256:"), "{row}");
+        assert!(row["index_bytes"].as_u64().unwrap() > 0, "{row}");
+        let data = row["data_bytes"].as_u64().unwrap();
+        let content = FILES / 2 * FILE as u64;
+        assert!((content..content + (1 << 20)).contains(&data), "{row}");
+    }
+    assert!(ocifs.ok(["cache", "list"]).text().contains("2 layers"));
+
+    ocifs.ok(["cache", "prune", "--to", "2MiB"]);
+    assert!(usage(ocifs.store()) <= 2 << 20);
+    read_all(&mount, 0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let dropping = scope.spawn(|| {
+            let mut turns = 0;
+            while !done.load(Ordering::SeqCst) {
+                let command: &[&str] = [&["cache", "drop"][..], &["cache", "prune", "--to", "1MiB"]][turns % 2];
+                ocifs.ok(command);
+                turns += 1;
+            }
+            turns
+        });
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            (0..2).for_each(|turn| read_all(&mount, turn))
+        }));
+        done.store(true, Ordering::SeqCst);
+        assert!(dropping.join().unwrap() > 0);
+        read.unwrap();
+    });
+    ocifs.ok(["cache", "drop"]);
+    // Of each of the two layers the map of what is there stays.
+    assert!(usage(ocifs.store()) <= 2 * 4096);
+
+    ocifs.ok(["cache", "drop", "--all"]);
+    assert_eq!(ocifs.ok(["cache", "list", "--json"]).text().trim(), "[]");
+    read_all(&mount, 3);
+    // Somebody else starts afresh from the empty store.
+    let other = ocifs.mount(&image);
+    assert_eq!(other.status()["layers"][0]["index_source"], "streamed");
+    read_all(&other, 1);
+    read_all(&mount, 2);
+}
+
+#[test]
+fn small_files_are_evicted_to_the_last_block() {
+    let content = |i: u64| noise(i, 700 + (i as usize * 97) % 9000);
+    let tar = (0..800).fold(Tar::new(), |tar, i| tar.file(format!("s{i}"), content(i)));
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[Blob::gzip(&tar.finish())]);
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&format!("{}/app:1", registry.host()));
+    let full = usage(ocifs.store());
+    ocifs.ok(["cache", "prune", "--to", "2MiB"]);
+    let pruned = usage(ocifs.store());
+    assert!(pruned <= 2 << 20 && pruned > 1 << 20, "{pruned} of {full}");
+    for i in 0..800 {
+        assert!(mount.read(&format!("s{i}")) == content(i), "s{i}");
+    }
+    ocifs.ok(["cache", "drop"]);
+    // What stays is the map of what is there.
+    assert!(usage(ocifs.store()) <= 4096, "{}", usage(ocifs.store()));
+}
+
+#[test]
+fn a_presence_map_that_does_not_fit_is_an_error_and_is_begun_again() {
+    const SPANS: u32 = 2000;
+    let tmpfs = Tmpfs::new("24k");
+    let store = Store::open(tmpfs.path()).unwrap();
+    let dir = store.layer(&Digest::of(b"layer")).unwrap();
+    let mut spans = SpanIndexBuilder::new(Compression::Tar).unwrap();
+    for span in 0..SPANS {
+        spans.span(SpanStart {
+            span: SpanId(span),
+            tar_offset: span.into(),
+            position: BitPosition(u64::from(span) * 8),
+            restart: true,
+        });
+        spans.bytes(&[0]);
+    }
+    let index = spans.finish(Identity {
+        blob: Digest::of(b"layer"),
+        blob_size: SPANS.into(),
+        diff_id: DiffId(Digest::of(b"layer")),
+    });
+    let index = index.unwrap();
+    let error = DataDevice::open(&store, &dir, &index, 1 << 20).unwrap_err();
+    assert!(error.to_string().contains("No space left"), "{error}");
+    tmpfs.resize("1m");
+    let device = DataDevice::open(&store, &dir, &index, 1 << 20).unwrap();
+    let last = SPANS - 1;
+    let lock = device.lock(&[last]).unwrap();
+    device.fill(&lock, last, &[], b"").unwrap();
+    assert!(device.is_present(last));
+}
+
+#[test]
+fn a_store_that_vanishes_does_not_disturb_a_mount() {
+    let (_registry, image) = image();
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&image);
+    ocifs.ok(["cache", "drop"]);
+    std::fs::remove_dir_all(ocifs.store()).unwrap();
+    read_all(&mount, 0);
+    read_all(&mount, 1);
+}
+
+#[test]
+fn damaged_indexes_are_made_again() {
+    let (registry, image) = image();
+    let ocifs = Ocifs::new();
+    drop(ocifs.mount(&image));
+    let files = |name: &str| -> Vec<_> {
+        let layers = std::fs::read_dir(ocifs.store().join("layers")).unwrap();
+        layers.map(|layer| layer.unwrap().path().join(name)).collect()
+    };
+    for name in ["spans", "toc", "extents", "data"] {
+        for path in files(name) {
+            let mut bytes = std::fs::read(&path).unwrap();
+            // Content of the device that goes bad is the disk's matter; a device that lost its end is not one.
+            match name {
+                "data" => bytes.truncate(bytes.len() - 1),
+                _ => {
+                    let middle = bytes.len() / 2;
+                    bytes[middle] ^= 0x10;
+                }
+            }
+            std::fs::write(&path, bytes).unwrap();
+        }
+        for tree in std::fs::read_dir(ocifs.store().join("trees")).unwrap() {
+            std::fs::write(tree.unwrap().path(), b"no tree").unwrap();
+        }
+        let mount = ocifs.mount(&image);
+        read_all(&mount, 0);
+    }
+    assert!(registry.count("/blobs/") > 2);
+}

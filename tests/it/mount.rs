@@ -1,0 +1,517 @@
+//! A mount from beginning to end: what it needs, how it ends, and who may share it.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::Signal;
+
+use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, mounted_type, mountpoint, send, tool, wait};
+use crate::common::registry::{Fault, TestRegistry};
+
+/// A layer of files `f0`.. of 512 KiB each, of which `seed` determines the content.
+fn big_layer(seed: u64, files: u64) -> Blob {
+    let tar = (0..files).fold(Tar::new().file("small", b"small\n"), |tar, i| {
+        tar.file(format!("f{i}"), noise(seed + i, 512 << 10))
+    });
+    Blob::gzip(&tar.finish())
+}
+
+fn hello() -> Blob {
+    Blob::gzip(&Tar::new().file("hello", b"hello, world\n").finish())
+}
+
+/// A registry with a small image, and its reference.
+fn hello_image() -> (TestRegistry, String, Blob) {
+    let registry = TestRegistry::start();
+    let layer = hello();
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    let image = format!("{}/app:1", registry.host());
+    (registry, image, layer)
+}
+
+fn targets(registry: &TestRegistry) -> Vec<String> {
+    registry.log().into_iter().map(|l| l.target).collect()
+}
+
+/// Starts `stat` on a file of a mount that answers nothing yet; returns when it waits inside the kernel.
+fn waiting_stat(mount: &Mounted) -> Child {
+    let mut child = Command::new("stat")
+        .args(["--format", "%s"])
+        .arg(mount.join("hello"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stat = mount.join("hello").into_os_string().into_encoded_bytes();
+    eventually("stat waits for the mount", || {
+        assert!(child.try_wait().unwrap().is_none(), "stat does not wait");
+        let read = |name: &str| std::fs::read(format!("/proc/{}/{name}", child.id())).unwrap_or_default();
+        let command = read("cmdline");
+        let state = String::from_utf8_lossy(&read("stat")).into_owned();
+        let sleeping = state.rsplit_once(") ").is_some_and(|(_, s)| s.starts_with(['S', 'D']));
+        // statx(2) and newfstatat(2) of x86-64 and arm64.
+        let call = String::from_utf8_lossy(&read("syscall")).into_owned();
+        let call = call.split(' ').next().unwrap_or_default();
+        command.windows(stat.len()).any(|w| w == stat) && sleeping && ["332", "262", "291", "79"].contains(&call)
+    });
+    child
+}
+
+#[test]
+fn is_up_after_manifest_and_config_and_waiting_processes_can_be_killed() {
+    let (registry, image, layer) = hello_image();
+    registry.hold(&layer.path());
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount_with(&image, &[]);
+    assert_eq!(mounted_type(mount.path()).as_deref(), Some("fuse.ocifs"));
+    let status = mount.status();
+    assert_eq!(status["state"], "preparing");
+    assert_eq!(status["layers"][0]["index_source"], "pending");
+    for signal in [Signal::SIGKILL, Signal::SIGINT] {
+        let mut child = waiting_stat(&mount);
+        send(child.id(), signal);
+        let status = wait(&mut child, "stat after a signal");
+        assert_eq!(status.signal(), Some(signal as i32));
+    }
+    let mut child = waiting_stat(&mount);
+    registry.release();
+    assert!(wait(&mut child, "stat after the registry answered").success());
+    let mut said = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "13\n");
+    assert_eq!(mount.read("hello"), b"hello, world\n");
+    assert_eq!(mount.status()["state"], "ready");
+    let targets = targets(&registry);
+    assert_eq!(targets.len(), 3, "{targets:?}");
+    assert_eq!(targets[0], "/v2/app/manifests/1");
+    assert!(
+        targets[1].contains("/blobs/") && !targets[1].contains(&layer.path()),
+        "{targets:?}"
+    );
+    assert!(targets[2].contains(&layer.path()), "{targets:?}");
+}
+
+#[test]
+fn a_second_mount_fetches_only_the_spans_it_reads() {
+    let registry = TestRegistry::start();
+    let layer = big_layer(1, 16);
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    drop(ocifs.mount(&image));
+    ocifs.ok(["cache", "drop"]);
+    registry.clear_log();
+
+    let mount = ocifs.mount(&image);
+    let log = targets(&registry);
+    assert_eq!(log, ["/v2/app/manifests/1"], "the config is in the store");
+    assert_eq!(mount.status()["layers"][0]["index_source"], "store");
+    assert!(mount.read("f9") == noise(10, 512 << 10));
+    let ranged: Vec<_> = registry.log().split_off(1);
+    assert!(
+        !ranged.is_empty()
+            && ranged
+                .iter()
+                .all(|l| l.headers.contains_key("range") && l.status == 206)
+    );
+    let sent: usize = ranged.iter().map(|l| l.sent).sum();
+    assert!(
+        sent < layer.bytes.len() / 3,
+        "{sent} of {} bytes for 1 of 16 files",
+        layer.bytes.len()
+    );
+    assert_eq!(mount.status()["fetched"], sent);
+    registry.clear_log();
+    assert!(mount.read("f9") == noise(10, 512 << 10));
+    assert_eq!(registry.log().len(), 0);
+    for i in 0..16 {
+        assert!(mount.read(&format!("f{i}")) == noise(1 + i, 512 << 10), "f{i}");
+    }
+}
+
+#[test]
+fn what_was_pulled_needs_no_registry() {
+    let registry = TestRegistry::start();
+    let layers = [hello(), big_layer(3, 3)];
+    let digest = push(&registry, "app", "1", &layers);
+    let host = registry.host();
+    let ocifs = Ocifs::new();
+    let said = ocifs.ok(["pull", "--json", &format!("{host}/app:1")]).json();
+    assert_eq!(said["digest"], digest.to_string());
+    assert_eq!(said["fetched"], said["size"]);
+    drop(registry);
+    let mount = ocifs.mount(&format!("{host}/app@{digest}"));
+    assert_eq!(mount.read("hello"), b"hello, world\n");
+    assert!(mount.read("f2") == noise(5, 512 << 10));
+    assert_eq!(mount.status()["fetched"], 0);
+}
+
+#[test]
+fn a_mount_waited_for_until_complete_needs_no_registry() {
+    let registry = TestRegistry::start();
+    let layer = big_layer(5, 3);
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    drop(ocifs.mount(&image));
+    ocifs.ok(["cache", "drop"]);
+    let mount = ocifs.mount_with(&image, &["--wait", "complete"]);
+    drop(registry);
+    for i in 0..3 {
+        assert!(mount.read(&format!("f{i}")) == noise(5 + i, 512 << 10));
+    }
+}
+
+#[test]
+fn signals_to_the_process_unmount() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mount = ocifs.mount(&image);
+        assert!(mount.registration().exists());
+        send(mount.pid, signal);
+        mount.assert_gone();
+    }
+}
+
+#[test]
+fn a_killed_process_leaves_a_mount_that_is_dead_and_can_be_cleared() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&image);
+    send(mount.pid, Signal::SIGKILL);
+    eventually("the process is dead", || !alive(mount.pid));
+    assert_eq!(mounted_type(mount.path()).as_deref(), Some("fuse.ocifs"));
+    let status = mount.status();
+    assert_eq!(status["state"], "dead");
+    assert!(status["problem"].as_str().unwrap().contains("ocifs umount"), "{status}");
+    let list = ocifs.ok(["list", "--json"]).json();
+    let row = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|m| m["mountpoint"] == mount.path().to_str().unwrap());
+    assert_eq!(row.unwrap()["state"], "dead");
+    assert!(ocifs.ok(["list"]).text().contains("dead"));
+    assert_eq!(mount.umount(&[]).code, Some(0));
+    assert_eq!(mounted_type(mount.path()), None);
+    assert!(!mount.registration().exists());
+
+    let path = mount.path().to_str().unwrap();
+    ocifs.ok(["mount", "--wait", "ready", &image, path]);
+    assert_eq!(mount.read("hello"), b"hello, world\n");
+    assert_eq!(mount.umount(&[]).code, Some(0));
+}
+
+#[test]
+fn a_busy_mount_says_so_and_a_lazy_unmount_keeps_open_files_readable() {
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(9, 2)]);
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&format!("{}/app:1", registry.host()));
+    ocifs.ok(["cache", "drop"]);
+    let file = File::open(mount.join("f1")).unwrap();
+    let said = mount.umount(&[]);
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.stderr.contains("busy") && said.stderr.contains("--lazy"),
+        "{said:?}"
+    );
+    assert_eq!(mount.status()["state"], "ready");
+    assert_eq!(mount.umount(&["--lazy"]).code, Some(0));
+    assert_eq!(mounted_type(mount.path()), None);
+    let mut bytes = vec![0; 512 << 10];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == noise(10, 512 << 10));
+    drop(file);
+    mount.assert_gone();
+}
+
+#[test]
+fn umount_by_other_programs_ends_the_process() {
+    let (registry, image, layer) = hello_image();
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&image);
+    tool("umount", [mount.path()]);
+    mount.assert_gone();
+    // The same while nothing is answered yet.
+    let other = Ocifs::new();
+    registry.hold(&layer.path());
+    let mount = other.mount_with(&image, &[]);
+    // umount(8) looks at the file system first, unless it is told not to.
+    tool("umount", [Path::new("--lazy"), mount.path()]);
+    mount.assert_gone();
+}
+
+#[test]
+fn a_mount_point_can_be_used_again_at_once() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    let directory = mountpoint();
+    let path = directory.path().to_str().unwrap();
+    for _ in 0..5 {
+        ocifs.ok(["mount", "--wait", "ready", &image, path]);
+        assert_eq!(
+            std::fs::read(directory.path().join("hello")).unwrap(),
+            b"hello, world\n"
+        );
+        tool("umount", [path]);
+    }
+    ocifs.ok(["mount", "--wait", "ready", &image, path]);
+    ocifs.ok(["umount", path]);
+    let error = ocifs.fails(["status", path]);
+    assert!(error.contains("is not an ocifs mount"), "{error}");
+}
+
+#[test]
+fn interrupting_a_waiting_mount_leaves_nothing() {
+    let (registry, image, layer) = hello_image();
+    registry.hold(&layer.path());
+    let ocifs = Ocifs::new();
+    for (signal, wait_for) in [(Signal::SIGINT, "ready"), (Signal::SIGTERM, "complete")] {
+        let directory = mountpoint();
+        let path = directory.path();
+        let mut parent = ocifs
+            .command(["mount", "--wait", wait_for, &image, path.to_str().unwrap()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        eventually("it is mounted", || mounted_type(path).is_some());
+        let list = ocifs.ok(["list", "--json"]).json();
+        let row = list
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|m| m["mountpoint"] == path.to_str().unwrap());
+        let pid = row.unwrap()["pid"].as_u64().unwrap() as u32;
+        send(parent.id(), signal);
+        let status = wait(&mut parent, "mount after a signal");
+        assert!(!status.success());
+        eventually("the process ends", || !alive(pid));
+        assert_eq!(mounted_type(path), None);
+        assert!(!ocifs.ok(["list", "--json"]).text().contains(path.to_str().unwrap()));
+    }
+}
+
+/// Mounts `count` times at once and checks every mount.
+fn mount_together(count: usize) {
+    let registry = TestRegistry::start();
+    let layers = [big_layer(20, 4), hello()];
+    push(&registry, "app", "1", &layers);
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    let mounts: Vec<Mounted> = std::thread::scope(|scope| {
+        let mounting: Vec<_> = (0..count).map(|_| scope.spawn(|| ocifs.mount(&image))).collect();
+        mounting.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for mount in &mounts {
+        assert_eq!(mount.read("hello"), b"hello, world\n");
+        assert!(mount.read("f3") == noise(23, 512 << 10));
+    }
+    for layer in &layers {
+        assert_eq!(registry.count(&layer.path()), 1, "downloads of a layer");
+    }
+    std::thread::scope(|scope| {
+        for mount in mounts {
+            scope.spawn(move || drop(mount));
+        }
+    });
+}
+
+#[test]
+fn two_mounts_at_once_download_each_layer_once() {
+    mount_together(2);
+}
+
+#[test]
+fn twenty_mounts_at_once_download_each_layer_once() {
+    mount_together(20);
+}
+
+#[test]
+fn one_of_two_mounts_on_one_directory_wins() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    for _ in 0..5 {
+        let directory = mountpoint();
+        let path = directory.path().to_str().unwrap();
+        let mount = || ocifs.run(["mount", "--wait", "ready", &image, path]);
+        let said = std::thread::scope(|scope| {
+            let other = scope.spawn(mount);
+            [mount(), other.join().unwrap()]
+        });
+        let won = said.iter().filter(|s| s.code == Some(0)).count();
+        assert_eq!(won, 1, "{said:?}");
+        assert_eq!(
+            std::fs::read(directory.path().join("hello")).unwrap(),
+            b"hello, world\n"
+        );
+        ocifs.ok(["umount", path]);
+        assert_eq!(mounted_type(directory.path()), None);
+    }
+}
+
+#[test]
+fn what_others_mount_is_left_alone() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount(&image);
+    let path = mount.path().to_str().unwrap();
+    tool("mount", ["-t", "tmpfs", "tmpfs", path]);
+    let said = mount.umount(&[]);
+    assert!(said.code == Some(1) && said.stderr.contains("covered"), "{said:?}");
+    assert_eq!(mounted_type(mount.path()).as_deref(), Some("tmpfs"));
+    tool("umount", [path]);
+    assert_eq!(mount.read("hello"), b"hello, world\n");
+    assert_eq!(mount.umount(&[]).code, Some(0));
+    mount.assert_gone();
+}
+
+#[test]
+fn mount_points_need_not_be_text() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    let directory = mountpoint();
+    for name in [&b"latin1 \xe9"[..], b"new\nline", b"back\\slash, comma", b"#hash"] {
+        let path = directory.path().join(std::ffi::OsStr::from_bytes(name));
+        std::fs::create_dir(&path).unwrap();
+        let arguments = ["mount", "--wait", "ready", &image].map(std::ffi::OsStr::new);
+        ocifs.ok(arguments.into_iter().chain([path.as_os_str()]));
+        assert_eq!(std::fs::read(path.join("hello")).unwrap(), b"hello, world\n");
+        ocifs.ok([Path::new("status"), &path]);
+        ocifs.ok([Path::new("list"), Path::new("--json")]);
+        ocifs.ok([Path::new("umount"), &path]);
+        std::fs::remove_dir(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_first_pass_that_was_killed_leaves_nothing_that_is_believed() {
+    let registry = TestRegistry::start();
+    let layer = big_layer(60, 6);
+    push(&registry, "app", "1", &[hello(), layer.clone()]);
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    registry.fault(&layer.path(), 1, Fault::Stall(layer.bytes.len() / 2));
+    let mount = ocifs.mount_with(&image, &[]);
+    eventually("half of the layer is there", || {
+        mount.status()["layers"][1]["fetched"].as_u64() == Some(layer.bytes.len() as u64 / 2)
+    });
+    send(mount.pid, Signal::SIGKILL);
+    eventually("the process is dead", || !alive(mount.pid));
+    assert_eq!(mount.umount(&[]).code, Some(0));
+    let mount = ocifs.mount(&image);
+    for i in 0..6 {
+        assert!(mount.read(&format!("f{i}")) == noise(60 + i, 512 << 10), "f{i}");
+    }
+    assert_eq!(mount.status()["problem"], serde_json::Value::Null);
+}
+
+#[test]
+fn a_mount_that_cannot_be_completed_fails() {
+    let registry = TestRegistry::start();
+    let layer = big_layer(70, 6);
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::with(&["--timeout", "2s"]);
+    drop(ocifs.mount(&image));
+    ocifs.ok(["cache", "drop"]);
+    registry.fault(&layer.path(), usize::MAX, Fault::status(404));
+    let error = ocifs.mount_fails(&image, &["--wait", "complete"]);
+    assert!(error.contains(&layer.digest().to_string()), "{error}");
+    let error = ocifs.fails(["pull", &image]);
+    assert!(error.contains(&layer.digest().to_string()), "{error}");
+}
+
+#[test]
+fn unusable_mount_points_are_refused() {
+    let (_registry, image, _) = hello_image();
+    let ocifs = Ocifs::new();
+    let directory = mountpoint();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let error = ocifs.fails(["mount", &image, &path("missing")]);
+    assert!(
+        error.contains("missing") && error.to_lowercase().contains("no such file"),
+        "{error}"
+    );
+    std::fs::write(path("file"), b"").unwrap();
+    let error = ocifs.fails(["mount", &image, &path("file")]);
+    assert!(error.contains("not a directory"), "{error}");
+    let error = ocifs.fails(["mount", &image, directory.path().to_str().unwrap()]);
+    assert!(error.contains("not empty") && error.contains("nonempty"), "{error}");
+    let mount = ocifs.mount(&image);
+    let error = ocifs.fails(["mount", &image, mount.path().to_str().unwrap()]);
+    assert!(error.contains("ocifs mount") && error.contains(&image), "{error}");
+    assert_eq!(
+        mount.status()["pid"],
+        mount.pid,
+        "the refused one left the registration alone"
+    );
+    assert_eq!(mount.read("hello"), b"hello, world\n");
+    let error = ocifs.fails(["umount", directory.path().to_str().unwrap()]);
+    assert!(error.contains("is not an ocifs mount"), "{error}");
+    let error = ocifs.fails(["mount", "-o", "rw", &image, mountpoint().path().to_str().unwrap()]);
+    assert!(error.contains("unknown mount option `rw`"), "{error}");
+}
+
+#[test]
+fn a_store_that_cannot_be_written_does_not_keep_an_image_from_being_mounted() {
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(30, 3), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let below_a_file = file.path().join("store");
+    for store in [below_a_file.as_path(), Path::new("/proc/ocifs-store")] {
+        let ocifs = Ocifs::at(store);
+        let mount = ocifs.mount(&image);
+        assert_eq!(mount.read("hello"), b"hello, world\n");
+        for i in 0..3 {
+            assert!(mount.read(&format!("f{i}")) == noise(30 + i, 512 << 10));
+        }
+        let problem = mount.status()["problem"].clone();
+        assert!(problem.as_str().is_some_and(|p| p.contains("store")), "{problem}");
+        let said = ocifs.run(["pull", &image]);
+        assert!(
+            said.code == Some(1) && said.stderr.contains("nothing can be kept"),
+            "{said:?}"
+        );
+    }
+}
+
+#[test]
+fn a_full_store_does_not_keep_an_image_from_being_read() {
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(40, 6), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    // From nothing at all, over an index without data, to some of the data.
+    for size in ["4k", "8k", "32k", "64k", "100k", "1m", "3m"] {
+        let tmpfs = Tmpfs::new(size);
+        let ocifs = Ocifs::at(&tmpfs.path().join("store"));
+        let mount = ocifs.mount(&image);
+        for round in 0..2 {
+            for i in 0..6 {
+                let name = format!("f{i}");
+                assert!(
+                    mount.read(&name) == noise(40 + i, 512 << 10),
+                    "{size}, round {round}, {name}"
+                );
+                mount.forget(&name);
+            }
+        }
+        let status = mount.status();
+        assert!(
+            status["problem"].as_str().is_some_and(|p| p.contains("store")),
+            "{size}: {status}"
+        );
+        drop(mount);
+        // What was left behind does not harm the next mount.
+        let mount = ocifs.mount(&image);
+        assert_eq!(mount.read("hello"), b"hello, world\n");
+        assert!(mount.read("f5") == noise(45, 512 << 10), "{size}");
+    }
+}
