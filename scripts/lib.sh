@@ -1,0 +1,116 @@
+# shellcheck shell=bash
+# What the scripts share. Source it: it only defines functions and ROOT, and sets the exit trap that runs `on_exit` actions.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# One way of writing numbers and of sorting, whatever the machine's language.
+export LC_ALL=C.UTF-8
+APT_LOCK_SECONDS=300
+WAIT_SECONDS=30
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Actions for the end of the script, whatever ends it; the last one added runs first.
+EXIT_ACTIONS=()
+on_exit() { EXIT_ACTIONS+=("$(printf '%q ' "$@")"); }
+run_exit_actions() {
+    local i
+    for ((i = ${#EXIT_ACTIONS[@]} - 1; i >= 0; i--)); do eval "${EXIT_ACTIONS[i]}" || true; done
+}
+trap run_exit_actions EXIT
+
+need_root() { [ "$(id -u)" = 0 ] || die "$0 needs root: it installs packages, mounts, and keeps file owners"; }
+
+# temp_dir: a fresh directory in TEMP_DIR, removed at the end. (Not printed: a subshell could not register the removal.)
+temp_dir() {
+    TEMP_DIR=$(mktemp -d "${TMPDIR:-/tmp}/ocifs-XXXXXX")
+    on_exit rm -rf --one-file-system "$TEMP_DIR"
+}
+
+# wait_until DESCRIPTION COMMAND...: polls until the command succeeds; fails after WAIT_SECONDS.
+wait_until() {
+    local what=$1 deadline=$((SECONDS + WAIT_SECONDS))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        ((SECONDS < deadline)) || die "waited $WAIT_SECONDS s in vain for $what"
+        sleep 0.05
+    done
+}
+
+# install_packages PACKAGE...: Debian packages, only those that are missing.
+install_packages() {
+    local missing=() package
+    for package; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+    command -v apt-get >/dev/null || die "please install: ${missing[*]} (only apt-get is known here)"
+    need_root
+    say "installing ${missing[*]}"
+    local apt=(apt-get -qq -o "DPkg::Lock::Timeout=$APT_LOCK_SECONDS")
+    "${apt[@]}" update
+    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# build_ocifs: the release binary, its path in OCIFS; a path that OCIFS has already is taken instead.
+build_ocifs() {
+    install_packages fuse3 jq gcc libc6-dev
+    [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || die "/dev/fuse is missing: load the fuse module, or give the container the device"
+    [ -z "${OCIFS:-}" ] || return 0
+    command -v cargo >/dev/null || die "a Rust toolchain is needed: https://rustup.rs"
+    say "building ocifs"
+    cargo build --release --locked --quiet --manifest-path "$ROOT/Cargo.toml"
+    local target
+    target=$(cargo metadata --format-version 1 --no-deps --manifest-path "$ROOT/Cargo.toml" | jq -r .target_directory)
+    export OCIFS=$target/release/ocifs
+}
+
+# listening_port PID: the TCP port a process listens on, in the network namespace of that process.
+listening_port() {
+    local inode
+    for inode in $(find "/proc/$1/fd" -lname 'socket:*' -printf '%l\n' | tr -dc '0-9\n'); do
+        awk -v inode="$inode" '$4 == "0A" && $10 == inode { n = split($2, part, ":"); print part[n]; found = 1; exit }
+            END { exit !found }' "/proc/$1/net/tcp" "/proc/$1/net/tcp6" 2>/dev/null | { read -r hex && echo $((16#$hex)); } && return
+    done
+    return 1
+}
+
+# start_registry DIR [ADDRESS [COMMAND_PREFIX...]]: docker-registry over DIR on an ephemeral port of ADDRESS (loopback),
+# started through a prefix such as `ip netns exec NS`. Its host:port is left in REGISTRY; it ends with the script.
+# The address of requests and their sizes are in DIR/registry.log.
+start_registry() {
+    local dir=$1 address=${2:-127.0.0.1} pid
+    shift $(($# > 1 ? 2 : 1))
+    install_packages docker-registry curl
+    mkdir -p "$dir"
+    cat >"$dir/registry.yml" <<YAML
+version: 0.1
+log: { level: info, accesslog: { disabled: false } }
+storage: { filesystem: { rootdirectory: $dir/data }, delete: { enabled: true } }
+http: { addr: "$address:0" }
+YAML
+    "$@" docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 &
+    pid=$!
+    echo "$pid" >"$dir/registry.pid"
+    on_exit stop_process "$pid"
+    wait_until "the registry (its log: $dir/registry.log)" listening_port "$pid"
+    REGISTRY=$address:$(listening_port "$pid")
+    wait_until "an answer of $REGISTRY" curl --fail --silent --max-time 5 "http://$REGISTRY/v2/"
+}
+
+stop_process() {
+    kill "$1" 2>/dev/null && wait "$1" 2>/dev/null
+    true
+}
+
+# unmount MOUNTPOINT: takes an ocifs mount down; does nothing when there is none.
+unmount() { ! mountpoint -q "$1" || "$OCIFS" umount "$1"; }
+
+# push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are.
+push() {
+    skopeo --insecure-policy copy --quiet --all --preserve-digests --dest-tls-verify=false "oci:$1" "docker://$REGISTRY/$2"
+}
