@@ -24,6 +24,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -35,6 +36,8 @@ use crate::oci::Digest;
 
 /// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
+/// A draft this young may not be locked yet by the process that just made it.
+const FRESH: Duration = Duration::from_secs(60);
 
 /// What can go wrong with the store.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +133,11 @@ impl Store {
         };
         for entry in entries.flatten() {
             let Ok(file) = File::open(entry.path()) else { continue };
+            let modified = file.metadata().and_then(|m| m.modified()).ok();
+            let age = modified.and_then(|m| m.elapsed().ok()).unwrap_or_default();
+            if age < FRESH {
+                continue;
+            }
             if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() {
                 // Another process may be sweeping too; a file that is gone already is what we want.
                 let _ = fs::remove_file(entry.path());
@@ -357,6 +365,8 @@ impl LayerDir {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[test]
@@ -383,8 +393,11 @@ mod tests {
         });
         assert!(failed.is_err() && !target.exists());
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
-        File::create(dir.path().join("tmp/left")).unwrap();
+        let old = SystemTime::now() - 2 * FRESH;
+        let left = File::create(dir.path().join("tmp/left")).unwrap();
+        left.set_modified(old).unwrap();
         let draft = store.draft().unwrap();
+        draft.file().set_modified(old).unwrap();
         Store::open(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 1);
         drop(draft);
