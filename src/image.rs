@@ -25,7 +25,7 @@ use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerS
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::resolve::ResolvedImage;
 use crate::store::{FileBytes, StoreError};
-use crate::toc::{Toc, TocError};
+use crate::toc::Toc;
 use crate::tree::{LayerIdx, Merger, TreeError};
 
 /// Why an image cannot be made readable.
@@ -47,14 +47,6 @@ pub enum ImageError {
     /// The tree could not be read from the store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A layer's stored table of contents is damaged.
-    #[error("layer {layer}: {source}")]
-    Toc {
-        /// Digest of the layer.
-        layer: Digest,
-        /// What is wrong.
-        source: TocError,
-    },
     /// The program is shutting down.
     #[error("interrupted")]
     Interrupted,
