@@ -196,8 +196,10 @@ impl Model {
                     return if self.is_directory(id) { Err(Refused) } else { Ok(id) };
                 };
                 let here = self.resolve(&at_end, target)?;
-                let lower = self.resolve(&self.merged, &here)?;
-                let found = at_end.get(&here).or(hidden.get(target)).or(self.merged.get(&lower));
+                let found = match at_end.get(&here).or(hidden.get(target)) {
+                    Some(found) => Some(found),
+                    None => self.merged.get(&self.resolve(&self.merged, &here)?),
+                };
                 id = *found.ok_or(Refused)?;
             }
             Err(Refused)
