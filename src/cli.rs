@@ -139,12 +139,44 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
 
 /// The runtime that fetches. Decoding is the only real work done on it, so it has as many workers as there are cores, at
 /// least two: one waits for a decode while the other keeps the network busy.
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+fn runtime() -> anyhow::Result<Fetching> {
     let workers = std::thread::available_parallelism().map_or(2, |n| n.get().max(2));
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    Ok(builder
+    let runtime = builder
         .worker_threads(workers)
         .thread_name("ocifs")
         .enable_all()
-        .build()?)
+        .build()?;
+    Ok(Fetching(Some(runtime)))
+}
+
+/// A runtime whose end is waited for, so that what is being written gets to the disk, but not for long: a read from a dead
+/// disk or a lock that a stopped process holds must not keep a failed command from ending.
+struct Fetching(Option<tokio::runtime::Runtime>);
+
+impl Fetching {
+    const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
+
+    /// Ends without waiting for anything.
+    fn abandon(mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl std::ops::Deref for Fetching {
+    type Target = tokio::runtime::Runtime;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_timeout(Self::GRACE);
+        }
+    }
 }

@@ -17,6 +17,7 @@ mod flight;
 mod memory;
 mod open;
 mod stats;
+mod turn;
 
 use std::collections::HashMap;
 use std::ops::Range;

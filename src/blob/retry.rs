@@ -56,6 +56,11 @@ impl Retry {
         self.streak = 0;
     }
 
+    /// Somebody else took this long: it does not count.
+    pub fn excuse(&mut self, time: Duration) {
+        self.progress = (self.progress + time).min(Instant::now());
+    }
+
     /// What is left until the deadline.
     pub fn remaining(&self) -> Duration {
         self.policy.deadline.saturating_sub(self.progress.elapsed())

@@ -4,6 +4,7 @@
 //! waits for that one to say (a JSON line each on its standard output) that it is mounted, or ready, or why not.
 
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -87,8 +88,7 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
 async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
     let entry = RunDir::open()?.entry(mountpoint);
     entry.check_free()?;
-    entry.create()?;
-    let log = std::fs::File::create(entry.log()).context("log file of the mount")?;
+    let log = entry.create_log()?;
     let mut signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
         .into_iter()
         .map(signal)
@@ -100,7 +100,7 @@ async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
         .arg("--serve")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(log)
+        .stderr(log.try_clone().context("cannot share the log file")?)
         .spawn()
         .context("cannot start the process behind the mount")?;
     let result = tokio::select! {
@@ -117,7 +117,7 @@ async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
         // Whoever ended before registering leaves its log, which says what was just said; anybody else's stays.
         let _turn = entry.turn()?;
         if entry.record()?.is_none() {
-            entry.remove()?;
+            entry.remove(Some(log.as_fd()))?;
         }
     }
     result
@@ -186,7 +186,7 @@ fn serve(config: &Config, args: MountArgs, mountpoint: PathBuf, started: Instant
     let runtime = runtime()?;
     let result = runtime.block_on(serve_async(config, args, mountpoint, started, reports.clone()));
     // Reads that still wait are answered by the kernel, now that the mount is gone.
-    runtime.shutdown_background();
+    runtime.abandon();
     if let Err(error) = &result {
         reports.send(&Report::Failed {
             message: explain(error),

@@ -42,14 +42,20 @@ impl CacheBudget {
             return;
         }
         self.written.store(0, Ordering::Relaxed);
-        let budget = self.clone();
-        tokio::task::spawn_blocking(move || {
-            match evict_to(&budget.store, budget.limit) {
-                Ok(evicted) if evicted.spans > 0 => tracing::info!(?evicted, "cache was over its limit"),
-                Ok(_) => {}
-                Err(error) => tracing::warn!(%error, "cannot keep the cache below its limit"),
-            }
-            budget.running.store(false, Ordering::SeqCst);
+        let running = Running(self.clone());
+        tokio::task::spawn_blocking(move || match evict_to(&running.0.store, running.0.limit) {
+            Ok(evicted) if evicted.spans > 0 => tracing::info!(?evicted, "cache was over its limit"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "cannot keep the cache below its limit"),
         });
+    }
+}
+
+/// An eviction under way, until it is dropped.
+struct Running(Arc<CacheBudget>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.running.store(false, Ordering::SeqCst);
     }
 }

@@ -79,6 +79,8 @@ pub enum FirstPassError {
         layer: Digest,
         /// What is wrong.
         source: TocError,
+        /// The bytes are those that the manifest and the config promise.
+        verified: bool,
     },
     /// A thread of the pass ended without a result.
     #[error("indexing layer {layer} was interrupted")]
@@ -92,7 +94,8 @@ impl FirstPassError {
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
-            Self::BlobDigest { .. } | Self::Decode { .. } | Self::Tar { .. } => true,
+            Self::BlobDigest { .. } | Self::Decode { .. } => true,
+            Self::Tar { verified, .. } => !verified,
             // A diffID is compared when the blob is known to be right.
             Self::DiffId { .. } | Self::Blob(_) | Self::Interrupted { .. } => false,
         }
@@ -408,6 +411,7 @@ impl Table {
         pushed.map_err(|source| FirstPassError::Tar {
             layer: layer.clone(),
             source,
+            verified: false,
         })
     }
 
@@ -417,6 +421,7 @@ impl Table {
         let toc = self.tar.finish().map_err(|source| FirstPassError::Tar {
             layer: layer.clone(),
             source,
+            verified: true,
         })?;
         for warning in &toc.warnings {
             tracing::debug!(%layer, warning, "oddity in the tar");

@@ -5,10 +5,10 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::Semaphore;
 
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
+use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats, SpanMemory};
 use crate::blob::BlobSource;
 use crate::device::{CacheBudget, DataDevice};
@@ -113,10 +113,10 @@ pub async fn open(
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
     }
-    let (dir, _lock) = match dir {
+    let (dir, turn) = match dir {
         None => (None, None),
-        Some(dir) => match lock(dir.clone()).await {
-            Ok(lock) => (Some(dir), Some(lock)),
+        Some(dir) => match Turn::wait(&dir).await {
+            Ok(turn) => (Some(dir), turn),
             Err(error) => {
                 context.health.store_failed(&error);
                 (None, None)
@@ -126,7 +126,22 @@ pub async fn open(
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
     }
-    // After the lock: whoever waits for another process must not keep this one from its other layers.
+    let streaming = stream(context, blob, diff_id, dir, stats.clone());
+    match turn {
+        Some(turn) => turn.take(&stats, streaming).await,
+        None => streaming.await,
+    }
+}
+
+/// Streams the layer once and keeps what that makes.
+async fn stream(
+    context: &LayerContext,
+    blob: Arc<dyn BlobSource>,
+    diff_id: DiffId,
+    dir: Option<LayerDir>,
+    stats: Arc<LayerStats>,
+) -> Result<Opened, OpenError> {
+    // Not before the layer's lock: whoever waits for another process must not keep this one from its other layers.
     let _permit = context.passes.acquire().await.map_err(|_| OpenError::Interrupted)?;
     let destination = || {
         dir.clone().map(|dir| Destination {
@@ -188,22 +203,6 @@ fn layer(
         flights: Mutex::new(HashMap::new()),
         stats,
     })
-}
-
-/// Waits until no other process streams the layer.
-async fn lock(dir: LayerDir) -> Result<Flock<std::fs::File>, StoreError> {
-    let waiting = tokio::task::spawn_blocking(move || {
-        loop {
-            let file = dir.lock_file()?;
-            let lock = Flock::lock(file, FlockArg::LockExclusive)
-                .map_err(|(_, e)| StoreError::io("lock", dir.path(), e.into()))?;
-            // The file may have been deleted, with all of the layer, while this waited: then the lock is worth nothing.
-            if dir.is_lock_file(&lock) {
-                return Ok(lock);
-            }
-        }
-    });
-    waiting.await.unwrap_or(Err(StoreError::Unavailable))
 }
 
 /// The layer as it was indexed before, if all of that is there. Reads and hashes files, so not on the runtime's threads.

@@ -74,6 +74,11 @@ impl LayerStats {
         self.fetched.load(Ordering::Relaxed)
     }
 
+    /// Requests made.
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
     pub(super) fn fetched_more(&self, bytes: usize) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -110,7 +115,7 @@ impl LayerStats {
             served: self.served.load(Ordering::Relaxed),
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
-            requests: self.requests.load(Ordering::Relaxed),
+            requests: self.requests(),
             spans,
             local_spans,
             index_source: self.source(),

@@ -1,6 +1,7 @@
 //! What a mount's process attached: mounts, registration, private upper directory. It all goes, one way or another.
 
 use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use nix::fcntl::Flock;
@@ -73,7 +74,8 @@ impl Attached {
             };
             // After an unmount by somebody else, the mount point may be registered to another process already.
             if self.entry.record()?.is_none_or(|record| record.pid == self.record.pid) {
-                self.entry.remove()?;
+                // The log of a process in the background is its standard error.
+                self.entry.remove(Some(std::io::stderr().as_fd()))?;
             }
         }
         Ok(())

@@ -13,6 +13,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,9 @@ use serde::{Deserialize, Serialize};
 use super::mountinfo;
 use super::overlay;
 use super::privilege::{is_system_root, outer_uid};
+
+/// A new log is given up when this often another process was in the way.
+const LOG_ATTEMPTS: u32 = 100;
 
 /// Why registrations cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -255,6 +259,24 @@ impl RunEntry {
         builder.create(&self.path).map_err(self.io(&self.path))
     }
 
+    /// Creates the directory and a new log file, in place of one that is there. The process of an earlier mount may be about to
+    /// remove both.
+    pub fn create_log(&self) -> Result<File, RegistrationError> {
+        let path = self.log();
+        for _ in 0..LOG_ATTEMPTS {
+            self.create()?;
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.io(&path)(e)),
+                _ => {}
+            }
+            match File::create_new(&path) {
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
+                result => return result.map_err(self.io(&path)),
+            }
+        }
+        Err(self.io(&path)(io::ErrorKind::ResourceBusy.into()))
+    }
+
     /// The registration, if there is one.
     pub fn record(&self) -> Result<Option<MountRecord>, RegistrationError> {
         let path = self.path.join("mount.json");
@@ -328,16 +350,19 @@ impl RunEntry {
         fs::rename(&part, &path).map_err(self.io(&path))
     }
 
-    /// Removes the registration. Only what ocifs put there goes, one by one: were something still mounted on `lower`, a
-    /// recursive removal would reach into it.
-    pub fn remove(&self) -> Result<(), RegistrationError> {
+    /// Removes the registration, and the log unless it is another one than `log`. Only what ocifs put there goes, one by one:
+    /// were something still mounted on `lower`, a recursive removal would reach into it.
+    pub fn remove(&self, log: Option<BorrowedFd<'_>>) -> Result<(), RegistrationError> {
         let gone = |path: PathBuf, result: io::Result<()>| match result {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.io(&path)(e)),
             _ => Ok(()),
         };
-        for name in ["control", "log", "mount.json.part", "mount.json"] {
+        for name in ["control", "mount.json.part", "mount.json"] {
             let path = self.path.join(name);
             gone(path.clone(), fs::remove_file(&path))?;
+        }
+        if log.is_none_or(|log| is_at(log, &self.log())) {
+            gone(self.log(), fs::remove_file(self.log()))?;
         }
         gone(self.lower(), fs::remove_dir(self.lower()))?;
         match fs::remove_dir(&self.path) {
@@ -348,9 +373,34 @@ impl RunEntry {
     }
 }
 
+/// Whether `path` is a name of the open file.
+fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
+    let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd as _;
+
     use super::*;
+
+    #[test]
+    fn a_log_is_removed_by_its_own_process_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = RunEntry {
+            path: dir.path().join("entry"),
+        };
+        let old = entry.create_log().unwrap();
+        let new = entry.create_log().unwrap();
+        entry.remove(Some(old.as_fd())).unwrap();
+        assert!(entry.log().exists());
+        entry.remove(Some(new.as_fd())).unwrap();
+        assert!(!entry.path.exists());
+        entry.create_log().unwrap();
+        entry.remove(None).unwrap();
+        assert!(!entry.path.exists());
+    }
 
     #[test]
     fn a_record_keeps_paths_that_are_not_text() {

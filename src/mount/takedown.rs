@@ -127,7 +127,7 @@ fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
     }
-    entry.remove()?;
+    entry.remove(None)?;
     Ok(())
 }
 

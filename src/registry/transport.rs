@@ -22,6 +22,8 @@ use crate::blob::BlobError;
 
 /// Redirects followed for one request. Real chains have one or two.
 const MAX_HOPS: usize = 10;
+/// Bytes a second below which a body counts as stalled: less than any link that images are worth fetching over.
+const SLOWEST: f64 = 512.0;
 
 /// Connection pools and what is known about hosts.
 #[derive(Debug)]
@@ -67,6 +69,8 @@ pub(super) struct Reply {
     /// Requests sent, redirects included.
     pub(super) hops: u64,
     stall: Duration,
+    /// How long was waited for how many bytes, since the last look at the pace.
+    pace: (Duration, u64),
     /// Whether this stream is counted as open in `meter`.
     open: OpenStream,
 }
@@ -141,6 +145,7 @@ impl Transport {
                     open: OpenStream(meter),
                     // An operation with a short deadline resumes within it.
                     stall: self.config.stall_timeout.min(self.config.timeout / 2),
+                    pace: (Duration::ZERO, 0),
                 });
             };
             crossed |= next.origin() != url.origin();
@@ -209,20 +214,27 @@ impl Reply {
         authority(&self.url)
     }
 
-    /// The next piece of the body; `None` at its end.
+    /// The next piece of the body; `None` at its end. A body that stops, or all but stops, is an error.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
-        let host = || authority(&self.url);
-        let chunk = match tokio::time::timeout(self.stall, self.response.chunk()).await {
-            Ok(chunk) => chunk.map_err(|error| failure::transport(&host(), error))?,
-            Err(_) => {
-                return Err(BlobError::Timeout {
-                    what: format!("{} (in the middle of an answer)", host()),
-                    seconds: self.stall.as_secs().max(1),
-                });
-            }
+        let timeout = |what: &str| BlobError::Timeout {
+            what: format!("{} ({what})", authority(&self.url)),
+            seconds: self.stall.as_secs().max(1),
         };
-        if let Some(bytes) = &chunk {
-            self.open.0.bytes(bytes.len() as u64);
+        let start = Instant::now();
+        let chunk = match tokio::time::timeout(self.stall, self.response.chunk()).await {
+            Ok(chunk) => chunk.map_err(|error| failure::transport(&authority(&self.url), error))?,
+            Err(_) => return Err(timeout("in the middle of an answer")),
+        };
+        let Some(bytes) = &chunk else { return Ok(None) };
+        self.open.0.bytes(bytes.len() as u64);
+        // Only the time spent waiting counts: how fast the caller takes the bytes is not the server's doing.
+        self.pace.0 += start.elapsed();
+        self.pace.1 += bytes.len() as u64;
+        if self.pace.0 >= self.stall {
+            if (self.pace.1 as f64) < SLOWEST * self.stall.as_secs_f64() {
+                return Err(timeout("an answer that hardly moves"));
+            }
+            self.pace = (Duration::ZERO, 0);
         }
         Ok(chunk)
     }

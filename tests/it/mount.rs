@@ -40,8 +40,9 @@ fn targets(registry: &TestRegistry) -> Vec<String> {
 
 /// Starts `stat` on a file of a mount that answers nothing yet; returns when it waits inside the kernel.
 fn waiting_stat(mount: &Mounted) -> Child {
-    let mut child = Command::new("stat")
-        .args(["--format", "%s"])
+    // A shell that started the tests in the background has them ignore SIGINT, and this would inherit it.
+    let mut child = Command::new("env")
+        .args(["--default-signal=INT", "stat", "--format", "%s"])
         .arg(mount.join("hello"))
         .stdout(Stdio::piped())
         .spawn()
@@ -75,7 +76,7 @@ fn is_up_after_manifest_and_config_and_waiting_processes_can_be_killed() {
         let mut child = waiting_stat(&mount);
         send(child.id(), signal);
         let status = wait(&mut child, "stat after a signal");
-        assert_eq!(status.signal(), Some(signal as i32));
+        assert_eq!(status.signal(), Some(signal as i32), "{}", mount.status());
     }
     let mut child = waiting_stat(&mount);
     registry.release();

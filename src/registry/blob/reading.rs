@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Buf as _, Bytes};
 use futures::stream::{self, StreamExt as _};
@@ -28,7 +29,15 @@ pub(super) struct Reading {
     whole: bool,
     body: Option<Body>,
     retry: Retry,
+    /// Bytes since the last failure.
+    flowed: u64,
+    /// When the caller got the last chunk.
+    given: Option<Instant>,
 }
+
+/// Fewer bytes than this between two failures are no progress: a server that gives a few with each answer would never be
+/// given up.
+const PROGRESS: u64 = 16 << 10;
 
 impl Reading {
     /// Gets `range` flowing; what fails for good fails here, before a stream exists.
@@ -38,6 +47,8 @@ impl Reading {
             retry: core.client.retry(),
             rest: range,
             body: None,
+            flowed: 0,
+            given: None,
             core,
         };
         reading.open().await?;
@@ -71,13 +82,19 @@ impl Reading {
         tracing::debug!(blob = %self.core.key.digest, at = self.rest.start, %error, "interrupted");
         let reached = self.core.client.reached(&self.core.repository);
         let delay = self.retry.after(error, reached)?;
+        self.flowed = 0;
         tokio::time::sleep(delay).await;
         Ok(())
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        // The last chunk was progress, and the time the caller took with it is not ours.
-        self.retry.progressed();
+        // The time the caller took with the last chunk is not ours.
+        if let Some(given) = self.given.take() {
+            self.retry.excuse(given.elapsed());
+        }
+        if self.flowed >= PROGRESS {
+            self.retry.progressed();
+        }
         while !self.rest.is_empty() {
             let Some(body) = &mut self.body else {
                 self.open().await?;
@@ -86,7 +103,9 @@ impl Reading {
             match body.chunk().await {
                 Ok(Some(chunk)) => {
                     self.rest.start += chunk.len() as u64;
+                    self.flowed += chunk.len() as u64;
                     self.core.meter.bytes(chunk.len() as u64);
+                    self.given = Some(Instant::now());
                     return Ok(Some(chunk));
                 }
                 // A shorter range than asked for is legal; the next request asks for the rest.

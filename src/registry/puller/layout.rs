@@ -104,11 +104,10 @@ impl Part {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{:016x}.part", fastrand::u64(..)));
         let part = path.with_file_name(name);
-        let file = fs::File::create_new(&part)
-            .await
-            .map_err(|error| BlobError::io(&part, error))?;
+        // Not in the background: a pull that is given up meanwhile would leave the file behind.
+        let file = std::fs::File::create_new(&part).map_err(|error| BlobError::io(&part, error))?;
         Ok(Self {
-            file: tokio::io::BufWriter::with_capacity(BUFFER, file),
+            file: tokio::io::BufWriter::with_capacity(BUFFER, fs::File::from_std(file)),
             part,
             path: path.to_owned(),
             published: false,

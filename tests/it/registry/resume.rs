@@ -92,14 +92,22 @@ async fn hopeless_reads_end_at_the_deadline_and_count_attempts() {
         ..config()
     };
     let client = RegistryClient::new(short).unwrap();
-    for fault in [Fault::status(503), Fault::Hangup, Fault::Stall(0), Fault::Truncate(0)] {
+    for fault in [
+        Fault::status(503),
+        Fault::Hangup,
+        Fault::Stall(0),
+        Fault::Truncate(0),
+        // Always something, never enough.
+        Fault::Truncate(1),
+        Fault::Slow(1, Duration::from_millis(20)),
+    ] {
         let registry = TestRegistry::start();
-        let (_, blob) = blob(&client, &registry, 100);
+        let (_, blob) = blob(&client, &registry, 1000);
         // The host has answered before: it is worth waiting for.
         read(&blob, 0..1).await.unwrap();
         registry.fault("/blobs/", usize::MAX, fault.clone());
         let started = Instant::now();
-        let error = read(&blob, 0..100).await.unwrap_err();
+        let error = read(&blob, 0..1000).await.unwrap_err();
         assert!(error.is_transient(), "{fault:?}: {error}");
         assert!(error.to_string().contains("attempts in"), "{fault:?}: {error}");
         let took = started.elapsed().as_secs_f64();

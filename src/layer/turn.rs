@@ -1,0 +1,134 @@
+//! Taking turns: one process at a time streams a layer, the others wait for what that makes.
+//!
+//! A turn is the lock on the layer's lock file. Whoever has it sets the file's modification time now and then, as long as the
+//! layer is coming in; whoever waits sees that. A process that was stopped, or hangs, so keeps nobody waiting for long: the
+//! others go on without a turn, which costs them the download and nothing else, since finished files are published by rename.
+
+use std::fs::File;
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::LayerStats;
+use crate::store::{LayerDir, StoreError};
+
+/// How often a waiting process looks. A few microseconds of work, and nothing next to streaming a layer.
+const LOOK: Duration = Duration::from_millis(10);
+/// How often the streaming process shows that it is getting on.
+const BEAT: Duration = Duration::from_secs(1);
+/// A process that shows nothing for this long is not waited for.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The right to stream a layer; given back when dropped, also by the kernel when the process dies.
+#[derive(Debug)]
+pub(super) struct Turn {
+    lock: Flock<File>,
+}
+
+impl Turn {
+    /// Waits until no other process streams the layer; nothing if one has it and does not get on.
+    pub(super) async fn wait(dir: &LayerDir) -> Result<Option<Self>, StoreError> {
+        Self::wait_patiently(dir, PATIENCE).await
+    }
+
+    async fn wait_patiently(dir: &LayerDir, patience: Duration) -> Result<Option<Self>, StoreError> {
+        let mut file = dir.lock_file()?;
+        let mut seen = (modified(&file), Instant::now());
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // The file may have been deleted, with all of the layer, while this waited: then the lock is worth nothing.
+                Ok(lock) if dir.is_lock_file(&lock) => return Ok(Some(Self { lock })),
+                Ok(_) => dir.lock_file()?,
+                Err((file, Errno::EWOULDBLOCK)) => file,
+                Err((_, error)) => return Err(StoreError::io("lock", dir.path(), error.into())),
+            };
+            let now = modified(&file);
+            if now != seen.0 {
+                seen = (now, Instant::now());
+            } else if seen.1.elapsed() > patience {
+                let dir = dir.path().display();
+                tracing::warn!(%dir, "another process streams this layer and does not get on, streaming it here too");
+                return Ok(None);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Does `work` while showing others that it gets on: as long as it waits for its start, receives bytes, or has them all.
+    pub(super) async fn take<T>(self, stats: &LayerStats, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let mut beat = tokio::time::interval(BEAT);
+        let mut before = 0;
+        loop {
+            tokio::select! {
+                result = &mut work => return result,
+                _ = beat.tick() => {
+                    let fetched = stats.fetched();
+                    if (fetched != before || fetched == 0 && stats.requests() == 0 || fetched >= stats.size)
+                        && let Err(error) = self.lock.set_modified(SystemTime::now())
+                    {
+                        tracing::debug!(%error, "cannot show progress to other processes");
+                    }
+                    before = fetched;
+                }
+            }
+        }
+    }
+}
+
+fn modified(file: &File) -> Option<SystemTime> {
+    file.metadata().and_then(|m| m.modified()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Digest;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn turns_are_taken_one_after_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
+        let first = Turn::wait(&layer).await.unwrap().unwrap();
+        let stats = LayerStats::new(1);
+        let order = std::sync::Mutex::new(Vec::new());
+        let working = first.take(&stats, async {
+            tokio::time::sleep(5 * LOOK).await;
+            order.lock().unwrap().push("first");
+        });
+        let waiting = async {
+            assert!(Turn::wait(&layer).await.unwrap().is_some());
+            order.lock().unwrap().push("second");
+        };
+        tokio::join!(working, waiting);
+        assert_eq!(*order.lock().unwrap(), ["first", "second"]);
+    }
+
+    #[tokio::test]
+    async fn a_process_that_shows_nothing_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
+        let _hanging = Turn::wait(&layer).await.unwrap().unwrap();
+        let waited = Turn::wait_patiently(&layer, 3 * LOOK).await.unwrap();
+        assert!(waited.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_deleted_lock_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
+        let old = Turn::wait(&layer).await.unwrap().unwrap();
+        let waiting = async {
+            let turn = Turn::wait(&layer).await.unwrap().unwrap();
+            assert!(layer.is_lock_file(&turn.lock));
+        };
+        let deleting = async {
+            tokio::time::sleep(2 * LOOK).await;
+            std::fs::remove_dir_all(layer.path()).unwrap();
+            drop(old);
+        };
+        tokio::join!(waiting, deleting);
+    }
+}
