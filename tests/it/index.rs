@@ -1,5 +1,7 @@
 //! The span index against the programs that make and read layers: gzip, pigz, zstd, zlib.
 
+mod writers;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -12,10 +14,6 @@ use ocifs::index::{
 };
 use ocifs::oci::{DiffId, Digest};
 use proptest::prelude::*;
-
-use crate::common::docker_registry::skopeo_copy;
-use crate::common::layers::Blob;
-use crate::common::oci_layout;
 
 /// Some megabytes of what layers are made of: programs, texts, tables.
 static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -204,54 +202,6 @@ fn check(blob: &[u8], tar: &[u8]) -> SpanIndex {
     }
     assert_eq!(index.span_at(tar.len() as u64), None);
     index
-}
-
-#[test]
-fn gzip_of_every_level() {
-    for level in ["-1", "-6", "-9"] {
-        let index = check(&gzip(level, &CONTENT), &CONTENT);
-        let restarts = index.spans().filter(|&span| index.restart_for(span) == span).count();
-        assert!(
-            restarts > CONTENT.len() / (400 << 10),
-            "{level}: only {restarts} restarts"
-        );
-    }
-}
-
-#[test]
-fn default_spacing_keeps_the_index_small() {
-    let blob = gzip("-6", &CONTENT);
-    let (_, index, _) = pass(&blob, SPACING, 1 << 16, 1 << 16).unwrap();
-    let size = file(&index).len();
-    assert!(
-        size * 1000 < blob.len() * 15,
-        "{size} bytes of index for {} bytes of gzip",
-        blob.len()
-    );
-}
-
-#[test]
-fn pigz_with_and_without_independent_blocks() {
-    check(&filter("pigz", &["-nc"], &CONTENT), &CONTENT);
-    check(&filter("pigz", &["-nci"], &CONTENT), &CONTENT);
-}
-
-/// pgzip of Go: what skopeo, podman, buildah and umoci push.
-#[test]
-fn what_container_tools_write() {
-    let directory = tempfile::tempdir().unwrap();
-    let (plain, packed) = (directory.path().join("plain"), directory.path().join("packed"));
-    let image = oci_layout::write(&plain, &[Blob::plain(CONTENT.clone())]);
-    skopeo_copy(&[], &image, &format!("oci:{}:latest", packed.display()));
-    let mut layers = 0;
-    for entry in fs::read_dir(packed.join("blobs/sha256")).unwrap() {
-        let blob = fs::read(entry.unwrap().path()).unwrap();
-        if sniff(&blob) == Ok(Compression::Gzip) {
-            check(&blob, &CONTENT);
-            layers += 1;
-        }
-    }
-    assert_eq!(layers, 1);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod index;
 mod layout;
 mod mount;
 mod reads;
+mod refusals;
 mod registry;
 mod structure;
 mod toc;
