@@ -1,5 +1,7 @@
 //! The span index against the programs that make and read layers: gzip, pigz, zstd, zlib.
 
+mod file;
+mod members;
 mod writers;
 
 use std::fs;
@@ -13,7 +15,6 @@ use ocifs::index::{
     SpanIndexBuilder, SpanStart, sniff,
 };
 use ocifs::oci::{DiffId, Digest};
-use proptest::prelude::*;
 
 /// Some megabytes of what layers are made of: programs, texts, tables.
 static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -205,24 +206,6 @@ fn check(blob: &[u8], tar: &[u8]) -> SpanIndex {
 }
 
 #[test]
-fn many_members() {
-    let mut blob = Vec::new();
-    let mut tar = Vec::new();
-    let mut rest = &CONTENT[..3 << 20];
-    let mut rng = fastrand::Rng::with_seed(1);
-    while !rest.is_empty() {
-        // Members from nothing to many spans.
-        let length = 1usize << rng.u32(0..20);
-        let (head, tail) = rest.split_at(length.min(rest.len()));
-        let head = if rng.u8(..) < 30 { &[] } else { head };
-        blob.extend(gzip("-6", head));
-        tar.extend_from_slice(head);
-        rest = tail;
-    }
-    check(&blob, &tar);
-}
-
-#[test]
 fn stored_blocks() {
     let tar = random(3 << 20, 5);
     check(&gzip("-6", &tar), &tar);
@@ -308,124 +291,6 @@ fn uncompressed_layers() {
     assert_eq!(index.blob_range(SpanId(3), SpanId(4)), (3 * 65536)..(5 * 65536));
 }
 
-/// A member with these optional header fields.
-fn member(flags: u8, fields: &[&[u8]], content: &[u8]) -> Vec<u8> {
-    let mut blob = vec![0x1f, 0x8b, 8, flags, 1, 2, 3, 4, 0, 3];
-    blob.extend(fields.concat());
-    if flags & 2 != 0 {
-        blob.extend_from_slice(&(crc32fast::hash(&blob) as u16).to_le_bytes());
-    }
-    blob.extend_from_slice(&gzip("-6", content)[10..]);
-    blob
-}
-
-#[test]
-fn every_header_field() {
-    let tar = &CONTENT[..300_000];
-    let (extra, empty): (&[u8], &[u8]) = (b"\x07\x00BC\x03\x00xyz", b"\x00\x00");
-    for (flags, fields) in [
-        (0, vec![]),
-        (1, vec![]),
-        (2, vec![]),
-        (4, vec![extra]),
-        (4, vec![empty]),
-        (8, vec![b"layer.tar\0".as_slice()]),
-        (16, vec![b"\0".as_slice()]),
-        (2 | 4 | 8 | 16, vec![extra, b"layer.tar\0", b"a comment\0"]),
-    ] {
-        let blob = member(flags, &fields, tar);
-        let (pass_result, ..) = pass(&blob, SPACING, 1, 3).unwrap();
-        assert!(pass_result.tar == tar, "{flags}");
-        let twice = [blob.clone(), blob].concat();
-        check(&twice, &[tar, tar].concat());
-    }
-    let mut bad = member(2, &[], tar);
-    bad[10] ^= 1;
-    assert!(matches!(
-        pass(&bad, SPACING, 1, 9),
-        Err(IndexError::Gzip { offset: 11, .. })
-    ));
-    assert!(matches!(
-        pass(&member(0x20, &[], tar), SPACING, 1, 9),
-        Err(IndexError::Gzip { offset: 3, .. })
-    ));
-}
-
-#[test]
-fn what_may_follow_the_last_member() {
-    let tar = &CONTENT[..200_000];
-    let blob = gzip("-6", tar);
-    let size = blob.len() as u64;
-    for (tail, garbage) in [
-        (&b""[..], None),
-        (b"\0", None),
-        (&[0; 5000], None),
-        (b"x", Some(size)),
-        (b"\x1f", Some(size)),
-        (b"\x1fx", Some(size)),
-        (b"\0\0xyz\0", Some(size + 2)),
-    ] {
-        for most in [1, 100_000] {
-            let blob = [&blob, tail].concat();
-            let (pass, _, end) = pass(&blob, SPACING, 1, most).unwrap();
-            assert!(pass.tar == tar);
-            assert_eq!(end.trailing_garbage, garbage, "{tail:?}");
-        }
-    }
-    let cut = [&blob[..], &blob[..20]].concat();
-    assert!(matches!(pass(&cut, SPACING, 1, 9), Err(IndexError::Truncated { .. })));
-}
-
-#[test]
-fn truncation_is_an_error() {
-    let tar = &CONTENT[..100_000];
-    let frames = [filter("zstd", &["-c"], tar), filter("zstd", &["-c"], tar)].concat();
-    for (blob, whole) in [(gzip("-6", tar), usize::MAX), (frames.clone(), frames.len() / 2)] {
-        for keep in (4..blob.len())
-            .rev()
-            .step_by(997)
-            .chain(blob.len() - 40..blob.len())
-            .filter(|&n| n != whole)
-        {
-            let error = pass(&blob[..keep], SPACING, 1000, 9000).map(drop).unwrap_err();
-            let IndexError::Truncated { offset } = error else {
-                panic!("{keep}: {error}")
-            };
-            assert_eq!(offset, keep as u64);
-        }
-    }
-}
-
-#[test]
-fn a_wrong_trailer_is_an_error() {
-    let blob = gzip("-6", &CONTENT[..100_000]);
-    for back in 1..=8 {
-        let mut blob = blob.clone();
-        let at = blob.len() - back;
-        blob[at] ^= 0x10;
-        assert!(
-            matches!(pass(&blob, SPACING, 1, 9000), Err(IndexError::Gzip { .. })),
-            "{back}"
-        );
-    }
-}
-
-#[test]
-fn empty_layers() {
-    // The two empty layers that registries are full of: 1024 zeros, compressed.
-    let zeros = vec![0; 1024];
-    check(&gzip("-6", &zeros), &zeros);
-    check(&zeros, &zeros);
-    for blob in [Vec::new(), gzip("-6", b""), zstd::bulk::compress(b"", 3).unwrap()] {
-        let index = check(&blob, b"");
-        assert!(index.is_empty());
-        assert!(matches!(
-            index.decoder(SpanId(0), SpanId(0)),
-            Err(IndexError::NoSuchSpans { .. })
-        ));
-    }
-}
-
 #[test]
 fn sniffing() {
     let mut header = tar::Header::new_old();
@@ -444,121 +309,6 @@ fn sniffing() {
     assert!(sniff(&signed).is_err());
     let error = sniff(b"BZh9").unwrap_err().to_string();
     assert!(error.contains("425a6839"), "{error}");
-}
-
-/// A window holds all that decoding needs, not only up to the next restart.
-#[test]
-fn every_restart_leads_to_the_end() {
-    let (blob, index) = &*READ;
-    let last = SpanId(index.len() as u32 - 1);
-    for first in index.spans().filter(|&span| index.restart_for(span) == span) {
-        let from = index.tar_range(first).start as usize;
-        assert!(
-            read(index, blob, first, last, 100_000).unwrap() == CONTENT[from..],
-            "from span {first}"
-        );
-    }
-}
-
-static READ: LazyLock<(Vec<u8>, SpanIndex)> = LazyLock::new(|| {
-    let blob = gzip("-6", &CONTENT);
-    let (_, index, _) = pass(&blob, SPACING, 1 << 16, 1 << 16).unwrap();
-    (blob, index)
-});
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn any_range_of_the_tar_can_be_read(at: prop::sample::Index, length in 1usize..2_000_000, most in 1usize..100_000) {
-        let (blob, index) = &*READ;
-        let from = at.index(CONTENT.len());
-        let to = (from + length).min(CONTENT.len());
-        let first = index.restart_for(index.span_at(from as u64).unwrap());
-        let last = index.span_at(to as u64 - 1).unwrap();
-        let bytes = read(index, blob, first, last, most).unwrap();
-        let skip = from - index.tar_range(first).start as usize;
-        prop_assert!(bytes[skip..skip + to - from] == CONTENT[from..to]);
-    }
-
-    #[test]
-    fn a_flipped_bit_never_delivers_wrong_bytes(at: prop::sample::Index, bit in 0u8..8, zstd: bool) {
-        let tar = &CONTENT[..600_000];
-        let mut blob = if zstd { zstd::bulk::compress(tar, 3).unwrap() } else { gzip("-6", tar) };
-        let (_, index, _) = pass(&blob, 64 << 10, 1 << 16, 1 << 16).unwrap();
-        let at = at.index(blob.len());
-        blob[at] ^= 1 << bit;
-        drop(pass(&blob, 64 << 10, 1 << 16, 1 << 16));
-        let last = SpanId(index.len() as u32 - 1);
-        for first in index.spans().filter(|&span| index.restart_for(span) == span) {
-            let range = index.blob_range(first, last);
-            let mut decoder = index.decoder(first, last).unwrap();
-            let outcome = decoder.push(&blob[range.start as usize..range.end as usize], &mut |span, bytes: &[u8]| {
-                let range = index.tar_range(span);
-                assert!(bytes == &tar[range.start as usize..range.end as usize]);
-                Ok::<_, IndexError>(())
-            });
-            prop_assert!(outcome.is_ok() || !decoder.is_done());
-        }
-    }
-
-    #[test]
-    fn a_damaged_index_is_refused(at: prop::sample::Index, byte: u8) {
-        let mut bytes = file(&READ.1);
-        let at = at.index(bytes.len());
-        prop_assume!(bytes[at] != byte);
-        bytes[at] = byte;
-        prop_assert!(SpanIndex::open(bytes).is_err());
-    }
-
-    /// As above, with a correct checksum: whatever is accepted can be used without a panic.
-    #[test]
-    fn a_forged_index_does_not_panic(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
-        let mut bytes = file(&READ.1);
-        let content = bytes.len() - 32;
-        let table = 320 + 64 * READ.1.len();
-        for (n, (at, byte)) in edits.into_iter().enumerate() {
-            let limit = if n == 0 { table } else { content };
-            bytes[at.index(limit)] = byte;
-        }
-        let checksum = blake3::hash(&bytes[..content]);
-        bytes[content..].copy_from_slice(checksum.as_bytes());
-        if let Ok(index) = SpanIndex::open(bytes) {
-            let blob = &READ.0;
-            for span in index.spans() {
-                let first = index.restart_for(span);
-                let range = index.blob_range(first, span);
-                let end = (range.end as usize).min(blob.len());
-                if let Ok(mut decoder) = index.decoder(first, span) {
-                    let start = (range.start as usize).min(end);
-                    drop(decoder.push(&blob[start..end], &mut |_, _: &[u8]| Ok::<_, IndexError>(())));
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn the_index_survives_its_file() {
-    let bytes = file(&READ.1);
-    let index = SpanIndex::open(bytes.clone()).unwrap();
-    assert!(file(&index) == bytes);
-    assert_eq!(*index.blob_digest(), Digest::of(&READ.0));
-    assert_eq!(*index.diff_id(), DiffId(Digest::of(&CONTENT)));
-    assert_eq!(
-        (index.blob_size(), index.tar_size()),
-        (READ.0.len() as u64, CONTENT.len() as u64)
-    );
-    for span in index.spans() {
-        let range = index.tar_range(span);
-        assert!(index.matches(span, &CONTENT[range.start as usize..range.end as usize]));
-    }
-    let mut newer = bytes;
-    newer[8] = 9;
-    assert!(matches!(
-        SpanIndex::open(newer),
-        Err(IndexError::Version { found: 9, known: 1 })
-    ));
 }
 
 /// gzip(1) itself is the oracle for the streams it makes; flate2 for the same, through another reader.

@@ -1,5 +1,8 @@
 //! A mount from beginning to end: what it needs, how it ends, and who may share it.
 
+mod mountpoint;
+mod store;
+
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
@@ -10,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, mounted_type, mountpoint, send, tool, wait};
+use crate::common::ocifs::{Mounted, Ocifs, alive, eventually, mounted_type, mountpoint, send, tool, wait};
 use crate::common::registry::{Fault, TestRegistry};
 
 /// A layer of files `f0`.. of 512 KiB each, of which `seed` determines the content.
@@ -249,26 +252,6 @@ fn umount_by_other_programs_ends_the_process() {
 }
 
 #[test]
-fn a_mount_point_can_be_used_again_at_once() {
-    let (_registry, image, _) = hello_image();
-    let ocifs = Ocifs::new();
-    let directory = mountpoint();
-    let path = directory.path().to_str().unwrap();
-    for _ in 0..5 {
-        ocifs.ok(["mount", "--wait", "ready", &image, path]);
-        assert_eq!(
-            std::fs::read(directory.path().join("hello")).unwrap(),
-            b"hello, world\n"
-        );
-        tool("umount", [path]);
-    }
-    ocifs.ok(["mount", "--wait", "ready", &image, path]);
-    ocifs.ok(["umount", path]);
-    let error = ocifs.fails(["status", path]);
-    assert!(error.contains("is not an ocifs mount"), "{error}");
-}
-
-#[test]
 fn interrupting_a_waiting_mount_leaves_nothing() {
     let (registry, image, layer) = hello_image();
     registry.hold(&layer.path());
@@ -298,121 +281,6 @@ fn interrupting_a_waiting_mount_leaves_nothing() {
     }
 }
 
-/// Mounts `count` times at once and checks every mount.
-fn mount_together(count: usize) {
-    let registry = TestRegistry::start();
-    let layers = [big_layer(20, 4), hello()];
-    push(&registry, "app", "1", &layers);
-    let image = format!("{}/app:1", registry.host());
-    let ocifs = Ocifs::new();
-    let mounts: Vec<Mounted> = std::thread::scope(|scope| {
-        let mounting: Vec<_> = (0..count).map(|_| scope.spawn(|| ocifs.mount(&image))).collect();
-        mounting.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    for mount in &mounts {
-        assert_eq!(mount.read("hello"), b"hello, world\n");
-        assert!(mount.read("f3") == noise(23, 512 << 10));
-    }
-    for layer in &layers {
-        assert_eq!(registry.count(&layer.path()), 1, "downloads of a layer");
-    }
-    std::thread::scope(|scope| {
-        for mount in mounts {
-            scope.spawn(move || drop(mount));
-        }
-    });
-}
-
-#[test]
-fn two_mounts_at_once_download_each_layer_once() {
-    mount_together(2);
-}
-
-#[test]
-fn twenty_mounts_at_once_download_each_layer_once() {
-    mount_together(20);
-}
-
-#[test]
-fn one_of_two_mounts_on_one_directory_wins() {
-    let (_registry, image, _) = hello_image();
-    let ocifs = Ocifs::new();
-    for _ in 0..5 {
-        let directory = mountpoint();
-        let path = directory.path().to_str().unwrap();
-        let mount = || ocifs.run(["mount", "--wait", "ready", &image, path]);
-        let said = std::thread::scope(|scope| {
-            let other = scope.spawn(mount);
-            [mount(), other.join().unwrap()]
-        });
-        let won = said.iter().filter(|s| s.code == Some(0)).count();
-        assert_eq!(won, 1, "{said:?}");
-        assert_eq!(
-            std::fs::read(directory.path().join("hello")).unwrap(),
-            b"hello, world\n"
-        );
-        ocifs.ok(["umount", path]);
-        assert_eq!(mounted_type(directory.path()), None);
-    }
-}
-
-#[test]
-fn what_others_mount_is_left_alone() {
-    let (_registry, image, _) = hello_image();
-    let ocifs = Ocifs::new();
-    let mount = ocifs.mount(&image);
-    let path = mount.path().to_str().unwrap();
-    tool("mount", ["-t", "tmpfs", "tmpfs", path]);
-    let said = mount.umount(&[]);
-    assert!(said.code == Some(1) && said.stderr.contains("covered"), "{said:?}");
-    assert_eq!(mounted_type(mount.path()).as_deref(), Some("tmpfs"));
-    tool("umount", [path]);
-    assert_eq!(mount.read("hello"), b"hello, world\n");
-    assert_eq!(mount.umount(&[]).code, Some(0));
-    mount.assert_gone();
-}
-
-#[test]
-fn mount_points_need_not_be_text() {
-    use std::os::unix::ffi::OsStrExt as _;
-    let (_registry, image, _) = hello_image();
-    let ocifs = Ocifs::new();
-    let directory = mountpoint();
-    for name in [&b"latin1 \xe9"[..], b"new\nline", b"back\\slash, comma", b"#hash"] {
-        let path = directory.path().join(std::ffi::OsStr::from_bytes(name));
-        std::fs::create_dir(&path).unwrap();
-        let arguments = ["mount", "--wait", "ready", &image].map(std::ffi::OsStr::new);
-        ocifs.ok(arguments.into_iter().chain([path.as_os_str()]));
-        assert_eq!(std::fs::read(path.join("hello")).unwrap(), b"hello, world\n");
-        ocifs.ok([Path::new("status"), &path]);
-        ocifs.ok([Path::new("list"), Path::new("--json")]);
-        ocifs.ok([Path::new("umount"), &path]);
-        std::fs::remove_dir(&path).unwrap();
-    }
-}
-
-#[test]
-fn a_first_pass_that_was_killed_leaves_nothing_that_is_believed() {
-    let registry = TestRegistry::start();
-    let layer = big_layer(60, 6);
-    push(&registry, "app", "1", &[hello(), layer.clone()]);
-    let image = format!("{}/app:1", registry.host());
-    let ocifs = Ocifs::new();
-    registry.fault(&layer.path(), 1, Fault::Stall(layer.bytes.len() / 2));
-    let mount = ocifs.mount_with(&image, &[]);
-    eventually("half of the layer is there", || {
-        mount.status()["layers"][1]["fetched"].as_u64() == Some(layer.bytes.len() as u64 / 2)
-    });
-    send(mount.pid, Signal::SIGKILL);
-    eventually("the process is dead", || !alive(mount.pid));
-    assert_eq!(mount.umount(&[]).code, Some(0));
-    let mount = ocifs.mount(&image);
-    for i in 0..6 {
-        assert!(mount.read(&format!("f{i}")) == noise(60 + i, 512 << 10), "f{i}");
-    }
-    assert_eq!(mount.status()["problem"], serde_json::Value::Null);
-}
-
 #[test]
 fn a_mount_that_cannot_be_completed_fails() {
     let registry = TestRegistry::start();
@@ -427,92 +295,4 @@ fn a_mount_that_cannot_be_completed_fails() {
     assert!(error.contains(&layer.digest().to_string()), "{error}");
     let error = ocifs.fails(["pull", &image]);
     assert!(error.contains(&layer.digest().to_string()), "{error}");
-}
-
-#[test]
-fn unusable_mount_points_are_refused() {
-    let (_registry, image, _) = hello_image();
-    let ocifs = Ocifs::new();
-    let directory = mountpoint();
-    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-    let error = ocifs.fails(["mount", &image, &path("missing")]);
-    assert!(
-        error.contains("missing") && error.to_lowercase().contains("no such file"),
-        "{error}"
-    );
-    std::fs::write(path("file"), b"").unwrap();
-    let error = ocifs.fails(["mount", &image, &path("file")]);
-    assert!(error.contains("not a directory"), "{error}");
-    let error = ocifs.fails(["mount", &image, directory.path().to_str().unwrap()]);
-    assert!(error.contains("not empty") && error.contains("nonempty"), "{error}");
-    let mount = ocifs.mount(&image);
-    let error = ocifs.fails(["mount", &image, mount.path().to_str().unwrap()]);
-    assert!(error.contains("ocifs mount") && error.contains(&image), "{error}");
-    assert_eq!(
-        mount.status()["pid"],
-        mount.pid,
-        "the refused one left the registration alone"
-    );
-    assert_eq!(mount.read("hello"), b"hello, world\n");
-    let error = ocifs.fails(["umount", directory.path().to_str().unwrap()]);
-    assert!(error.contains("is not an ocifs mount"), "{error}");
-    let error = ocifs.fails(["mount", "-o", "rw", &image, mountpoint().path().to_str().unwrap()]);
-    assert!(error.contains("unknown mount option `rw`"), "{error}");
-}
-
-#[test]
-fn a_store_that_cannot_be_written_does_not_keep_an_image_from_being_mounted() {
-    let registry = TestRegistry::start();
-    push(&registry, "app", "1", &[big_layer(30, 3), hello()]);
-    let image = format!("{}/app:1", registry.host());
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let below_a_file = file.path().join("store");
-    for store in [below_a_file.as_path(), Path::new("/proc/ocifs-store")] {
-        let ocifs = Ocifs::at(store);
-        let mount = ocifs.mount(&image);
-        assert_eq!(mount.read("hello"), b"hello, world\n");
-        for i in 0..3 {
-            assert!(mount.read(&format!("f{i}")) == noise(30 + i, 512 << 10));
-        }
-        let problem = mount.status()["problem"].clone();
-        assert!(problem.as_str().is_some_and(|p| p.contains("store")), "{problem}");
-        let said = ocifs.run(["pull", &image]);
-        assert!(
-            said.code == Some(1) && said.stderr.contains("nothing can be kept"),
-            "{said:?}"
-        );
-    }
-}
-
-#[test]
-fn a_full_store_does_not_keep_an_image_from_being_read() {
-    let registry = TestRegistry::start();
-    push(&registry, "app", "1", &[big_layer(40, 6), hello()]);
-    let image = format!("{}/app:1", registry.host());
-    // From nothing at all, over an index without data, to some of the data.
-    for size in ["4k", "8k", "32k", "64k", "100k", "1m", "3m"] {
-        let tmpfs = Tmpfs::new(size);
-        let ocifs = Ocifs::at(&tmpfs.path().join("store"));
-        let mount = ocifs.mount(&image);
-        for round in 0..2 {
-            for i in 0..6 {
-                let name = format!("f{i}");
-                assert!(
-                    mount.read(&name) == noise(40 + i, 512 << 10),
-                    "{size}, round {round}, {name}"
-                );
-                mount.forget(&name);
-            }
-        }
-        let status = mount.status();
-        assert!(
-            status["problem"].as_str().is_some_and(|p| p.contains("store")),
-            "{size}: {status}"
-        );
-        drop(mount);
-        // What was left behind does not harm the next mount.
-        let mount = ocifs.mount(&image);
-        assert_eq!(mount.read("hello"), b"hello, world\n");
-        assert!(mount.read("f5") == noise(45, 512 << 10), "{size}");
-    }
 }

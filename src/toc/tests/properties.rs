@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::sparse::sparse_styles;
 use super::*;
 
 /// Parts of a tar that make sense, and some that do not.
