@@ -104,19 +104,9 @@ pub enum EntryKind {
     /// Another name for the entry at this canonical path (of this layer, or of a lower one).
     Hardlink(Box<[u8]>),
     /// Character device.
-    CharDevice {
-        /// Major number.
-        major: u32,
-        /// Minor number.
-        minor: u32,
-    },
+    CharDevice(DeviceNumber),
     /// Block device.
-    BlockDevice {
-        /// Major number.
-        major: u32,
-        /// Minor number.
-        minor: u32,
-    },
+    BlockDevice(DeviceNumber),
     /// Named pipe.
     Fifo,
     /// Hides the lower layers' entry at `path` (a `.wh.NAME` entry, or a character device 0:0).
@@ -125,6 +115,30 @@ pub enum EntryKind {
     Opaque,
     /// AUFS bookkeeping: never visible, but a hard link may point at it.
     Hidden(FileData),
+}
+
+/// Number of a device, within the bits that Linux has for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceNumber {
+    /// Major number, below 2^12.
+    pub major: u32,
+    /// Minor number, below 2^20.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// The 32 bits that inodes, FUSE and EROFS carry (`new_encode_dev` of linux/kdev_t.h).
+    pub fn encoded(self) -> u32 {
+        (self.minor & 0xff) | (self.major & 0xfff) << 8 | (self.minor & 0xfff00) << 12
+    }
+
+    /// The number that is encoded as `bits`.
+    pub fn decode(bits: u32) -> Self {
+        Self {
+            major: (bits >> 8) & 0xfff,
+            minor: (bits & 0xff) | ((bits >> 12) & 0xf_ff00),
+        }
+    }
 }
 
 /// Where the content of a regular file lies in the data device.

@@ -17,7 +17,7 @@ mod model;
 
 pub use merge::Merger;
 
-use crate::toc::{FileData, Metadata, Xattrs};
+use crate::toc::{DeviceNumber, FileData, Metadata, Xattrs};
 
 /// Position of a node in [`Tree::nodes`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,19 +67,9 @@ pub enum NodeKind {
     /// Symbolic link with its target.
     Symlink(Box<[u8]>),
     /// Character device.
-    CharDevice {
-        /// Major number.
-        major: u32,
-        /// Minor number.
-        minor: u32,
-    },
+    CharDevice(DeviceNumber),
     /// Block device.
-    BlockDevice {
-        /// Major number.
-        major: u32,
-        /// Minor number.
-        minor: u32,
-    },
+    BlockDevice(DeviceNumber),
     /// Named pipe.
     Fifo,
 }

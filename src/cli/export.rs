@@ -15,6 +15,7 @@ use super::open::open_image;
 use super::{ImageArgs, runtime};
 use crate::erofs::{FileType, Inode, Nid};
 use crate::fs::{Attr, ImageFs};
+use crate::toc::DeviceNumber;
 
 /// Bytes read at once.
 const READ: usize = 1 << 20;
@@ -254,8 +255,9 @@ impl<W: Write> TarExport<'_, W> {
             records.push((b"mtime".to_vec(), pax_time(inode.mtime, inode.mtime_nsec).into()));
         }
         if matches!(kind, EntryType::Char | EntryType::Block) {
-            header.set_device_major((inode.rdev >> 8) & 0xfff)?;
-            header.set_device_minor((inode.rdev & 0xff) | ((inode.rdev >> 12) & 0xf_ff00))?;
+            let device = DeviceNumber::decode(inode.rdev);
+            header.set_device_major(device.major)?;
+            header.set_device_minor(device.minor)?;
         }
         put_text(&mut header.as_old_mut().name, name, "path", &mut records);
         if let Some(link) = link {
@@ -269,6 +271,7 @@ impl<W: Write> TarExport<'_, W> {
         Ok(())
     }
 
+    /// Not the tar crate's own: names of extended attributes, which are part of keys, need not be text.
     fn pax(&mut self, records: &[(Vec<u8>, Vec<u8>)]) -> anyhow::Result<()> {
         let mut payload = Vec::new();
         for (key, value) in records {

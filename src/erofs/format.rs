@@ -237,12 +237,6 @@ impl RawInode {
     }
 }
 
-/// A device number as inodes and FUSE store it (kernel: `new_encode_dev`): 12 bits of major, 20 of minor. Linux has no larger
-/// ones; mknod(2) cuts them off in the same way.
-pub(super) fn encode_device(major: u32, minor: u32) -> u32 {
-    (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xfff00) << 12
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,14 +254,5 @@ mod tests {
             *slot = (0..8).fold(at as u32, |c, _| if c & 1 == 1 { c >> 1 ^ 0x82F6_3B78 } else { c >> 1 });
         }
         !bytes.iter().fold(!0, |c, b| table[(c as u8 ^ b) as usize] ^ c >> 8)
-    }
-
-    #[test]
-    fn device_numbers_match_the_kernel() {
-        assert_eq!(encode_device(8, 1), 0x801);
-        assert_eq!(
-            encode_device(300, 70000),
-            (70000 & 0xff) | 300 << 8 | (70000 & !0xff) << 12
-        );
     }
 }

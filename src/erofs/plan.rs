@@ -170,7 +170,7 @@ impl Shape {
                     ..plain
                 },
             },
-            NodeKind::CharDevice { .. } | NodeKind::BlockDevice { .. } | NodeKind::Fifo => plain,
+            NodeKind::CharDevice(_) | NodeKind::BlockDevice(_) | NodeKind::Fifo => plain,
         }
     }
 
@@ -324,8 +324,8 @@ pub(super) fn file_type(node: &Node) -> FileType {
         NodeKind::Directory(_) => FileType::Directory,
         NodeKind::Regular { .. } => FileType::Regular,
         NodeKind::Symlink(_) => FileType::Symlink,
-        NodeKind::CharDevice { .. } => FileType::CharDevice,
-        NodeKind::BlockDevice { .. } => FileType::BlockDevice,
+        NodeKind::CharDevice(_) => FileType::CharDevice,
+        NodeKind::BlockDevice(_) => FileType::BlockDevice,
         NodeKind::Fifo => FileType::Fifo,
     }
 }

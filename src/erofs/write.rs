@@ -7,7 +7,6 @@ use crate::erofs::ErofsError;
 use crate::erofs::dirent::{self, FileType, Measure};
 use crate::erofs::format::{
     BLOCK, INCOMPAT_CHUNKED, INODE, LABEL_NO_XATTRS, LABEL_XATTRS, Layout, NULL_BLOCK, RawInode, SLOT, Superblock,
-    encode_device,
 };
 use crate::erofs::plan::{Plan, Shape, entries, file_type};
 use crate::erofs::xattr;
@@ -118,9 +117,7 @@ impl<W: Write> Emit<'_, W> {
 
     fn inode(&self, id: NodeId, node: &Node, shape: &Shape, next_block: u64) -> [u8; INODE as usize] {
         let union = match &node.kind {
-            NodeKind::CharDevice { major, minor } | NodeKind::BlockDevice { major, minor } => {
-                encode_device(*major, *minor)
-            }
+            NodeKind::CharDevice(device) | NodeKind::BlockDevice(device) => device.encoded(),
             NodeKind::Regular { data, .. } if data.size == 0 => 0,
             NodeKind::Regular { layer, data } => match data.layout {
                 DataLayout::Flat { device } => self.device_block(*layer, device),

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::error::{TocError, shown};
 use super::path::{self, Place};
 use super::sparse::{self, Fragment, Placed};
-use super::{DEVICE_BLOCK, EntryKind, Limits, Metadata, Toc, TocEntry, Xattrs};
+use super::{DEVICE_BLOCK, DeviceNumber, EntryKind, Limits, Metadata, Toc, TocEntry, Xattrs};
 
 /// Warnings kept in full; the others are only counted.
 const MAX_WARNINGS: usize = 32;
@@ -224,7 +224,7 @@ impl Builder {
     fn push(&mut self, entry: TocEntry) -> Result<(), TocError> {
         self.toc.entries.push(match entry.kind {
             // What overlayfs takes for a whiteout, and thus what every engine built on it shows as one.
-            EntryKind::CharDevice { major: 0, minor: 0 } => TocEntry {
+            EntryKind::CharDevice(DeviceNumber { major: 0, minor: 0 }) => TocEntry {
                 kind: EntryKind::Whiteout,
                 xattrs: Vec::new(),
                 ..entry

@@ -231,11 +231,11 @@ fn types() {
         EntryKind::Directory,
         EntryKind::Hardlink((*b"file").into()),
         EntryKind::Symlink((*b"../a//b/.").into()),
-        EntryKind::CharDevice { major: 1, minor: 3 },
-        EntryKind::BlockDevice {
+        EntryKind::CharDevice(DeviceNumber { major: 1, minor: 3 }),
+        EntryKind::BlockDevice(DeviceNumber {
             major: 300,
             minor: 70000,
-        },
+        }),
         EntryKind::Directory,
         EntryKind::Fifo,
         EntryKind::Directory,
@@ -257,6 +257,16 @@ fn types() {
             mtime_nsec: 0
         }
     );
+}
+
+#[test]
+fn device_numbers_match_the_kernel() {
+    let number = |major, minor| DeviceNumber { major, minor };
+    assert_eq!(number(8, 1).encoded(), 0x801);
+    let large = (70000 & 0xff) | 300 << 8 | (70000 & !0xff) << 12;
+    assert_eq!(number(300, 70000).encoded(), large);
+    assert_eq!(DeviceNumber::decode(large), number(300, 70000));
+    assert_eq!(DeviceNumber::decode(u32::MAX), number(0xfff, 0xf_ffff));
 }
 
 #[test]

@@ -95,12 +95,8 @@ impl<'a> Upper<'a> {
             EntryKind::Hardlink(target) => self.hardlink(number, entry, target),
             EntryKind::Regular(data) => self.name_leaf(number, entry, self.regular(data)),
             EntryKind::Symlink(target) => self.name_leaf(number, entry, NodeKind::Symlink(target.clone())),
-            &EntryKind::CharDevice { major, minor } => {
-                self.name_leaf(number, entry, NodeKind::CharDevice { major, minor })
-            }
-            &EntryKind::BlockDevice { major, minor } => {
-                self.name_leaf(number, entry, NodeKind::BlockDevice { major, minor })
-            }
+            EntryKind::CharDevice(device) => self.name_leaf(number, entry, NodeKind::CharDevice(*device)),
+            EntryKind::BlockDevice(device) => self.name_leaf(number, entry, NodeKind::BlockDevice(*device)),
             EntryKind::Fifo => self.name_leaf(number, entry, NodeKind::Fifo),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry};
+use crate::toc::{DataLayout, DeviceNumber, EntryKind, FileData, Metadata, Toc, TocEntry};
 use crate::tree::{LayerIdx, Merger, NodeId, NodeKind, Tree, TreeError};
 
 const OWNED: Metadata = Metadata {
@@ -265,10 +265,10 @@ fn row_14_root_entry_is_ignored() {
 #[test]
 fn row_16_char_device_0_0_arrives_as_whiteout() {
     // The tar parser turns the device into a whiteout; other devices stay.
-    let device = entry("g", EntryKind::CharDevice { major: 1, minor: 3 });
+    let device = entry("g", EntryKind::CharDevice(DeviceNumber { major: 1, minor: 3 }));
     View::over_base(vec![whiteout("f"), device])
         .children("", "d dd g hl1 hl2 opq sl")
-        .is("g", "CharDevice { major: 1, minor: 3 } 644 1 n1");
+        .is("g", "CharDevice(DeviceNumber { major: 1, minor: 3 }) 644 1 n1");
 }
 
 #[test]

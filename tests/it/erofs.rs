@@ -92,18 +92,14 @@ fn read_mapped(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid) -> Vec<u8> {
 fn assert_same_node(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid, id: NodeId) {
     let node = &sample.tree.nodes[id.0 as usize];
     let inode = reader.inode(nid).unwrap();
-    let Metadata {
-        mode,
-        uid,
-        gid,
-        mtime,
-        mtime_nsec,
-    } = node.meta;
-    assert_eq!((inode.mode & 0o7777, inode.uid, inode.gid), (mode, uid, gid));
-    assert_eq!(
-        (inode.mtime, inode.mtime_nsec, inode.nlink),
-        (mtime, mtime_nsec, node.nlink)
-    );
+    let meta = Metadata {
+        mode: inode.mode & 0o7777,
+        uid: inode.uid,
+        gid: inode.gid,
+        mtime: inode.mtime,
+        mtime_nsec: inode.mtime_nsec,
+    };
+    assert_eq!((meta, inode.nlink), (node.meta, node.nlink));
     assert_eq!(inode.mode & 0o170_000, inode.file_type.mode_bits());
     let xattrs: Xattrs = reader
         .xattrs(nid)
@@ -122,8 +118,8 @@ fn assert_same_node(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid, id: Nod
             assert_eq!(read_mapped(reader, sample, nid), sample.content(*layer, data));
         }
         NodeKind::Symlink(target) => assert_eq!(reader.symlink(nid).unwrap(), &target[..]),
-        NodeKind::CharDevice { .. } => assert_eq!(inode.file_type, FileType::CharDevice),
-        NodeKind::BlockDevice { .. } => assert_eq!(inode.file_type, FileType::BlockDevice),
+        NodeKind::CharDevice(_) => assert_eq!(inode.file_type, FileType::CharDevice),
+        NodeKind::BlockDevice(_) => assert_eq!(inode.file_type, FileType::BlockDevice),
         NodeKind::Fifo => assert_eq!(inode.file_type, FileType::Fifo),
     }
 }

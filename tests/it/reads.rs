@@ -62,19 +62,11 @@ fn layers() -> Vec<Blob> {
         ])
         .file("ping", "#!/bin/sh\n")
         .file(b"latin1-\xe9\xff", "bytes")
-        .pax(&[
-            ("GNU.sparse.major", b"1"),
-            ("GNU.sparse.minor", b"0"),
-            ("GNU.sparse.name", b"sparse"),
-            ("GNU.sparse.realsize", b"10485760"),
-        ])
-        .file("GNUSparseFile.0/sparse", {
-            // Two runs: 4096 bytes at 0 and 4096 at 5 MiB.
-            let mut content = b"2\n0\n4096\n5242880\n4096\n".to_vec();
-            content.resize(512, 0);
-            content.extend(noise(8, 8192));
-            content
-        })
+        .sparse(
+            "sparse",
+            10 << 20,
+            &[(0, &noise(8, 8192)[..4096]), (5 << 20, &noise(8, 8192)[4096..])],
+        )
         .finish();
     vec![many, Blob::zstd(&tar)]
 }

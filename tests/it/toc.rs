@@ -13,7 +13,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use ocifs::toc::{DEVICE_BLOCK, DataLayout, EntryKind, ExtentTable, FileData, Limits, TarReader, Toc, TocEntry};
+use ocifs::toc::{
+    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, ExtentTable, FileData, Limits, TarReader, Toc, TocEntry,
+};
 
 use real_tree::{Features, GNU, PAX, USTAR, V7, getfattr, make_tree, walk};
 
@@ -156,10 +158,10 @@ fn check_against_gnu_tar(tar: &[u8], toc: &Toc, label: &str) {
             EntryKind::Symlink(target) => {
                 assert_eq!(&**target, fs::read_link(&real).unwrap().as_os_str().as_bytes(), "{at}");
             }
-            EntryKind::CharDevice { major, minor } => {
+            EntryKind::CharDevice(DeviceNumber { major, minor }) => {
                 assert!(kind.is_char_device() && stat.rdev() == rdev(*major, *minor), "{at}");
             }
-            EntryKind::BlockDevice { major, minor } => {
+            EntryKind::BlockDevice(DeviceNumber { major, minor }) => {
                 assert!(kind.is_block_device() && stat.rdev() == rdev(*major, *minor), "{at}");
             }
             EntryKind::Fifo => assert!(kind.is_fifo(), "{at}"),

@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use super::{HASH, HEAD, MAGIC, RATIO_MAX, VERSION, WHAT, after, tag};
 use crate::toc::builder::SYMLINK_MAX;
 use crate::toc::{
-    DEVICE_BLOCK, DataLayout, EntryKind, Extent, FileData, Limits, Metadata, Toc, TocEntry, TocError, extents, path,
-    xattr,
+    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, FileData, Limits, Metadata, Toc, TocEntry, TocError,
+    extents, path, xattr,
 };
 
 /// 8 MiB; the frames written here need 2 MiB, and a hostile frame may not ask for more.
@@ -138,6 +138,13 @@ impl<R: Read> Decoder<R> {
         }
     }
 
+    fn device_number(&mut self) -> Decoded<DeviceNumber> {
+        Ok(DeviceNumber {
+            major: self.below(1 << 12)? as u32,
+            minor: self.below(1 << 20)? as u32,
+        })
+    }
+
     fn small(&mut self) -> Decoded<u32> {
         u32::try_from(self.number()?).map_err(|_| "a number is out of range")
     }
@@ -202,14 +209,8 @@ impl<R: Read> Decoder<R> {
                 }
                 EntryKind::Hardlink(target)
             }
-            tag::CHAR_DEVICE => EntryKind::CharDevice {
-                major: self.below(1 << 12)? as u32,
-                minor: self.below(1 << 20)? as u32,
-            },
-            tag::BLOCK_DEVICE => EntryKind::BlockDevice {
-                major: self.below(1 << 12)? as u32,
-                minor: self.below(1 << 20)? as u32,
-            },
+            tag::CHAR_DEVICE => EntryKind::CharDevice(self.device_number()?),
+            tag::BLOCK_DEVICE => EntryKind::BlockDevice(self.device_number()?),
             tag::FIFO => EntryKind::Fifo,
             tag::WHITEOUT => EntryKind::Whiteout,
             tag::OPAQUE => EntryKind::Opaque,

@@ -116,9 +116,9 @@ impl Encoder {
         match &entry.kind {
             EntryKind::Directory | EntryKind::Fifo | EntryKind::Whiteout | EntryKind::Opaque => {}
             EntryKind::Symlink(target) | EntryKind::Hardlink(target) => self.bytes(target),
-            EntryKind::CharDevice { major, minor } | EntryKind::BlockDevice { major, minor } => {
-                self.number((*major).into());
-                self.number((*minor).into());
+            EntryKind::CharDevice(device) | EntryKind::BlockDevice(device) => {
+                self.number(device.major.into());
+                self.number(device.minor.into());
             }
             EntryKind::Regular(data) | EntryKind::Hidden(data) => self.data(data),
         }
@@ -159,8 +159,8 @@ fn kind_tag(kind: &EntryKind) -> u8 {
         EntryKind::Regular(_) => tag::REGULAR_CHUNKED,
         EntryKind::Symlink(_) => tag::SYMLINK,
         EntryKind::Hardlink(_) => tag::HARDLINK,
-        EntryKind::CharDevice { .. } => tag::CHAR_DEVICE,
-        EntryKind::BlockDevice { .. } => tag::BLOCK_DEVICE,
+        EntryKind::CharDevice(_) => tag::CHAR_DEVICE,
+        EntryKind::BlockDevice(_) => tag::BLOCK_DEVICE,
         EntryKind::Fifo => tag::FIFO,
         EntryKind::Whiteout => tag::WHITEOUT,
         EntryKind::Opaque => tag::OPAQUE,

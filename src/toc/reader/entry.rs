@@ -6,7 +6,7 @@ use crate::toc::error::{TocError, shown};
 use crate::toc::header::{self, Block, Field, Header};
 use crate::toc::pax::Pax;
 use crate::toc::sparse::{Fragment, MapParser};
-use crate::toc::{EntryKind, Metadata, xattr};
+use crate::toc::{DeviceNumber, EntryKind, Metadata, xattr};
 
 impl TarReader {
     /// A header that describes an entry, together with the extended headers before it.
@@ -263,11 +263,14 @@ impl TarReader {
                 .filter(|v| v >> bits == 0)
                 .ok_or_else(|| self.bad_field(header, offset, field))
         };
-        let (major, minor) = (part(Field::DEV_MAJOR, 12)?, part(Field::DEV_MINOR, 20)?);
+        let number = DeviceNumber {
+            major: part(Field::DEV_MAJOR, 12)?,
+            minor: part(Field::DEV_MINOR, 20)?,
+        };
         Ok(if flag == b'3' {
-            EntryKind::CharDevice { major, minor }
+            EntryKind::CharDevice(number)
         } else {
-            EntryKind::BlockDevice { major, minor }
+            EntryKind::BlockDevice(number)
         })
     }
 

@@ -26,21 +26,27 @@ impl Tar {
 
     /// A pax header for the next entry.
     pub fn pax(self, records: &[(&str, &[u8])]) -> Self {
-        let mut payload = Vec::new();
-        for (key, value) in records {
-            let rest = key.len() + value.len() + 3;
-            let mut length = rest + 1;
-            while rest + length.to_string().len() != length {
-                length = rest + length.to_string().len();
-            }
-            payload.extend_from_slice(format!("{length} {key}=").as_bytes());
-            payload.extend_from_slice(value);
-            payload.push(b'\n');
+        let mut builder = tar::Builder::new(self.0);
+        builder.append_pax_extensions(records.iter().copied()).unwrap();
+        // Without the end mark that finishing the archive would add.
+        Self(std::mem::take(builder.get_mut()))
+    }
+
+    /// A sparse file (GNU.sparse 1.0 of pax) of `size` bytes, most of them zeros, with these runs of content.
+    pub fn sparse(self, name: &str, size: u64, runs: &[(u64, &[u8])]) -> Self {
+        let mut content = format!("{}\n", runs.len()).into_bytes();
+        for (offset, run) in runs {
+            content.extend_from_slice(format!("{offset}\n{}\n", run.len()).as_bytes());
         }
-        self.raw(
-            header(b"pax", tar::EntryType::XHeader, 0o644, payload.len() as u64),
-            &payload,
-        )
+        content.resize(content.len().next_multiple_of(512), 0);
+        content.extend(runs.iter().flat_map(|(_, run)| *run));
+        self.pax(&[
+            ("GNU.sparse.major", b"1"),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", name.as_bytes()),
+            ("GNU.sparse.realsize", size.to_string().as_bytes()),
+        ])
+        .file(format!("GNUSparseFile.0/{name}"), content)
     }
 
     pub fn file(self, name: impl AsRef<[u8]>, content: impl AsRef<[u8]>) -> Self {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use ocifs::toc::{DataLayout, FileData, Metadata, Xattrs};
+use ocifs::toc::{DataLayout, DeviceNumber, FileData, Metadata, Xattrs};
 use ocifs::tree::{LayerIdx, Node, NodeId, NodeKind, Tree};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -310,8 +310,8 @@ pub fn sample(most: usize) -> impl Strategy<Value = Sample> {
                 Kind::Flat(layer, size) => (plain, builder.flat(layer, size)),
                 Kind::Sparse(layer, size, bits, stored) => (plain, builder.sparse(layer, size, bits, stored)),
                 Kind::Symlink(target) => (special, NodeKind::Symlink(target.into())),
-                Kind::Char(major, minor) => (special, NodeKind::CharDevice { major, minor }),
-                Kind::Block(major, minor) => (special, NodeKind::BlockDevice { major, minor }),
+                Kind::Char(major, minor) => (special, NodeKind::CharDevice(DeviceNumber { major, minor })),
+                Kind::Block(major, minor) => (special, NodeKind::BlockDevice(DeviceNumber { major, minor })),
                 Kind::Fifo => (special, NodeKind::Fifo),
             };
             builder.add(dir, &name, meta, xattrs, kind);
