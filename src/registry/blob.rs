@@ -88,17 +88,11 @@ impl RegistryBlob {
         digest: &Digest,
     ) -> Result<u64, BlobError> {
         let blob = Self::new(client.clone(), Arc::clone(repository), digest.clone(), 0, None);
-        let mut retry = client.retry();
-        loop {
-            let attempt = blob.core.probe(retry.attempt_wait());
-            match blob.core.bounded(retry.remaining(), attempt).await {
-                Ok(size) => return Ok(size),
-                Err(error) => {
-                    let delay = retry.after(error, client.reached(repository))?;
-                    tokio::time::sleep(delay).await;
-                }
-            }
-        }
+        let core = &blob.core;
+        let attempt = |wait| core.probe(wait);
+        client
+            .persist(repository, &core.what(), &mut client.retry(), attempt)
+            .await
     }
 
     /// The measurements of the host that serves this blob: the one last redirected to, else the registry.
@@ -149,21 +143,6 @@ impl BlobSource for RegistryBlob {
 impl Core {
     fn what(&self) -> String {
         format!("blob {} of {}", self.key.digest, self.repository)
-    }
-
-    /// An attempt may consist of several exchanges (redirect, challenge, token); together they end at the deadline.
-    async fn bounded<T>(
-        &self,
-        remaining: Duration,
-        attempt: impl Future<Output = Result<T, BlobError>>,
-    ) -> Result<T, BlobError> {
-        match tokio::time::timeout(remaining, attempt).await {
-            Ok(result) => result,
-            Err(_) => Err(BlobError::Timeout {
-                what: format!("{} ({})", self.repository.endpoint.name(), self.what()),
-                seconds: self.client.transport().config().timeout.as_secs().max(1),
-            }),
-        }
     }
 
     /// One attempt at an answer with the bytes `wanted` (not empty).

@@ -97,9 +97,47 @@ impl RegistryClient {
         })
     }
 
-    /// Whether the API host of a repository has ever answered.
-    pub(super) fn reached(&self, repository: &Repository) -> bool {
-        self.inner.transport.meter(repository.endpoint.base()).reached()
+    /// Makes attempts at something (`what`) of a repository until one succeeds or `retry` gives up. Each is told how long it may
+    /// wait for the head of an answer. It may consist of several exchanges (redirect, challenge, token) and a body that drips
+    /// just fast enough to pass as alive; together they end at the deadline.
+    pub(super) async fn persist<T, F>(
+        &self,
+        repository: &Repository,
+        what: &str,
+        retry: &mut Retry,
+        mut attempt: impl FnMut(Duration) -> F,
+    ) -> Result<T, BlobError>
+    where
+        F: Future<Output = Result<T, BlobError>>,
+    {
+        loop {
+            let result = match tokio::time::timeout(retry.remaining(), attempt(retry.attempt_wait())).await {
+                Ok(result) => result,
+                Err(_) => Err(BlobError::Timeout {
+                    what: format!("{} ({what})", repository.endpoint.name()),
+                    seconds: self.inner.transport.config().timeout.as_secs().max(1),
+                }),
+            };
+            match result {
+                Ok(value) => return Ok(value),
+                Err(error) => self.pause(repository, what, retry, error).await?,
+            }
+        }
+    }
+
+    /// Sleeps until the attempt after one that failed, or gives up.
+    pub(super) async fn pause(
+        &self,
+        repository: &Repository,
+        what: &str,
+        retry: &mut Retry,
+        error: BlobError,
+    ) -> Result<(), BlobError> {
+        tracing::debug!(what, %error, "interrupted");
+        // A host that has never answered is not worth waiting for.
+        let reached = self.inner.transport.meter(repository.endpoint.base()).reached();
+        tokio::time::sleep(retry.after(error, reached)?).await;
+        Ok(())
     }
 
     /// The document a selector names; verified.
@@ -139,25 +177,8 @@ impl RegistryClient {
         cap: usize,
         wanted: Option<&Digest>,
     ) -> Result<Document, BlobError> {
-        let mut retry = self.retry();
-        loop {
-            // A body that drips just fast enough to pass as alive must not outlast the operation either.
-            let attempt = self.document_once(repository, ask, what, cap, wanted, retry.attempt_wait());
-            let result = match tokio::time::timeout(retry.remaining(), attempt).await {
-                Ok(result) => result,
-                Err(_) => Err(BlobError::Timeout {
-                    what: format!("{} ({what})", repository.endpoint.name()),
-                    seconds: self.inner.transport.config().timeout.as_secs().max(1),
-                }),
-            };
-            match result {
-                Ok(document) => return Ok(document),
-                Err(error) => {
-                    let delay = retry.after(error, self.reached(repository))?;
-                    tokio::time::sleep(delay).await;
-                }
-            }
-        }
+        let attempt = |wait| self.document_once(repository, ask, what, cap, wanted, wait);
+        self.persist(repository, what, &mut self.retry(), attempt).await
     }
 
     async fn document_once(

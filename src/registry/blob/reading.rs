@@ -29,14 +29,13 @@ pub(super) struct Reading {
     whole: bool,
     body: Option<Body>,
     retry: Retry,
-    /// Bytes since the last failure.
+    /// Bytes since the last progress.
     flowed: u64,
     /// When the caller got the last chunk.
     given: Option<Instant>,
 }
 
-/// Fewer bytes than this between two failures are no progress: a server that gives a few with each answer would never be
-/// given up.
+/// Fewer bytes than this are no progress: a server that gives a few with each answer would never be given up.
 const PROGRESS: u64 = 16 << 10;
 
 impl Reading {
@@ -66,24 +65,10 @@ impl Reading {
 
     /// Gets the rest flowing, trying again while that can help.
     async fn open(&mut self) -> Result<(), BlobError> {
-        loop {
-            let attempt = self.core.open(&self.rest, self.whole, self.retry.attempt_wait());
-            match self.core.bounded(self.retry.remaining(), attempt).await {
-                Ok(body) => {
-                    self.body = Some(body);
-                    return Ok(());
-                }
-                Err(error) => self.pause(error).await?,
-            }
-        }
-    }
-
-    async fn pause(&mut self, error: BlobError) -> Result<(), BlobError> {
-        tracing::debug!(blob = %self.core.key.digest, at = self.rest.start, %error, "interrupted");
-        let reached = self.core.client.reached(&self.core.repository);
-        let delay = self.retry.after(error, reached)?;
-        self.flowed = 0;
-        tokio::time::sleep(delay).await;
+        let (core, what) = (&self.core, self.core.what());
+        let attempt = |wait| core.open(&self.rest, self.whole, wait);
+        let opening = core.client.persist(&core.repository, &what, &mut self.retry, attempt);
+        self.body = Some(opening.await?);
         Ok(())
     }
 
@@ -93,6 +78,7 @@ impl Reading {
             self.retry.excuse(given.elapsed());
         }
         if self.flowed >= PROGRESS {
+            self.flowed = 0;
             self.retry.progressed();
         }
         while !self.rest.is_empty() {
@@ -112,7 +98,10 @@ impl Reading {
                 Ok(None) => self.body = None,
                 Err(error) => {
                     self.body = None;
-                    self.pause(error).await?;
+                    let core = &self.core;
+                    core.client
+                        .pause(&core.repository, &core.what(), &mut self.retry, error)
+                        .await?;
                 }
             }
         }
