@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 pub use budget::CacheBudget;
-pub use evict::{EvictError, Evicted, evict_to};
+pub use evict::{Evicted, evict_to};
 pub use presence::SpanLock;
 use presence::{PresenceMap, Shape, State};
 

@@ -168,13 +168,13 @@ impl Layer {
             .extents
             .pieces_in_device(offset..offset + buf.len() as u64)
             .collect();
-        for extent in extents {
-            for span in self.spans_of(&extent) {
-                // Start every flight of this read before waiting for the first.
-                if span == self.spans_of(&extent).start {
-                    self.want(self.spans_of(&extent));
-                }
-                self.copy_span(span, &extent, offset, buf).await?;
+        // Every flight of this read starts before the first is waited for.
+        for extent in &extents {
+            self.want(self.spans_of(extent));
+        }
+        for extent in &extents {
+            for span in self.spans_of(extent) {
+                self.copy_span(span, extent, offset, buf).await?;
             }
         }
         self.stats.miss(buf.len());
@@ -294,6 +294,19 @@ impl Layer {
         landed.clone().expect("waited for a value")
     }
 
+    /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; without a device only as much
+    /// as memory can hold beside what others read, for the rest would be gone before anybody asks for it.
+    fn wanted_of_group(&self, span: u32, end: u32) -> Range<u32> {
+        let group = self.index.group(SpanId(span));
+        if self.device().is_some() {
+            return group;
+        }
+        let start = self.index.tar_range(SpanId(span)).start;
+        let room = (self.memory.budget() / 2) as u64;
+        let fits = |&other: &u32| other < end || self.index.tar_range(SpanId(other)).end - start <= room;
+        span..(span + 1..group.end).take_while(fits).last().unwrap_or(span) + 1
+    }
+
     /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span,
     /// or nothing if that one is local.
     fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight> {
@@ -307,7 +320,7 @@ impl Layer {
                     span += 1;
                     continue;
                 }
-                let group = self.index.group(SpanId(span));
+                let group = self.wanted_of_group(span, spans.end);
                 let (run, end) = flight::Run::claim(self, &mut flights, group);
                 started.push(run);
                 span = end;

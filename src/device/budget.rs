@@ -19,7 +19,8 @@ pub struct CacheBudget {
 }
 
 impl CacheBudget {
-    /// Keeps the data devices of `store` at about `limit` bytes (at most a sixteenth more).
+    /// Keeps the data devices of `store` at about `limit` bytes. Each process looks after a sixteenth of the limit that it wrote
+    /// itself, and a first pass publishes a layer whole, so for a moment they may take more.
     pub fn new(store: Store, limit: u64) -> Arc<Self> {
         Arc::new(Self {
             store,

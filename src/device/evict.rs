@@ -7,20 +7,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
+use nix::libc;
 
 use super::presence::{PresenceMap, SpanLock, State};
 use crate::index::{SpanId, SpanIndex};
 use crate::store::{FileBytes, LayerDir, Store, StoreError, map_file};
 use crate::toc::{DEVICE_BLOCK, ExtentTable};
-
-/// Why nothing could be evicted.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum EvictError {
-    /// The store could not be listed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
 
 /// What an eviction did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -43,9 +35,10 @@ struct Victim {
 
 /// Evicts until the data devices of all layers together take at most `target` bytes on disk, or nothing more can go.
 /// Spans that somebody is filling at the moment stay.
-pub fn evict_to(store: &Store, target: u64) -> Result<Evicted, EvictError> {
+pub fn evict_to(store: &Store, target: u64) -> Result<Evicted, StoreError> {
     let layers = store.layers()?;
-    let before = layers.iter().map(LayerDir::data_usage).sum();
+    let usage = || layers.iter().map(LayerDir::data_usage).sum();
+    let before = usage();
     let mut result = Evicted {
         before,
         after: before,
@@ -54,7 +47,9 @@ pub fn evict_to(store: &Store, target: u64) -> Result<Evicted, EvictError> {
     if before <= target {
         return Ok(result);
     }
-    let victims: Vec<Victim> = layers.into_iter().filter_map(open).collect();
+    let victims: Vec<Victim> = layers.iter().filter_map(open).collect();
+    // Devices that are of no use to anybody are gone by now.
+    result.after = usage();
     let mut candidates = Vec::new();
     for (layer, victim) in victims.iter().enumerate() {
         for span in 0..victim.presence.len() {
@@ -76,15 +71,19 @@ pub fn evict_to(store: &Store, target: u64) -> Result<Evicted, EvictError> {
             }
             Err(error) => {
                 tracing::warn!(layer = %victims[layer].dir.path().display(), span, %error, "cannot evict a span");
+                if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+                    // It would be so for every other span: all would be lost and nothing gained.
+                    break;
+                }
             }
         }
     }
-    result.after = victims.iter().map(|v| v.dir.data_usage()).sum();
+    result.after = usage();
     Ok(result)
 }
 
 /// Opens what eviction needs. A device whose layer has no index is of no use to anybody, so it goes as a whole.
-fn open(dir: LayerDir) -> Option<Victim> {
+fn open(dir: &LayerDir) -> Option<Victim> {
     let file = File::options().read(true).write(true).open(dir.data()).ok()?;
     let opened = (|| -> io::Result<_> {
         let (spans, extents) = (map_file(&dir.spans())?, map_file(&dir.extents())?);
@@ -95,7 +94,7 @@ fn open(dir: LayerDir) -> Option<Victim> {
     })();
     match opened {
         Ok((index, extents, Some(presence))) => Some(Victim {
-            dir,
+            dir: dir.clone(),
             presence: Arc::new(presence),
             index,
             extents,
@@ -103,7 +102,7 @@ fn open(dir: LayerDir) -> Option<Victim> {
         // Of another index: whoever opens the layer replaces it.
         Ok((_, _, None)) => None,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            remove_orphan(&dir);
+            remove_orphan(dir);
             None
         }
         Err(error) => {

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 const MAGIC: &[u8; 8] = b"OCIFSDV1";
@@ -131,8 +131,6 @@ impl PresenceMap {
         if file.metadata()?.len() != shape.length() {
             return Ok(None);
         }
-        // One process at a time looks at the boot id and changes it.
-        let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
         let mut header = [0; HEADER as usize];
         file.read_exact_at(&mut header, shape.tail())?;
         let mut found = [0; 16];
@@ -143,14 +141,11 @@ impl PresenceMap {
         let map = MmapOptions::new()
             .offset(shape.tail())
             .len((shape.length() - shape.tail()) as usize)
-            .map_raw(&*file)?;
+            .map_raw(&file)?;
         let boot = boot_id()?;
-        let presence = Self {
-            file: file.unlock().map_err(|(_, e)| io::Error::from(e))?,
-            map,
-            shape,
-        };
+        let presence = Self { file, map, shape };
         if found != boot {
+            // Every process that sees the old id does this before it reads a record, whoever is the first to write the new id.
             presence.distrust();
             presence.file.write_all_at(&boot, shape.tail() + 16)?;
         }
@@ -329,11 +324,7 @@ fn now() -> u64 {
 
 fn boot_id() -> io::Result<[u8; 16]> {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let mut id = [0; 16];
     let digits = text.trim().replace('-', "");
-    for (byte, pair) in id.iter_mut().zip(digits.as_bytes().chunks(2)) {
-        let pair = std::str::from_utf8(pair).unwrap_or_default();
-        *byte = u8::from_str_radix(pair, 16).map_err(|_| io::Error::other("boot_id is not hex"))?;
-    }
-    Ok(id)
+    let id = u128::from_str_radix(&digits, 16).map_err(|_| io::Error::other("boot_id is not hex"))?;
+    Ok(id.to_be_bytes())
 }

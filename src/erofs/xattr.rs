@@ -90,11 +90,6 @@ impl Xattr<'_> {
         name.strip_prefix(self.prefix) == Some(self.rest)
     }
 
-    /// Bytes of the whole name.
-    pub fn name_len(&self) -> usize {
-        self.prefix.len() + self.rest.len()
-    }
-
     /// The whole name.
     pub fn name(&self) -> Vec<u8> {
         [self.prefix, self.rest].concat()

@@ -45,13 +45,9 @@ impl SpanDecoder {
 
     /// Decodes the next bytes of the blob and gives every span they complete to `sink`, whole and verified, in order.
     ///
-    /// Bytes beyond the last span are ignored. Fails with the sink's error, with [`IndexError::SpanCorrupt`], or with what is
-    /// wrong with the compressed data; after that nothing more is delivered.
-    pub fn push<E, F>(&mut self, mut compressed: &[u8], sink: &mut F) -> Result<(), E>
-    where
-        E: From<IndexError>,
-        F: FnMut(SpanId, &[u8]) -> Result<(), E> + ?Sized,
-    {
+    /// Bytes beyond the last span are ignored. Fails with [`IndexError::SpanCorrupt`], or with what is wrong with the compressed
+    /// data; after that nothing more is delivered.
+    pub fn push(&mut self, mut compressed: &[u8], sink: &mut dyn FnMut(SpanId, &[u8])) -> Result<(), IndexError> {
         while self.current.is_some() {
             let mut bytes = match self.codec.step(&mut compressed) {
                 Ok(Step::Input) => break,
@@ -59,7 +55,7 @@ impl SpanDecoder {
                 Ok(Step::Output { bytes, .. }) => bytes,
                 Err(error) => {
                     self.current = None;
-                    return Err(error.into());
+                    return Err(error);
                 }
             };
             while let Some((range, _)) = &self.current
@@ -90,16 +86,18 @@ impl SpanDecoder {
 }
 
 /// Verifies and delivers a span. Leaves `current` empty, so that nothing follows a failure.
-fn deliver<E, F>(current: &mut Option<Expected>, span: SpanId, bytes: &[u8], sink: &mut F) -> Result<(), E>
-where
-    E: From<IndexError>,
-    F: FnMut(SpanId, &[u8]) -> Result<(), E> + ?Sized,
-{
+fn deliver(
+    current: &mut Option<Expected>,
+    span: SpanId,
+    bytes: &[u8],
+    sink: &mut dyn FnMut(SpanId, &[u8]),
+) -> Result<(), IndexError> {
     let Some((tar, digest)) = current.take() else {
         return Ok(());
     };
     if blake3::hash(bytes) != digest {
-        return Err(IndexError::SpanCorrupt { span, tar }.into());
+        return Err(IndexError::SpanCorrupt { span, tar });
     }
-    sink(span, bytes)
+    sink(span, bytes);
+    Ok(())
 }

@@ -130,11 +130,6 @@ impl SpanIndex {
         &self.entry(span).digest
     }
 
-    /// Whether `bytes` are the content of `span`.
-    pub fn matches(&self, span: SpanId, bytes: &[u8]) -> bool {
-        blake3::hash(bytes) == *self.digest(span)
-    }
-
     /// The last span at or before `span` at which decoding can begin.
     pub fn restart_for(&self, span: SpanId) -> SpanId {
         let upto = &self.entries[..=span.0 as usize];

@@ -27,12 +27,13 @@ use crate::index::{
     Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
     SpanStart, sniff,
 };
-use crate::oci::{Algorithm, DiffId, Digest, DigestHasher};
+use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Store};
 use crate::toc::{Limits, TarReader, Toc, TocError};
 
-/// Chunks between network and decoder; they are at most a few tens of KiB each.
-const NETWORK_QUEUE: usize = 32;
+/// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
+const QUEUE: usize = 32;
+const PIECE: usize = 32 << 10;
 /// Bytes from which [`sniff`] can tell every format: one tar header.
 const SNIFF: usize = 512;
 /// Decoded bytes per batch, and batches between the two threads.
@@ -135,7 +136,7 @@ pub(super) async fn run(
         layer: layer.clone(),
         source,
     })?;
-    let (chunks, decoder_input) = mpsc::channel(NETWORK_QUEUE);
+    let (chunks, decoder_input) = mpsc::channel(QUEUE);
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
@@ -143,7 +144,8 @@ pub(super) async fn run(
     };
     let table = {
         let layer = layer.clone();
-        tokio::task::spawn_blocking(move || tabulate(&layer, compression, table_input, destination))
+        let diff_id = diff_id.clone();
+        tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination))
     };
     let fetched = source.feed(prefix, chunks).await;
     let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
@@ -151,7 +153,7 @@ pub(super) async fn run(
     let table = table.await.map_err(interrupted)?;
     // A network error starves the decoder, and a decoder error starves the table: report the cause, not the effects.
     fetched?;
-    let (decoded, table) = match (decoded, table) {
+    let (decoded, mut table) = match (decoded, table) {
         (Ok(decoded), Ok(table)) => (decoded, table),
         (Ok(_) | Err(FirstPassError::Interrupted { .. }), Err(cause)) | (Err(cause), _) => return Err(cause),
     };
@@ -161,11 +163,12 @@ pub(super) async fn run(
             actual: decoded,
         });
     }
-    if table.tar_digest != diff_id.0 {
+    let tar_digest = table.hasher.take().map_or(decoded, DigestHasher::finish);
+    if tar_digest != diff_id.0 {
         return Err(FirstPassError::DiffId {
             layer,
             expected: diff_id,
-            actual: table.tar_digest,
+            actual: tar_digest,
         });
     }
     let identity = Identity {
@@ -212,10 +215,13 @@ impl<'a> Source<'a> {
     /// Passes on the prefix and all that follows.
     async fn feed(mut self, prefix: Bytes, chunks: mpsc::Sender<Bytes>) -> Result<(), BlobError> {
         let mut next = Some(prefix);
-        while let Some(bytes) = next {
-            if chunks.send(bytes).await.is_err() {
-                // The decoder gave up and says why.
-                return Ok(());
+        while let Some(mut bytes) = next {
+            while !bytes.is_empty() {
+                let piece = bytes.split_to(bytes.len().min(PIECE));
+                if chunks.send(piece).await.is_err() {
+                    // The decoder gave up and says why.
+                    return Ok(());
+                }
             }
             next = self.next().await?;
         }
@@ -310,7 +316,8 @@ fn decode(
 
 /// What the table thread makes.
 struct Table {
-    tar_digest: Digest,
+    /// Of the tar; none if the blob is the tar, whose digest is known then.
+    hasher: Option<DigestHasher>,
     spans: SpanIndexBuilder,
     tar: TarReader,
     device: Option<Filling>,
@@ -329,11 +336,11 @@ struct Filling {
 /// The table thread: from batches to everything else.
 fn tabulate(
     layer: &Digest,
+    diff_id: &DiffId,
     compression: Compression,
     batches: Receiver<Batch>,
     destination: Option<Destination>,
 ) -> Result<Table, FirstPassError> {
-    let mut hasher = DigestHasher::new(Algorithm::Sha256);
     let (device, device_error) = match destination {
         None => (None, None),
         Some(destination) => match DataDevice::create(&destination.store, &destination.dir) {
@@ -350,7 +357,8 @@ fn tabulate(
         },
     };
     let mut table = Table {
-        tar_digest: Digest::of(b""),
+        hasher: (compression != Compression::Tar || diff_id.0.algorithm() != layer.algorithm())
+            .then(|| diff_id.0.hasher()),
         spans: SpanIndexBuilder::new(compression).map_err(|source| FirstPassError::Decode {
             layer: layer.clone(),
             source,
@@ -360,7 +368,9 @@ fn tabulate(
         device_error,
     };
     for batch in batches {
-        hasher.update(&batch.bytes);
+        if let Some(hasher) = &mut table.hasher {
+            hasher.update(&batch.bytes);
+        }
         let mut done = 0;
         for (position, event) in batch.events {
             table.content(layer, &batch.bytes[done..position])?;
@@ -372,7 +382,6 @@ fn tabulate(
         }
         table.content(layer, &batch.bytes[done..])?;
     }
-    table.tar_digest = hasher.finish();
     Ok(table)
 }
 

@@ -186,7 +186,6 @@ async fn decode(mut delivery: Delivery<'_>, spans: Range<u32>, from_start: bool)
         decoder
             .push(&bytes[unwanted as usize..], &mut |span, bytes| {
                 delivery.deliver(span.0, bytes);
-                Ok(())
             })
             .map_err(corrupt)?;
         if decoder.is_done() {
@@ -214,7 +213,7 @@ impl Delivery<'_> {
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
         sender.send_replace(Some(landed.clone()));
-        let kept = match (layer.device(), lock) {
+        let kept = match (layer.device(), &*lock) {
             (Some(device), Some(lock)) => {
                 let filled = tokio::task::block_in_place(|| device.fill(lock, span, &layer.pieces(span), &bytes));
                 filled.map_err(|error| layer.health.store_failed(&error)).is_ok()
@@ -224,6 +223,8 @@ impl Delivery<'_> {
         if kept {
             layer.budget.wrote(bytes.len() as u64);
         } else {
+            // From here on nothing of this run goes to the device, and whoever flies for these spans next locks them anew.
+            *lock = None;
             layer.memory.insert(layer.digest(), span, bytes);
         }
         run.land(span, landed);

@@ -62,6 +62,11 @@ impl SpanMemory {
         }
     }
 
+    /// Bytes that fit.
+    pub fn budget(&self) -> usize {
+        self.budget
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.inner.lock().expect("no panic while locked").bytes

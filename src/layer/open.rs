@@ -160,26 +160,31 @@ async fn stream(
         result => result?,
     };
     stats.set_source(IndexSource::Streamed);
-    if let Some(dir) = &dir {
-        if let Err(error) = keep(&context.store, dir, &indexed) {
-            context.health.store_failed(&error);
-        }
-        match indexed.device_error.take() {
-            Some(error) => context.health.store_failed(&error),
-            // The layer is larger than the cache may be: it fills with what is read.
-            None if indexed.device.is_none() => {
-                let opened = DataDevice::open(&context.store, dir, &indexed.index, indexed.toc.device_size);
-                indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
+    let context = context.clone();
+    let keeping = tokio::task::spawn_blocking(move || {
+        let extents = indexed.toc.extent_table();
+        if let Some(dir) = &dir {
+            if let Err(error) = keep(&context.store, dir, &indexed, &extents) {
+                context.health.store_failed(&error);
             }
-            None => context.budget.wrote(dir.data_usage()),
+            match indexed.device_error.take() {
+                Some(error) => context.health.store_failed(&error),
+                // The layer is larger than the cache may be: it fills with what is read.
+                None if indexed.device.is_none() => {
+                    let opened = DataDevice::open(&context.store, dir, &indexed.index, indexed.toc.device_size);
+                    indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
+                }
+                None => context.budget.wrote(dir.data_usage()),
+            }
         }
-    }
-    let extents = indexed.toc.extent_table().map_bytes(FileBytes::Owned);
-    let layer = layer(context, blob, indexed.index, extents, indexed.device, stats);
-    Ok(Opened {
-        layer,
-        toc: Some(indexed.toc),
-    })
+        let extents = extents.map_bytes(FileBytes::Owned);
+        let layer = layer(&context, blob, indexed.index, extents, indexed.device, stats);
+        Opened {
+            layer,
+            toc: Some(indexed.toc),
+        }
+    });
+    keeping.await.map_err(|_| OpenError::Interrupted)
 }
 
 fn layer(
@@ -230,6 +235,10 @@ fn load(
     let Some((index, extents)) = stored_index(dir, blob.digest()) else {
         return Ok(None);
     };
+    if index.diff_id().0.algorithm() != diff_id.0.algorithm() {
+        // Nothing can be said without another pass.
+        return Ok(None);
+    }
     if index.diff_id() != diff_id {
         // What the blob unpacks to is known from a pass that verified it, so this image's config is wrong.
         return Err(OpenError::FirstPass(FirstPassError::DiffId {
@@ -268,12 +277,13 @@ fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTabl
     let extents = ExtentTable::open(map(dir.extents())?)
         .map_err(|e| unusable("extent table", &e))
         .ok()?;
-    (index.blob_digest() == layer && dir.toc().exists()).then_some((index, extents))
+    // A table of another layer might name bytes that this one does not have.
+    let within = extents.tar_end() <= index.tar_size();
+    (index.blob_digest() == layer && within && dir.toc().exists()).then_some((index, extents))
 }
 
 /// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
-fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
-    let extents = indexed.toc.extent_table();
+fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed, extents: &ExtentTable<Vec<u8>>) -> Result<(), StoreError> {
     store.publish(&dir.toc(), Durability::Lazy, |file| indexed.toc.encode(file))?;
     store.publish(&dir.extents(), Durability::Lazy, |file| extents.encode(file))?;
     store.publish(&dir.spans(), Durability::Lazy, |file| indexed.index.write(file))

@@ -55,17 +55,17 @@ impl Turn {
         }
     }
 
-    /// Does `work` while showing others that it gets on: as long as it waits for its start, receives bytes, or has them all.
+    /// Does `work` while showing others that it gets on: as long as it queues for its start, or receives bytes.
     pub(super) async fn take<T>(self, stats: &LayerStats, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         let mut beat = tokio::time::interval(BEAT);
-        let mut before = 0;
+        let (start, mut before) = (stats.requests(), stats.fetched());
         loop {
             tokio::select! {
                 result = &mut work => return result,
                 _ = beat.tick() => {
                     let fetched = stats.fetched();
-                    if (fetched != before || fetched == 0 && stats.requests() == 0 || fetched >= stats.size)
+                    if (fetched != before || stats.requests() == start)
                         && let Err(error) = self.lock.set_modified(SystemTime::now())
                     {
                         tracing::debug!(%error, "cannot show progress to other processes");

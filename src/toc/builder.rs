@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::error::{TocError, shown};
 use super::path::{self, Place};
 use super::sparse::{self, Fragment, Placed};
-use super::{DEVICE_BLOCK, DeviceNumber, EntryKind, Limits, Metadata, Toc, TocEntry, Xattrs};
+use super::{DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Limits, Metadata, Toc, TocEntry, Xattrs};
 
 /// Warnings kept in full; the others are only counted.
 const MAX_WARNINGS: usize = 32;
@@ -45,8 +45,10 @@ pub(super) struct Content {
 pub(super) struct Builder {
     limits: Limits,
     toc: Toc,
-    /// Pieces of sparse files, which count as entries.
+    /// Pieces and chunks of sparse files, which count as entries.
     pieces: usize,
+    /// Bytes of names, targets and attributes.
+    text: usize,
     suppressed: usize,
 }
 
@@ -56,6 +58,7 @@ impl Builder {
             limits,
             toc: Toc::default(),
             pieces: 0,
+            text: 0,
             suppressed: 0,
         }
     }
@@ -199,7 +202,11 @@ impl Builder {
             let whole = [Fragment { offset: 0, len: size }];
             if size > 0 && map != whole {
                 self.count_pieces(map.len())?;
-                return sparse::place_sparse(size, &map, tar, device, limit).ok_or_else(too_large);
+                let placed = sparse::place_sparse(size, &map, tar, device, limit).ok_or_else(too_large)?;
+                if let DataLayout::Chunked { chunks, .. } = &placed.data.layout {
+                    self.count_pieces(chunks.len())?;
+                }
+                return Ok(placed);
             }
         }
         if device + size.next_multiple_of(DEVICE_BLOCK) > limit {
@@ -218,10 +225,20 @@ impl Builder {
         if self.toc.entries.len() + self.pieces > limit {
             return Err(TocError::TooManyEntries { limit });
         }
+        let limit = self.limits.text;
+        if self.text > limit {
+            return Err(TocError::TooMuchText { limit });
+        }
         Ok(())
     }
 
     fn push(&mut self, entry: TocEntry) -> Result<(), TocError> {
+        let target = match &entry.kind {
+            EntryKind::Symlink(target) | EntryKind::Hardlink(target) => target.len(),
+            _ => 0,
+        };
+        let xattrs = entry.xattrs.iter().map(|(name, value)| name.len() + value.len());
+        self.text += entry.path.len() + target + xattrs.sum::<usize>();
         self.toc.entries.push(match entry.kind {
             // What overlayfs takes for a whiteout, and thus what every engine built on it shows as one.
             EntryKind::CharDevice(DeviceNumber { major: 0, minor: 0 }) => TocEntry {

@@ -88,6 +88,12 @@ pub enum TocError {
         /// The limit.
         limit: usize,
     },
+    /// More bytes of names, targets and extended attributes than the limit.
+    #[error("the names and extended attributes in the tar take more than {limit} bytes")]
+    TooMuchText {
+        /// The limit.
+        limit: usize,
+    },
     /// The bytes end too early.
     #[error("truncated tar: it ends at offset {offset} within {within}")]
     Truncated {

@@ -90,6 +90,12 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         number(self.bytes.as_ref(), 24)
     }
 
+    /// Where the last content ends in the tar.
+    pub fn tar_end(&self) -> u64 {
+        let last = self.len().checked_sub(1).map(|last| self.extent(last));
+        last.map_or(0, |extent| extent.tar + extent.len)
+    }
+
     /// Number of extents.
     pub fn len(&self) -> usize {
         (self.bytes.as_ref().len() - HEAD - HASH) / RECORD

@@ -34,6 +34,8 @@ pub struct Limits {
     pub device_size: u64,
     /// Bytes of one pax header or GNU long name; Go's reader, through which all layers go elsewhere, has the same limit.
     pub payload: u64,
+    /// Bytes of names, targets and extended attributes of one layer. Compressed, they can be a thousandth of that.
+    pub text: usize,
 }
 
 impl Default for Limits {
@@ -42,6 +44,7 @@ impl Default for Limits {
             entries: 10_000_000,
             device_size: 8 << 40,
             payload: 1 << 20,
+            text: 2 << 30,
         }
     }
 }

@@ -419,6 +419,23 @@ fn limits() {
         reader.push(&tar, &mut |_, _| ()),
         Err(TocError::TooManyEntries { limit: 2 })
     );
+    let mut reader = TarReader::new(Limits {
+        text: 10,
+        ..Limits::default()
+    });
+    let tar = entry("eleven-long", b'5', b"", &[]);
+    let refused = reader.push(&tar, &mut |_, _| ()).unwrap_err();
+    assert_eq!(refused, TocError::TooMuchText { limit: 10 });
+    // Four blocks far apart: four pieces in four chunks, and the entry.
+    let pieces: Vec<(u64, u64)> = (0..4).map(|i| (i << 20, 512)).collect();
+    for tar in sparse::sparse_styles(4 << 20, &pieces) {
+        let mut reader = TarReader::new(Limits {
+            entries: 8,
+            ..Limits::default()
+        });
+        let refused = reader.push(&tar, &mut |_, _| ()).unwrap_err();
+        assert_eq!(refused, TocError::TooManyEntries { limit: 8 });
+    }
     let warnings: Vec<_> = (0..100).map(|_| entry(".wh.", b'0', b"", &[])).collect();
     let warnings = read(&warnings).unwrap().warnings;
     assert_eq!((warnings.len(), warnings[32].as_str()), (33, "and 68 more warnings"));

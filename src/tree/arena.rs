@@ -59,16 +59,20 @@ pub(super) struct Arena {
     pub inodes: Vec<Inode>,
 }
 
-/// There are more inodes than an [`Id`] can tell apart.
+/// Inodes of all layers together: three times the entries of the largest layer. A few paths can imply many directories.
+const MAX_INODES: usize = 32 << 20;
+
+/// There are more inodes than [`MAX_INODES`].
 #[derive(Debug)]
 pub(super) struct ArenaFull;
 
 impl Arena {
     pub fn push(&mut self, inode: Inode) -> Result<Id, ArenaFull> {
-        let id = Id::try_from(self.inodes.len()).map_err(|_| ArenaFull)?;
-        if id == Id::MAX {
+        if self.inodes.len() == MAX_INODES {
             return Err(ArenaFull);
         }
+        // There are fewer than fit.
+        let id = self.inodes.len() as Id;
         self.inodes.push(inode);
         Ok(id)
     }

@@ -171,7 +171,6 @@ fn read(index: &SpanIndex, blob: &[u8], first: SpanId, last: SpanId, most: usize
             assert_eq!(span, next);
             next.0 += 1;
             out.extend_from_slice(bytes);
-            Ok::<_, IndexError>(())
         })?;
     }
     assert!(

@@ -44,7 +44,6 @@ proptest! {
             let outcome = decoder.push(&blob[range.start as usize..range.end as usize], &mut |span, bytes: &[u8]| {
                 let range = index.tar_range(span);
                 assert!(bytes == &tar[range.start as usize..range.end as usize]);
-                Ok::<_, IndexError>(())
             });
             prop_assert!(outcome.is_ok() || !decoder.is_done());
         }
@@ -79,7 +78,7 @@ proptest! {
                 let end = (range.end as usize).min(blob.len());
                 if let Ok(mut decoder) = index.decoder(first, span) {
                     let start = (range.start as usize).min(end);
-                    drop(decoder.push(&blob[start..end], &mut |_, _: &[u8]| Ok::<_, IndexError>(())));
+                    drop(decoder.push(&blob[start..end], &mut |_, _: &[u8]| ()));
                 }
             }
         }
@@ -99,7 +98,8 @@ fn the_index_survives_its_file() {
     );
     for span in index.spans() {
         let range = index.tar_range(span);
-        assert!(index.matches(span, &CONTENT[range.start as usize..range.end as usize]));
+        let content = &CONTENT[range.start as usize..range.end as usize];
+        assert_eq!(index.digest(span), blake3::hash(content).as_bytes());
     }
     let mut newer = bytes;
     newer[8] = 9;
