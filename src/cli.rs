@@ -15,6 +15,7 @@ mod progress;
 mod pull;
 mod units;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -71,7 +72,7 @@ enum Command {
 /// The image a command is about.
 #[derive(Debug, Clone, Args)]
 struct ImageArgs {
-    /// Image reference; see below
+    /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF] or docker-archive:FILE[:REF] (see `ocifs --help`)
     image: String,
     /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
@@ -115,19 +116,40 @@ fn explain(error: &anyhow::Error) -> String {
     text
 }
 
+/// Writes a line to standard output; ends the function with an error if that is closed.
+macro_rules! say {
+    ($($arguments:tt)*) => {
+        $crate::cli::write_line(format_args!($($arguments)*))?
+    };
+}
+use say;
+
+fn write_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{line}")
+}
+
+/// Whether our standard output was closed. The socket of a mount can break as well, which is another matter.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    if error.is::<crate::mount::TakedownError>() {
+        return false;
+    }
     let mut causes = error.chain().filter_map(|c| c.downcast_ref::<std::io::Error>());
     causes.any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
+    // These ask other processes and need nothing of what can be configured, so a bad file does not stand in their way.
+    let command = match cli.command {
+        Command::Umount(args) => return mounts::umount(args),
+        Command::List(args) => return mounts::list(args),
+        Command::Status(args) => return mounts::status(args),
+        command => command,
+    };
     let config = config::Config::resolve(cli.globals)?;
     log::init(&config);
-    match cli.command {
+    match command {
+        Command::Umount(_) | Command::List(_) | Command::Status(_) => unreachable!("dealt with above"),
         Command::Mount(args) => mount::run(&config, args, started),
-        Command::Umount(args) => mounts::umount(args),
-        Command::List(args) => mounts::list(args),
-        Command::Status(args) => mounts::status(args),
         Command::Inspect(args) => inspect::run(&config, args),
         Command::Ls(args) => files::ls(&config, args),
         Command::Cat(args) => files::cat(&config, args),

@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{
-    AccessFlags, Config, Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    AccessFlags, Config, Errno, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
     ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
 };
 use tokio::runtime::Handle;
@@ -197,8 +197,11 @@ impl Filesystem for Adapter {
         let nid = self.nid(fs, ino);
         let size = size.min(MAX_READ) as usize;
         let missed = READ_BUFFER.with_borrow_mut(|buffer| {
-            buffer.resize(size, 0);
-            match fs.read_local(nid, offset, buffer) {
+            // It only grows: clearing it again for every other read would cost as much as the copy.
+            if buffer.len() < size {
+                buffer.resize(size, 0);
+            }
+            match fs.read_local(nid, offset, &mut buffer[..size]) {
                 Ok(Some(length)) => reply.data(&buffer[..length]),
                 Ok(None) => return Some(reply),
                 Err(error) => reply.error(report(error)),
@@ -304,10 +307,19 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn access(&self, _request: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
-        // A mount that others may use carries default_permissions, so the kernel decides by mode and owner; in a private one
-        // its owner may read all. It stops asking after this.
-        reply.error(Errno::ENOSYS);
+    fn access(&self, _request: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        // With default_permissions, which a mount that others may use has, the kernel does not ask: it decides by mode and
+        // owner. In a private mount its owner may read all, but a program is one only if somebody may execute it.
+        match self.attr(ino) {
+            Err(errno) => reply.error(errno),
+            Ok(_) if mask.contains(AccessFlags::W_OK) => reply.error(Errno::EROFS),
+            Ok(attr)
+                if mask.contains(AccessFlags::X_OK) && attr.kind == FileType::RegularFile && attr.perm & 0o111 == 0 =>
+            {
+                reply.error(Errno::EACCES);
+            }
+            Ok(_) => reply.ok(),
+        }
     }
 }
 

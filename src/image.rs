@@ -12,7 +12,7 @@ mod kept;
 mod tree_file;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
@@ -129,6 +129,7 @@ impl Preparation {
             resolved: self.resolved.clone(),
             tree,
             layers,
+            last_failure: Mutex::default(),
         })
     }
 
@@ -200,6 +201,7 @@ pub struct Image {
     resolved: Arc<ResolvedImage>,
     tree: Reader<FileBytes>,
     layers: Vec<Arc<Layer>>,
+    last_failure: Mutex<Option<String>>,
 }
 
 impl Image {
@@ -224,6 +226,17 @@ impl Image {
     /// All layers, base first.
     pub fn layers(&self) -> &[Arc<Layer>] {
         &self.layers
+    }
+
+    /// Remembers why a read failed, for whoever asks how things are.
+    pub fn read_failed(&self, error: &dyn std::fmt::Display) {
+        let text = format!("a read failed: {error}");
+        *self.last_failure.lock().expect("no panic while locked") = Some(text);
+    }
+
+    /// Why the last read that failed did.
+    pub fn last_failure(&self) -> Option<String> {
+        self.last_failure.lock().expect("no panic while locked").clone()
     }
 
     /// Counters per layer, base first.

@@ -29,7 +29,7 @@ use tokio::sync::{Semaphore, watch};
 pub use first_pass::FirstPassError;
 pub use memory::SpanMemory;
 pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
-pub use stats::{IndexSource, LayerStats, LayerStatus};
+pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 
 use crate::blob::{BlobError, BlobSource};
 use crate::device::{CacheBudget, DataDevice, Piece};

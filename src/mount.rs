@@ -36,6 +36,6 @@ pub use options::{FuseOptions, UnknownOption};
 pub use overlay::{OverlayError, Upper};
 pub use privilege::is_system_root;
 pub use registration::{MountRecord, RegistrationError, RunDir, RunEntry};
-pub use server::{Event, MountConfig, MountError, serve};
+pub use server::{Event, MountConfig, MountError, is_ignored, serve};
 pub use status::{MountState, MountStatus};
 pub use takedown::{TakedownError, list, status_of, take_down};

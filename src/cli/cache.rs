@@ -9,6 +9,7 @@ use clap::Subcommand;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::config::Config;
+use super::say;
 use super::units::{Size, human};
 use crate::device::evict_to;
 use crate::store::{LayerDir, Store};
@@ -65,15 +66,15 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     rows.sort_by(|a, b| b.2.cmp(&a.2).then_with(|| a.0.cmp(&b.0)));
     if json {
         let object = |(layer, index, data): &(String, u64, u64)| serde_json::json!({"layer": layer, "index_bytes": index, "data_bytes": data});
-        println!("{}", serde_json::Value::from_iter(rows.iter().map(object)));
+        say!("{}", serde_json::Value::from_iter(rows.iter().map(object)));
         return Ok(());
     }
-    println!("{:<72} {:>10} {:>10}", "LAYER", "INDEX", "DATA");
+    say!("{:<72} {:>10} {:>10}", "LAYER", "INDEX", "DATA");
     for (layer, index, data) in &rows {
-        println!("{layer:<72} {:>10} {:>10}", human(*index), human(*data));
+        say!("{layer:<72} {:>10} {:>10}", human(*index), human(*data));
     }
     let (index, data) = rows.iter().fold((0, 0), |(i, d), row| (i + row.1, d + row.2));
-    println!(
+    say!(
         "{:<72} {:>10} {:>10}",
         format!("{} layers", rows.len()),
         human(index),

@@ -23,7 +23,7 @@ pub(super) struct Globals {
     /// Memory for decoded data on its way to readers [default: 64MiB]
     #[arg(long, global = true, value_name = "SIZE")]
     memory: Option<Size>,
-    /// Deadline of any single wait for the registry: 30s, 2m, never [default: 30s]
+    /// Longest that a read, or a wait for the registry, may take: 30s, 2m, never [default: 30s]
     #[arg(long, global = true, value_name = "TIME")]
     timeout: Option<Deadline>,
     /// Speak HTTP without TLS to the registry (loopback registries get it anyway)
@@ -32,7 +32,8 @@ pub(super) struct Globals {
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
-    /// Configuration file (TOML: store, cache-size, memory, timeout, plain-http, ca) [default: /etc/ocifs.toml]
+    /// Configuration file (TOML: store, cache-size, memory, timeout, plain-http (a list of hosts), ca, log-format)
+    /// [default: /etc/ocifs.toml]
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Format of log lines

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
@@ -49,18 +49,63 @@ pub(super) fn run(config: &Config, args: ExportArgs) -> anyhow::Result<()> {
         (None, Format::Tar) => tar(&fs, handle, io::stdout().lock()),
         (None, Format::Erofs) => disk(&fs, handle, &mut io::stdout().lock()),
         (Some(path), format) => {
+            let mut output = Output::create(path)?;
             let named = || format!("{}", path.display());
-            let mut file = File::create(path).with_context(named)?;
             match format {
-                Format::Tar => tar(&fs, handle, &file)?,
+                Format::Tar => tar(&fs, handle, &output.file)?,
                 Format::Erofs => {
-                    let mut sparse = Sparse { file: &mut file };
+                    let mut sparse = Sparse { file: &mut output.file };
                     disk(&fs, handle, &mut sparse)?;
-                    let length = file.stream_position().with_context(named)?;
-                    file.set_len(length).with_context(named)?;
+                    let length = output.file.stream_position().with_context(named)?;
+                    output.file.set_len(length).with_context(named)?;
                 }
             }
-            file.sync_all().with_context(named)
+            output.publish().with_context(named)
+        }
+    }
+}
+
+/// A file that has its name only when it is whole, unless there is something at its path that is no regular file.
+struct Output<'a> {
+    file: File,
+    /// Where it is until then.
+    part: Option<PathBuf>,
+    path: &'a Path,
+}
+
+impl<'a> Output<'a> {
+    fn create(path: &'a Path) -> anyhow::Result<Self> {
+        let special = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
+        let part = (!special).then(|| {
+            let mut name = path.file_name().unwrap_or_default().to_owned();
+            name.push(format!(".{:016x}.part", fastrand::u64(..)));
+            path.with_file_name(name)
+        });
+        let file = match &part {
+            Some(part) => File::create_new(part),
+            None => File::options().write(true).open(path),
+        };
+        let file = file.with_context(|| format!("{}", path.display()))?;
+        Ok(Self { file, part, path })
+    }
+
+    fn publish(mut self) -> io::Result<()> {
+        // Only when nothing is left to fail does the old file go.
+        if let Some(part) = &self.part {
+            self.file.sync_all()?;
+            std::fs::rename(part, self.path)?;
+            self.part = None;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Output<'_> {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part
+            && let Err(error) = std::fs::remove_file(part)
+        {
+            tracing::warn!(path = %part.display(), %error, "an unfinished file stays behind");
         }
     }
 }
@@ -89,11 +134,11 @@ struct Sparse<'a> {
 
 impl Write for Sparse<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.iter().all(|&b| b == 0) {
-            self.file.seek(SeekFrom::Current(bytes.len() as i64))?;
-            return Ok(bytes.len());
-        }
         let part = &bytes[..bytes.len().min(64 << 10)];
+        if part.iter().all(|&b| b == 0) {
+            self.file.seek(SeekFrom::Current(part.len() as i64))?;
+            return Ok(part.len());
+        }
         self.file.write(part)
     }
 

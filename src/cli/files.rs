@@ -12,7 +12,7 @@ use crate::erofs::{FileType, Nid};
 use crate::fs::{Attr, ImageFs, mtime};
 
 /// Symbolic links followed in one path, as many as the kernel follows.
-const MAX_LINKS: u32 = 40;
+pub(super) const MAX_LINKS: u32 = 40;
 /// Bytes read at once.
 const READ: usize = 1 << 20;
 

@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::config::Config;
+use super::say;
 use super::units::human;
 use super::{ImageArgs, open, runtime};
 
@@ -30,32 +31,32 @@ pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
             "manifest": manifest,
             "config": document,
         });
-        println!("{}", serde_json::to_string_pretty(&object)?);
+        say!("{}", serde_json::to_string_pretty(&object)?);
         return Ok(());
     }
-    println!("image     {}", args.image.image);
+    say!("image     {}", args.image.image);
     if let Some(index) = &image.index {
-        println!("index     {}", index.digest);
+        say!("index     {}", index.digest);
     }
-    println!("digest    {}", image.manifest_document.digest);
-    println!("platform  {}", image.config.platform());
+    say!("digest    {}", image.manifest_document.digest);
+    say!("platform  {}", image.config.platform());
     let run = &image.config.config;
     for (label, words) in [("entry", &run.entrypoint), ("command", &run.cmd)] {
         if !words.is_empty() {
-            println!("{label:<9} {}", serde_json::to_string(words)?);
+            say!("{label:<9} {}", serde_json::to_string(words)?);
         }
     }
     for (label, text) in [("user", &run.user), ("workdir", &run.working_dir)] {
         if !text.is_empty() {
-            println!("{label:<9} {text}");
+            say!("{label:<9} {text}");
         }
     }
     for variable in &run.env {
-        println!("env       {variable}");
+        say!("env       {variable}");
     }
     for layer in image.layers() {
         let size = human(u64::try_from(layer.size).unwrap_or(0));
-        println!("layer     {} {size:>9}  {}", layer.digest, layer.media_type);
+        say!("layer     {} {size:>9}  {}", layer.digest, layer.media_type);
     }
     Ok(())
 }

@@ -3,12 +3,13 @@
 //! Without `--foreground` the command starts itself again as the process behind the mount, in a session of its own, and
 //! waits for that one to say (a JSON line each on its standard output) that it is mounted, or ready, or why not.
 
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
@@ -18,6 +19,7 @@ use tokio::process::ChildStdout;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::config::Config;
+use super::say;
 use super::{ImageArgs, explain, open, progress, runtime};
 use crate::mount::{self, Event, FuseOptions, MountConfig, RunDir, Upper};
 use crate::store::StoreError;
@@ -50,9 +52,20 @@ pub(super) struct MountArgs {
     /// Print one JSON object when mounted
     #[arg(long)]
     json: bool,
-    /// Internal: be the process behind the mount
-    #[arg(long, hide = true)]
-    serve: bool,
+}
+
+/// Tells the process behind the mount that it is that one, and where its log is.
+const SERVE: &str = "OCIFS_SERVE";
+/// How long a process that was asked to end may take, and how often that is looked at.
+const GRACE: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(10);
+
+impl MountArgs {
+    /// What to wait for. An overlay is put together when the tree is there.
+    fn wait(&self) -> Option<Wait> {
+        let overlay = self.writable || self.upper.is_some();
+        overlay.then_some(Wait::Ready).max(self.wait)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -70,15 +83,16 @@ enum Report {
     Mounted { digest: String, seconds: f64 },
     Progress { done: u64, total: u64 },
     Ready { seconds: f64 },
-    Complete { seconds: f64 },
+    Complete,
     Failed { message: String },
 }
 
 pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow::Result<()> {
     let mountpoint = std::fs::canonicalize(&args.mountpoint)
         .with_context(|| format!("mount point {}", args.mountpoint.display()))?;
-    if args.foreground || args.serve {
-        return serve(config, args, mountpoint, started);
+    let log = std::env::var_os(SERVE).map(PathBuf::from);
+    if args.foreground || log.is_some() {
+        return serve(config, args, mountpoint, started, log);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(start(&args, &mountpoint))
@@ -88,34 +102,38 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
 async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
     let entry = RunDir::open()?.entry(mountpoint);
     entry.check_free()?;
-    let log = entry.create_log()?;
-    let mut signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
+    let (mut log, log_path) = entry.create_log()?;
+    let hangup = (!mount::is_ignored(nix::libc::SIGHUP)).then_some(SignalKind::hangup());
+    let mut signals = [SignalKind::interrupt(), SignalKind::terminate()]
         .into_iter()
+        .chain(hangup)
         .map(signal)
         .collect::<Result<Vec<_>, _>>()
         .context("cannot handle signals")?;
     let signalled = futures::future::select_all(signals.iter_mut().map(|s| Box::pin(s.recv())));
     let mut child = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
-        .arg("--serve")
+        .env(SERVE, &log_path)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log.try_clone().context("cannot share the log file")?)
         .spawn()
         .context("cannot start the process behind the mount")?;
     let result = tokio::select! {
-        result = follow(&mut child, args, mountpoint) => result,
+        result = follow(&mut child, args, mountpoint, &mut log) => result,
         _ = signalled => Err(anyhow::anyhow!("interrupted, nothing is mounted")),
     };
     if result.is_err() {
         // What was attached comes down again; the exit status says nothing that the report did not.
-        let _ = nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(child.id().cast_signed()),
-            nix::sys::signal::Signal::SIGTERM,
-        );
-        let _ = child.wait();
-        // Whoever ended before registering leaves its log, which says what was just said; anybody else's stays.
-        let _turn = entry.turn()?;
+        end(&mut child).await?;
+        // One that ended before registering leaves its log, which says what was just said.
+        match std::fs::remove_file(&log_path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(%error, path = %log_path.display(), "cannot remove the log");
+            }
+            _ => {}
+        }
+        let _turn = entry.turn().await?;
         if entry.record()?.is_none() {
             entry.remove(Some(log.as_fd()))?;
         }
@@ -123,14 +141,26 @@ async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
     result
 }
 
-/// Reads reports until the state the user waits for is reached.
-async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
-    let wait = if args.writable || args.upper.is_some() {
-        Some(Wait::Ready)
-    } else {
-        None
+/// Ends the process behind a mount that did not come about: it may take down what stands, but not for ever.
+async fn end(child: &mut Child) -> anyhow::Result<()> {
+    if child.try_wait()?.is_none() {
+        let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
     }
-    .max(args.wait);
+    let asked = Instant::now();
+    while child.try_wait()?.is_none() {
+        if asked.elapsed() > GRACE {
+            child.kill()?;
+            child.wait()?;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+/// Reads reports until the state the user waits for is reached.
+async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mut File) -> anyhow::Result<()> {
+    let wait = args.wait();
     let bar = progress::Bar::new(&args.image.image);
     let pipe = child
         .stdout
@@ -153,7 +183,7 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path) -> anyho
                 ready_seconds = Some(seconds);
                 Some(Wait::Ready)
             }
-            Report::Complete { .. } => Some(Wait::Complete),
+            Report::Complete => Some(Wait::Complete),
             Report::Failed { message } => bail!(message),
         };
         if let Some((digest, seconds)) = &mounted
@@ -165,26 +195,35 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path) -> anyho
                     "image": args.image.image, "digest": digest, "mountpoint": mountpoint.to_string_lossy(),
                     "pid": child.id(), "mount_seconds": seconds, "ready_seconds": ready_seconds,
                 });
-                println!("{object}");
+                say!("{object}");
             }
             return Ok(());
         }
     }
     let status = child.wait()?;
-    let log = std::fs::read_to_string(RunDir::open()?.entry(mountpoint).log()).unwrap_or_default();
-    let last = log.lines().last().unwrap_or_default();
+    let mut said = Vec::new();
+    log.rewind()?;
+    log.read_to_end(&mut said)?;
+    let said = String::from_utf8_lossy(&said);
+    let last = said.lines().last().unwrap_or_default();
     bail!("the process behind the mount ended early ({status}): {last}")
 }
 
 /// The process behind the mount.
-fn serve(config: &Config, args: MountArgs, mountpoint: PathBuf, started: Instant) -> anyhow::Result<()> {
-    if args.serve {
+fn serve(
+    config: &Config,
+    args: MountArgs,
+    mountpoint: PathBuf,
+    started: Instant,
+    log: Option<PathBuf>,
+) -> anyhow::Result<()> {
+    if log.is_some() {
         // Not a child of the terminal any more: its Ctrl-C is meant for the process that waits.
         nix::unistd::setsid().context("cannot start a session")?;
     }
-    let reports = Arc::new(Reports { on: args.serve });
+    let reports = Arc::new(Reports { on: log.is_some() });
     let runtime = runtime()?;
-    let result = runtime.block_on(serve_async(config, args, mountpoint, started, reports.clone()));
+    let result = runtime.block_on(serve_async(config, args, mountpoint, started, log, reports.clone()));
     // Reads that still wait are answered by the kernel, now that the mount is gone.
     runtime.abandon();
     if let Err(error) = &result {
@@ -200,6 +239,7 @@ async fn serve_async(
     args: MountArgs,
     mountpoint: PathBuf,
     started: Instant,
+    log: Option<PathBuf>,
     reports: Arc<Reports>,
 ) -> anyhow::Result<()> {
     let context = open::context(config)?;
@@ -213,65 +253,59 @@ async fn serve_async(
         image: args.image.image.clone(),
         mountpoint,
         options,
-        require_ready: upper.is_some() || args.wait.is_some(),
+        require_ready: args.wait().is_some(),
         upper,
         timeout: config.timeout,
         started,
+        log,
     };
     let digest = preparation.resolved().manifest_document.digest.to_string();
-    let ticker = args
-        .wait
-        .map(|_| tokio::spawn(tick(preparation.clone(), reports.clone())));
-    let complete = args.wait == Some(Wait::Complete);
+    if args.wait().is_some() {
+        tokio::spawn(tick(preparation.clone(), reports.clone()));
+    }
+    let complete = args.wait() == Some(Wait::Complete);
+    let health = context.health.clone();
     let events = |event: Event| {
         let seconds = started.elapsed().as_secs_f64();
         match event {
-            Event::Mounted => reports.send(&Report::Mounted {
-                digest: digest.clone(),
-                seconds,
-            }),
+            Event::Mounted => {
+                reports.send(&Report::Mounted {
+                    digest: digest.clone(),
+                    seconds,
+                });
+            }
             Event::Ready(image) => {
                 reports.send(&Report::Ready { seconds });
                 if complete {
-                    let reports = reports.clone();
+                    let (reports, health) = (reports.clone(), health.clone());
                     tokio::spawn(async move {
-                        let report = match image.complete().await {
-                            Ok(missing) if missing > 0 => Report::Failed {
-                                message: format!(
-                                    "not all of the image fits in the cache, {missing} spans are gone again: raise --cache-size"
-                                ),
-                            },
-                            Ok(_) => Report::Complete {
-                                seconds: started.elapsed().as_secs_f64(),
-                            },
+                        let report = match open::complete(&image, &health).await {
+                            Ok(()) => Report::Complete,
                             Err(error) => Report::Failed {
-                                message: error.to_string(),
+                                message: explain(&error),
                             },
                         };
                         reports.send(&report);
                     });
                 }
             }
-            Event::Failed(message) => reports.send(&Report::Failed { message }),
+            Event::Failed(message) => {
+                reports.send(&Report::Failed { message });
+            }
         }
     };
-    let served = mount::serve(mount, context, preparation, events).await;
-    if let Some(ticker) = ticker {
-        ticker.abort();
-    }
-    Ok(served?)
+    Ok(mount::serve(mount, context, preparation, events).await?)
 }
 
-/// Reports how far the layers are, for the progress bar of the process that waits.
+/// Reports how far the layers are, for the progress bar of the process that waits, as long as it does.
 async fn tick(preparation: Arc<crate::image::Preparation>, reports: Arc<Reports>) {
     let mut interval = tokio::time::interval(progress::INTERVAL);
     loop {
         interval.tick().await;
-        let layers = preparation.status();
-        reports.send(&Report::Progress {
-            done: layers.iter().map(|l| l.fetched).sum(),
-            total: layers.iter().map(|l| l.size).sum(),
-        });
+        let (done, total) = crate::layer::progress(&preparation.status());
+        if !reports.send(&Report::Progress { done, total }) {
+            return;
+        }
     }
 }
 
@@ -296,17 +330,19 @@ fn upper(args: &MountArgs, context: &crate::layer::LayerContext, mountpoint: &Pa
     Ok(Some(Upper::Private(scratch)))
 }
 
-/// Report lines on standard output, if somebody listens.
+/// Report lines on standard output, if somebody listens; the log has what nobody hears.
 struct Reports {
     on: bool,
 }
 
 impl Reports {
-    fn send(&self, report: &Report) {
-        if self.on {
-            let line = serde_json::to_string(report).expect("a report has only strings and numbers");
-            // The one that waited may have all it wanted and be gone.
-            let _ = writeln!(std::io::stdout(), "{line}");
+    /// Says whether somebody listens.
+    fn send(&self, report: &Report) -> bool {
+        let line = serde_json::to_string(report).expect("a report has only strings and numbers");
+        let heard = self.on && writeln!(std::io::stdout(), "{line}").is_ok();
+        if let (false, Report::Failed { message }) = (heard, report) {
+            tracing::error!("{message}");
         }
+        heard
     }
 }

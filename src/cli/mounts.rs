@@ -6,6 +6,8 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::explain;
+use super::files::MAX_LINKS;
+use super::say;
 use super::units::human;
 use crate::mount::{self, MountState, MountStatus, RunDir};
 
@@ -18,6 +20,9 @@ pub(super) struct UmountArgs {
     /// Detach at once, even if in use; users keep what they have open until the process is gone
     #[arg(short, long)]
     lazy: bool,
+    /// Print a JSON object for each mount point
+    #[arg(long)]
+    json: bool,
 }
 
 /// Arguments of `list`.
@@ -40,16 +45,20 @@ pub(super) struct StatusArgs {
 
 /// The absolute path of a mount point that may be dead: its parent is resolved, itself it is not touched.
 fn locate(path: &Path) -> anyhow::Result<PathBuf> {
-    let absolute = std::path::absolute(path)?;
-    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Ok(absolute);
-    };
-    let parent = std::fs::canonicalize(parent).with_context(|| format!("{}", path.display()))?;
-    let located = parent.join(name);
-    match std::fs::read_link(&located) {
-        Ok(target) => locate(&parent.join(target)),
-        Err(_) => Ok(located),
+    let mut path = std::path::absolute(path)?;
+    for _ in 0..=MAX_LINKS {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            // The root, or a path that ends in `..`.
+            return std::fs::canonicalize(&path).with_context(|| format!("{}", path.display()));
+        };
+        let parent = std::fs::canonicalize(parent).with_context(|| format!("{}", path.display()))?;
+        let located = parent.join(name);
+        match std::fs::read_link(&located) {
+            Ok(target) => path = parent.join(target),
+            Err(_) => return Ok(located),
+        }
     }
+    bail!("{}: too many levels of symbolic links", path.display())
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
@@ -60,19 +69,28 @@ fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
     let run = RunDir::open()?;
     let take_down = |path: &Path| Ok(block_on(mount::take_down(&run, &locate(path)?, args.lazy))??);
-    if let [only] = args.mountpoints.as_slice() {
-        return take_down(only);
-    }
-    let mut failed = 0;
+    let mut failures: Vec<anyhow::Error> = Vec::new();
     for path in &args.mountpoints {
-        if let Err(error) = take_down(path) {
-            eprintln!("ocifs: {}", explain(&error));
-            failed += 1;
+        let result = take_down(path);
+        if args.json {
+            let problem = result.as_ref().err().map(explain);
+            let object = serde_json::json!({
+                "mountpoint": path.to_string_lossy(), "unmounted": problem.is_none(), "problem": problem,
+            });
+            say!("{object}");
         }
+        failures.extend(result.err());
     }
-    match failed {
-        0 => Ok(()),
-        n => bail!("{n} of {} not unmounted", args.mountpoints.len()),
+    let count = failures.len();
+    match failures.pop() {
+        None => Ok(()),
+        Some(only) if args.mountpoints.len() == 1 => Err(only),
+        Some(last) => {
+            for error in failures.iter().chain([&last]) {
+                eprintln!("ocifs: {}", explain(error));
+            }
+            bail!("{count} of {} not unmounted", args.mountpoints.len())
+        }
     }
 }
 
@@ -88,16 +106,19 @@ fn state(state: MountState) -> &'static str {
 pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
     let mounts = block_on(mount::list(&RunDir::open()?))??;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&mounts)?);
+        say!("{}", serde_json::to_string_pretty(&mounts)?);
         return Ok(());
     }
-    println!(
+    say!(
         "{:<10} {:>8} {:>20}  {:<40} IMAGE",
-        "STATE", "PID", "FETCHED", "MOUNTPOINT"
+        "STATE",
+        "PID",
+        "FETCHED",
+        "MOUNTPOINT"
     );
     for m in mounts {
         let fetched = format!("{} of {}", human(m.fetched), human(m.size));
-        println!(
+        say!(
             "{:<10} {:>8} {:>20}  {:<40} {}",
             state(m.state),
             m.pid,
@@ -112,50 +133,56 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
 pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
     let status = block_on(mount::status_of(&RunDir::open()?, &locate(&args.mountpoint)?))??;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        say!("{}", serde_json::to_string_pretty(&status)?);
     } else {
-        show(&status);
+        show(&status)?;
     }
     Ok(())
 }
 
-fn show(status: &MountStatus) {
-    println!("image       {}", status.image);
-    println!("digest      {}", status.digest);
-    println!(
+fn show(status: &MountStatus) -> anyhow::Result<()> {
+    say!("image       {}", status.image);
+    say!("digest      {}", status.digest);
+    say!(
         "mounted on  {}{}",
         status.mountpoint,
         if status.writable { " (writable)" } else { "" }
     );
-    println!("process     {}, up {:.0} s", status.pid, status.uptime);
-    println!("state       {}", state(status.state));
+    say!("process     {}, up {:.0} s", status.pid, status.uptime);
+    say!("state       {}", state(status.state));
     if let Some(problem) = &status.problem {
-        println!("problem     {problem}");
+        say!("problem     {problem}");
     }
     let ready = status
         .ready_seconds
         .map(|s| format!(", ready after {s:.3} s"))
         .unwrap_or_default();
-    println!("started     mounted after {:.3} s{ready}", status.mount_seconds);
+    say!("started     mounted after {:.3} s{ready}", status.mount_seconds);
     let percent = 100.0 * status.fetched as f64 / status.size.max(1) as f64;
-    println!(
+    say!(
         "fetched     {} of {} ({percent:.1} %)",
         human(status.fetched),
         human(status.size)
     );
     if let (Some(rate), Some(left)) = (status.rate, status.remaining_seconds) {
-        println!("rate        {}/s, about {left:.0} s left", human(rate as u64));
+        say!("rate        {}/s, about {left:.0} s left", human(rate as u64));
     }
-    println!("memory      {}", human(status.memory));
-    println!();
-    println!(
+    say!("memory      {}", human(status.memory));
+    say!("");
+    say!(
         "{:<19} {:>10} {:>10} {:>10} {:>7} {:>8} {:>13}  INDEX",
-        "LAYER", "SIZE", "FETCHED", "SERVED", "HITS", "MISSES", "LOCAL SPANS"
+        "LAYER",
+        "SIZE",
+        "FETCHED",
+        "SERVED",
+        "HITS",
+        "MISSES",
+        "LOCAL SPANS"
     );
     for layer in &status.layers {
         let local = format!("{}/{}", layer.local_spans, layer.spans);
         let source = serde_json::to_value(layer.index_source).unwrap_or_default();
-        println!(
+        say!(
             "{:<19} {:>10} {:>10} {:>10} {:>7} {:>8} {:>13}  {}",
             layer.digest.get(..19).unwrap_or(&layer.digest),
             human(layer.size),
@@ -167,4 +194,5 @@ fn show(status: &MountStatus) {
             source.as_str().unwrap_or_default(),
         );
     }
+    Ok(())
 }

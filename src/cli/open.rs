@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::bail;
 use tokio::runtime::Runtime;
 
 use super::ImageArgs;
@@ -11,8 +12,8 @@ use super::progress::{self, Bar};
 use crate::archive::DockerArchive;
 use crate::blob::ImageSource;
 use crate::fs::ImageFs;
-use crate::image::{KeptSource, Preparation};
-use crate::layer::LayerContext;
+use crate::image::{Image, KeptSource, Preparation};
+use crate::layer::{Health, LayerContext};
 use crate::layout::OciLayout;
 use crate::oci::{Digest, ImageRef, Platform};
 use crate::registry::{PlainHttp, RegistryClient, RegistryConfig};
@@ -62,8 +63,6 @@ async fn open(config: &Config, image: &ImageRef) -> anyhow::Result<(Arc<dyn Imag
 fn registry_config(config: &Config) -> RegistryConfig {
     let plain_http = if config.plain_http {
         PlainHttp::Everywhere
-    } else if config.plain_http_hosts.is_empty() {
-        PlainHttp::Loopback
     } else {
         PlainHttp::Hosts(config.plain_http_hosts.iter().cloned().collect())
     };
@@ -87,6 +86,18 @@ pub(super) fn open_image(runtime: &Runtime, config: &Config, args: &ImageArgs) -
     })
 }
 
+/// Brings all of an image into the store, or says why not all of it is there.
+pub(super) async fn complete(image: &Image, health: &Health) -> anyhow::Result<()> {
+    let missing = image.complete().await?;
+    if let Some(problem) = health.problem() {
+        bail!("not all of the image could be kept: {problem}");
+    }
+    if missing > 0 {
+        bail!("not all of the image fits in the cache, {missing} spans are gone again: raise --cache-size");
+    }
+    Ok(())
+}
+
 /// Shows how many bytes of the image's layers came in while `work` runs.
 pub(super) async fn watch<T>(preparation: &Preparation, bar: &Bar, work: impl Future<Output = T>) -> T {
     let mut interval = tokio::time::interval(progress::INTERVAL);
@@ -95,8 +106,8 @@ pub(super) async fn watch<T>(preparation: &Preparation, bar: &Bar, work: impl Fu
         tokio::select! {
             result = &mut work => return result,
             _ = interval.tick() => {
-                let layers = preparation.status();
-                bar.set(layers.iter().map(|l| l.fetched).sum(), layers.iter().map(|l| l.size).sum());
+                let (done, total) = crate::layer::progress(&preparation.status());
+                bar.set(done, total);
             }
         }
     }

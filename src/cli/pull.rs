@@ -6,8 +6,9 @@ use anyhow::bail;
 use clap::Args;
 
 use super::config::Config;
-use super::open::{context, prepare, watch};
+use super::open::{complete, context, prepare, watch};
 use super::progress::Bar;
+use super::say;
 use super::units::human;
 use super::{ImageArgs, runtime};
 
@@ -31,26 +32,20 @@ pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
         let preparation = Arc::new(prepare(config, &args.image, &context).await?);
         let bar = Bar::new(&args.image.image);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
-        let missing = watch(&preparation, &bar, image.complete()).await?;
+        watch(&preparation, &bar, complete(&image, &context.health)).await?;
         bar.finish();
         let digest = preparation.resolved().manifest_document.digest.to_string();
-        if missing > 0 && context.health.problem().is_none() {
-            bail!("not all of the image fits in the cache, {missing} spans are gone again: raise --cache-size");
-        }
         anyhow::Ok((digest, preparation.status()))
     });
     let (digest, layers) = result?;
-    if let Some(problem) = context.health.problem() {
-        bail!("not all of the image could be kept: {problem}");
-    }
     let (size, fetched) = layers.iter().fold((0, 0), |(s, f), l| (s + l.size, f + l.fetched));
     if args.json {
         let object = serde_json::json!({
             "image": args.image.image, "digest": digest, "size": size, "fetched": fetched, "layers": layers,
         });
-        println!("{object}");
+        say!("{object}");
     } else {
-        println!("{digest}");
+        say!("{digest}");
         eprintln!(
             "{}: {} layers, {}, fetched {}",
             args.image.image,

@@ -55,6 +55,14 @@ pub struct LayerStatus {
     pub index_source: IndexSource,
 }
 
+/// Compressed bytes that have come in and that are expected, over all layers. What the store has is not expected.
+pub fn progress(layers: &[LayerStatus]) -> (u64, u64) {
+    let coming = layers
+        .iter()
+        .filter(|l| l.index_source != IndexSource::Store || l.fetched > 0);
+    coming.fold((0, 0), |(done, total), l| (done + l.fetched, total + l.size))
+}
+
 impl LayerStats {
     /// Zero counters of a layer of `size` compressed bytes.
     pub fn new(size: u64) -> Self {

@@ -68,9 +68,10 @@ impl Attached {
         }
         if self.registered {
             self.registered = false;
+            // Without the turn, what another process is about to do may be undone here; it will say so. Staying is worse.
             let _turn = match self.turn.take() {
-                Some(turn) => turn,
-                None => self.entry.turn()?,
+                Some(turn) => Some(turn),
+                None => self.entry.turn_at_last()?,
             };
             // After an unmount by somebody else, the mount point may be registered to another process already.
             if self.entry.record()?.is_none_or(|record| record.pid == self.record.pid) {

@@ -15,6 +15,8 @@ use super::status::MountStatus;
 
 /// A client that does not finish its line by then is dropped; so is a status that does not come.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Time between two attempts to accept a connection, when one failed.
+const PAUSE: Duration = Duration::from_millis(100);
 /// Requests are a few words.
 const MAX_REQUEST: u64 = 4096;
 
@@ -104,8 +106,9 @@ async fn accept(listener: UnixListener, calls: mpsc::Sender<Call>, open: mpsc::S
                 });
             }
             Err(error) => {
+                // Descriptors may be short for a moment.
                 tracing::warn!(%error, "control socket");
-                return;
+                tokio::time::sleep(PAUSE).await;
             }
         }
     }

@@ -6,15 +6,17 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::MntFlags;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::mountinfo;
 use super::options::FuseOptions;
@@ -159,15 +161,22 @@ fn receive_fd(socket: &OwnedFd) -> io::Result<OwnedFd> {
     Err(io::Error::other("no descriptor came back"))
 }
 
-/// Waits until the file system that `fuse` serves is mounted nowhere any more, whoever took it down. Blocks.
-pub(super) fn wait_gone(fuse: &OwnedFd) -> io::Result<()> {
-    loop {
-        // The end of the connection is an error condition, which poll(2) reports without being asked.
-        let mut polled = [PollFd::new(fuse.as_fd(), PollFlags::empty())];
-        match poll(&mut polled, PollTimeout::NONE) {
-            Err(Errno::EINTR) => {}
-            result => return result.map(drop).map_err(io::Error::from),
-        }
+/// Watches for the end of the file system that `fuse` serves.
+#[allow(unsafe_code)]
+pub(super) fn watch(fuse: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // The end of the connection is an error condition.
+    let (watched, interest) = (fuse.try_clone()?, Interest::ERROR);
+    // SAFETY: an OwnedFd names the same open descriptor as long as it lives.
+    let registered = unsafe { AsyncFd::register_with_interest(watched, interest) };
+    registered.map_err(io::Error::from)
+}
+
+/// Waits until the file system is mounted nowhere any more, whoever took it down; for ever if it is not watched.
+pub(super) async fn gone(watched: Option<&AsyncFd<OwnedFd>>) {
+    match watched {
+        // If it cannot be watched after all, its end shows when the session starts.
+        Some(watched) if watched.ready(Interest::ERROR).await.is_ok() => {}
+        _ => std::future::pending().await,
     }
 }
 

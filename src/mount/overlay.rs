@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -141,8 +141,15 @@ impl Layers<'_> {
             return Ok(());
         }
         make_directory(&self.upper)?;
-        let opened = fs::set_permissions(&self.upper, fs::Permissions::from_mode(0o755));
-        opened.map_err(|source| OverlayError::Directory {
+        let alike = || {
+            let root = fs::metadata(self.lower)?;
+            // Others cannot give files away.
+            if is_system_root() {
+                chown(&self.upper, Some(root.uid()), Some(root.gid()))?;
+            }
+            fs::set_permissions(&self.upper, root.permissions())
+        };
+        alike().map_err(|source| OverlayError::Directory {
             path: self.upper.clone(),
             source,
         })

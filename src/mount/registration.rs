@@ -4,6 +4,7 @@
 //! RUN/ID/mount.json    what is mounted where, by which process
 //!        control       the process's socket
 //!        log           its log, if it runs in the background
+//!        log.PID       the log of a process that is not registered (yet); PID is that of the one that waits for it
 //!        lower/        where the image is mounted until the overlay of a writable mount is put together
 //! RUN/locks/mountpoints  a byte of it is locked for each mount point that a process is about to use
 //! RUN/changes/ID         private upper directories, if there is no store to hold them
@@ -16,6 +17,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -28,6 +30,9 @@ use super::privilege::{is_system_root, outer_uid};
 
 /// A new log is given up when this often another process was in the way.
 const LOG_ATTEMPTS: u32 = 100;
+/// How often and how long a turn is waited for. Whoever has one only looks, registers and mounts.
+const LOOK: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why registrations cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +51,12 @@ pub enum RegistrationError {
     NotPrivate {
         /// Which.
         path: PathBuf,
+    },
+    /// Another process does not get done with the same mount point.
+    #[error("another ocifs process is busy with this mount point and does not get on (its lock: {})", lock.display())]
+    Busy {
+        /// The directory with the lock.
+        lock: PathBuf,
     },
     /// There is a live mount already.
     #[error("{} is an ocifs mount of {image} already (process {pid})", mountpoint.display())]
@@ -259,19 +270,21 @@ impl RunEntry {
         builder.create(&self.path).map_err(self.io(&self.path))
     }
 
-    /// Creates the directory and a new log file, in place of one that is there. The process of an earlier mount may be about to
-    /// remove both.
-    pub fn create_log(&self) -> Result<File, RegistrationError> {
-        let path = self.log();
+    /// A log file for a mount that is to be registered here, and its path; [`RunEntry::register`] gives it its name. The
+    /// process of an earlier mount may be about to remove the directory.
+    pub fn create_log(&self) -> Result<(File, PathBuf), RegistrationError> {
+        let path = self.path.join(format!("log.{}", std::process::id()));
         for _ in 0..LOG_ATTEMPTS {
             self.create()?;
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.io(&path)(e)),
-                _ => {}
-            }
-            match File::create_new(&path) {
-                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
-                result => return result.map_err(self.io(&path)),
+            match File::options()
+                .create(true)
+                .write(true)
+                .read(true)
+                .truncate(true)
+                .open(&path)
+            {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                result => return result.map(|file| (file, path.clone())).map_err(self.io(&path)),
             }
         }
         Err(self.io(&path)(io::ErrorKind::ResourceBusy.into()))
@@ -308,7 +321,33 @@ impl RunEntry {
 
     /// Waits until no other process is between looking at this mount point and having it mounted, or given up. The turn
     /// ends when the file is dropped.
-    pub fn turn(&self) -> Result<File, RegistrationError> {
+    pub async fn turn(&self) -> Result<File, RegistrationError> {
+        let waiting = Instant::now();
+        loop {
+            match self.try_turn()? {
+                Some(turn) => return Ok(turn),
+                None if waiting.elapsed() > PATIENCE => {
+                    return Err(RegistrationError::Busy {
+                        lock: self.path.with_file_name("locks"),
+                    });
+                }
+                None => tokio::time::sleep(LOOK).await,
+            }
+        }
+    }
+
+    /// The same for whoever cannot wait asynchronously, and takes nothing for an answer.
+    pub fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
+        let waiting = Instant::now();
+        loop {
+            match self.try_turn()? {
+                None if waiting.elapsed() < PATIENCE => std::thread::sleep(LOOK),
+                turn => return Ok(turn),
+            }
+        }
+    }
+
+    fn try_turn(&self) -> Result<Option<File>, RegistrationError> {
         let directory = self.path.with_file_name("locks");
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
@@ -330,19 +369,20 @@ impl RunEntry {
             l_len: 1,
             l_pid: 0,
         };
-        loop {
-            match fcntl(&file, FcntlArg::F_OFD_SETLKW(&lock)) {
-                Ok(_) => return Ok(file),
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(self.io(&path)(error.into())),
-            }
+        match fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)) {
+            Ok(_) => Ok(Some(file)),
+            Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
+            Err(error) => Err(self.io(&path)(error.into())),
         }
     }
 
-    /// Registers a mount; fails if a live one is registered.
-    pub fn register(&self, record: &MountRecord) -> Result<(), RegistrationError> {
+    /// Registers a mount, whose process writes its log to the file `log` if it has one; fails if a live one is registered.
+    pub fn register(&self, record: &MountRecord, log: Option<&Path>) -> Result<(), RegistrationError> {
         self.create()?;
         self.check_free()?;
+        if let Some(log) = log {
+            fs::rename(log, self.log()).map_err(self.io(log))?;
+        }
         let path = self.path.join("mount.json");
         let part = self.path.join("mount.json.part");
         let bytes = serde_json::to_vec_pretty(record).expect("a record has only strings and numbers");
@@ -391,13 +431,26 @@ mod tests {
         let entry = RunEntry {
             path: dir.path().join("entry"),
         };
-        let old = entry.create_log().unwrap();
-        let new = entry.create_log().unwrap();
+        let record = MountRecord {
+            pid: std::process::id(),
+            started: 0,
+            image: String::new(),
+            digest: String::new(),
+            mountpoint: dir.path().to_owned(),
+            lower: dir.path().to_owned(),
+            writable: false,
+            scratch: None,
+        };
+        let (old, path) = entry.create_log().unwrap();
+        entry.register(&record, Some(&path)).unwrap();
+        let (new, path) = entry.create_log().unwrap();
+        entry.register(&record, Some(&path)).unwrap();
         entry.remove(Some(old.as_fd())).unwrap();
         assert!(entry.log().exists());
         entry.remove(Some(new.as_fd())).unwrap();
         assert!(!entry.path.exists());
-        entry.create_log().unwrap();
+        let (_, path) = entry.create_log().unwrap();
+        entry.register(&record, Some(&path)).unwrap();
         entry.remove(None).unwrap();
         assert!(!entry.path.exists());
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,7 +23,7 @@ use super::status::{MountState, MountStatus};
 use crate::fs::{FsError, ImageFs};
 use crate::fuse::{self, Served};
 use crate::image::{Image, ImageError, Preparation};
-use crate::layer::LayerContext;
+use crate::layer::{self, LayerContext};
 
 /// What to mount where.
 #[derive(Debug, Clone)]
@@ -41,6 +42,8 @@ pub struct MountConfig {
     pub require_ready: bool,
     /// When the program started.
     pub started: Instant,
+    /// The log file of a process in the background, which gets its name when the mount is registered.
+    pub log: Option<PathBuf>,
 }
 
 /// What happens to a mount, in this order.
@@ -105,11 +108,11 @@ pub async fn serve(
     // From here on a signal takes down what stands, instead of killing the process.
     let signals = Signals::catch()?;
     let entry = RunDir::open()?.entry(&config.mountpoint);
-    let turn = entry.turn()?;
+    let turn = entry.turn().await?;
     entry.check_free()?;
     check_mountpoint(&config, &entry)?;
     let record = record(&config, &preparation, &entry);
-    entry.register(&record)?;
+    entry.register(&record, config.log.as_deref())?;
     let mut mount = Mount {
         attached: Attached::new(entry, record, turn),
         config,
@@ -143,6 +146,8 @@ pub async fn serve(
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// None if it was ignored when the process began, as nohup(1) does.
+    hangup: Option<Signal>,
 }
 
 impl Signals {
@@ -151,6 +156,10 @@ impl Signals {
         Ok(Self {
             terminate: catch(SignalKind::terminate())?,
             interrupt: catch(SignalKind::interrupt())?,
+            hangup: match is_ignored(libc::SIGHUP) {
+                true => None,
+                false => Some(catch(SignalKind::hangup())?),
+            },
         })
     }
 
@@ -158,8 +167,24 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            () = received(self.hangup.as_mut()) => {}
         }
     }
+}
+
+async fn received(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether this process ignores a signal (proc(5): SigIgn).
+pub fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.unwrap_or(0) >> (signal - 1) & 1 == 1
 }
 
 /// Who asked for the unmount, and until when to wait for the end of the session before the answer.
@@ -199,8 +224,8 @@ impl Mount {
         events: impl Fn(Event),
     ) -> Result<Option<oneshot::Sender<Response>>, MountError> {
         let (ended, mut session_end) = oneshot::channel();
-        let watched = fuse.try_clone().map_err(system("watch /dev/fuse"))?;
-        let mut gone = tokio::task::spawn_blocking(move || kernel::wait_gone(&watched));
+        // Only until the session starts: a watcher would be woken for every request.
+        let mut watched = Some(kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?);
         let mut unstarted = Some((fuse, ended));
         let mut leaving: Option<Leaving> = None;
         let (preparation, context) = (self.preparation.clone(), self.context.clone());
@@ -209,6 +234,7 @@ impl Mount {
             tokio::select! {
                 prepared = &mut preparing, if unstarted.is_some() => {
                     let (fuse, ended) = unstarted.take().expect("the guard of this branch");
+                    watched = None;
                     self.start_session(prepared, fuse, ended)?;
                     if self.attach_overlay().await? {
                         events(Event::Mounted);
@@ -233,7 +259,7 @@ impl Mount {
                 }
                 () = signals.next() => return Ok(leaving.map(|leaving| leaving.answer)),
                 // Somebody else unmounted it before there was a session to end.
-                _ = &mut gone, if unstarted.is_some() => return Ok(None),
+                () = kernel::gone(watched.as_ref()) => return Ok(None),
                 result = &mut session_end, if unstarted.is_none() => {
                     match result {
                         Ok(Ok(())) => tracing::info!("unmounted"),
@@ -340,9 +366,10 @@ impl Mount {
         let record = &self.attached.record;
         let size: u64 = layers.iter().map(|l| l.size).sum();
         let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
+        let (done, total) = layer::progress(&layers);
         let preparing = self.image.is_none() && self.failure.is_none();
         let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
-        let rate = (preparing && fetched > 0).then(|| fetched as f64 / seconds);
+        let rate = (preparing && done > 0).then(|| done as f64 / seconds);
         MountStatus {
             pid: record.pid,
             image: record.image.clone(),
@@ -355,7 +382,11 @@ impl Mount {
             },
             problem: match &self.failure {
                 Some(error) => Some(error.to_string()),
-                None => self.context.health.problem(),
+                None => self
+                    .context
+                    .health
+                    .problem()
+                    .or_else(|| self.image.as_ref()?.last_failure()),
             },
             writable: record.writable,
             uptime: self.config.started.elapsed().as_secs_f64(),
@@ -364,7 +395,7 @@ impl Mount {
             size,
             fetched,
             rate,
-            remaining_seconds: rate.map(|rate| size.saturating_sub(fetched) as f64 / rate),
+            remaining_seconds: rate.map(|rate| total.saturating_sub(done) as f64 / rate),
             memory: self.context.memory.bytes() as u64,
             layers,
         }

@@ -109,7 +109,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<()
             Response::Failed { message } => Err(TakedownError::Refused { message }),
             Response::Status(_) => Err(not_mounted(mountpoint)),
         },
-        Some(record) => clear(&entry, &record),
+        Some(record) => clear(&entry, &record).await,
         // A mount whose registration was lost (a cleared /run) is still recognised by its type.
         None => match mountinfo::at(mountpoint)? {
             Some(mount) if mount.fs_type == "fuse.ocifs" => Ok(kernel::unmount(mountpoint, lazy)?),
@@ -119,7 +119,12 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<()
 }
 
 /// Takes down what a dead process left. Nothing works there any more, so it goes at once, used or not.
-fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
+async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
+    let _turn = entry.turn().await?;
+    // Another process may have mounted there meanwhile.
+    if entry.record()?.as_ref() != Some(record) {
+        return Ok(());
+    }
     if record.writable {
         detach_if(&record.mountpoint, &overlay::TYPES)?;
     }
@@ -127,8 +132,7 @@ fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
     }
-    entry.remove(None)?;
-    Ok(())
+    Ok(entry.remove(None)?)
 }
 
 /// Detaches what is mounted at `path` if it is of one of our types: by now it may be somebody else's.
