@@ -11,8 +11,8 @@ use_link() {
     case $1 in
     loopback) start_registry "$2" ;;
     20ms-200Mbit)
-        "$ROOT/scripts/netdelay/up" 10 200 "$FAR"
         on_exit "$ROOT/scripts/netdelay/down" "$FAR"
+        "$ROOT/scripts/netdelay/up" 10 200 "$FAR"
         start_registry "$2" 198.18.0.2 ip netns exec "$FAR"
         ;;
     *) die "no link called $1; there are: ${LINKS[*]}" ;;

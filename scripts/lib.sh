@@ -2,6 +2,8 @@
 # What the scripts share. Source it: it only defines functions and ROOT, and sets the exit trap that runs `on_exit` actions.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# rustup's place, for whoever comes through sudo.
+PATH=$PATH:${CARGO_HOME:-$(getent passwd "${SUDO_USER:-$(id -un)}" | cut -d: -f6)/.cargo}/bin
 # One way of writing numbers and of sorting, whatever the machine's language.
 export LC_ALL=C.UTF-8
 APT_LOCK_SECONDS=300
@@ -95,7 +97,6 @@ http: { addr: "$address:0" }
 YAML
     "$@" docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 &
     pid=$!
-    echo "$pid" >"$dir/registry.pid"
     on_exit stop_process "$pid"
     wait_until "the registry (its log: $dir/registry.log)" listening_port "$pid"
     REGISTRY=$address:$(listening_port "$pid")
@@ -107,8 +108,11 @@ stop_process() {
     true
 }
 
+# is_mounted DIR: looks in the mount table; asking the file system would fail if its process is dead, and hang if it hangs.
+is_mounted() { awk -v dir="$1" '$5 == dir { found = 1 } END { exit !found }' /proc/self/mountinfo; }
+
 # unmount MOUNTPOINT: takes an ocifs mount down; does nothing when there is none.
-unmount() { ! mountpoint -q "$1" || "$OCIFS" umount "$1"; }
+unmount() { ! is_mounted "$1" || timeout 60 "$OCIFS" umount "$1" || umount --lazy "$1"; }
 
 # push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are.
 push() {

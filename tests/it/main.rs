@@ -4,6 +4,7 @@
 mod archive;
 mod cache;
 mod cli;
+mod commands;
 mod common;
 mod erofs;
 mod failures;

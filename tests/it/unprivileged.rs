@@ -134,6 +134,10 @@ fn an_ordinary_user_mounts_through_fusermount() {
         # The bytes are the user's, whatever the modes in the image say.
         cat m/etc/shadow
         m/run
+        # No mode makes the owner of the mount read what is no program as one, or write.
+        test -x m/run && test -r m/etc/shadow
+        fails test -x m/etc/hosts
+        fails test -w m/etc/hosts
         ocifs list
         ocifs umount m
         not_mounted m
