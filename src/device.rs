@@ -39,7 +39,7 @@ pub use presence::SpanLock;
 use presence::{PresenceMap, Shape, State};
 
 use crate::index::SpanIndex;
-use crate::store::{Draft, LayerDir, Store};
+use crate::store::{Draft, LayerDir, Store, gone};
 
 /// Why the data device cannot be used. The layer goes on without it.
 #[derive(Debug, thiserror::Error)]
@@ -95,7 +95,7 @@ impl DataDevice {
                             presence: Arc::new(presence),
                         });
                     }
-                    None => remove(path)?,
+                    None => gone(std::fs::remove_file(path))?,
                 },
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     let draft = store.draft().map_err(io::Error::other)?;
@@ -278,13 +278,6 @@ fn shape(index: &SpanIndex, size: u64) -> Shape {
         size,
         spans: index.len() as u32,
         key,
-    }
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 

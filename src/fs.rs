@@ -167,16 +167,12 @@ impl ImageFs {
     /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let reading = self.read_waiting(ino, offset, size);
-        let read = match self.timeout {
+        match self.timeout {
             None => reading.await,
             Some(timeout) => tokio::time::timeout(timeout, reading)
                 .await
                 .unwrap_or(Err(FsError::Timeout { timeout })),
-        };
-        if let Err(error) = &read {
-            self.image.read_failed(error);
         }
-        read
     }
 
     async fn read_waiting(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {

@@ -213,7 +213,10 @@ impl Filesystem for Adapter {
             self.runtime.spawn(async move {
                 match fs.read(nid, offset, size).await {
                     Ok(bytes) => reply.data(&bytes),
-                    Err(error) => reply.error(report(error)),
+                    Err(error) => {
+                        fs.image().read_failed(&error);
+                        reply.error(errno(&error));
+                    }
                 }
             });
         }

@@ -228,10 +228,17 @@ impl Image {
         &self.layers
     }
 
-    /// Remembers why a read failed, for whoever asks how things are.
+    /// Remembers why a read failed, for whoever asks how things are. The log has it once: a program that keeps trying must
+    /// not fill the disk.
     pub fn read_failed(&self, error: &dyn std::fmt::Display) {
-        let text = format!("a read failed: {error}");
-        *self.last_failure.lock().expect("no panic while locked") = Some(text);
+        let text = Some(format!("a read failed: {error}"));
+        let before = std::mem::replace(
+            &mut *self.last_failure.lock().expect("no panic while locked"),
+            text.clone(),
+        );
+        if before != text {
+            tracing::error!(%error, "answering a read with an error");
+        }
     }
 
     /// Why the last read that failed did.

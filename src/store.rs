@@ -13,15 +13,17 @@
 //! STORE/tmp/RANDOM                   files being written
 //! ```
 //!
-//! Invariants: a file outside `tmp` is complete, because it was renamed there, and each kind carries or is named by a digest
-//! that is checked when it is read; `data` follows the rules of [`crate::device`]. Deleting any of it, at any
-//! time, costs fetches and nothing else. A store that cannot be written still reads, and one that cannot even be opened is
-//! replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
+//! Invariants: a file outside `tmp` is complete, because it was renamed there. Documents are checked against the digest in their
+//! name, spans, toc and extents against one that they carry, when they are read; a tree was flushed before it got its name;
+//! `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else.
+//! What is in a store that cannot be written is used but for `data`; one that cannot even be opened is replaced by
+//! [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
 
 mod map;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -217,7 +219,7 @@ impl Store {
         Some(root.join("trees").join(name))
     }
 
-    /// A fresh private directory for a writable mount.
+    /// Where the private directory of a writable mount is to be.
     pub fn upper_dir(&self, id: &str) -> Result<PathBuf, StoreError> {
         let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
         Ok(root.join("uppers").join(id))
@@ -283,6 +285,21 @@ impl Drop for Draft {
     }
 }
 
+/// The outcome of a removal, for whoever wants the thing gone and does not mind that it was not there.
+pub fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether `path` is a name of the open file.
+pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
+}
+
 fn create_parent(target: &Path) -> io::Result<()> {
     target.parent().map_or(Ok(()), fs::create_dir_all)
 }
@@ -342,18 +359,13 @@ impl LayerDir {
 
     /// Whether `lock` is (still) the file that [`LayerDir::lock_file`] opens.
     pub fn is_lock_file(&self, lock: &File) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let (held, named) = (lock.metadata(), fs::metadata(self.path.join("lock")));
-        matches!((held, named), (Ok(held), Ok(named)) if held.ino() == named.ino() && held.dev() == named.dev())
+        is_at(lock.as_fd(), &self.path.join("lock"))
     }
 
     /// Removes the span index, without which the layer counts as not indexed.
     pub fn forget(&self) -> Result<(), StoreError> {
         let path = self.spans();
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &path, e)),
-            _ => Ok(()),
-        }
+        gone(fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))
     }
 
     /// Bytes the data device occupies on disk; 0 if there is none.

@@ -1,7 +1,6 @@
 //! `ocifs cache`: looking after the store.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -12,7 +11,7 @@ use super::config::Config;
 use super::say;
 use super::units::{Size, human};
 use crate::device::evict_to;
-use crate::store::{LayerDir, Store};
+use crate::store::{LayerDir, Store, gone};
 
 /// Commands of `cache`.
 #[derive(Debug, Subcommand)]
@@ -125,10 +124,7 @@ fn empty(directory: &Path) -> anyhow::Result<()> {
         } else {
             fs::remove_file(&path)
         };
-        match removed {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e).context(format!("{}", path.display())),
-            _ => {}
-        }
+        gone(removed).with_context(|| format!("{}", path.display()))?;
     }
     Ok(())
 }

@@ -22,7 +22,7 @@ use super::config::Config;
 use super::say;
 use super::{ImageArgs, explain, open, progress, runtime};
 use crate::mount::{self, Event, FuseOptions, MountConfig, RunDir, Upper};
-use crate::store::StoreError;
+use crate::store::{StoreError, gone};
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -127,12 +127,7 @@ async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
         // What was attached comes down again; the exit status says nothing that the report did not.
         end(&mut child).await?;
         // One that ended before registering leaves its log, which says what was just said.
-        match std::fs::remove_file(&log_path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!(%error, path = %log_path.display(), "cannot remove the log");
-            }
-            _ => {}
-        }
+        gone(std::fs::remove_file(&log_path)).with_context(|| format!("{}", log_path.display()))?;
         let _turn = entry.turn().await?;
         if entry.record()?.is_none() {
             entry.remove(Some(log.as_fd()))?;
@@ -248,6 +243,9 @@ async fn serve_async(
         options.apply(list)?;
     }
     let upper = upper(&args, &context, &mountpoint)?;
+    if upper.is_some() && options.read_only {
+        bail!("a mount cannot be both writable and -o ro");
+    }
     let preparation = Arc::new(open::prepare(config, &args.image, &context).await?);
     let mount = MountConfig {
         image: args.image.image.clone(),

@@ -11,7 +11,7 @@ use nix::libc;
 
 use super::presence::{PresenceMap, SpanLock, State};
 use crate::index::{SpanId, SpanIndex};
-use crate::store::{FileBytes, LayerDir, Store, StoreError, map_file};
+use crate::store::{FileBytes, LayerDir, Store, StoreError, gone, map_file};
 use crate::toc::{DEVICE_BLOCK, ExtentTable};
 
 /// What an eviction did.
@@ -120,7 +120,7 @@ fn remove_orphan(dir: &LayerDir) {
         return;
     };
     if !dir.spans().exists()
-        && let Err(error) = super::remove(&dir.data())
+        && let Err(error) = gone(std::fs::remove_file(dir.data()))
     {
         tracing::warn!(path = %dir.data().display(), %error, "cannot remove a data device without index");
     }

@@ -12,6 +12,8 @@ pub(super) struct MountEntry {
     pub(super) id: u64,
     pub(super) mountpoint: PathBuf,
     pub(super) fs_type: String,
+    /// What is mounted, as whoever mounted it called it.
+    pub(super) source: String,
 }
 
 /// The topmost mount at exactly `path`, if it is a mount point.
@@ -41,6 +43,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
         id,
         mountpoint,
         fs_type: String::from_utf8_lossy(fields.next()?).into_owned(),
+        source: String::from_utf8_lossy(fields.next()?).into_owned(),
     })
 }
 
@@ -72,7 +75,10 @@ mod tests {
         let entry = parse(line).unwrap();
         assert_eq!(entry.id, 98);
         assert_eq!(entry.mountpoint, Path::new(r"/mnt/a b\c"));
-        assert_eq!(entry.fs_type, "fuse.ocifs");
+        assert_eq!(
+            (entry.fs_type.as_str(), entry.source.as_str()),
+            ("fuse.ocifs", "alpine:latest")
+        );
         assert!(parse(b"nonsense").is_none());
         let line = b"99 30 0:47 / /mnt/\xe9 rw - tmpfs tmpfs rw";
         assert_eq!(

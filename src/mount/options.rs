@@ -32,8 +32,8 @@ pub struct FuseOptions {
     pub dev: bool,
     /// Programs can be run.
     pub exec: bool,
-    /// Access times are never updated (the tree has none to update).
-    pub noatime: bool,
+    /// The user said `ro`, which all but writable mounts are anyway.
+    pub read_only: bool,
 }
 
 impl FuseOptions {
@@ -47,7 +47,7 @@ impl FuseOptions {
             suid: root,
             dev: root,
             exec: true,
-            noatime: true,
+            read_only: false,
         }
     }
 
@@ -65,8 +65,9 @@ impl FuseOptions {
                 "nodev" => self.dev = false,
                 "exec" => self.exec = true,
                 "noexec" => self.exec = false,
+                "ro" => self.read_only = true,
                 // What every ocifs mount has anyway.
-                "ro" | "noatime" | "nodiratime" | "relatime" => {}
+                "noatime" | "nodiratime" | "relatime" => {}
                 _ => {
                     return Err(UnknownOption {
                         option: option.to_owned(),
@@ -88,11 +89,11 @@ impl FuseOptions {
 
     /// Flags of mount(2).
     pub(super) fn flags(&self) -> MsFlags {
-        let mut flags = MsFlags::MS_RDONLY;
+        // The tree has no access times to update.
+        let mut flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
         flags.set(MsFlags::MS_NOSUID, !self.suid);
         flags.set(MsFlags::MS_NODEV, !self.dev);
         flags.set(MsFlags::MS_NOEXEC, !self.exec);
-        flags.set(MsFlags::MS_NOATIME, self.noatime);
         flags
     }
 
@@ -128,7 +129,7 @@ impl FuseOptions {
             (!self.suid, ",nosuid"),
             (!self.dev, ",nodev"),
             (!self.exec, ",noexec"),
-            (self.noatime, ",noatime"),
+            (true, ",noatime"),
         ];
         restrictions
             .iter()

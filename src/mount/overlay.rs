@@ -19,11 +19,21 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 
+use super::mountinfo::MountEntry;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
 
-/// File system types of the mounts made here.
-pub(super) const TYPES: [&str; 2] = ["overlay", "fuse.fuse-overlayfs"];
+/// The source that overlays made by the kernel for ocifs carry.
+const SOURCE: &str = "ocifs";
+
+/// Whether a mount is an overlay that was made here: others may have put theirs in its place.
+pub(super) fn is_ours(mount: &MountEntry) -> bool {
+    match mount.fs_type.as_str() {
+        "overlay" => mount.source == SOURCE,
+        // It names no source, and takes none.
+        fs_type => fs_type == "fuse.fuse-overlayfs",
+    }
+}
 
 /// Where changes go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -179,13 +189,7 @@ impl Layers<'_> {
             data.push(",userxattr");
         }
         let mount = |data: &OsString| {
-            nix::mount::mount(
-                Some("ocifs"),
-                mountpoint,
-                Some("overlay"),
-                flags,
-                Some(data.as_os_str()),
-            )
+            nix::mount::mount(Some(SOURCE), mountpoint, Some("overlay"), flags, Some(data.as_os_str()))
         };
         if volatile {
             let mut data = data.clone();
@@ -268,8 +272,14 @@ fn sweep(own: &Path) {
 
 /// Deletes a private upper directory (and the tmpfs on it, if there is one).
 pub(super) fn discard(scratch: &Path) {
-    // EINVAL when no tmpfs was needed; anything else shows when the directory cannot be removed.
-    let _ = nix::mount::umount2(scratch, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    match nix::mount::umount2(scratch, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // No tmpfs was needed; others than root cannot have made one.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT | Errno::EPERM) => {}
+        Err(error) => {
+            tracing::warn!(path = %scratch.display(), %error, "cannot detach the tmpfs of private changes");
+            return;
+        }
+    }
     let removed = match fs::remove_dir_all(scratch) {
         // Not root, and a directory that was made unwritable, by the user or as fuse-overlayfs makes its work directory.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {

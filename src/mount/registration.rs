@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::mountinfo;
 use super::overlay;
 use super::privilege::{is_system_root, outer_uid};
+use crate::store::{gone, is_at};
 
 /// A new log is given up when this often another process was in the way.
 const LOG_ATTEMPTS: u32 = 100;
@@ -102,10 +103,9 @@ impl MountRecord {
 
     /// Whether anything of it is mounted.
     pub(super) fn is_mounted(&self) -> io::Result<bool> {
-        let has = |path: &Path, types: &[&str]| {
-            mountinfo::at(path).map(|mount| mount.is_some_and(|mount| types.contains(&mount.fs_type.as_str())))
-        };
-        Ok(has(&self.lower, &["fuse.ocifs"])? || (self.writable && has(&self.mountpoint, &overlay::TYPES)?))
+        let image = mountinfo::at(&self.lower)?.is_some_and(|mount| mount.fs_type == "fuse.ocifs");
+        let overlaid = |mount| overlay::is_ours(&mount);
+        Ok(image || (self.writable && mountinfo::at(&self.mountpoint)?.is_some_and(overlaid)))
     }
 }
 
@@ -393,30 +393,21 @@ impl RunEntry {
     /// Removes the registration, and the log unless it is another one than `log`. Only what ocifs put there goes, one by one:
     /// were something still mounted on `lower`, a recursive removal would reach into it.
     pub fn remove(&self, log: Option<BorrowedFd<'_>>) -> Result<(), RegistrationError> {
-        let gone = |path: PathBuf, result: io::Result<()>| match result {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.io(&path)(e)),
-            _ => Ok(()),
-        };
         for name in ["control", "mount.json.part", "mount.json"] {
             let path = self.path.join(name);
-            gone(path.clone(), fs::remove_file(&path))?;
+            gone(fs::remove_file(&path)).map_err(self.io(&path))?;
         }
-        if log.is_none_or(|log| is_at(log, &self.log())) {
-            gone(self.log(), fs::remove_file(self.log()))?;
+        let (log_path, lower) = (self.log(), self.lower());
+        if log.is_none_or(|log| is_at(log, &log_path)) {
+            gone(fs::remove_file(&log_path)).map_err(self.io(&log_path))?;
         }
-        gone(self.lower(), fs::remove_dir(self.lower()))?;
+        gone(fs::remove_dir(&lower)).map_err(self.io(&lower))?;
         match fs::remove_dir(&self.path) {
             // Another process is about to mount here.
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
-            result => gone(self.path.clone(), result),
+            result => gone(result).map_err(self.io(&self.path)),
         }
     }
-}
-
-/// Whether `path` is a name of the open file.
-fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
-    let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
-    matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use crate::fs::{FsError, ImageFs};
 use crate::fuse::{self, Served};
 use crate::image::{Image, ImageError, Preparation};
 use crate::layer::{self, LayerContext};
+use crate::store::gone;
 
 /// What to mount where.
 #[derive(Debug, Clone)]
@@ -285,10 +286,7 @@ impl Mount {
 
     fn listen(&self, calls: mpsc::Sender<control::Call>) -> Result<Control, MountError> {
         let path = self.attached.entry.socket();
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(system("replace a dead control socket")(e)),
-            _ => {}
-        }
+        gone(std::fs::remove_file(&path)).map_err(system("replace a dead control socket"))?;
         let listener = UnixListener::bind(&path).map_err(system("open the control socket"))?;
         Ok(Control::serve(listener, calls))
     }

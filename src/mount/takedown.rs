@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::control::{self, ControlError, Request, Response};
 use super::kernel::{self, KernelMountError};
-use super::mountinfo;
+use super::mountinfo::{self, MountEntry};
 use super::overlay;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::status::{MountState, MountStatus};
@@ -126,19 +126,19 @@ async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownErr
         return Ok(());
     }
     if record.writable {
-        detach_if(&record.mountpoint, &overlay::TYPES)?;
+        detach_if(&record.mountpoint, overlay::is_ours)?;
     }
-    detach_if(&record.lower, &["fuse.ocifs"])?;
+    detach_if(&record.lower, |mount| mount.fs_type == "fuse.ocifs")?;
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
     }
     Ok(entry.remove(None)?)
 }
 
-/// Detaches what is mounted at `path` if it is of one of our types: by now it may be somebody else's.
-fn detach_if(path: &Path, types: &[&str]) -> Result<(), TakedownError> {
+/// Detaches what is mounted at `path` if it is ours: by now it may be somebody else's.
+fn detach_if(path: &Path, ours: impl Fn(&MountEntry) -> bool) -> Result<(), TakedownError> {
     match mountinfo::at(path)? {
-        Some(mount) if types.contains(&mount.fs_type.as_str()) => Ok(kernel::unmount(path, true)?),
+        Some(mount) if ours(&mount) => Ok(kernel::unmount(path, true)?),
         _ => Ok(()),
     }
 }
