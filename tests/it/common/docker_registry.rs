@@ -140,3 +140,26 @@ pub fn skopeo_copy(arguments: &[&str], from: &str, to: &str) {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// Certificate and key for 127.0.0.1 and registry.test, signed by an authority of its own: (authority, certificate, key).
+pub fn certificates(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
+    let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let authority = parameters.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(parameters, key);
+    let server_key = rcgen::KeyPair::generate().unwrap();
+    let names = ["127.0.0.1", "localhost", "registry.test"].map(str::to_owned);
+    let server = rcgen::CertificateParams::new(names.to_vec()).unwrap();
+    let server = server.signed_by(&server_key, &issuer).unwrap();
+    let write = |name: &str, text: String| {
+        let path = directory.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    (
+        write("ca.crt", authority.pem()),
+        write("server.pem", server.pem()),
+        write("server-key.pem", server_key.serialize_pem()),
+    )
+}

@@ -1,7 +1,7 @@
 //! The real program with a store of its own, and real mounts. Needs root and /dev/fuse.
 #![allow(dead_code)]
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -115,9 +115,9 @@ pub fn alive(pid: u32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Type of the file system mounted at exactly `path`.
+/// Type of the file system mounted at exactly `path`, as this thread sees it.
 pub fn mounted_type(path: &Path) -> Option<String> {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap();
+    let table = std::fs::read("/proc/thread-self/mountinfo").unwrap();
     let table = String::from_utf8_lossy(&table);
     let line = table.lines().rfind(|line| line.split(' ').nth(4) == path.to_str())?;
     line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
@@ -128,6 +128,7 @@ pub struct Ocifs {
     directory: TempDir,
     store: PathBuf,
     options: Vec<String>,
+    environment: Vec<(String, OsString)>,
 }
 
 impl Ocifs {
@@ -142,6 +143,7 @@ impl Ocifs {
             store: directory.path().join("store"),
             directory,
             options: Vec::new(),
+            environment: Vec::new(),
         }
     }
 
@@ -158,6 +160,12 @@ impl Ocifs {
             store: store.to_owned(),
             ..Self::new()
         }
+    }
+
+    /// With this variable in the environment of its commands.
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
     }
 
     pub fn store(&self) -> &Path {
@@ -182,7 +190,26 @@ impl Ocifs {
             .env_remove("REGISTRY_AUTH_FILE")
             .env_remove("XDG_RUNTIME_DIR")
             .env_remove("OCIFS_STORE")
-            .env_remove("OCIFS_LOG");
+            .env_remove("OCIFS_LOG")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// A command that SIGINT ends as it does at a terminal: a shell that started the tests in the background has them
+    /// ignore it, and what they start would inherit that.
+    pub fn interruptible<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let direct = self.command(arguments);
+        let mut command = Command::new("env");
+        command
+            .arg("--default-signal=INT")
+            .arg(direct.get_program())
+            .args(direct.get_args());
+        for (name, value) in direct.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
         command
     }
 

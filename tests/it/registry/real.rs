@@ -10,7 +10,7 @@ use ocifs::oci::{Descriptor, Digest, ReferenceSelector};
 use ocifs::registry::{Credential, Fixed, PlainHttp, RegistryClient, RegistryConfig, RegistrySource, Secret};
 
 use super::{config, read};
-use crate::common::docker_registry::{DockerRegistry, Setup, TokenSetup, skopeo_copy};
+use crate::common::docker_registry::{DockerRegistry, Setup, TokenSetup, certificates, skopeo_copy};
 use crate::common::registry::{MANIFEST, TestRegistry, image};
 
 fn layer() -> Vec<u8> {
@@ -92,29 +92,6 @@ async fn plain() {
         .unwrap();
     let error = wrong.root().await.unwrap_err().to_string();
     assert!(error.contains("does not exist or needs a login"), "{error}");
-}
-
-/// Certificate and key for 127.0.0.1, signed by an authority of its own: (authority, certificate, key).
-fn certificates(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
-    let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
-    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let key = rcgen::KeyPair::generate().unwrap();
-    let authority = parameters.self_signed(&key).unwrap();
-    let issuer = rcgen::Issuer::new(parameters, key);
-    let server_key = rcgen::KeyPair::generate().unwrap();
-    let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
-    let server = rcgen::CertificateParams::new(names).unwrap();
-    let server = server.signed_by(&server_key, &issuer).unwrap();
-    let write = |name: &str, text: String| {
-        let path = directory.join(name);
-        std::fs::write(&path, text).unwrap();
-        path
-    };
-    (
-        write("ca.crt", authority.pem()),
-        write("server.pem", server.pem()),
-        write("server-key.pem", server_key.serialize_pem()),
-    )
 }
 
 #[tokio::test]
