@@ -9,6 +9,7 @@ mod common;
 mod erofs;
 mod failures;
 mod index;
+mod kernel_cache;
 mod layout;
 mod mount;
 mod reads;
