@@ -12,6 +12,7 @@ mod index;
 mod kernel_cache;
 mod layout;
 mod mount;
+mod parallel;
 mod reads;
 mod refusals;
 mod registry;
