@@ -6,6 +6,7 @@ mod cache;
 mod cli;
 mod commands;
 mod common;
+mod content;
 mod erofs;
 mod failures;
 mod index;
