@@ -12,6 +12,7 @@ mod failures;
 mod index;
 mod kernel_cache;
 mod layout;
+mod memory;
 mod mount;
 mod parallel;
 mod reads;
