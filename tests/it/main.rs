@@ -10,6 +10,7 @@ mod content;
 mod erofs;
 mod failures;
 mod index;
+mod interrupt;
 mod kernel_cache;
 mod layout;
 mod memory;

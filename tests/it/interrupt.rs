@@ -1,0 +1,158 @@
+//! Ctrl-C, whatever a command waits for.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::{Child, Stdio};
+
+use nix::sys::signal::Signal;
+
+use crate::common::layers::{Blob, Tar, config, noise, push};
+use crate::common::ocifs::{Ocifs, eventually, mounted_type, mountpoint, registration, send, wait};
+use crate::common::registry::{Fault, TestRegistry};
+use ocifs::oci::Digest;
+
+const SIZE: usize = 4 << 20;
+
+struct Scene {
+    registry: TestRegistry,
+    image: String,
+    layer: Blob,
+    config: String,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let registry = TestRegistry::start();
+        let layer = Blob::gzip(&Tar::new().file("f", noise(5, SIZE)).finish());
+        let layers = std::slice::from_ref(&layer);
+        push(&registry, "app", "1", layers);
+        let config = Digest::of(config(layers).to_string().as_bytes());
+        Self {
+            image: format!("{}/app:1", registry.host()),
+            config: format!("/blobs/{config}"),
+            registry,
+            layer,
+        }
+    }
+
+    /// Parts of the targets of requests that a command may be interrupted at.
+    fn requests(&self) -> [String; 3] {
+        ["/manifests/".to_owned(), self.config.clone(), self.layer.path()]
+    }
+}
+
+fn start(ocifs: &Ocifs, arguments: &[&str]) -> Child {
+    ocifs
+        .interruptible(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Bytes on the disk of everything below a directory.
+fn usage(directory: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(directory) else { return 0 };
+    let sizes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => usage(&entry.path()),
+        Ok(metadata) => metadata.blocks() * 512,
+        Err(_) => 0,
+    });
+    sizes.sum()
+}
+
+/// The three commands that wait for a registry, with `path` to mount on.
+fn commands<'a>(image: &'a str, path: &'a str) -> [Vec<&'a str>; 3] {
+    [
+        vec!["mount", "--wait", "ready", image, path],
+        vec!["mount", "--foreground", image, path],
+        vec!["pull", image],
+    ]
+}
+
+/// Runs a command to its end (that of a mount: until it is ready and taken down again) and looks at what it brought.
+fn succeeds(ocifs: &Ocifs, arguments: &[&str], image: &str, path: &Path) {
+    let mount = arguments[0] == "mount";
+    let mut child = start(ocifs, arguments);
+    if mount {
+        eventually("the mount is ready", || {
+            let said = ocifs.run(["status", "--json", path.to_str().unwrap()]);
+            said.code == Some(0) && said.json()["state"] == "ready"
+        });
+        assert!(fs::read(path.join("f")).unwrap() == noise(5, SIZE), "{arguments:?}");
+        ocifs.ok(["umount", path.to_str().unwrap()]);
+    }
+    assert!(
+        wait(&mut child, "a command that is not interrupted").success(),
+        "{arguments:?}"
+    );
+    assert!(ocifs.ok(["cat", image, "f"]).stdout == noise(5, SIZE), "{arguments:?}");
+}
+
+/// Interrupts a command and looks for what must not be left.
+fn interrupt(mut child: Child, path: &Path, what: &str) {
+    send(child.id(), Signal::SIGINT);
+    let status = wait(&mut child, &format!("{what} after SIGINT"));
+    // A mount in the foreground that stands ends well by a signal; whoever still waited for something does not.
+    assert!(!status.success() || what.contains("--foreground"), "{what}: {status}");
+    assert_eq!(mounted_type(path), None, "{what}");
+    assert!(!registration(path).exists(), "{what}");
+}
+
+#[test]
+fn ctrl_c_leaves_nothing_whatever_is_waited_for() {
+    let scene = Scene::new();
+    for request in scene.requests() {
+        let directory = mountpoint();
+        let path = directory.path();
+        for arguments in commands(&scene.image, path.to_str().unwrap()) {
+            let ocifs = Ocifs::new();
+            let what = format!("{arguments:?} at {request}");
+            scene.registry.clear_log();
+            scene.registry.hold(&request);
+            let child = start(&ocifs, &arguments);
+            eventually(&what, || scene.registry.count(&request) > 0);
+            interrupt(child, path, &what);
+            scene.registry.release();
+            succeeds(&ocifs, &arguments, &scene.image, path);
+        }
+    }
+}
+
+#[test]
+fn ctrl_c_in_the_middle_of_a_layer_leaves_nothing_that_is_believed() {
+    let scene = Scene::new();
+    let directory = mountpoint();
+    let path = directory.path();
+    for arguments in commands(&scene.image, path.to_str().unwrap()) {
+        let ocifs = Ocifs::new();
+        let half = scene.layer.bytes.len() / 2;
+        scene.registry.fault(&scene.layer.path(), 1, Fault::Stall(half));
+        let child = start(&ocifs, &arguments);
+        eventually("a part of the layer is on the disk", || {
+            usage(ocifs.store()) > SIZE as u64 / 4
+        });
+        interrupt(child, path, &format!("{arguments:?} in the layer"));
+        succeeds(&ocifs, &arguments, &scene.image, path);
+    }
+}
+
+#[test]
+fn a_mount_in_the_foreground_serves_until_it_is_interrupted() {
+    let scene = Scene::new();
+    let ocifs = Ocifs::new();
+    let directory = mountpoint();
+    let path = directory.path();
+    let mut child = start(&ocifs, &["mount", "--foreground", &scene.image, path.to_str().unwrap()]);
+    eventually("it is mounted", || mounted_type(path).as_deref() == Some("fuse.ocifs"));
+    assert!(fs::read(path.join("f")).unwrap() == noise(5, SIZE));
+    assert!(child.try_wait().unwrap().is_none(), "it stays");
+    let status = ocifs.ok(["status", "--json", path.to_str().unwrap()]).json();
+    assert_eq!(status["pid"], child.id());
+    send(child.id(), Signal::SIGINT);
+    assert!(wait(&mut child, "a mount in the foreground").success());
+    assert_eq!(mounted_type(path), None);
+    assert!(!registration(path).exists());
+}
