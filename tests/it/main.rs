@@ -16,6 +16,7 @@ mod layout;
 mod memory;
 mod mount;
 mod parallel;
+mod progress;
 mod reads;
 mod refusals;
 mod registry;
