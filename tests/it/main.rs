@@ -13,6 +13,7 @@ mod index;
 mod interrupt;
 mod kernel_cache;
 mod layout;
+mod logins;
 mod memory;
 mod mount;
 mod parallel;
