@@ -25,4 +25,5 @@ mod structure;
 mod toc;
 mod tree;
 mod unprivileged;
+mod waiting;
 mod writable;
