@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tempfile::TempDir;
 
 use crate::common::layers::{Blob, Tar, config, noise, push};
-use crate::common::ocifs::{Ocifs, eventually, mounted_type, mountpoint, registration, send, wait};
+use crate::common::ocifs::{Ocifs, eventually, mounted_type, mountpoint, registration, send, tool, wait};
 use crate::common::registry::{Fault, TestRegistry};
 use ocifs::oci::Digest;
 
@@ -42,14 +45,42 @@ impl Scene {
     }
 }
 
+/// The program, with nothing but a signal to end its waiting.
+fn patient() -> Ocifs {
+    Ocifs::with(&["--timeout", "never"])
+}
+
+/// Starts a command in a process group of its own, as a shell does.
 fn start(ocifs: &Ocifs, arguments: &[&str]) -> Child {
     ocifs
         .interruptible(arguments)
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap()
+}
+
+/// A directory to mount on, cleared when dropped, whatever a test found.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(mountpoint())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if mounted_type(self.path()).is_some() {
+            tool("umount", [Path::new("--lazy"), self.path()]);
+        }
+    }
 }
 
 /// Bytes on the disk of everything below a directory.
@@ -91,9 +122,9 @@ fn succeeds(ocifs: &Ocifs, arguments: &[&str], image: &str, path: &Path) {
     assert!(ocifs.ok(["cat", image, "f"]).stdout == noise(5, SIZE), "{arguments:?}");
 }
 
-/// Interrupts a command and looks for what must not be left.
+/// Interrupts a command, all of its processes as a terminal does, and looks for what must not be left.
 fn interrupt(mut child: Child, path: &Path, what: &str) {
-    send(child.id(), Signal::SIGINT);
+    killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let status = wait(&mut child, &format!("{what} after SIGINT"));
     // A mount in the foreground that stands ends well by a signal; whoever still waited for something does not.
     assert!(!status.success() || what.contains("--foreground"), "{what}: {status}");
@@ -105,10 +136,10 @@ fn interrupt(mut child: Child, path: &Path, what: &str) {
 fn ctrl_c_leaves_nothing_whatever_is_waited_for() {
     let scene = Scene::new();
     for request in scene.requests() {
-        let directory = mountpoint();
+        let directory = Place::new();
         let path = directory.path();
         for arguments in commands(&scene.image, path.to_str().unwrap()) {
-            let ocifs = Ocifs::new();
+            let ocifs = patient();
             let what = format!("{arguments:?} at {request}");
             scene.registry.clear_log();
             scene.registry.hold(&request);
@@ -124,10 +155,10 @@ fn ctrl_c_leaves_nothing_whatever_is_waited_for() {
 #[test]
 fn ctrl_c_in_the_middle_of_a_layer_leaves_nothing_that_is_believed() {
     let scene = Scene::new();
-    let directory = mountpoint();
+    let directory = Place::new();
     let path = directory.path();
     for arguments in commands(&scene.image, path.to_str().unwrap()) {
-        let ocifs = Ocifs::new();
+        let ocifs = patient();
         let half = scene.layer.bytes.len() / 2;
         scene.registry.fault(&scene.layer.path(), 1, Fault::Stall(half));
         let child = start(&ocifs, &arguments);
@@ -143,7 +174,7 @@ fn ctrl_c_in_the_middle_of_a_layer_leaves_nothing_that_is_believed() {
 fn a_mount_in_the_foreground_serves_until_it_is_interrupted() {
     let scene = Scene::new();
     let ocifs = Ocifs::new();
-    let directory = mountpoint();
+    let directory = Place::new();
     let path = directory.path();
     let mut child = start(&ocifs, &["mount", "--foreground", &scene.image, path.to_str().unwrap()]);
     eventually("it is mounted", || mounted_type(path).as_deref() == Some("fuse.ocifs"));
