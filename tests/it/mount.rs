@@ -252,6 +252,18 @@ fn umount_by_other_programs_ends_the_process() {
 }
 
 #[test]
+fn a_lazy_unmount_ends_what_waits_while_nothing_is_answered() {
+    let (registry, image, layer) = hello_image();
+    registry.hold(&layer.path());
+    let ocifs = Ocifs::with(&["--timeout", "never"]);
+    let mount = ocifs.mount_with(&image, &[]);
+    let mut child = waiting_stat(&mount);
+    assert_eq!(mount.umount(&["--lazy"]).code, Some(0));
+    assert!(!wait(&mut child, "stat of what is gone").success());
+    mount.assert_gone();
+}
+
+#[test]
 fn interrupting_a_waiting_mount_leaves_nothing() {
     let (registry, image, layer) = hello_image();
     registry.hold(&layer.path());
