@@ -60,6 +60,11 @@ impl Attached {
         Ok(())
     }
 
+    /// Whoever took the mounts down, they are gone: another one may have got the id of one of them by now.
+    pub(super) fn forget_mounts(&mut self) {
+        self.mounts.clear();
+    }
+
     /// Takes everything down. Without `lazy` it stops, with everything standing, if something is in use.
     pub(super) fn detach(&mut self, lazy: bool) -> Result<(), MountError> {
         while let Some(mounted) = self.mounts.last() {

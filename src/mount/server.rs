@@ -260,10 +260,16 @@ impl Mount {
                 }
                 () = signals.next() => return Ok(leaving.map(|leaving| leaving.answer)),
                 // Somebody else unmounted it before there was a session to end.
-                () = kernel::gone(watched.as_ref()) => return Ok(None),
+                () = kernel::gone(watched.as_ref()) => {
+                    self.attached.forget_mounts();
+                    return Ok(None);
+                }
                 result = &mut session_end, if unstarted.is_none() => {
                     match result {
-                        Ok(Ok(())) => tracing::info!("unmounted"),
+                        Ok(Ok(())) => {
+                            tracing::info!("unmounted");
+                            self.attached.forget_mounts();
+                        }
                         Ok(Err(error)) => tracing::error!(%error, "the FUSE session ended"),
                         Err(_) => tracing::error!("the thread of the FUSE session ended"),
                     }
