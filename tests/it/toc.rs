@@ -1,7 +1,7 @@
 //! The table of contents of tars that real programs wrote, against what GNU tar makes of the same tars on a real file system.
 //!
 //! Needs root (owners, devices, capabilities) and `tar`, `getfattr`, `setfattr`, `setcap`; `bsdtar` and `python3` where a test says
-//! so. What is missing is said on stderr and skipped.
+//! so.
 
 mod real_tree;
 
@@ -21,25 +21,32 @@ use real_tree::{Features, GNU, PAX, USTAR, V7, getfattr, make_tree, walk};
 
 type Bytes = Box<[u8]>;
 
-fn have(program: &str) -> bool {
+/// Panics where a program is missing; `package` is Debian's that has it.
+fn need(program: &str, package: &str) {
     let found = Command::new(program)
         .arg("--version")
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .status()
-        .is_ok();
-    if !found {
-        eprintln!("SKIPPED: {program} is not installed");
+        .status();
+    if let Err(error) = found {
+        panic!("tests of tars that real programs wrote need {program} ({package}): {error}");
     }
-    found
 }
 
-fn ready() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        eprintln!("SKIPPED: needs root");
+/// What all of these tests need.
+fn need_basics() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "tests of tars with owners and devices need root"
+    );
+    for (program, package) in [
+        ("tar", "tar"),
+        ("getfattr", "attr"),
+        ("setfattr", "attr"),
+        ("setcap", "libcap2-bin"),
+    ] {
+        need(program, package);
     }
-    root && have("tar") && have("getfattr")
 }
 
 fn run(command: &mut Command) -> Vec<u8> {
@@ -205,9 +212,7 @@ fn check_writer(
 }
 
 fn gnu_tar(features: Features, options: &[&str]) {
-    if !ready() {
-        return;
-    }
+    need_basics();
     let mut label = "tar".to_owned();
     options.iter().for_each(|option| label.extend([" ", option]));
     let sparse = check_writer(features, 0..2, &label, |tree| {
@@ -272,9 +277,8 @@ fn gnu_tar_pax() {
 
 #[test]
 fn bsdtar() {
-    if !ready() || !have("bsdtar") {
-        return;
-    }
+    need_basics();
+    need("bsdtar", "libarchive-tools");
     // bsdtar 3.6 loses the directory of sparse files whose names are not UTF-8.
     let pax = Features {
         raw_names: false,
@@ -292,9 +296,8 @@ fn bsdtar() {
 
 #[test]
 fn python_tarfile() {
-    if !ready() || !have("python3") {
-        return;
-    }
+    need_basics();
+    need("python3", "python3");
     const SCRIPT: &str = "import sys, tarfile
 with tarfile.open(fileobj=sys.stdout.buffer, mode='w|', format=getattr(tarfile, sys.argv[2])) as t:
     t.add(sys.argv[1], arcname='/')";
@@ -308,9 +311,8 @@ with tarfile.open(fileobj=sys.stdout.buffer, mode='w|', format=getattr(tarfile, 
 /// libarchive writes every attribute twice; the base64 spelling alone must do too.
 #[test]
 fn both_spellings_of_attributes() {
-    if !ready() || !have("bsdtar") {
-        return;
-    }
+    need_basics();
+    need("bsdtar", "libarchive-tools");
     let tree = tempfile::tempdir().unwrap();
     let file = tree.path().join("f");
     fs::write(&file, "x").unwrap();

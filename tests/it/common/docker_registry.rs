@@ -1,10 +1,10 @@
 //! A real `docker-registry` process on an ephemeral port, in a temporary directory, killed when dropped.
 #![allow(dead_code)]
 
-use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+
+use super::ocifs::eventually;
 
 /// How the registry is set up.
 #[derive(Debug, Clone, Default)]
@@ -35,30 +35,32 @@ pub struct DockerRegistry {
 }
 
 impl DockerRegistry {
-    /// Starts it and waits until it listens; `None`, said on stderr, if the program is not installed.
-    pub fn start(setup: &Setup) -> Option<Self> {
+    /// Starts it and waits until it listens.
+    pub fn start(setup: &Setup) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = directory.path().join("config.yml");
-        std::fs::write(&config, configuration(setup, port, directory.path())).unwrap();
+        std::fs::write(&config, configuration(setup, directory.path())).unwrap();
         let log = std::fs::File::create(directory.path().join("log")).unwrap();
-        let started = Command::new("docker-registry")
+        let child = Command::new("docker-registry")
             .arg("serve")
             .arg(&config)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
-            .spawn();
-        let child = match started {
-            Ok(child) => child,
-            Err(error) => {
-                eprintln!("skipped: docker-registry: {error}");
-                return None;
-            }
+            .spawn()
+            .unwrap_or_else(|e| panic!("tests with a real registry need docker-registry (docker-registry): {e}"));
+        let mut registry = Self {
+            child,
+            port: 0,
+            directory,
         };
-        let mut registry = Self { child, port, directory };
-        registry.wait_until_ready();
-        Some(registry)
+        eventually("docker-registry listens", || {
+            let ended = registry.child.try_wait().unwrap();
+            assert!(ended.is_none(), "docker-registry ended: {}", registry.log());
+            registry.port = listening_port(registry.child.id()).unwrap_or(0);
+            registry.port != 0
+        });
+        registry
     }
 
     /// `127.0.0.1:port`.
@@ -70,20 +72,6 @@ impl DockerRegistry {
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
-
-    fn wait_until_ready(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none(), "docker-registry ended: {}", self.log());
-            assert!(
-                Instant::now() < deadline,
-                "docker-registry does not listen: {}",
-                self.log()
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
 }
 
 impl Drop for DockerRegistry {
@@ -93,9 +81,30 @@ impl Drop for DockerRegistry {
     }
 }
 
-fn configuration(setup: &Setup, port: u16, directory: &Path) -> String {
+/// The TCP port a process listens on.
+fn listening_port(pid: u32) -> Option<u16> {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    // `socket:[INODE]`
+    let sockets: Vec<String> = descriptors
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter_map(|target| {
+            let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            Some(inode.to_owned())
+        })
+        .collect();
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp")).ok()?;
+    table.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let listens =
+            fields.get(3) == Some(&"0A") && sockets.iter().any(|inode| fields.get(9) == Some(&inode.as_str()));
+        let (_, port) = fields.get(1).filter(|_| listens)?.split_once(':')?;
+        u16::from_str_radix(port, 16).ok()
+    })
+}
+
+fn configuration(setup: &Setup, directory: &Path) -> String {
     let mut text = format!(
-        "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: 127.0.0.1:{port}\n",
+        "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: 127.0.0.1:0\n",
         directory.join("data").display()
     );
     if let Some((certificate, key)) = &setup.tls {
@@ -110,7 +119,7 @@ fn configuration(setup: &Setup, port: u16, directory: &Path) -> String {
         let made = Command::new("htpasswd")
             .args(["-Bbn", user, password])
             .output()
-            .unwrap();
+            .unwrap_or_else(|e| panic!("tests with a password need htpasswd (apache2-utils): {e}"));
         std::fs::write(&file, made.stdout).unwrap();
         text += &format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", file.display());
     }
@@ -133,7 +142,7 @@ pub fn skopeo_copy(arguments: &[&str], from: &str, to: &str) {
         .args(arguments)
         .args([from, to])
         .output()
-        .unwrap();
+        .unwrap_or_else(|e| panic!("tests that copy images need skopeo (skopeo): {e}"));
     assert!(
         output.status.success(),
         "skopeo: {}",

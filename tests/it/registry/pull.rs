@@ -6,7 +6,7 @@ use ocifs::oci::{Digest, ReferenceSelector};
 use ocifs::registry::Puller;
 
 use super::client;
-use crate::common::registry::{Fault, INDEX, TestRegistry, architecture, image};
+use crate::common::registry::{Fault, INDEX, TestRegistry, architecture};
 
 fn layers() -> Vec<Vec<u8>> {
     vec![vec![1; 100_000], vec![2; 5]]
@@ -120,16 +120,14 @@ fn inspect_with_skopeo(directory: &std::path::Path, digest: &Digest) {
     let output = std::process::Command::new("skopeo")
         .args(["inspect", "--format", "{{.Digest}}"])
         .arg(format!("oci:{}", directory.display()))
-        .output();
-    match output {
-        Ok(output) => assert_eq!(
-            String::from_utf8_lossy(&output.stdout).trim(),
-            digest.to_string(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        ),
-        Err(error) => eprintln!("skipped: skopeo: {error}"),
-    }
+        .output()
+        .unwrap_or_else(|e| panic!("tests of layouts need skopeo (skopeo): {e}"));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).trim(),
+        digest.to_string(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 #[tokio::test]
@@ -156,9 +154,4 @@ async fn a_corrupt_layer_leaves_nothing_behind() {
         "{left:?}"
     );
     assert!(!directory.path().join("index.json").exists());
-    assert_eq!(
-        image(&layers()).manifest,
-        image(&layers()).manifest,
-        "the test image is deterministic"
-    );
 }
