@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::layers::{Blob, Tar, header, noise, push};
-use crate::common::ocifs::{Ocifs, bounded, mountpoint, tool};
+use crate::common::ocifs::{Ocifs, bounded, isolate, mountpoint, tool};
 use crate::common::registry::TestRegistry;
 
 fn layers() -> [Blob; 2] {
@@ -173,12 +173,12 @@ fn ls_and_cat_look_into_an_image() {
     // Who reads no further is no reason to complain.
     let script = format!("\"$@\" cat {image} data data data data | head -c 10");
     let command = ocifs.command([""; 0]);
-    let said = bounded(
-        Command::new("bash")
-            .args(["-o", "pipefail", "-c", &script, "sh"])
-            .arg(command.get_program())
-            .args(command.get_args()),
-    );
+    let mut pipe = Command::new("bash");
+    pipe.args(["-o", "pipefail", "-c", &script, "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    isolate(&mut pipe, ocifs.home());
+    let said = bounded(&mut pipe);
     assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
 }
 

@@ -20,6 +20,7 @@ const UID: u32 = 64_321;
 /// Prepares the namespace, then becomes the user. Arguments: the user's id, its directory, the program, the script.
 const SETUP: &str = r#"
 set -eu
+umask 022
 uid=$1 dir=$2 program=$3
 mount -t tmpfs -o mode=755 tmpfs "$dir/system"
 mknod -m 666 "$dir/system/fuse" c 10 229
@@ -28,8 +29,11 @@ mount --bind "$dir/system/fuse" /dev/fuse
 mount --bind "$dir/system/passwd" /etc/passwd
 echo "$FUSE_CONF" > "$dir/system/fuse.conf"
 mount --bind "$dir/system/fuse.conf" /etc/fuse.conf
-touch "$dir/system/ocifs"
-mount --bind "$program" "$dir/system/ocifs"
+# The user may not be allowed to run what the caller built.
+install -m 755 "$program" "$dir/system/ocifs"
+# A configuration of this machine is none of the test's.
+touch "$dir/system/empty"
+[ ! -e /etc/ocifs.toml ] || mount --bind "$dir/system/empty" /etc/ocifs.toml
 cd "$dir/home"
 exec setpriv --reuid "$uid" --regid "$uid" --clear-groups env -i HOME="$dir/home" XDG_RUNTIME_DIR="$dir/run" \
     PATH="$dir/system:/usr/sbin:/usr/bin:/sbin:/bin" IMAGE="oci:$dir/image" DIR="$dir" bash -euc "$HELPERS$4"
@@ -84,6 +88,7 @@ impl User {
                 b"#!/bin/sh\necho I ran\n",
             );
         oci_layout::write(&at("image"), &[Blob::gzip(&tar.finish())]);
+        make_readable(&at("image"));
         Self {
             directory,
             fuse_conf: "",
@@ -114,6 +119,17 @@ impl User {
             .filter(|path| path.join("log").exists());
         assert_eq!(registrations.next(), None);
         said.text().to_owned()
+    }
+}
+
+/// Lets everybody read a tree, whatever the umask was when it was made.
+fn make_readable(path: &Path) {
+    let mode = if path.is_dir() { 0o755 } else { 0o644 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    if path.is_dir() {
+        for entry in fs::read_dir(path).unwrap() {
+            make_readable(&entry.unwrap().path());
+        }
     }
 }
 

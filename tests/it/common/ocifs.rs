@@ -123,6 +123,24 @@ pub fn mounted_type(path: &Path) -> Option<String> {
     line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
 }
 
+/// The program, with nothing of how this machine and its user are set up: no configuration file, no environment.
+pub fn program(home: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
+    // The default file is not read if another one is named; where a test names one, that counts.
+    isolate(&mut command, home);
+    command.env("OCIFS_CONFIG", "/dev/null");
+    command
+}
+
+/// Takes all variables but the search path away, and makes `home` the only place for credential files (but for
+/// /run/containers, which no variable moves).
+pub fn isolate(command: &mut Command, home: &Path) {
+    command.env_clear().env("HOME", home);
+    if let Some(path) = std::env::var_os("PATH") {
+        command.env("PATH", path);
+    }
+}
+
 /// The program with a private store.
 pub struct Ocifs {
     directory: TempDir,
@@ -178,19 +196,12 @@ impl Ocifs {
     }
 
     pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
+        let mut command = program(self.home());
         command
             .arg("--store")
             .arg(self.store())
             .args(&self.options)
-            .args(arguments);
-        command
-            .env("HOME", self.home())
-            .env_remove("DOCKER_CONFIG")
-            .env_remove("REGISTRY_AUTH_FILE")
-            .env_remove("XDG_RUNTIME_DIR")
-            .env_remove("OCIFS_STORE")
-            .env_remove("OCIFS_LOG")
+            .args(arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
@@ -200,15 +211,13 @@ impl Ocifs {
     pub fn interruptible<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let direct = self.command(arguments);
         let mut command = Command::new("env");
+        isolate(&mut command, self.home());
         command
             .arg("--default-signal=INT")
             .arg(direct.get_program())
             .args(direct.get_args());
         for (name, value) in direct.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
+            command.env(name, value.expect("no variable is taken away one by one"));
         }
         command
     }
@@ -248,7 +257,11 @@ impl Ocifs {
         arguments.push(directory.path().to_str().unwrap());
         let said = self.ok(&arguments).json();
         let pid = said["pid"].as_u64().unwrap() as u32;
-        Mounted { directory, pid }
+        Mounted {
+            directory,
+            home: self.home().to_owned(),
+            pid,
+        }
     }
 
     /// A mount that must fail, and leave nothing: the error.
@@ -283,6 +296,7 @@ pub fn registration(mountpoint: &Path) -> PathBuf {
 /// A mount, taken down when dropped.
 pub struct Mounted {
     directory: TempDir,
+    home: PathBuf,
     pub pid: u32,
 }
 
@@ -315,22 +329,13 @@ impl Mounted {
     }
 
     pub fn status(&self) -> Value {
-        let said = bounded(
-            Command::new(env!("CARGO_BIN_EXE_ocifs"))
-                .args(["status", "--json"])
-                .arg(self.path()),
-        );
+        let said = bounded(program(&self.home).args(["status", "--json"]).arg(self.path()));
         assert_eq!(said.code, Some(0), "{said:?}");
         said.json()
     }
 
     pub fn umount(&self, options: &[&str]) -> Said {
-        bounded(
-            Command::new(env!("CARGO_BIN_EXE_ocifs"))
-                .arg("umount")
-                .args(options)
-                .arg(self.path()),
-        )
+        bounded(program(&self.home).arg("umount").args(options).arg(self.path()))
     }
 
     /// Directory of the registration.
