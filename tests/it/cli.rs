@@ -1,8 +1,9 @@
 //! What commands print, and images written out again.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::layers::{Blob, Tar, header, noise, push};
@@ -69,6 +70,24 @@ for directory, names, files in os.walk(root):
     lines.sort_unstable();
     assert!(lines.len() >= 12, "{lines:?}");
     lines
+}
+
+/// Paths below a directory and their inode numbers.
+fn inodes(root: &Path) -> BTreeMap<PathBuf, u64> {
+    let mut found = BTreeMap::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = fs::symlink_metadata(&path).unwrap();
+            found.insert(path.strip_prefix(root).unwrap().to_owned(), metadata.ino());
+            if metadata.is_dir() {
+                directories.push(path);
+            }
+        }
+    }
+    assert!(found.len() >= 12, "{found:?}");
+    found
 }
 
 #[test]
@@ -235,10 +254,12 @@ fn an_exported_disk_is_the_mount() {
             &root,
         ],
     );
-    let kernel = std::panic::catch_unwind(|| dump(&root));
+    let kernel = std::panic::catch_unwind(|| (dump(&root), inodes(&root)));
     tool("umount", [&root]);
-    assert_eq!(kernel.unwrap(), dump(mount.path()));
-    // Inode numbers too: both are the tree's.
+    let (tree, numbers) = kernel.unwrap();
+    assert_eq!(tree, dump(mount.path()));
+    // Inode numbers too: both are the tree's. (The root of FUSE always has number 1.)
+    assert_eq!(numbers, inodes(mount.path()));
     assert!(ocifs.ok(["export", "--format", "erofs", &image]).stdout == fs::read(&disk).unwrap());
 }
 
