@@ -1,5 +1,6 @@
 //! What several test modules share.
 
+pub mod closed_port;
 pub mod docker_registry;
 pub mod layers;
 pub mod oci_layout;

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use ocifs::oci::Digest;
 use serde_json::json;
 
+use crate::common::closed_port::ClosedPort;
 use crate::common::layers::{Blob, Tar, config, descriptor, header, manifest, noise, push, push_with};
 use crate::common::ocifs::Ocifs;
 use crate::common::registry::{Fault, Guard, INDEX, MANIFEST, TestRegistry, architecture};
@@ -64,15 +65,10 @@ fn unknown_names_are_answered_with_what_exists() {
 #[test]
 fn unreachable_and_unwilling_registries_are_named() {
     let ocifs = Ocifs::with(&["--timeout", "5s"]);
-    let free = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let error = ocifs.mount_fails(&format!("{free}/app:1"), &[]);
-    assert!(
-        error.contains("cannot reach") && error.contains(&free.to_string()),
-        "{error}"
-    );
+    let closed = ClosedPort::new();
+    let host = closed.address().to_string();
+    let error = ocifs.mount_fails(&format!("{host}/app:1"), &[]);
+    assert!(error.contains("cannot reach") && error.contains(&host), "{error}");
     let error = ocifs.mount_fails("registry.invalid/app:1", &[]);
     assert!(error.contains("registry.invalid"), "{error}");
 
@@ -86,13 +82,15 @@ fn unreachable_and_unwilling_registries_are_named() {
     let host = registry.host();
     let image = format!("{host}/app:1");
     registry.guard(Guard::Basic("me".into(), "secret".into()));
-    let error = ocifs.mount_fails(&image, &[]);
-    assert!(
-        error.contains("wants a login") && error.contains("config.json"),
-        "{error}"
-    );
     let docker = ocifs.home().join(".docker");
     std::fs::create_dir(&docker).unwrap();
+    // Somebody else's login: the machine may have files of its own without one for this registry.
+    std::fs::write(docker.join("config.json"), r#"{"auths": {}}"#).unwrap();
+    let error = ocifs.mount_fails(&image, &[]);
+    assert!(
+        error.contains("wants a login") && error.contains(".docker/config.json has no entry for"),
+        "{error}"
+    );
     let login = |password: &str| {
         use base64::Engine as _;
         let auth = base64::engine::general_purpose::STANDARD.encode(format!("me:{password}"));
@@ -337,16 +335,12 @@ fn hostile_tars_end_in_an_error_or_a_sound_tree() {
         .link(tar::EntryType::Link, "self", "self")
         .file("after", "x")
         .finish();
-    match mount("cycle", cycle) {
-        Ok(listing) => assert!(listing.contains("after"), "{listing}"),
-        Err(error) => assert!(error.contains('a'), "{error}"),
-    }
+    let error = mount("cycle", cycle).unwrap_err();
+    assert!(error.contains("leads back to itself"), "{error}");
     // GNU.sparse of an exbibyte with a byte at its start.
     let sparse = Tar::new().sparse("exbibyte", 1 << 60, &[(0, b"!")]).finish();
-    match mount("sparse", sparse) {
-        Ok(listing) => assert!(listing.contains("1152921504606846976"), "{listing}"),
-        Err(error) => assert!(error.contains("exbibyte"), "{error}"),
-    }
+    let error = mount("sparse", sparse).unwrap_err();
+    assert!(error.contains("exbibyte") && error.contains("does not fit"), "{error}");
     let mut huge = header(b"huge", tar::EntryType::XHeader, 0o644, 0);
     huge.set_size(0o77_777_777_777);
     let error = mount("pax", Tar::new().raw(huge, b"").finish()).unwrap_err();
