@@ -183,6 +183,11 @@ impl TestRegistry {
         self.state(|state| state.rules.push((part.to_owned(), times, fault)));
     }
 
+    /// Requests that will still have a fault.
+    pub fn faults_left(&self) -> usize {
+        self.state(|state| state.rules.iter().map(|(_, times, _)| times).sum())
+    }
+
     /// Ends all faults.
     pub fn clear_faults(&self) {
         self.state(|state| state.rules.clear());
