@@ -1,6 +1,7 @@
 //! The store's limit: eviction, `cache` commands, and reads that go on meanwhile.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ocifs::device::DataDevice;
@@ -52,6 +53,26 @@ fn usage(store: &Path) -> u64 {
     let layers = std::fs::read_dir(store.join("layers")).unwrap();
     let data = layers.map(|layer| std::fs::metadata(layer.unwrap().path().join("data")));
     data.map(|m| m.map_or(0, |m| m.blocks() * 512)).sum()
+}
+
+/// All files of a store but the data devices: indexes, trees and documents.
+fn made(store: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut directories: Vec<_> = ["layers", "trees", "documents"].map(|name| store.join(name)).into();
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.file_name().unwrap() != "data" {
+                found.insert(
+                    path.strip_prefix(store).unwrap().to_owned(),
+                    std::fs::read(&path).unwrap(),
+                );
+            }
+        }
+    }
+    found
 }
 
 #[test]
@@ -127,12 +148,22 @@ fn reads_go_on_whatever_the_cache_commands_delete() {
         assert!(dropping.join().unwrap() > 0);
         read.unwrap();
     });
+    let kept = made(ocifs.store());
+    for kind in ["layers", "trees", "documents"] {
+        assert!(
+            kept.keys().any(|path| path.starts_with(kind)),
+            "no {kind}: {:?}",
+            kept.keys()
+        );
+    }
     ocifs.ok(["cache", "drop"]);
     // Of each of the two layers the map of what is there stays.
     assert!(usage(ocifs.store()) <= 2 * 4096);
+    assert!(made(ocifs.store()) == kept, "indexes, trees and documents stay");
 
     ocifs.ok(["cache", "drop", "--all"]);
     assert_eq!(ocifs.ok(["cache", "list", "--json"]).text().trim(), "[]");
+    assert_eq!(made(ocifs.store()).into_keys().collect::<Vec<_>>(), [] as [PathBuf; 0]);
     read_all(&mount, 3);
     // Somebody else starts afresh from the empty store.
     let other = ocifs.mount(&image);
@@ -213,8 +244,20 @@ fn damaged_indexes_are_made_again() {
         let layers = std::fs::read_dir(ocifs.store().join("layers")).unwrap();
         layers.map(|layer| layer.unwrap().path().join(name)).collect()
     };
-    for name in ["spans", "toc", "extents", "data"] {
-        for path in files(name) {
+    // What is damaged, and whether the layers have to be streamed again.
+    for (name, streamed) in [
+        ("spans", true),
+        ("toc", true),
+        ("extents", true),
+        ("data", false),
+        ("tree", false),
+    ] {
+        // Or intact data would hide that a bad index is believed. (Data that is damaged has to be there.)
+        if name != "data" {
+            ocifs.ok(["cache", "drop"]);
+        }
+        registry.clear_log();
+        for path in files(name).into_iter().filter(|path| path.exists()) {
             let mut bytes = std::fs::read(&path).unwrap();
             // Content of the device that goes bad is the disk's matter; a device that lost its end is not one.
             match name {
@@ -230,7 +273,26 @@ fn damaged_indexes_are_made_again() {
             std::fs::write(tree.unwrap().path(), b"no tree").unwrap();
         }
         let mount = ocifs.mount(&image);
+        let status = mount.status();
+        let layers = status["layers"].as_array().unwrap();
+        assert_eq!(layers.len(), 2);
+        // Requests for a layer, without a range and with one.
+        let requests = |layer: &serde_json::Value| {
+            let digest = layer["digest"].as_str().unwrap();
+            let log = registry.log();
+            let (ranged, whole): (Vec<_>, Vec<_>) = log
+                .iter()
+                .filter(|logged| logged.target.contains(digest))
+                .partition(|logged| logged.headers.contains_key("range"));
+            (whole.len(), ranged.len())
+        };
+        for layer in layers {
+            assert_eq!(requests(layer), (usize::from(streamed), 0), "{name}: {layer}");
+        }
         read_all(&mount, 0);
+        for layer in layers {
+            let (whole, ranged) = requests(layer);
+            assert_eq!((whole == 1, ranged > 0), (streamed, !streamed), "{name}: {layer}");
+        }
     }
-    assert!(registry.count("/blobs/") > 2);
 }
