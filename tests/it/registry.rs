@@ -15,6 +15,7 @@ use ocifs::blob::{BlobError, BlobSource};
 use ocifs::oci::{Descriptor, Digest, ReferenceSelector};
 use ocifs::registry::{Anonymous, CredentialSource, RegistryBlob, RegistryClient, RegistryConfig, RegistrySource};
 
+use crate::common::ocifs::PATIENCE;
 use crate::common::registry::TestRegistry;
 
 /// Settings without credentials, patient enough for a loaded machine.
@@ -82,6 +83,17 @@ fn blob(client: &RegistryClient, registry: &TestRegistry, size: usize) -> (Vec<u
 
 async fn read(blob: &RegistryBlob, range: std::ops::Range<u64>) -> Result<Vec<u8>, BlobError> {
     Ok(blob.read(range).await?.try_collect::<Vec<_>>().await?.concat())
+}
+
+/// Polls until `done`, at most for [`PATIENCE`], and lets other tasks go on meanwhile.
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let polling = async {
+        while !done() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let ended = tokio::time::timeout(PATIENCE, polling).await;
+    assert!(ended.is_ok(), "never happened: {what}");
 }
 
 /// The `Range` headers of the blob requests, in order; empty for none.

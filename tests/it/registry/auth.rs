@@ -1,12 +1,13 @@
 //! Challenges, tokens and credentials.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use ocifs::blob::{BlobError, ImageSource as _};
 use ocifs::registry::{ConfigFiles, Credential, Fixed, Secret};
 
-use super::{blob, client, client_with, read, source};
+use super::{blob, client, client_with, read, source, until};
+use crate::common::ocifs::PATIENCE;
 use crate::common::registry::{Fault, Guard, MANIFEST, TestRegistry, Tokens};
 
 fn guarded(guard: Guard) -> TestRegistry {
@@ -191,13 +192,22 @@ async fn many_readers_fetch_one_token() {
 #[tokio::test]
 async fn a_reader_that_leaves_does_not_strand_the_others() {
     let registry = guarded(Guard::Bearer(Tokens::default()));
-    registry.latency(Duration::from_millis(50));
+    registry.hold("/token");
     let client = client();
     let (bytes, blob) = blob(&client, &registry, 100);
-    let leaving = tokio::time::timeout(Duration::from_millis(75), read(&blob, 0..10));
-    let (left, stayed) = tokio::join!(leaving, read(&blob, 0..100));
-    assert!(left.is_err(), "it was to leave in the middle of the exchange");
-    assert_eq!(stayed.unwrap(), bytes);
+    let mut leaving = Box::pin(read(&blob, 0..10));
+    tokio::select! {
+        biased;
+        _ = &mut leaving => panic!("it was to leave in the middle of the exchange"),
+        () = until("a token is asked for", || registry.count("/token") > 0) => {}
+    }
+    // The other one knows the challenge by now, so it waits for the same exchange.
+    let mut staying = Box::pin(read(&blob, 0..100));
+    assert!(futures::poll!(&mut staying).is_pending());
+    assert_eq!(registry.log().len(), 2, "the challenge and the exchange");
+    drop(leaving);
+    registry.release();
+    assert_eq!(staying.await.unwrap(), bytes);
 }
 
 #[tokio::test]
@@ -209,8 +219,12 @@ async fn tokens_are_renewed_before_they_end() {
     let client = client();
     let image = source(&client, &registry, "latest");
     image.root().await.unwrap();
-    tokio::time::sleep(Duration::from_millis(850)).await;
-    image.root().await.unwrap();
+    // The registry would take the first token for ever, so that only the client's own clock can ask for a second one.
+    let deadline = Instant::now() + PATIENCE;
+    while registry.count("/token") < 2 {
+        assert!(Instant::now() < deadline, "the token is never renewed");
+        image.root().await.unwrap();
+    }
     assert_eq!(registry.count("/token"), 2);
     let refused = registry.log().iter().filter(|logged| logged.status == 401).count();
     assert_eq!(refused, 1, "only the first challenge");
