@@ -2,8 +2,10 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::oci::Digest;
-use crate::store::Store;
+use crate::index::{BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndexBuilder, SpanStart};
+use crate::oci::{DiffId, Digest};
+use crate::store::{Durability, Store};
+use crate::toc::{Limits, TarReader};
 
 const SPAN: u64 = 8192;
 
@@ -190,4 +192,94 @@ fn a_span_that_is_being_filled_cannot_be_locked_by_another_opener() {
     assert_eq!([0, 1, 2, 3, 5, 6].map(free), [true, false, false, true, false, true]);
     drop(lock);
     assert!([1, 2, 5].into_iter().all(free));
+}
+
+/// A layer of `count` files that fill one span each, indexed, with all spans on its device: the device and where its map is.
+fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir, u64) {
+    let mut tar = tar::Builder::new(Vec::new());
+    for file in 0..count {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(SPAN - 512);
+        header.set_mode(0o644);
+        let content = &bytes(file)[512..];
+        tar.append_data(&mut header, format!("{file}"), content).unwrap();
+    }
+    let tar = tar.into_inner().unwrap();
+    let mut reader = TarReader::new(Limits::default());
+    reader.push(&tar, &mut |_, _| ()).unwrap();
+    let extents = reader.finish().unwrap().extent_table();
+    let mut builder = SpanIndexBuilder::new(Compression::Tar).unwrap();
+    for (span, bytes) in (0..count).zip(tar.chunks(SPAN as usize)) {
+        let offset = u64::from(span) * SPAN;
+        builder.span(SpanStart {
+            span: SpanId(span),
+            tar_offset: offset,
+            position: BitPosition(8 * offset),
+            restart: true,
+        });
+        builder.bytes(bytes);
+    }
+    let blob = Digest::of(name);
+    let identity = Identity {
+        blob: blob.clone(),
+        blob_size: u64::from(count) * SPAN,
+        diff_id: DiffId(blob.clone()),
+    };
+    let index = builder.finish(identity).unwrap();
+    let dir = store.layer(&blob).unwrap();
+    let lazy = Durability::Lazy;
+    store
+        .publish(&dir.extents(), lazy, |file| extents.encode(file))
+        .unwrap();
+    store.publish(&dir.spans(), lazy, |file| index.write(file)).unwrap();
+    let device = DataDevice::open(store, &dir, &index, extents.device_size()).unwrap();
+    for span in 0..count {
+        let lock = device.lock(&[span]).unwrap();
+        let piece = Piece {
+            span: 512,
+            device: u64::from(span) * SPAN,
+            len: SPAN - 512,
+        };
+        device.fill(&lock, span, &[piece], &bytes(span)).unwrap();
+    }
+    (device, dir, shape(&index, extents.device_size()).tail())
+}
+
+#[test]
+fn the_least_recently_used_spans_of_all_layers_go_first() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let layers = [full_layer(&store, b"one", 6), full_layer(&store, b"two", 6)];
+    // When the spans were last used, in no order; some time ago, or a read would not count as a use.
+    let stamps = [[50, 10, 90, 30, 70, 110], [100, 60, 20, 120, 40, 80]];
+    for ((_, dir, tail), stamps) in layers.iter().zip(stamps) {
+        let file = File::options().write(true).open(dir.data()).unwrap();
+        for (span, stamp) in (0..).zip(stamps) {
+            file.write_all_at(&u64::to_le_bytes(stamp), tail + 64 + 16 * span + 8)
+                .unwrap();
+        }
+    }
+    let present = || {
+        let mut present = Vec::new();
+        for ((device, ..), stamps) in layers.iter().zip(stamps) {
+            present.extend((0..6).filter(|&s| device.is_present(s)).map(|s| stamps[s as usize]));
+        }
+        present.sort_unstable();
+        present
+    };
+    let usage = || layers.iter().map(|(_, dir, _)| dir.data_usage()).sum::<u64>();
+    assert_eq!(present().len(), 12);
+    let evicted = evict_to(&store, usage() - 5 * SPAN).unwrap();
+    assert_eq!((evicted.spans, evicted.before - evicted.after), (5, 5 * SPAN));
+    assert_eq!(present(), [60, 70, 80, 90, 100, 110, 120]);
+    // A use counts: the oldest one that is left becomes the youngest.
+    assert!(read(&layers[1].0, 1).is_some());
+    evict_to(&store, usage() - 2 * SPAN).unwrap();
+    assert_eq!(present(), [60, 90, 100, 110, 120]);
+    for ((device, ..), stamps) in layers.iter().zip(stamps) {
+        for (span, stamp) in (0..6).zip(stamps) {
+            let kept = present().contains(&stamp);
+            assert_eq!(read(device, span), kept.then(|| content(span)), "{stamp}");
+        }
+    }
 }
