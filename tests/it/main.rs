@@ -9,6 +9,7 @@ mod common;
 mod content;
 mod erofs;
 mod failures;
+mod fuzz_seeds;
 mod index;
 mod interrupt;
 mod kernel_cache;
