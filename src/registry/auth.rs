@@ -202,9 +202,14 @@ async fn obtain(
     Ok(Grant {
         header,
         obtained,
-        renew_at: lifetime.and_then(|lifetime: Duration| obtained.checked_add(lifetime.mul_f64(RENEW_AT))),
+        renew_at: lifetime.and_then(|lifetime| renewal(obtained, lifetime)),
         tried,
     })
+}
+
+/// When a grant with this lifetime is to be renewed; never, if no clock gets that far.
+fn renewal(obtained: Instant, lifetime: Duration) -> Option<Instant> {
+    obtained.checked_add(lifetime.mul_f64(RENEW_AT))
 }
 
 /// The token, and its lifetime unless it is a fixed one.
@@ -323,6 +328,21 @@ mod tests {
         assert_eq!(chosen(&["Negotiate"]), None);
         assert_eq!(chosen(&[r#"Bearer realm="ftp://x/y""#]), None);
         assert_eq!(chosen(&[]), None);
+    }
+
+    #[test]
+    fn grants_are_renewed_before_they_end_but_not_long_before() {
+        let now = Instant::now();
+        for seconds in [1, 60, 300, 86_400] {
+            let lifetime = Duration::from_secs(seconds);
+            let at = renewal(now, lifetime).unwrap();
+            assert!(
+                (now + lifetime / 2..now + lifetime * 9 / 10).contains(&at),
+                "{seconds}: {:?}",
+                at - now
+            );
+        }
+        assert_eq!(renewal(now, Duration::MAX), None);
     }
 
     #[test]
