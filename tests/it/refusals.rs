@@ -341,6 +341,10 @@ fn hostile_tars_end_in_an_error_or_a_sound_tree() {
     let sparse = Tar::new().sparse("exbibyte", 1 << 60, &[(0, b"!")]).finish();
     let error = mount("sparse", sparse).unwrap_err();
     assert!(error.contains("exbibyte") && error.contains("does not fit"), "{error}");
+    // One of a tebibyte is none of a hostile size.
+    let sparse = Tar::new().sparse("tebibyte", 1 << 40, &[(0, b"!")]).finish();
+    let listing = mount("large", sparse).unwrap();
+    assert!(listing.contains("1099511627776"), "{listing}");
     let mut huge = header(b"huge", tar::EntryType::XHeader, 0o644, 0);
     huge.set_size(0o77_777_777_777);
     let error = mount("pax", Tar::new().raw(huge, b"").finish()).unwrap_err();
