@@ -34,7 +34,7 @@ pub(super) struct Globals {
     ca: Vec<PathBuf>,
     /// Configuration file (TOML: store, cache-size, memory, timeout, plain-http (a list of hosts), ca, log-format)
     /// [default: /etc/ocifs.toml]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, env = "OCIFS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// Format of log lines
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]

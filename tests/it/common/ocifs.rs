@@ -123,11 +123,11 @@ pub fn mounted_type(path: &Path) -> Option<String> {
     line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
 }
 
-/// The program, with nothing of how this machine and its user are set up: no configuration file, no environment.
+/// The program, with nothing of how this machine and its user are set up: an empty configuration file, no environment.
 pub fn program(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
-    // The default file is not read if another one is named; where a test names one, that counts.
     isolate(&mut command, home);
+    // Where a test names a file, that one counts.
     command.env("OCIFS_CONFIG", "/dev/null");
     command
 }
