@@ -7,7 +7,7 @@
 mod config_file;
 mod helper;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
 
@@ -233,8 +233,8 @@ pub(super) fn helper_key(registry: &str) -> &str {
     }
 }
 
-/// Maps of credential files: key to anything.
-type Keyed<T> = HashMap<String, T>;
+/// Maps of credential files: key to anything. In order, so that equal files give equal answers.
+type Keyed<T> = BTreeMap<String, T>;
 
 #[cfg(test)]
 mod tests {

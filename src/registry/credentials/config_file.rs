@@ -5,6 +5,7 @@
 
 use base64::Engine as _;
 use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny};
 
 use super::{Credential, Keyed, Secret, aliases, helper_key};
 
@@ -19,6 +20,12 @@ pub enum AuthFileError {
         line: usize,
         /// Column of the first error.
         column: usize,
+    },
+    /// An entry with a field of a wrong type.
+    #[error("the entry for {key} is not one of a credential file")]
+    Entry {
+        /// Key of the entry.
+        key: String,
     },
     /// An `auth` value that is not base64 of `user:password`.
     #[error("the entry for {key} is not base64 of `user:password`")]
@@ -50,12 +57,30 @@ pub enum Found {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AuthFile {
-    #[serde(default)]
-    auths: Keyed<Entry>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    auths: Keyed<Slot<Entry>>,
     #[serde(default)]
     creds_store: Option<String>,
-    #[serde(default)]
-    cred_helpers: Keyed<String>,
+    #[serde(default, deserialize_with = "null_as_default")]
+    cred_helpers: Keyed<Slot<String>>,
+}
+
+/// The value of a key. One that is not what it should be says nothing about the others of the file.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Slot<T> {
+    Null,
+    Value(T),
+    Odd(IgnoredAny),
+}
+
+/// Reads JSON `null` as the default: Go writes it for empty maps.
+fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -96,7 +121,8 @@ impl AuthFile {
             .as_object()
             .is_some_and(|map| map.is_empty() || modern.iter().any(|key| map.contains_key(*key)));
         if is_modern {
-            return serde_json::from_value(value).map_err(malformed);
+            // Not from `value`, which no longer knows lines and columns.
+            return serde_json::from_slice(text).map_err(malformed);
         }
         // A config.json without credentials holds other settings only, which make no entries either.
         Ok(Self {
@@ -108,11 +134,14 @@ impl AuthFile {
     /// Looks up a repository of a registry.
     pub fn find(&self, registry: &str, repository: &str) -> Result<Found, AuthFileError> {
         let own = self.entry(registry, repository);
-        let helper = self
-            .cred_helpers
-            .iter()
-            .find(|(key, _)| aliases(registry).contains(&host_of(key)))
-            .map(|(_, name)| name)
+        let aliases = aliases(registry);
+        let of_host = aliases.iter().flat_map(|alias| of_host(&self.cred_helpers, alias));
+        let helper = of_host
+            .filter_map(|(_, slot)| match slot {
+                Slot::Value(name) => Some(name),
+                Slot::Null | Slot::Odd(_) => None,
+            })
+            .next()
             .or(self.creds_store.as_ref())
             .filter(|name| !name.is_empty());
         if let Some(name) = helper {
@@ -129,16 +158,11 @@ impl AuthFile {
         let mut namespace = Some(repository);
         while let Some(path) = namespace {
             for alias in aliases(registry) {
-                let wanted = format!("{alias}/{path}");
-                let namespaced = self.auths.get_key_value(&wanted).filter(|_| !path.is_empty());
-                let plain = || {
-                    self.auths
-                        .iter()
-                        .find(|(key, _)| path.is_empty() && host_of(key) == alias)
+                let found = match path {
+                    "" => first_credential(of_host(&self.auths, alias)),
+                    _ => first_credential(self.auths.get_key_value(&format!("{alias}/{path}")).into_iter()),
                 };
-                if let Some((key, entry)) = namespaced.or_else(plain)
-                    && let Some(credential) = entry.credential(key)?
-                {
+                if let Some(credential) = found? {
                     return Ok(Some(credential));
                 }
             }
@@ -150,6 +174,35 @@ impl AuthFile {
         }
         Ok(None)
     }
+}
+
+/// The entries of a host: the one under its bare name, then those under URLs and API versions, in the order of their keys.
+fn of_host<'a, T>(keyed: &'a Keyed<T>, host: &'a str) -> impl Iterator<Item = (&'a String, &'a T)> {
+    let others = keyed
+        .iter()
+        .filter(move |(key, _)| *key != host && host_of(key) == Some(host));
+    keyed.get_key_value(host).into_iter().chain(others)
+}
+
+/// The first credential of some entries that mean the same. Entries without one are passed over, broken ones only if another
+/// one has a credential.
+fn first_credential<'a>(
+    entries: impl Iterator<Item = (&'a String, &'a Slot<Entry>)>,
+) -> Result<Option<Credential>, AuthFileError> {
+    let mut broken = None;
+    for (key, slot) in entries {
+        let credential = match slot {
+            Slot::Null => Ok(None),
+            Slot::Value(entry) => entry.credential(key),
+            Slot::Odd(_) => Err(AuthFileError::Entry { key: key.clone() }),
+        };
+        match credential {
+            Ok(Some(credential)) => return Ok(Some(credential)),
+            Ok(None) => {}
+            Err(error) => broken = broken.or(Some(error)),
+        }
+    }
+    broken.map_or(Ok(None), Err)
 }
 
 impl Entry {
@@ -190,15 +243,12 @@ pub(super) fn login(username: &str, password: &str) -> Credential {
     }
 }
 
-/// The host of a key: without scheme, and without the path of a URL or an API version; namespaces stay.
-fn host_of(key: &str) -> &str {
-    if let Some((_, rest)) = key.split_once("://") {
-        return rest.split('/').next().unwrap_or(rest);
-    }
-    match key.trim_end_matches('/').rsplit_once('/') {
-        Some((host, "v1" | "v2")) if !host.contains('/') => host,
-        _ => key.trim_end_matches('/'),
-    }
+/// The host a key stands for: without scheme and API version. `None` for namespaces, and for URLs of something within the
+/// host, such as the tokens that `docker login` keeps beside the login.
+fn host_of(key: &str) -> Option<&str> {
+    let place = key.split_once("://").map_or(key, |(_, rest)| rest);
+    let (host, path) = place.split_once('/').unwrap_or((place, ""));
+    matches!(path, "" | "v1" | "v1/" | "v2" | "v2/").then_some(host)
 }
 
 #[cfg(test)]
@@ -251,6 +301,70 @@ mod tests {
         assert_eq!(user_of(hub, "docker.io", "a/b").as_deref(), Some("short"));
         let legacy = r#"{"r.lan":{"username":"legacy","password":"x"}}"#;
         assert_eq!(user_of(legacy, "r.lan", "a").as_deref(), Some("legacy"));
+    }
+
+    #[test]
+    fn of_several_keys_of_a_host_the_login_is_taken() {
+        // What `docker login` in a browser leaves behind.
+        let web = r#"{"auths":{
+            "https://index.docker.io/v1/access-token":{"username":"access","password":"x"},
+            "https://index.docker.io/v1/":{"username":"login","password":"x"},
+            "https://index.docker.io/v1/refresh-token":{"username":"refresh","password":"x"}}}"#;
+        // A map with a random order would pass by chance.
+        for _ in 0..20 {
+            assert_eq!(user_of(web, "docker.io", "a/b").as_deref(), Some("login"));
+        }
+        let tokens_only =
+            r#"{"auths":{"https://index.docker.io/v1/access-token":{"username":"access","password":"x"}}}"#;
+        assert_eq!(user_of(tokens_only, "docker.io", "a/b"), None);
+        let exact = r#"{"auths":{
+            "https://r.lan":{"username":"url","password":"x"},
+            "r.lan/v2/":{"username":"version","password":"x"},
+            "r.lan":{"username":"exact","password":"x"}}}"#;
+        let empty = exact.replace(r#"{"username":"exact","password":"x"}"#, "{}");
+        for _ in 0..20 {
+            assert_eq!(user_of(exact, "r.lan", "a").as_deref(), Some("exact"));
+            assert_eq!(user_of(&empty, "r.lan", "a").as_deref(), Some("url"));
+        }
+        for (key, host) in [
+            ("r.lan", Some("r.lan")),
+            ("r.lan/", Some("r.lan")),
+            ("r.lan:5000/v1", Some("r.lan:5000")),
+            ("https://r.lan", Some("r.lan")),
+            ("http://r.lan/v2/", Some("r.lan")),
+            ("https://r.lan/v1/x", None),
+            ("https://r.lan/v3/", None),
+            ("r.lan/org", None),
+        ] {
+            assert_eq!(host_of(key), host, "{key}");
+        }
+    }
+
+    #[test]
+    fn odd_parts_of_a_file_leave_the_others_alone() {
+        for nothing in ["null", "{}", r#"{"other":null}"#] {
+            let json = format!(r#"{{"auths":{nothing},"credHelpers":{nothing},"credsStore":null}}"#);
+            let file = AuthFile::parse(json.as_bytes()).unwrap();
+            assert_eq!(file.find("r.lan", "a").unwrap(), Found::Nothing);
+        }
+        let json = r#"{"auths":{
+            "r.lan":{"username":"u","password":"p"},
+            "odd.lan":{"auth":5},
+            "list.lan":["x"],
+            "null.lan":null,
+            "broken.lan":{"auth":"%"},
+            "https://broken.lan":{"username":"second","password":"p"}},
+            "credHelpers":{"odd.lan":7}}"#;
+        assert_eq!(user_of(json, "r.lan", "a").as_deref(), Some("u"));
+        assert_eq!(user_of(json, "null.lan", "a"), None);
+        assert_eq!(user_of(json, "broken.lan", "a").as_deref(), Some("second"));
+        let odd = AuthFile::parse(json.as_bytes())
+            .unwrap()
+            .find("odd.lan", "a")
+            .unwrap_err();
+        assert_eq!(odd.to_string(), "the entry for odd.lan is not one of a credential file");
+        let error = AuthFile::parse(b"{\"credsStore\":\"x\",\n \"auths\": 1}").unwrap_err();
+        assert_eq!(error.to_string(), "not a credential file (line 2, column 11)");
     }
 
     #[test]
