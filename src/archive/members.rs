@@ -46,6 +46,8 @@ pub(super) enum FindError {
     Circle,
     #[error("it is stored as a sparse file: write the archive again without")]
     Sparse,
+    #[error("its name is longer than {MAX_NAME} bytes, or becomes so by links")]
+    TooLong,
 }
 
 /// The members of an archive by name.
@@ -94,12 +96,20 @@ impl Members {
 
     /// Finds the file a name leads to.
     pub fn find(&self, name: &[u8]) -> Result<Member, FindError> {
+        if name.len() > MAX_NAME {
+            return Err(FindError::TooLong);
+        }
         let mut todo: VecDeque<&[u8]> = name.split(|&b| b == b'/').collect();
         let mut at: Vec<&[u8]> = Vec::new();
         let mut links = 0;
         while let Some(component) = todo.pop_front() {
             step(&mut at, component);
-            let (target, from_top) = match self.0.get(&at.join(&b'/')) {
+            let path = at.join(&b'/');
+            // Each link may add as much again.
+            if path.len() > MAX_NAME {
+                return Err(FindError::TooLong);
+            }
+            let (target, from_top) = match self.0.get(&path) {
                 Some(Entry::File(member)) if todo.is_empty() => return Ok(*member),
                 Some(Entry::Sparse) if todo.is_empty() => return Err(FindError::Sparse),
                 Some(Entry::Symlink(target)) => (target, target.starts_with(b"/")),
@@ -266,6 +276,17 @@ mod tests {
         for name in ["", ".", "a", "gone", "empty", "a/layer.tar/x", "nothing"] {
             assert_eq!(read(name), Err(FindError::Missing), "{name}");
         }
+    }
+
+    #[test]
+    fn names_without_end_are_not_looked_for() {
+        let (_file, members) = members(&[F("a", b"A"), L(EntryType::Symlink, "s", "s2/x/x/x/x/x/x/x/x/x")]);
+        let members = members.unwrap();
+        let dots = |len: usize| "./".repeat(len / 2 - 1) + "/a";
+        assert!(members.find(dots(MAX_NAME).as_bytes()).is_ok());
+        assert_eq!(members.find(dots(MAX_NAME + 2).as_bytes()), Err(FindError::TooLong));
+        let linked = format!("s/{}", "y/".repeat(MAX_NAME / 2 - 1));
+        assert_eq!(members.find(linked.as_bytes()), Err(FindError::TooLong));
     }
 
     #[test]

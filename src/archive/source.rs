@@ -108,7 +108,7 @@ impl Archive {
                 what: format!("`{name}` in archive {}", self.path.display()),
                 hint: Some("the archive is incomplete".to_owned()),
             },
-            FindError::Circle | FindError::Sparse => invalid(error.to_string()),
+            FindError::Circle | FindError::Sparse | FindError::TooLong => invalid(error.to_string()),
         })?;
         if member.offset.checked_add(member.size).is_none_or(|end| end > self.len) {
             return Err(invalid("the archive ends before it: it is truncated".to_owned()));
