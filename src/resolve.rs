@@ -16,13 +16,14 @@ use bytes::Bytes;
 use crate::blob::{BlobError, Document, ImageSource};
 use crate::oci::platform::{choose, has_platform, runs};
 use crate::oci::{
-    Descriptor, DiffId, DocumentError, DocumentKind, ImageConfig, ImageIndex, Manifest, Platform, PlatformError,
-    classify, is_companion,
+    Descriptor, DiffId, Digest, DocumentError, DocumentKind, ImageConfig, ImageIndex, Manifest, Platform,
+    PlatformError, classify, is_companion,
 };
 
 /// Deepest nesting of image indexes followed; tools write one level, two when an index is copied into a layout.
 const MAX_INDEX_DEPTH: usize = 4;
-/// Most entries without a platform looked into: each costs round trips, and real indexes have one or two.
+/// Most entries without a platform looked into in one index, and as many for each level of nesting: each costs round trips,
+/// and real indexes have one or two.
 const MAX_LOOKED_INTO: usize = 16;
 
 /// One image for one platform, with every document it is made of. The documents' bytes hash to their digests.
@@ -100,39 +101,61 @@ impl Resolver<'_> {
         classify(&document.media_type, &document.bytes).map_err(|e| self.unusable("document", document, e))
     }
 
-    /// Goes down from the root index, one level at a time.
+    /// Goes down from the root index, depth first.
     async fn index(&self, root: &Document) -> Result<ResolvedImage, BlobError> {
-        let mut document = root.clone();
-        let mut visited = HashSet::new();
         let invalid = |reason: String| BlobError::Invalid {
             what: self.what("image index", root),
             reason,
         };
-        for _ in 0..MAX_INDEX_DEPTH {
-            if !visited.insert(document.digest.clone()) {
-                return Err(invalid("its indexes lead in a circle".to_owned()));
+        let mut search = Search::default();
+        // Indexes to search, the next one last, each with the digests of those it is nested in.
+        let mut todo = vec![(root.clone(), Vec::new())];
+        let mut failure = None;
+        while let Some((document, mut above)) = todo.pop() {
+            if above.contains(&document.digest) {
+                failure.get_or_insert_with(|| invalid("its indexes lead in a circle".to_owned()));
+                continue;
+            }
+            if above.len() == MAX_INDEX_DEPTH {
+                let reason = format!("its indexes are nested more than {MAX_INDEX_DEPTH} deep");
+                failure.get_or_insert_with(|| invalid(reason));
+                continue;
+            }
+            if !search.visited.insert(document.digest.clone()) {
+                continue;
             }
             let index = ImageIndex::parse(&document.bytes).map_err(|e| self.unusable("image index", &document, e))?;
-            match self.pick(&document, &index).await? {
+            above.push(document.digest.clone());
+            match self.pick(&index, &mut search).await? {
                 Picked::Image(image) => return Ok(*image),
-                Picked::Index(next) => document = next,
+                Picked::Indexes(nested) => todo.extend(nested.into_iter().rev().map(|next| (next, above.clone()))),
             }
         }
-        Err(invalid(format!(
-            "its indexes are nested more than {MAX_INDEX_DEPTH} deep"
-        )))
+        let no_match = PlatformError::NoMatch {
+            wanted: Box::new(self.wanted.clone()),
+            available: search.available,
+        };
+        Err(failure.unwrap_or_else(|| BlobError::NotFound {
+            what: self.what("image in index", root),
+            hint: Some(no_match.to_string()),
+        }))
     }
 
-    /// The image an index has for the wanted platform, or the index that is to be searched next.
-    async fn pick(&self, document: &Document, index: &ImageIndex) -> Result<Picked, BlobError> {
-        let no_match = match choose(&index.manifests, &self.wanted) {
+    /// The image an index has for the wanted platform, or the indexes that are to be searched next.
+    async fn pick(&self, index: &ImageIndex, search: &mut Search) -> Result<Picked, BlobError> {
+        match choose(&index.manifests, &self.wanted) {
             Ok(entry) => return self.follow(entry).await,
-            Err(error) => error,
-        };
+            Err(PlatformError::NoMatch { available, .. }) => search.offered(available),
+            Err(_) => {}
+        }
         let images = || index.manifests.iter().filter(|entry| !is_companion(entry));
         let only_one = images().nth(1).is_none();
-        let mut seen = Vec::new();
+        let (mut seen, mut nested) = (Vec::new(), Vec::new());
         for entry in images().filter(|e| has_platform(e).is_none()).take(MAX_LOOKED_INTO) {
+            if search.looked_into == MAX_LOOKED_INTO * MAX_INDEX_DEPTH {
+                break;
+            }
+            search.looked_into += 1;
             let followed = match self.follow(entry).await {
                 // Beside images, indexes list things that are none.
                 Err(BlobError::Unsupported { reason, .. }) if !only_one => {
@@ -141,43 +164,32 @@ impl Resolver<'_> {
                 }
                 other => other?,
             };
-            let image = match followed {
-                Picked::Image(image) => image,
-                index @ Picked::Index(_) => return Ok(index),
-            };
-            if only_one {
-                self.warn_of_mismatch(&image);
-                return Ok(Picked::Image(image));
+            match followed {
+                Picked::Image(image) if only_one => {
+                    self.warn_of_mismatch(&image);
+                    return Ok(Picked::Image(image));
+                }
+                Picked::Image(image) => seen.push(*image),
+                Picked::Indexes(indexes) => nested.extend(indexes),
             }
-            seen.push(*image);
         }
-        self.best(document, seen, no_match).map(Picked::Image)
+        // An image of this index goes before those of indexes nested in it.
+        Ok(match self.best(seen, search) {
+            Some(image) => Picked::Image(Box::new(image)),
+            None => Picked::Indexes(nested),
+        })
     }
 
     /// The best of the images whose platform is only known from their config.
-    fn best(
-        &self,
-        document: &Document,
-        mut seen: Vec<ResolvedImage>,
-        no_match: PlatformError,
-    ) -> Result<Box<ResolvedImage>, BlobError> {
+    fn best(&self, mut seen: Vec<ResolvedImage>, search: &mut Search) -> Option<ResolvedImage> {
         let entries: Vec<Descriptor> = seen.iter().map(described).collect();
         if let Ok(entry) = choose(&entries, &self.wanted)
             && let Some(position) = entries.iter().position(|e| std::ptr::eq(e, entry))
         {
-            return Ok(Box::new(seen.swap_remove(position)));
+            return Some(seen.swap_remove(position));
         }
-        let reason = match no_match {
-            PlatformError::NoMatch { wanted, mut available } => {
-                available.extend(seen.iter().map(|image| image.config.platform().normalized()));
-                PlatformError::NoMatch { wanted, available }
-            }
-            other => other,
-        };
-        Err(BlobError::NotFound {
-            what: self.what("image in index", document),
-            hint: Some(reason.to_string()),
-        })
+        search.offered(seen.iter().map(|image| image.config.platform().normalized()));
+        None
     }
 
     /// Fetches what an entry names: a whole image, or a nested index.
@@ -188,7 +200,7 @@ impl Resolver<'_> {
         };
         match self.kind(&document)? {
             DocumentKind::Manifest => Ok(Picked::Image(Box::new(self.image(document).await?))),
-            DocumentKind::ImageIndex => Ok(Picked::Index(document)),
+            DocumentKind::ImageIndex => Ok(Picked::Indexes(vec![document])),
         }
     }
 
@@ -233,7 +245,28 @@ impl Resolver<'_> {
 
 enum Picked {
     Image(Box<ResolvedImage>),
-    Index(Document),
+    /// In the order to search them.
+    Indexes(Vec<Document>),
+}
+
+/// What a search through nested indexes has come across.
+#[derive(Default)]
+struct Search {
+    visited: HashSet<Digest>,
+    /// Entries without a platform that were looked into.
+    looked_into: usize,
+    /// Platforms there are, in order, without repeats.
+    available: Vec<Platform>,
+}
+
+impl Search {
+    fn offered(&mut self, platforms: impl IntoIterator<Item = Platform>) {
+        for platform in platforms {
+            if !self.available.contains(&platform) {
+                self.available.push(platform);
+            }
+        }
+    }
 }
 
 /// An index entry for the image as it would be if the index gave its platform.
@@ -272,7 +305,6 @@ mod tests {
 
     use super::*;
     use crate::blob::BlobSource;
-    use crate::oci::Digest;
     use crate::oci::media_type::{OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_MANIFEST};
 
     /// Documents in memory, and the requests made for them.
@@ -496,6 +528,71 @@ mod tests {
                 .unwrap_err()
                 .contains("lead in a circle")
         );
+    }
+
+    #[tokio::test]
+    async fn images_of_an_index_go_before_nested_indexes() {
+        let mut memory = Memory::default();
+        let amd64 = memory.add_image("linux/amd64", "a");
+        let arm64 = memory.add_image("linux/arm64", "b");
+        let s390x = memory.add_image("linux/s390x", "c");
+        let first = memory.add_index(&[(&s390x, r#","platform":{"os":"linux","architecture":"s390x"}"#)]);
+        let second = memory.add_index(&[(&arm64, ARM64)]);
+        let root = memory.add_index(&[(&first, ""), (&amd64, ""), (&first, ""), (&second, "")]);
+        for (wanted, digest) in [("amd64", &amd64), ("s390x", &s390x), ("arm64", &arm64)] {
+            let image = memory.resolve(&root, wanted).await.unwrap();
+            assert_eq!(image.manifest_document.digest, *digest, "{wanted}");
+            assert_eq!(image.index.unwrap().digest, root);
+        }
+        let error = memory.resolve(&root, "riscv64").await.unwrap_err();
+        assert!(
+            error.contains("the image index has linux/amd64, linux/s390x, linux/arm64;"),
+            "{error}"
+        );
+
+        // One that goes too deep does not hide another one.
+        let mut deep = memory.add_index(&[(&amd64, AMD64)]);
+        for _ in 0..MAX_INDEX_DEPTH {
+            deep = memory.add_index(&[(&deep, "")]);
+        }
+        let root = memory.add_index(&[(&deep, ""), (&second, "")]);
+        let image = memory.resolve(&root, "arm64").await.unwrap();
+        assert_eq!(image.manifest_document.digest, arm64);
+        let error = memory.resolve(&root, "amd64").await.unwrap_err();
+        assert!(error.contains("nested more than 4 deep"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_wide_tree_of_indexes_is_not_searched_without_end() {
+        let mut memory = Memory::default();
+        let s390x = memory.add_image("linux/s390x", "a");
+        let mut counter = 0;
+        let mut level: Vec<Digest> = Vec::new();
+        for _ in 0..MAX_LOOKED_INTO.pow(2) {
+            counter += 1;
+            let annotated = format!(r#","annotations":{{"n":"{counter}"}}"#);
+            level.push(memory.add_index(&[(&s390x, &annotated), (&s390x, "")]));
+        }
+        while level.len() > 1 {
+            let nested = level
+                .chunks(MAX_LOOKED_INTO)
+                .map(<[Digest]>::to_vec)
+                .collect::<Vec<_>>();
+            level = nested
+                .iter()
+                .map(|nested| memory.add_index(&nested.iter().map(|digest| (digest, "")).collect::<Vec<_>>()))
+                .collect();
+        }
+        let error = memory.resolve(&level[0].clone(), "amd64").await.unwrap_err();
+        assert!(error.contains("the image index has linux/s390x;"), "{error}");
+        let asked = memory
+            .requests
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|r| **r == "manifest")
+            .count();
+        assert_eq!(asked, MAX_LOOKED_INTO * MAX_INDEX_DEPTH);
     }
 
     #[tokio::test]
