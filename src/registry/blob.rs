@@ -15,8 +15,8 @@
 mod reading;
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -36,7 +36,8 @@ use crate::oci::Digest;
 
 /// Bytes worth receiving for nothing to reach an offset at a server that ignores ranges: about a round trip's worth.
 const MAX_SKIP: u64 = 1 << 20;
-/// How long a host is believed to ignore ranges. Content delivery networks do so for objects they have not cached yet.
+/// How long a blob is believed to be served without ranges. Content delivery networks do so for objects they have not cached
+/// yet, so it says nothing about other blobs of the host.
 const NO_RANGES_FOR: Duration = Duration::from_secs(300);
 
 /// A blob in a registry.
@@ -53,6 +54,24 @@ struct Core {
     size: u64,
     inline: Option<Bytes>,
     meter: BlobMeter,
+    no_ranges: NoRanges,
+}
+
+/// Whether a blob is believed to be served without ranges.
+#[derive(Debug, Default)]
+struct NoRanges(Mutex<Option<Instant>>);
+
+impl NoRanges {
+    /// Believes it from now on for `time`; no longer if `None`.
+    fn set(&self, time: Option<Duration>) {
+        let until = time.and_then(|time| Instant::now().checked_add(time));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    fn holds(&self) -> bool {
+        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
 }
 
 impl RegistryBlob {
@@ -75,6 +94,7 @@ impl RegistryBlob {
                 size,
                 inline,
                 meter: BlobMeter::default(),
+                no_ranges: NoRanges::default(),
             }),
         }
     }
@@ -148,8 +168,7 @@ impl Core {
     /// One attempt at an answer with the bytes `wanted` (not empty).
     async fn open(&self, wanted: &Range<u64>, whole: bool, wait: Duration) -> Result<Body, BlobError> {
         let can_skip = wanted.start <= MAX_SKIP || whole;
-        let registry = self.client.transport().meter(self.repository.endpoint.base());
-        if !can_skip && registry.no_ranges() {
+        if !can_skip && self.no_ranges.holds() {
             return Err(self.range_unsupported(self.repository.endpoint.name().to_owned()));
         }
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
@@ -169,12 +188,12 @@ impl Core {
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::PARTIAL_CONTENT if ranged => {
-                registry.set_no_ranges(None);
+                self.no_ranges.set(None);
                 self.accept_part(reply, wanted)
             }
             StatusCode::OK => {
                 if ranged {
-                    registry.set_no_ranges(Some(NO_RANGES_FOR));
+                    self.no_ranges.set(Some(NO_RANGES_FOR));
                 }
                 self.accept_whole(reply, wanted, can_skip)
             }
@@ -303,4 +322,22 @@ fn is_encoded(reply: &Reply) -> bool {
     reply
         .header(CONTENT_ENCODING)
         .is_some_and(|encoding| !encoding.trim().is_empty() && !encoding.trim().eq_ignore_ascii_case("identity"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_of_missing_ranges_ends() {
+        let no_ranges = NoRanges::default();
+        assert!(!no_ranges.holds());
+        no_ranges.set(Some(Duration::from_secs(60)));
+        assert!(no_ranges.holds());
+        no_ranges.set(Some(Duration::ZERO));
+        assert!(!no_ranges.holds());
+        no_ranges.set(Some(Duration::from_secs(60)));
+        no_ranges.set(None);
+        assert!(!no_ranges.holds());
+    }
 }

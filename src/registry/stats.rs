@@ -80,7 +80,6 @@ struct State {
     bandwidth: Option<f64>,
     streams: u32,
     window: Option<(Instant, u64)>,
-    no_ranges_until: Option<Instant>,
 }
 
 impl HostMeter {
@@ -144,15 +143,6 @@ impl HostMeter {
         state.sample(Instant::now(), WINDOW);
     }
 
-    /// Remembers for `time` that the host answers ranges with whole blobs.
-    pub(super) fn set_no_ranges(&self, time: Option<Duration>) {
-        self.state().no_ranges_until = time.and_then(|time| Instant::now().checked_add(time));
-    }
-
-    pub(super) fn no_ranges(&self) -> bool {
-        self.state().no_ranges_until.is_some_and(|until| Instant::now() < until)
-    }
-
     pub(super) fn snapshot(&self) -> HostStats {
         let state = self.state();
         HostStats {
@@ -208,14 +198,5 @@ mod tests {
         assert_eq!(state.bandwidth, Some(10_000_000.0));
         state.sample(start + Duration::from_secs(2), WINDOW);
         assert_eq!(state.bandwidth, Some(10_000_000.0), "an idle window is no sample");
-    }
-
-    #[test]
-    fn the_memory_of_missing_ranges_ends() {
-        let meter = HostMeter::new("h".into());
-        meter.set_no_ranges(Some(Duration::from_secs(60)));
-        assert!(meter.no_ranges());
-        meter.set_no_ranges(Some(Duration::ZERO));
-        assert!(!meter.no_ranges());
     }
 }

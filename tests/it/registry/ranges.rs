@@ -82,7 +82,15 @@ async fn servers_that_ignore_ranges_serve_what_is_near_or_whole() {
     assert!(read(&blob, 0..3 * MIB).await.unwrap() == bytes);
     registry.clear_log();
     assert!(read(&blob, 2 * MIB..3 * MIB).await.is_err());
-    assert!(registry.log().is_empty(), "the host is remembered");
+    assert!(registry.log().is_empty(), "it is remembered of the blob");
+    let other = registry.add_blob(vec![7; 3 << 20]);
+    let other = source(&client, &registry, "latest")
+        .registry_blob(&descriptor(&other, 3 << 20))
+        .unwrap();
+    assert!(
+        read(&other, 2 * MIB..3 * MIB).await.unwrap() == vec![7; 1 << 20],
+        "another blob of the host is asked for"
+    );
     assert!(read(&blob, 1000..2000).await.is_ok());
     let again = read(&blob, 2 * MIB..3 * MIB).await;
     assert!(again.is_ok(), "a proper answer makes up for it: {again:?}");
