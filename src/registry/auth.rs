@@ -4,13 +4,14 @@
 //! cell with the *grant* (an `Authorization` value) obtained for it.
 //!
 //! ```text
-//!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant
-//!                                     ▲                              │ 80 % of its life over, or a 401 to it
+//!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant ──80 % of its life over──▶ renewed grant
+//!                                     ▲                              │ its life over, or a 401 to it
 //!                                     └──────── new empty cell ◀─────┘
 //! ```
 //!
 //! Single flight: all who need a grant wait on the same cell, and the cell is replaced, under the lock, only by a caller that
-//! still sees the one it used. A caller that is dropped while fetching hands over to the next waiter.
+//! still sees the one it used. A caller that is dropped while fetching hands over to the next waiter. A grant is renewed by
+//! one caller while the others go on using it, and so does that caller if it fails.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +39,10 @@ const REPOSITORIES: usize = 1024;
 const MAX_TOKEN_ANSWER: usize = 1 << 20;
 /// A grant is renewed when this much of its life is over, so that it does not end on the way.
 const RENEW_AT: f64 = 0.8;
+/// Time between attempts to renew a grant that is still good: a token server in trouble does not slow every request down.
+const RENEW_AGAIN: Duration = Duration::from_secs(10);
+/// Longest lookup of credentials, for operations that never give up.
+const LONGEST_LOOKUP: Duration = Duration::from_secs(60);
 
 /// How a registry wants to be addressed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,8 +56,15 @@ pub(super) enum Scheme {
 struct Grant {
     header: HeaderValue,
     obtained: Instant,
-    renew_at: Option<Instant>,
+    /// `None` for what does not end.
+    life: Option<Life>,
     tried: String,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Life {
+    renew_at: Instant,
+    end: Instant,
 }
 
 type Cell = Arc<OnceCell<Grant>>;
@@ -61,6 +73,28 @@ type Cell = Arc<OnceCell<Grant>>;
 struct Space {
     scheme: Option<Scheme>,
     cell: Cell,
+    /// When the last attempt to renew a grant that was still good began.
+    renewing: Option<Instant>,
+}
+
+impl Space {
+    /// Forgets a grant that has ended. For one that is to be renewed, by the caller, the time that is left to do it.
+    fn age(&mut self) -> Option<Duration> {
+        let life = self.cell.get()?.life?;
+        let now = Instant::now();
+        if now >= life.end {
+            self.cell = Cell::default();
+            return None;
+        }
+        let busy = self
+            .renewing
+            .is_some_and(|began| now.duration_since(began) < RENEW_AGAIN);
+        if now < life.renew_at || busy {
+            return None;
+        }
+        self.renewing = Some(now);
+        Some(life.end - now)
+    }
 }
 
 /// A grant in use; shown back to [`Auth::challenged`] if the registry refuses it.
@@ -104,21 +138,22 @@ impl Auth {
         wait: Duration,
     ) -> Result<Option<Ticket>, BlobError> {
         let known = self.with_space(repository, |space| {
-            let over = |grant: &Grant| grant.renew_at.is_some_and(|at| Instant::now() >= at);
-            if space.cell.get().is_some_and(over) {
-                space.cell = Cell::default();
-            }
-            Some((space.scheme.clone()?, Arc::clone(&space.cell)))
+            let left = space.age();
+            Some((space.scheme.clone()?, Arc::clone(&space.cell), left))
         });
-        let Some((scheme, cell)) = known else { return Ok(None) };
-        let fetched = tokio::time::timeout(
-            wait,
-            cell.get_or_try_init(|| obtain(transport, repository, &scheme, wait)),
-        );
-        let grant = fetched.await.map_err(|_| BlobError::Timeout {
-            what: format!("the token server of {}", repository.endpoint.name()),
-            seconds: wait.as_secs().max(1),
-        })??;
+        let Some((scheme, mut cell, left)) = known else {
+            return Ok(None);
+        };
+        if let Some(left) = left {
+            match tokio::time::timeout(left, obtain(transport, repository, &scheme, wait)).await {
+                Ok(Ok(grant)) => cell = self.renewed(repository, &cell, grant),
+                Ok(Err(error)) => tracing::debug!(%repository, %error, "the token could not be renewed yet"),
+                Err(_) => tracing::debug!(%repository, "the token could not be renewed in time"),
+            }
+        }
+        let grant = cell
+            .get_or_try_init(|| obtain(transport, repository, &scheme, wait))
+            .await?;
         Ok(Some(Ticket {
             header: grant.header.clone(),
             obtained: grant.obtained,
@@ -126,6 +161,18 @@ impl Auth {
             tried: grant.tried.clone(),
             cell: Arc::clone(&cell),
         }))
+    }
+
+    /// Puts a new grant into the place of `old`, unless something else is there by now.
+    fn renewed(&self, repository: &Repository, old: &Cell, grant: Grant) -> Cell {
+        let cell = Arc::new(OnceCell::from(grant));
+        self.with_space(repository, |space| {
+            if Arc::ptr_eq(old, &space.cell) {
+                space.cell = Arc::clone(&cell);
+                space.renewing = None;
+            }
+        });
+        cell
     }
 
     /// A 401 arrived: remembers how the registry wants to be addressed and forgets the grant it refused.
@@ -173,10 +220,18 @@ async fn obtain(
     wait: Duration,
 ) -> Result<Grant, BlobError> {
     let config: &RegistryConfig = transport.config();
-    let Lookup { credential, tried } = config
-        .credentials
-        .lookup(repository.endpoint.name(), &repository.name)
-        .await;
+    // Not `wait`: a helper program takes the time it takes, and what comes of it is no fault of a server. A quarter of the
+    // deadline is left to tell the tale.
+    let patience = (config.timeout - config.timeout / 4).min(LONGEST_LOOKUP);
+    let looking = config.credentials.lookup(repository.endpoint.name(), &repository.name);
+    let looked = tokio::time::timeout(patience, looking).await;
+    let Lookup { credential, tried } = looked.unwrap_or_else(|_| Lookup {
+        credential: None,
+        tried: vec![format!(
+            "looking for credentials took longer than {}s",
+            patience.as_secs().max(1)
+        )],
+    });
     let tried = match (tried.is_empty(), &credential) {
         (true, None) => "no credentials".to_owned(),
         (true, Some(_)) => "with credentials".to_owned(),
@@ -190,7 +245,12 @@ async fn obtain(
             return Err(unauthorized(repository, &tried, said));
         }
         (Scheme::Bearer(challenge), credential) => {
-            let (token, lifetime) = fetch_token(transport, repository, challenge, credential, &tried, wait).await?;
+            let fetching = fetch_token(transport, repository, challenge, credential, &tried, wait);
+            let fetched = tokio::time::timeout(wait, fetching).await;
+            let (token, lifetime) = fetched.map_err(|_| BlobError::Timeout {
+                what: format!("the token server of {}", repository.endpoint.name()),
+                seconds: wait.as_secs().max(1),
+            })??;
             (Secret::new(format!("Bearer {}", token.expose())), lifetime)
         }
     };
@@ -202,7 +262,12 @@ async fn obtain(
     Ok(Grant {
         header,
         obtained,
-        renew_at: lifetime.and_then(|lifetime| renewal(obtained, lifetime)),
+        life: lifetime.and_then(|lifetime: Duration| {
+            Some(Life {
+                renew_at: renewal(obtained, lifetime)?,
+                end: obtained.checked_add(lifetime)?,
+            })
+        }),
         tried,
     })
 }
@@ -352,6 +417,72 @@ mod tests {
         assert!(!may_see_secrets(&plain, &repository("r.lan")));
         assert!(may_see_secrets(&tls, &repository("r.lan")));
         assert!(may_see_secrets(&plain, &repository("localhost:5000")));
+    }
+
+    /// A grant of an hour, `age` of it over.
+    fn grant(age: Duration) -> Grant {
+        let obtained = Instant::now().checked_sub(age).unwrap();
+        let hour = Duration::from_secs(3600);
+        Grant {
+            header: HeaderValue::from_static("old"),
+            obtained,
+            life: Some(Life {
+                renew_at: obtained + hour.mul_f64(RENEW_AT),
+                end: obtained + hour,
+            }),
+            tried: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_grant_is_good_until_its_end_when_it_cannot_be_renewed() {
+        let transport = Transport::new(RegistryConfig {
+            credentials: Arc::new(crate::registry::Anonymous),
+            ..RegistryConfig::default()
+        })
+        .unwrap();
+        // Nobody listens at the port of a listener that is gone.
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let scheme = Scheme::Bearer(BearerChallenge {
+            realm: Url::parse(&format!("http://{nobody}/token")).unwrap(),
+            service: None,
+            scope: String::new(),
+        });
+        let auth = Auth::new();
+        let repository = repository("r.lan");
+        let put = |age| {
+            auth.with_space(&repository, |space| {
+                space.scheme = Some(scheme.clone());
+                space.cell = Arc::new(OnceCell::from(grant(age)));
+                space.renewing = None;
+            });
+        };
+        let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
+        let attempts = || transport.stats().iter().map(|host| host.requests).sum::<u64>();
+        for (age, asked) in [(minutes(47), 0), (minutes(49), 1)] {
+            put(age);
+            for _ in 0..3 {
+                let ticket = auth.ticket(&transport, &repository, minutes(1)).await.unwrap().unwrap();
+                assert_eq!(ticket.header, "old");
+            }
+            assert_eq!(attempts(), asked, "one attempt for a while");
+        }
+        put(minutes(60));
+        let error = auth.ticket(&transport, &repository, minutes(1)).await.unwrap_err();
+        assert!(matches!(error, BlobError::Unreachable { .. }), "{error}");
+
+        // A renewed grant takes the place of the one it renews, and of no other.
+        put(minutes(50));
+        let old = auth.with_space(&repository, |space| Arc::clone(&space.cell));
+        let renewed = auth.renewed(&repository, &old, grant(minutes(0)));
+        let current = auth.with_space(&repository, |space| Arc::clone(&space.cell));
+        assert!(Arc::ptr_eq(&renewed, &current));
+        auth.renewed(&repository, &old, grant(minutes(0)));
+        let current = auth.with_space(&repository, |space| Arc::clone(&space.cell));
+        assert!(Arc::ptr_eq(&renewed, &current));
     }
 
     #[test]

@@ -11,7 +11,8 @@ use tokio::process::Command;
 use super::Credential;
 use super::config_file::login;
 
-/// Longest a helper may take. Cloud helpers ask a metadata service or refresh a session: seconds, not minutes.
+/// Longest a helper may take. Cloud helpers ask a metadata service or refresh a session: seconds, not minutes. Less than a
+/// lookup may take by default, so that it is the helper that is blamed.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Most that is read of a helper's answer.
 const MAX_ANSWER: u64 = 1 << 20;

@@ -1,12 +1,16 @@
 //! Challenges, tokens and credentials.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::future::join_all;
 use ocifs::blob::{BlobError, ImageSource as _};
-use ocifs::registry::{ConfigFiles, Credential, Fixed, Secret};
+use ocifs::registry::{
+    ConfigFiles, Credential, CredentialSource, Fixed, Lookup, RegistryClient, RegistryConfig, Secret,
+};
 
-use super::{blob, client, client_with, read, source, until};
+use super::{blob, client, client_with, config, read, source, until};
 use crate::common::ocifs::PATIENCE;
 use crate::common::registry::{Fault, Guard, MANIFEST, TestRegistry, Tokens};
 
@@ -85,6 +89,43 @@ async fn no_credentials_at_all_say_where_was_looked() {
         error.contains("no credential file at /nonexistent/config.json"),
         "{error}"
     );
+}
+
+/// Credentials nobody ever finds.
+#[derive(Debug)]
+struct Hanging;
+
+#[async_trait]
+impl CredentialSource for Hanging {
+    async fn lookup(&self, _registry: &str, _repository: &str) -> Lookup {
+        std::future::pending().await
+    }
+}
+
+#[tokio::test]
+async fn a_lookup_without_end_is_told_as_such() {
+    let open = Tokens::default();
+    let closed = Tokens {
+        login: Some(login()),
+        ..Tokens::default()
+    };
+    let hanging = || {
+        RegistryClient::new(RegistryConfig {
+            credentials: Arc::new(Hanging),
+            timeout: Duration::from_secs(2),
+            ..config()
+        })
+        .unwrap()
+    };
+    for guard in [Guard::Basic(login().0, login().1), Guard::Bearer(closed)] {
+        let registry = guarded(guard);
+        let error = source(&hanging(), &registry, "latest").root().await.unwrap_err();
+        assert!(matches!(error, BlobError::Unauthorized { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("looking for credentials took longer than 1s"), "{text}");
+    }
+    let registry = guarded(Guard::Bearer(open));
+    source(&hanging(), &registry, "latest").root().await.unwrap();
 }
 
 #[tokio::test]
