@@ -22,7 +22,8 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     let error = error.without_url();
     let host = host.to_owned();
-    if let Some(tls) = find_tls(&error) {
+    // Later than in the handshake, TLS fails because a connection breaks; another one may hold.
+    if let Some(tls) = find_tls(&error).filter(|_| error.is_connect()) {
         let hint = match tls {
             rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
             _ => "",
@@ -249,6 +250,29 @@ mod tests {
             assert_eq!(message(body.as_bytes()), want);
         }
         assert!(message("word ".repeat(1 << 20).as_bytes()).len() < 2 * MAX_MESSAGE);
+    }
+
+    #[tokio::test]
+    async fn tls_trouble_after_the_handshake_is_a_lost_connection() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let client = reqwest::Client::builder()
+            .tls_backend_preconfigured(config)
+            .no_proxy()
+            .build()
+            .unwrap();
+        let broken = std::io::Error::other(rustls::Error::DecryptError);
+        let body = reqwest::Body::wrap_stream(futures::stream::iter([Err::<Vec<u8>, _>(broken)]));
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let error = client.post(url).body(body).send().await.unwrap_err();
+        assert!(find_tls(&error).is_some(), "{error:?}");
+        let error = transport("h", error);
+        assert!(matches!(error, BlobError::Unreachable { .. }), "{error}");
+        assert!(error.is_transient());
     }
 
     #[test]
