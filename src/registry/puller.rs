@@ -198,10 +198,15 @@ impl Puller {
     async fn manifest(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {
         let source = self.source(repository, selector)?;
         let mut document = source.root().await?;
-        for _ in 0..MAX_INDEX_DEPTH {
-            if kind(&document)? == DocumentKind::Manifest {
-                return Ok(document);
+        let mut depth = 0;
+        while kind(&document)? == DocumentKind::ImageIndex {
+            if depth == MAX_INDEX_DEPTH {
+                return Err(BlobError::Invalid {
+                    what: source.describe(),
+                    reason: format!("more than {MAX_INDEX_DEPTH} image indexes inside each other"),
+                });
             }
+            depth += 1;
             let index = OwnIndex::parse(&document.bytes).map_err(|error| unusable(&document, error))?;
             let entry = platform::choose(&index.manifests, &self.platform).map_err(|error| BlobError::NotFound {
                 what: source.describe(),
@@ -209,10 +214,7 @@ impl Puller {
             })?;
             document = source.manifest(entry).await?;
         }
-        Err(BlobError::Invalid {
-            what: source.describe(),
-            reason: format!("more than {MAX_INDEX_DEPTH} image indexes inside each other"),
-        })
+        Ok(document)
     }
 }
 

@@ -3,6 +3,7 @@
 //! A blob is streamed into a `.part` file of its own, hashed on the way, synced, and renamed only when size and digest are
 //! right. A name therefore proves content, whatever died when; an unfinished `.part` file is removed, never continued.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -26,9 +27,12 @@ pub(super) async fn write(
     config: &Document,
     directory: &Path,
 ) -> Result<(), BlobError> {
+    // An image may have the same layer more than once.
+    let mut seen = HashSet::new();
     let fetches: Vec<_> = known
         .layers
         .iter()
+        .filter(|layer| seen.insert(&layer.digest))
         .map(|layer| fetch(source, layer, directory))
         .collect();
     stream::iter(fetches)

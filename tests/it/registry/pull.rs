@@ -6,7 +6,7 @@ use ocifs::oci::{Digest, ReferenceSelector};
 use ocifs::registry::Puller;
 
 use super::client;
-use crate::common::registry::{Fault, INDEX, TestRegistry, architecture};
+use crate::common::registry::{Fault, INDEX, MANIFEST, TestRegistry, architecture, image};
 
 fn layers() -> Vec<Vec<u8>> {
     vec![vec![1; 100_000], vec![2; 5]]
@@ -67,6 +67,49 @@ async fn documents_by_tag_and_digest() {
         .await
         .unwrap_err();
     assert!(error.to_string().contains("linux/s390x"), "{error}");
+}
+
+#[tokio::test]
+async fn nested_indexes_are_followed_to_a_depth() {
+    let registry = TestRegistry::start();
+    let mut nested = registry.add_image("org/app", "manifest", &layers());
+    for depth in 1..=5 {
+        let index = serde_json::json!({
+            "schemaVersion": 2, "mediaType": INDEX, "annotations": {"depth": depth.to_string()},
+            "manifests": [{
+                "mediaType": if depth == 1 { MANIFEST } else { INDEX }, "digest": nested, "size": -1,
+                "platform": {"os": "linux", "architecture": architecture()},
+            }],
+        });
+        nested = registry.add_manifest("org/app", Some(&format!("deep{depth}")), INDEX, index.to_string());
+    }
+    let puller = Puller::new(client(), &registry.host());
+    let manifest = puller
+        .fetch_manifest("org/app", ReferenceSelector::tag("deep4"))
+        .await
+        .unwrap();
+    assert_eq!(manifest.layers().len(), 2);
+    registry.clear_log();
+    let error = puller
+        .fetch_manifest("org/app", ReferenceSelector::tag("deep5"))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("more than 4 image indexes"), "{error}");
+    assert_eq!(registry.log().len(), 5, "the fifth index is not opened");
+}
+
+#[tokio::test]
+async fn a_layer_an_image_has_twice_is_fetched_once() {
+    let registry = TestRegistry::start();
+    let twice = [vec![3; 5000], vec![4; 10], vec![3; 5000]];
+    registry.add_image("org/app", "twice", &twice);
+    let directory = tempfile::tempdir().unwrap();
+    Puller::new(client(), &registry.host())
+        .pull_image("org/app", ReferenceSelector::tag("twice"), directory.path())
+        .await
+        .unwrap();
+    assert_eq!(registry.count(&Digest::of(&twice[0]).to_string()), 1);
+    assert_eq!(registry.count(&Digest::of(&twice[1]).to_string()), 1);
 }
 
 #[tokio::test]
