@@ -47,6 +47,15 @@ struct Inner {
     redirects: Redirects,
 }
 
+/// What a registry says about the tags of a repository.
+enum Tags {
+    Listed(Vec<String>),
+    /// It does not show them: 401, 403 or 404.
+    Refused,
+    /// It did not say in time, or nothing that makes sense.
+    Unknown,
+}
+
 /// An authorised answer, and the credentials story for error texts.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -280,21 +289,34 @@ impl RegistryClient {
         // A hint is not worth more than a moment, head and body together.
         let wait = self.retry().attempt_wait().min(Duration::from_secs(5));
         let asking = tokio::time::timeout(wait, self.tags(repository, wait));
-        let tags = asking.await.ok().flatten().unwrap_or_default();
-        if tags.is_empty() {
-            let said = said.map(|said| format!(" ({said})")).unwrap_or_default();
-            return Some(format!("the repository does not exist or needs a login{said}"));
+        let with_said = |hint: &str| match &said {
+            Some(said) => format!("{hint} ({said})"),
+            None => hint.to_owned(),
+        };
+        match asking.await.unwrap_or(Tags::Unknown) {
+            Tags::Listed(tags) if tags.is_empty() => Some(with_said("the repository has no tags")),
+            Tags::Listed(tags) => Some(format!("there are the tags {}", tags.join(", "))),
+            Tags::Refused => Some(with_said("the repository does not exist or needs a login")),
+            Tags::Unknown => said,
         }
-        Some(format!("there are the tags {}", tags.join(", ")))
     }
 
-    async fn tags(&self, repository: &Repository, wait: Duration) -> Option<Vec<String>> {
+    async fn tags(&self, repository: &Repository, wait: Duration) -> Tags {
         let ask = Ask::get(repository.tags_url(HINTED_TAGS));
-        let Answer { mut reply, .. } = self.request(repository, &ask, wait).await.ok()?;
-        if reply.status() != StatusCode::OK {
-            return None;
+        let mut reply = match self.request(repository, &ask, wait).await {
+            Ok(answer) => answer.reply,
+            // Not one of the token server.
+            Err(BlobError::Unauthorized { host, .. }) if host == repository.endpoint.name() => return Tags::Refused,
+            Err(_) => return Tags::Unknown,
+        };
+        match reply.status() {
+            StatusCode::OK => {}
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => return Tags::Refused,
+            _ => return Tags::Unknown,
         }
-        parse_tags(&reply.whole(1 << 20).await.ok()??)
+        let body = reply.whole(1 << 20).await.ok().flatten();
+        body.and_then(|body| parse_tags(&body))
+            .map_or(Tags::Unknown, Tags::Listed)
     }
 
     /// Where blobs were last redirected to.
@@ -347,5 +369,7 @@ fn parse_tags(body: &[u8]) -> Option<Vec<String>> {
     }
     let tags: Tags = serde_json::from_slice(body).ok()?;
     let printable = |tag: &String| !tag.is_empty() && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_graphic());
-    Some(tags.tags?.into_iter().filter(printable).take(HINTED_TAGS).collect())
+    // `null` is Go's empty list.
+    let tags = tags.tags.unwrap_or_default();
+    Some(tags.into_iter().filter(printable).take(HINTED_TAGS).collect())
 }

@@ -125,6 +125,43 @@ async fn a_missing_tag_names_the_others() {
 }
 
 #[tokio::test]
+async fn only_a_registry_that_hides_the_tags_makes_a_repository_doubtful() {
+    let registry = TestRegistry::start();
+    registry.add_manifest("org/app", Some("v1"), MANIFEST, b"{}".to_vec());
+    let client = client();
+    let body = |body: &str| Fault::Status {
+        code: 200,
+        headers: Vec::new(),
+        body: body.to_owned(),
+    };
+    for (fault, doubtful) in [
+        (Fault::status(401), true),
+        (Fault::status(403), true),
+        (Fault::status(404), true),
+        (Fault::status(429), false),
+        (Fault::status(500), false),
+        (Fault::Hangup, false),
+        (Fault::Truncate(3), false),
+        (body("<html>"), false),
+        (body(r#"{"name":"org/app","tags":null}"#), false),
+    ] {
+        registry.fault("/tags/", 1, fault.clone());
+        let error = source(&client, &registry, "v3").root().await.unwrap_err();
+        assert!(matches!(error, BlobError::NotFound { .. }), "{error}");
+        let error = error.to_string();
+        assert_eq!(
+            error.contains("does not exist or needs a login"),
+            doubtful,
+            "{fault:?}: {error}"
+        );
+        assert!(error.contains("MANIFEST_UNKNOWN"), "{fault:?}: {error}");
+    }
+    registry.fault("/tags/", 1, body(r#"{"tags":[]}"#));
+    let error = source(&client, &registry, "v3").root().await.unwrap_err().to_string();
+    assert!(error.contains("has no tags (MANIFEST_UNKNOWN"), "{error}");
+}
+
+#[tokio::test]
 async fn refusals_keep_the_servers_words() {
     let registry = TestRegistry::start();
     registry.add_manifest("org/app", Some("latest"), MANIFEST, b"{}".to_vec());
