@@ -15,7 +15,7 @@ mod reference;
 mod refusal;
 mod selector;
 
-pub use config::{History, ImageConfig, RootFs, RunConfig};
+pub use config::{ImageConfig, RootFs, RunConfig};
 pub use descriptor::{Descriptor, Platform};
 pub use digest::{Algorithm, DiffId, Digest, DigestError, DigestHasher};
 pub use document::{DocumentError, DocumentKind, ImageIndex, MAX_DOCUMENT, MAX_LAYERS, Manifest, classify};
