@@ -14,6 +14,7 @@ pub mod platform;
 mod reference;
 mod refusal;
 mod selector;
+mod shown;
 
 pub use config::{ImageConfig, RootFs, RunConfig};
 pub use descriptor::{Descriptor, Platform};
@@ -25,3 +26,4 @@ pub use platform::PlatformError;
 pub use reference::{Reference, ReferenceError};
 pub use refusal::{Refusal, is_companion};
 pub use selector::ReferenceSelector;
+pub(crate) use shown::shown;

@@ -10,7 +10,7 @@ use super::source::{Archive, Compression};
 use crate::blob::BlobError;
 use crate::oci::{
     Algorithm, Descriptor, DiffId, Digest, DigestHasher, ImageConfig, MAX_DOCUMENT, MAX_LAYERS, Reference, listing,
-    media_type,
+    media_type, shown,
 };
 
 /// Lists the images.
@@ -101,7 +101,8 @@ fn entries(archive: &Archive) -> Result<Vec<Entry>, BlobError> {
     }
     let text = archive.read_small(MANIFEST, MAX_DOCUMENT)?;
     let mut deserializer = serde_json::Deserializer::from_slice(&text);
-    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| invalid(format!("{MANIFEST}: {error}")))
+    serde_path_to_error::deserialize(&mut deserializer)
+        .map_err(|error| invalid(format!("{MANIFEST}: {}", shown(&error.to_string()))))
 }
 
 fn select<'a>(entries: &'a [Entry], name: Option<&str>, archive: &Archive) -> Result<&'a Entry, BlobError> {
@@ -139,7 +140,7 @@ fn names(entries: &[Entry]) -> String {
         .enumerate()
         .flat_map(|(position, entry)| match entry.tags() {
             [] => vec![format!("@{position}")],
-            tags => tags.iter().map(|tag| format!("`{tag}`")).collect(),
+            tags => tags.iter().map(|tag| format!("`{}`", shown(tag))).collect(),
         });
     listing(names.collect())
 }
@@ -147,7 +148,11 @@ fn names(entries: &[Entry]) -> String {
 /// The config's diffIDs: one for each layer the archive lists.
 fn diff_ids(archive: &Archive, entry: &Entry, config: &[u8]) -> Result<Vec<DiffId>, BlobError> {
     let invalid = |reason: String| BlobError::Invalid {
-        what: format!("config `{}` in archive {}", entry.config, archive.path.display()),
+        what: format!(
+            "config `{}` in archive {}",
+            shown(&entry.config),
+            archive.path.display()
+        ),
         reason,
     };
     let config = ImageConfig::parse(config).map_err(|error| invalid(error.to_string()))?;
@@ -183,7 +188,7 @@ fn layer(
         Compression::Zstd => media_type::OCI_LAYER_ZSTD,
         Compression::Xz | Compression::Bzip2 => {
             return Err(BlobError::Unsupported {
-                what: format!("layer `{path}` in archive {}", archive.path.display()),
+                what: format!("layer `{}` in archive {}", shown(path), archive.path.display()),
                 reason: "it is compressed with xz or bzip2, which layers must not be".to_owned(),
             });
         }

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::members::{FindError, Member, Members};
 use crate::blob::BlobError;
 use crate::blob::file::{open_regular, read_piece};
+use crate::oci::shown;
 
 /// Bytes read at once when unpacking and hashing.
 const BUFFER: usize = 256 << 10;
@@ -100,12 +101,12 @@ impl Archive {
     /// Finds a file of the archive by name, through links.
     pub fn member(&self, name: &str) -> Result<Member, BlobError> {
         let invalid = |reason: String| BlobError::Invalid {
-            what: format!("`{name}` in archive {}", self.path.display()),
+            what: format!("`{}` in archive {}", shown(name), self.path.display()),
             reason,
         };
         let member = self.members.find(name.as_bytes()).map_err(|error| match error {
             FindError::Missing => BlobError::NotFound {
-                what: format!("`{name}` in archive {}", self.path.display()),
+                what: format!("`{}` in archive {}", shown(name), self.path.display()),
                 hint: Some("the archive is incomplete".to_owned()),
             },
             FindError::Circle | FindError::Sparse | FindError::TooLong => invalid(error.to_string()),
@@ -126,7 +127,7 @@ impl Archive {
         let member = self.member(name)?;
         if member.size > max as u64 {
             return Err(BlobError::Invalid {
-                what: format!("`{name}` in archive {}", self.path.display()),
+                what: format!("`{}` in archive {}", shown(name), self.path.display()),
                 reason: format!("it has {} bytes, more than the {max} allowed", member.size),
             });
         }

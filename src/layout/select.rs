@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::blob::BlobError;
-use crate::oci::{Descriptor, Digest, Reference, is_companion, listing};
+use crate::oci::{Descriptor, Digest, Reference, is_companion, listing, shown};
 
 /// Annotation with the name within the layout: a tag, or anything.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
@@ -81,7 +81,7 @@ fn names(entries: &[Descriptor]) -> String {
             .iter()
             .find_map(|key| entry.annotations.get(*key));
         let platform = entry.platform.as_ref().map(|p| format!(" ({p})")).unwrap_or_default();
-        let name = name.map_or_else(|| format!("@{position}{platform}"), |name| format!("`{name}`"));
+        let name = name.map_or_else(|| format!("@{position}{platform}"), |name| format!("`{}`", shown(name)));
         if !names.contains(&name) {
             names.push(name);
         }
@@ -153,6 +153,16 @@ mod tests {
             position(&[ATTESTATION], None),
             Err("an image in dir not found: it has none".into())
         );
+    }
+
+    #[test]
+    fn names_are_listed_readably() {
+        let name = format!(
+            r#""org.opencontainers.image.ref.name":"v1\u001b{}""#,
+            "x".repeat(100_000)
+        );
+        let error = position(&[&name], Some("v2")).unwrap_err();
+        assert!(error.contains(r"it has `v1\u{1b}xxx") && error.len() < 2000, "{error}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use super::descriptor::null_as_default;
-use super::{Descriptor, Refusal, media_type};
+use super::{Descriptor, Refusal, media_type, shown};
 
 /// Largest manifest, image index or config read. The distribution spec asks registries for 4 MiB at least; configs with long
 /// histories are larger.
@@ -43,7 +43,7 @@ pub enum DocumentError {
         max: usize,
     },
     /// Not JSON, or a field of a wrong type.
-    #[error("{}{reason}", Field(field))]
+    #[error("{}{}", Field(field), shown(reason))]
     Json {
         /// Path of the field, such as `layers[2].size`; empty when the JSON itself is broken at the top.
         field: String,
@@ -57,7 +57,7 @@ pub enum DocumentError {
         reason: String,
     },
     /// Neither image index nor manifest.
-    #[error("it is neither an image index nor a manifest (media type `{media_type}`)")]
+    #[error("it is neither an image index nor a manifest (media type `{}`)", shown(media_type))]
     UnknownKind {
         /// The declared media type.
         media_type: String,
@@ -87,7 +87,7 @@ impl std::fmt::Display for Field<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0 {
             "" | "." => Ok(()),
-            field => write!(f, "field `{field}`: "),
+            field => write!(f, "field `{}`: ", shown(field)),
         }
     }
 }
@@ -446,6 +446,22 @@ mod tests {
             let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(field), "{error}");
         }
+    }
+
+    #[test]
+    fn errors_do_not_repeat_whatever_a_document_says() {
+        let digest = Digest::of(b"");
+        let long = "x".repeat(100_000);
+        for text in [
+            format!(r#"{{"config":{{"digest":"{digest}"}},"layers":"{long}\u001b"}}"#),
+            format!(r#"{{"config":{{"digest":"\u001b{long}"}}}}"#),
+            format!(r#"{{"config":{{"digest":"{digest}"}},"annotations":{{"\u001b[2J{long}":1}}}}"#),
+        ] {
+            let error = Manifest::parse(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.len() < 2000 && !error.contains(char::is_control), "{error}");
+        }
+        let error = classify(&format!("\u{1b}{long}"), b"{}").unwrap_err().to_string();
+        assert!(error.len() < 2000 && error.contains(r"`\u{1b}xxx"), "{error}");
     }
 
     #[test]

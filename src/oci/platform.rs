@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Descriptor, Platform, is_companion};
+use super::{Descriptor, Platform, is_companion, shown};
 
 /// Why a text names no platform, or an image index has nothing for one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +28,9 @@ pub enum PlatformError {
     },
 }
 
+/// Most platforms an error lists.
+const MAX_LISTED: usize = 20;
+
 struct Available<'a>(&'a [Platform]);
 
 impl fmt::Display for Available<'_> {
@@ -36,8 +39,11 @@ impl fmt::Display for Available<'_> {
             return f.write_str("the image index lists none for any platform");
         }
         f.write_str("the image index has ")?;
-        for (i, platform) in self.0.iter().enumerate() {
+        for (i, platform) in self.0.iter().take(MAX_LISTED).enumerate() {
             write!(f, "{}{platform}", if i == 0 { "" } else { ", " })?;
+        }
+        if self.0.len() > MAX_LISTED {
+            write!(f, " and {} more", self.0.len() - MAX_LISTED)?;
         }
         f.write_str("; choose one with --platform")
     }
@@ -45,9 +51,9 @@ impl fmt::Display for Available<'_> {
 
 impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
+        write!(f, "{}/{}", shown(&self.os), shown(&self.architecture))?;
         match self.variant.as_deref() {
-            Some(variant) if !variant.is_empty() => write!(f, "/{variant}"),
+            Some(variant) if !variant.is_empty() => write!(f, "/{}", shown(variant)),
             _ => Ok(()),
         }
     }
@@ -305,6 +311,15 @@ mod tests {
         );
         let platform = first?.platform?;
         Some(platform.to_string())
+    }
+
+    #[test]
+    fn what_there_is_is_listed_to_a_number_and_readable() {
+        let mut entries: Vec<Descriptor> = (0..30).map(|i| entry(&format!("linux/cpu{i}"))).collect();
+        entries[0].platform.as_mut().unwrap().architecture = "\u{1b}[2J".into();
+        let error = choose(&entries, &wanted("amd64")).unwrap_err().to_string();
+        assert!(error.contains(r"has linux/\u{1b}[2j, linux/cpu1, "), "{error}");
+        assert!(error.contains("linux/cpu19 and 10 more; choose"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Well-formed documents that are no mountable image: what they are, and what to do.
 
-use super::{Descriptor, Digest, DocumentError, ImageConfig, Manifest, media_type};
+use super::{Descriptor, Digest, DocumentError, ImageConfig, Manifest, media_type, shown};
 
 /// Layer annotation of the layer that holds nydus metadata.
 const NYDUS_BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
@@ -23,7 +23,8 @@ pub enum Refusal {
     PreOci,
     /// A layer is encrypted.
     #[error(
-        "layer {digest} is encrypted (media type `{media_type}`): decrypt the image, for example with `skopeo copy --decryption-key`"
+        "layer {digest} is encrypted (media type `{}`): decrypt the image, for example with `skopeo copy --decryption-key`",
+        shown(media_type)
     )]
     Encrypted {
         /// The layer.
@@ -43,7 +44,7 @@ pub enum Refusal {
     #[error("it is a nydus (RAFS) image without ordinary layers: use the original image it was converted from")]
     Nydus,
     /// A layer is kept outside the registry.
-    #[error("layer {digest} is a foreign layer, kept outside the registry{}: rebuild the image on a base with ordinary layers", url.as_deref().map(|u| format!(" (at {u})")).unwrap_or_default())]
+    #[error("layer {digest} is a foreign layer, kept outside the registry{}: rebuild the image on a base with ordinary layers", url.as_deref().map(|u| format!(" (at {})", shown(u))).unwrap_or_default())]
     Foreign {
         /// The layer.
         digest: Digest,
@@ -51,7 +52,10 @@ pub enum Refusal {
         url: Option<String>,
     },
     /// Something else kept in a registry.
-    #[error("it is {name} (`{artifact_type}`), not an image: fetch it with the tool that made it, or with `oras pull`")]
+    #[error(
+        "it is {name} (`{}`), not an image: fetch it with the tool that made it, or with `oras pull`",
+        shown(artifact_type)
+    )]
     Artifact {
         /// What it is, for people.
         name: &'static str,
@@ -59,7 +63,7 @@ pub enum Refusal {
         artifact_type: String,
     },
     /// A layer that can be no tar.
-    #[error("layer {digest} is no file system layer (media type `{media_type}`)")]
+    #[error("layer {digest} is no file system layer (media type `{}`)", shown(media_type))]
     NotALayer {
         /// The layer.
         digest: Digest,
@@ -72,7 +76,7 @@ impl Refusal {
     pub(super) fn artifact(artifact_type: &str) -> Self {
         Self::Artifact {
             name: media_type::artifact_name(artifact_type).unwrap_or("an OCI artifact"),
-            artifact_type: artifact_type.chars().take(160).collect(),
+            artifact_type: artifact_type.to_owned(),
         }
     }
 }

@@ -382,6 +382,23 @@ async fn broken_archives_say_what_is_wrong() {
         assert!(error.contains(words), "{error} / {words}");
     }
 
+    // What the archive says is neither repeated without end nor obeyed by a terminal.
+    let long = format!("\u{1b}{}", "x".repeat(1 << 20));
+    for members in [
+        layers(&[&long]),
+        manifest(&[entry(&long, &[], &["l"])]),
+        manifest(&[json!({"Config": "c", "Layers": [long]}), json!({"Config": 1})]),
+    ] {
+        let mut all = good();
+        all.push(members);
+        write(&path, &all);
+        let error = open(&path, None).await.unwrap_err();
+        assert!(error.len() < 4000 && !error.contains('\u{1b}'), "{error}");
+    }
+    write(&path, &[manifest(&[entry("c", &[&long], &["l"])])]);
+    let error = open(&path, Some("none")).await.unwrap_err();
+    assert!(error.len() < 4000 && error.contains(r"it has `\u{1b}xxx"), "{error}");
+
     let mut members = good();
     members.insert(0, layers(&["l"]));
     write(&path, &members);
