@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use crate::blob::file::{FileBlob, blocking, open_regular, read_piece};
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
-use crate::oci::{Descriptor, Digest, ImageIndex, MAX_DOCUMENT};
+use crate::oci::{Descriptor, Digest, ImageIndex, MAX_DOCUMENT, shown};
 
 /// One image of an OCI layout directory.
 #[derive(Clone)]
@@ -48,11 +48,6 @@ impl OciLayout {
         Ok(Self { dir, image, root })
     }
 
-    /// The descriptor of the image's root document, with its annotations.
-    pub fn descriptor(&self) -> &Descriptor {
-        &self.root
-    }
-
     async fn document(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
         let (this, digest, size) = (self.clone(), descriptor.digest.clone(), descriptor.size);
         let bytes = blocking(&self.dir, move || {
@@ -68,13 +63,11 @@ impl OciLayout {
                 return Err(wrong_size(&path, size, len));
             }
             let bytes = read_piece(&file, &path, 0, len)?;
-            if !digest.matches(&bytes) {
-                return Err(BlobError::Corrupt {
-                    what: path.display().to_string(),
-                    expected: digest.to_string(),
-                    actual: Digest::of(&bytes).to_string(),
-                });
-            }
+            digest.verify(&bytes).map_err(|actual| BlobError::Corrupt {
+                what: path.display().to_string(),
+                expected: digest.to_string(),
+                actual: actual.to_string(),
+            })?;
             Ok(bytes)
         });
         Ok(Document {
@@ -164,7 +157,7 @@ fn find(dir: &Path, image: Option<&str>) -> Result<Descriptor, BlobError> {
     if version.split('.').next() != Some("1") {
         return Err(invalid(
             "oci-layout",
-            format!("layout version `{version}` is not supported: want 1.x"),
+            format!("layout version `{}` is not supported: want 1.x", shown(version)),
         ));
     }
     let index = small_file(dir, "index.json")?;

@@ -10,9 +10,6 @@
 
 use std::collections::HashSet;
 
-use base64::Engine as _;
-use bytes::Bytes;
-
 use crate::blob::{BlobError, Document, ImageSource};
 use crate::oci::platform::{choose, has_platform, runs};
 use crate::oci::{
@@ -283,16 +280,12 @@ fn described(image: &ResolvedImage) -> Descriptor {
     }
 }
 
-/// The document embedded in a descriptor, which saves fetching it. One that is not what the descriptor says is as good as none.
+/// The document embedded in a descriptor, which saves fetching it.
 fn embedded(descriptor: &Descriptor) -> Option<Document> {
-    let bytes = base64::engine::general_purpose::STANDARD
-        .decode(descriptor.data.as_deref()?)
-        .ok()?;
-    let intact = i64::try_from(bytes.len()) == Ok(descriptor.size) && descriptor.digest.matches(&bytes);
-    intact.then(|| Document {
+    Some(Document {
         media_type: descriptor.media_type.clone(),
         digest: descriptor.digest.clone(),
-        bytes: Bytes::from(bytes),
+        bytes: descriptor.embedded()?.into(),
     })
 }
 
@@ -302,6 +295,8 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use async_trait::async_trait;
+    use base64::Engine as _;
+    use bytes::Bytes;
 
     use super::*;
     use crate::blob::BlobSource;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::Digest;
@@ -39,6 +40,16 @@ pub struct Descriptor {
     pub platform: Option<Platform>,
 }
 
+impl Descriptor {
+    /// The embedded content, which saves fetching it. One that is not what the descriptor says is as good as none.
+    pub fn embedded(&self) -> Option<Vec<u8>> {
+        let data = self.data.as_deref()?;
+        let bytes = base64::engine::general_purpose::STANDARD.decode(data).ok()?;
+        let intact = i64::try_from(bytes.len()) == Ok(self.size) && self.digest.matches(&bytes);
+        intact.then_some(bytes)
+    }
+}
+
 /// Operating system and processor an image runs on.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Platform {
@@ -71,4 +82,31 @@ where
     T: Deserialize<'de> + Default,
 {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_content_counts_only_when_true() {
+        let mut descriptor = Descriptor {
+            media_type: String::new(),
+            digest: Digest::of(b"{}"),
+            size: 2,
+            urls: Vec::new(),
+            annotations: BTreeMap::new(),
+            data: Some("e30=".into()),
+            artifact_type: None,
+            platform: None,
+        };
+        assert_eq!(descriptor.embedded().unwrap(), b"{}");
+        descriptor.size = 3;
+        assert!(descriptor.embedded().is_none());
+        descriptor.size = 2;
+        for data in [Some("e31="), Some("%"), None] {
+            descriptor.data = data.map(str::to_owned);
+            assert!(descriptor.embedded().is_none(), "{data:?}");
+        }
+    }
 }

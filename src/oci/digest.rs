@@ -75,21 +75,21 @@ impl Digest {
         &self.hex
     }
 
-    /// The first twelve hex digits, for people.
-    pub fn short(&self) -> &str {
-        &self.hex[..12]
-    }
-
     /// A hasher of this digest's algorithm, to check bytes against it.
     pub fn hasher(&self) -> DigestHasher {
         DigestHasher::new(self.algorithm)
     }
 
-    /// Whether `bytes` hash to this digest.
-    pub fn matches(&self, bytes: &[u8]) -> bool {
+    /// Checks that `bytes` hash to this digest. What they hash to is the error.
+    pub fn verify(&self, bytes: &[u8]) -> Result<(), Digest> {
         let mut hasher = self.hasher();
         hasher.update(bytes);
-        hasher.finish() == *self
+        hasher.verify(self)
+    }
+
+    /// Whether `bytes` hash to this digest.
+    pub fn matches(&self, bytes: &[u8]) -> bool {
+        self.verify(bytes).is_ok()
     }
 }
 
@@ -189,6 +189,12 @@ impl DigestHasher {
         }
     }
 
+    /// Checks that all bytes added hash to `expected`. What they hash to is the error.
+    pub fn verify(self, expected: &Digest) -> Result<(), Digest> {
+        let actual = self.finish();
+        if actual == *expected { Ok(()) } else { Err(actual) }
+    }
+
     /// The digest of all bytes added.
     pub fn finish(self) -> Digest {
         let (algorithm, hex) = match self.0 {
@@ -218,6 +224,18 @@ mod tests {
         assert_eq!(Digest::of(b"").to_string(), empty);
         assert!(empty.parse::<Digest>().unwrap().matches(b""));
         assert!(!empty.parse::<Digest>().unwrap().matches(b"x"));
+    }
+
+    #[test]
+    fn a_mismatch_is_told_in_the_algorithm_asked_for() {
+        let sha512 = |bytes: &[u8]| {
+            let mut hasher = DigestHasher::new(Algorithm::Sha512);
+            hasher.update(bytes);
+            hasher.finish()
+        };
+        assert_eq!(sha512(b"a").verify(b"a"), Ok(()));
+        assert_eq!(sha512(b"a").verify(b"b"), Err(sha512(b"b")));
+        assert_eq!(Digest::of(b"a").verify(b"b"), Err(Digest::of(b"b")));
     }
 
     #[test]

@@ -343,17 +343,14 @@ fn check_digest(bytes: &Bytes, wanted: Option<&Digest>, reply: &Reply, what: &st
     let Some(expected) = wanted.cloned().or_else(claimed) else {
         return Ok(Digest::of(bytes));
     };
-    let mut hasher = expected.hasher();
-    hasher.update(bytes);
-    let actual = hasher.finish();
-    if actual == expected {
-        return Ok(actual);
+    match expected.verify(bytes) {
+        Ok(()) => Ok(expected),
+        Err(actual) => Err(BlobError::Corrupt {
+            what: what.to_owned(),
+            expected: expected.to_string(),
+            actual: actual.to_string(),
+        }),
     }
-    Err(BlobError::Corrupt {
-        what: what.to_owned(),
-        expected: expected.to_string(),
-        actual: actual.to_string(),
-    })
 }
 
 fn claimed_digest(headers: &HeaderMap) -> Option<Digest> {

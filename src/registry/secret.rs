@@ -19,11 +19,6 @@ impl Secret {
         &self.0
     }
 
-    /// Whether there is nothing to keep secret.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// As a header value, marked sensitive so that no layer below logs it. `None` if it holds bytes a header cannot.
     pub(super) fn header(&self) -> Option<HeaderValue> {
         let mut value = HeaderValue::from_str(&self.0).ok()?;

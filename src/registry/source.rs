@@ -3,8 +3,6 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use base64::Engine as _;
-use bytes::Bytes;
 
 use super::blob::RegistryBlob;
 use super::client::{MAX_CONFIG, RegistryClient};
@@ -35,16 +33,6 @@ impl RegistrySource {
         })
     }
 
-    /// The repository.
-    pub fn repository(&self) -> &Repository {
-        &self.repository
-    }
-
-    /// What is selected of it.
-    pub fn selector(&self) -> &ReferenceSelector {
-        &self.selector
-    }
-
     /// A blob with its registry-specific side: counters besides [`BlobSource`].
     pub fn registry_blob(&self, descriptor: &Descriptor) -> Result<RegistryBlob, BlobError> {
         let size = u64::try_from(descriptor.size).map_err(|_| BlobError::Invalid {
@@ -56,7 +44,7 @@ impl RegistrySource {
             Arc::clone(&self.repository),
             descriptor.digest.clone(),
             size,
-            inline(descriptor),
+            descriptor.embedded().map(Into::into),
         ))
     }
 }
@@ -97,47 +85,10 @@ impl ImageSource for RegistrySource {
     }
 }
 
-/// The content embedded in a descriptor, if it is there and true to size and digest; else it is fetched as if absent.
-fn inline(descriptor: &Descriptor) -> Option<Bytes> {
-    let bytes = base64::engine::general_purpose::STANDARD
-        .decode(descriptor.data.as_ref()?)
-        .ok()?;
-    let fits = i64::try_from(bytes.len()).is_ok_and(|size| size == descriptor.size);
-    (fits && descriptor.digest.matches(&bytes)).then(|| bytes.into())
-}
-
 fn inline_document(descriptor: &Descriptor) -> Option<Document> {
     Some(Document {
         media_type: descriptor.media_type.clone(),
         digest: descriptor.digest.clone(),
-        bytes: inline(descriptor)?,
+        bytes: descriptor.embedded()?.into(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::oci::Digest;
-
-    #[test]
-    fn embedded_content_counts_only_when_true() {
-        let mut descriptor = Descriptor {
-            media_type: "application/vnd.oci.image.config.v1+json".into(),
-            digest: Digest::of(b"{}"),
-            size: 2,
-            urls: Vec::new(),
-            annotations: Default::default(),
-            data: Some("e30=".into()),
-            artifact_type: None,
-            platform: None,
-        };
-        assert_eq!(inline(&descriptor).unwrap().as_ref(), b"{}");
-        descriptor.size = 3;
-        assert!(inline(&descriptor).is_none());
-        descriptor.size = 2;
-        descriptor.data = Some("e31=".into());
-        assert!(inline(&descriptor).is_none());
-        descriptor.data = Some("%".into());
-        assert!(inline(&descriptor).is_none());
-    }
 }

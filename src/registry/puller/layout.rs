@@ -66,14 +66,11 @@ async fn fetch(source: &RegistrySource, layer: &Descriptor, directory: &Path) ->
         hasher.update(&chunk);
         part.write(&chunk).await?;
     }
-    let actual = hasher.finish();
-    if actual != layer.digest {
-        return Err(BlobError::Corrupt {
-            what: format!("layer {} of {}", layer.digest, source.describe()),
-            expected: layer.digest.to_string(),
-            actual: actual.to_string(),
-        });
-    }
+    hasher.verify(&layer.digest).map_err(|actual| BlobError::Corrupt {
+        what: format!("layer {} of {}", layer.digest, source.describe()),
+        expected: layer.digest.to_string(),
+        actual: actual.to_string(),
+    })?;
     part.publish().await
 }
 
