@@ -46,7 +46,8 @@ impl DockerArchive {
     /// is just one image.
     ///
     /// Reads every header of the archive. Compressed layers under names that do not tell their digest are read whole, to hash
-    /// them; an archive compressed as a whole (gzip or zstd) is unpacked into the directory for temporary files.
+    /// them; an archive compressed as a whole (gzip or zstd) is unpacked into the directory for temporary files, unless it
+    /// unpacks to far more than images do.
     ///
     /// Fails with [`BlobError::NotFound`] listing the tags there are, and with [`BlobError::Invalid`] if `file` is no such
     /// archive.

@@ -11,12 +11,16 @@ use bytes::Bytes;
 use super::members::{FindError, Member, Members};
 use crate::blob::BlobError;
 use crate::blob::file::{open_regular, read_piece};
+use crate::index::{ZSTD_WINDOW_LOG_MAX, ZSTD_WINDOW_TOO_LARGE};
 use crate::oci::shown;
 
 /// Bytes read at once when unpacking and hashing.
 const BUFFER: usize = 256 << 10;
-/// Largest window a zstd archive may ask for, as log2: `zstd --ultra --long=31`, the format's practical limit.
-const MAX_WINDOW_LOG: u32 = 31;
+/// Most bytes an archive may unpack to for each of its own: what deflate cannot exceed. zstd can, but not with layers that are
+/// worth packing.
+const MAX_RATIO: u64 = 1032;
+/// Any archive may unpack to that much: a small one of a few large and empty files.
+const ALWAYS_UNPACKED: u64 = 1 << 30;
 
 /// Bytes that tell a compression: the longest magic looked for.
 const SNIFFED: usize = 10;
@@ -60,7 +64,7 @@ pub(super) struct Archive {
 
 impl Archive {
     pub fn open(path: Arc<Path>) -> Result<Self, BlobError> {
-        let (file, _) = open_regular(&path).map_err(|error| match error {
+        let (file, packed_len) = open_regular(&path).map_err(|error| match error {
             BlobError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => BlobError::NotFound {
                 what: format!("archive {}", path.display()),
                 hint: None,
@@ -69,18 +73,20 @@ impl Archive {
         })?;
         let mut start = [0; SNIFFED];
         let got = file.read_at(&mut start, 0).map_err(|e| BlobError::io(&path, e))?;
+        let most = most_unpacked(packed_len);
         let file = match Compression::sniff(&start[..got]) {
             Compression::None => file,
             Compression::Gzip => unpack(
                 &path,
                 flate2::read::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, file)),
+                most,
             )?,
             Compression::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::new(file).map_err(|e| BlobError::io(&path, e))?;
                 decoder
-                    .window_log_max(MAX_WINDOW_LOG)
+                    .window_log_max(ZSTD_WINDOW_LOG_MAX)
                     .map_err(|e| BlobError::io(&path, e))?;
-                unpack(&path, decoder)?
+                unpack(&path, decoder, most)?
             }
             Compression::Xz => return Err(packed(&path, "xz")),
             Compression::Bzip2 => return Err(packed(&path, "bzip2")),
@@ -158,17 +164,32 @@ fn packed(path: &Path, with: &str) -> BlobError {
     }
 }
 
+/// Most bytes that are unpacked of an archive of `len` bytes.
+fn most_unpacked(len: u64) -> u64 {
+    len.saturating_mul(MAX_RATIO).max(ALWAYS_UNPACKED)
+}
+
 /// Unpacks a compressed archive into a file without a name, which goes when it is closed.
-fn unpack(path: &Path, mut from: impl Read) -> Result<File, BlobError> {
+fn unpack(path: &Path, mut from: impl Read, most: u64) -> Result<File, BlobError> {
     let dir = std::env::temp_dir();
     let mut file = unnamed_file(&dir).map_err(|e| BlobError::io(&dir, e))?;
     tracing::info!(archive = %path.display(), into = %dir.display(), "unpacking a compressed archive");
     let mut buffer = vec![0; BUFFER];
+    let mut left = most;
     loop {
         let got = match from.read(&mut buffer) {
             Ok(0) => return Ok(file),
             Ok(got) => got,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.to_string().contains(ZSTD_WINDOW_TOO_LARGE) => {
+                return Err(BlobError::Unsupported {
+                    what: format!("archive {}", path.display()),
+                    reason: format!(
+                        "its zstd window is larger than {} MiB: unpack it first (`zstd --decompress --long=31 --keep FILE`)",
+                        (1 << ZSTD_WINDOW_LOG_MAX) >> 20
+                    ),
+                });
+            }
             Err(error) => {
                 return Err(BlobError::Corrupt {
                     what: format!("archive {}", path.display()),
@@ -177,6 +198,13 @@ fn unpack(path: &Path, mut from: impl Read) -> Result<File, BlobError> {
                 });
             }
         };
+        left = left.checked_sub(got as u64).ok_or_else(|| BlobError::Unsupported {
+            what: format!("archive {}", path.display()),
+            reason: format!(
+                "it unpacks to more than {} MiB, far more than images of its size do: unpack it first if that is meant",
+                most >> 20
+            ),
+        })?;
         io::Write::write_all(&mut file, &buffer[..got]).map_err(|error| no_room(&dir, error))?;
     }
 }
@@ -225,6 +253,35 @@ mod tests {
         ] {
             assert_eq!(Compression::sniff(start), is, "{start:?}");
         }
+    }
+
+    #[test]
+    fn what_an_archive_unpacks_to_is_limited() {
+        let path = Path::new("a.tar.gz");
+        let most = 1 << 20;
+        let unpacked = unpack(path, io::repeat(0).take(most), most).unwrap();
+        assert_eq!(unpacked.metadata().unwrap().len(), most);
+        let error = unpack(path, io::repeat(0).take(most + 1), most).unwrap_err();
+        assert!(matches!(error, BlobError::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("it unpacks to more than 1 MiB"), "{error}");
+        assert_eq!(most_unpacked(0), 1 << 30);
+        assert_eq!(most_unpacked(1 << 30), 1032 << 30);
+        assert_eq!(most_unpacked(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn the_window_of_a_zstd_archive_is_limited_as_that_of_a_layer() {
+        // A frame of one empty raw block; the sixth byte is the window descriptor (RFC 8878, 3.1.1.1.2).
+        let open = |window_log: u8| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, (window_log - 10) << 3, 0x01, 0x00, 0x00];
+            std::fs::write(file.path(), frame).unwrap();
+            Archive::open(file.path().into()).map(|_| ())
+        };
+        open(27).unwrap();
+        let error = open(28).unwrap_err();
+        assert!(matches!(error, BlobError::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("larger than 128 MiB"), "{error}");
     }
 
     #[test]

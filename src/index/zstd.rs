@@ -10,13 +10,13 @@ use super::codec::Step;
 use super::{BitPosition, IndexError};
 
 /// The largest window that is decoded: 128 MiB, the limit of zstd(1) without `--long=31` and what `--long=27` writes.
-const WINDOW_LOG_MAX: u32 = 27;
+pub(crate) const WINDOW_LOG_MAX: u32 = 27;
 
 /// One block (RFC 8878, 3.1.1.2.4), the least libzstd can flush without keeping some back.
 const OUT: usize = 128 * 1024;
 
 /// Name libzstd gives to a window beyond its limit.
-const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
+pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 
 /// A stream of frames.
 pub(super) struct Zstd {
