@@ -45,7 +45,7 @@ pub use blob::RegistryBlob;
 pub use client::{MAX_CONFIG, MAX_MANIFEST, RegistryClient};
 pub use config::RegistryConfig;
 pub use credentials::{Anonymous, ConfigFiles, Credential, CredentialSource, Fixed, Lookup};
-pub use endpoint::{Endpoint, PlainHttp, Repository};
+pub use endpoint::PlainHttp;
 pub use puller::{PulledImage, Puller};
 pub use secret::Secret;
 pub use source::RegistrySource;

@@ -86,7 +86,7 @@ impl RegistryClient {
     }
 
     /// A repository as this client would address it.
-    pub fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
+    pub(super) fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
         let endpoint = Endpoint::new(registry, &self.inner.transport.config().plain_http)?;
         Repository::new(endpoint, repository)
     }
