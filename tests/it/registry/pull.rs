@@ -6,7 +6,7 @@ use ocifs::oci::{Digest, ReferenceSelector};
 use ocifs::registry::Puller;
 
 use super::client;
-use crate::common::registry::{Fault, INDEX, MANIFEST, TestRegistry, architecture, image};
+use crate::common::registry::{Fault, INDEX, MANIFEST, TestRegistry, architecture};
 
 fn layers() -> Vec<Vec<u8>> {
     vec![vec![1; 100_000], vec![2; 5]]
