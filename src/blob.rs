@@ -51,6 +51,11 @@ pub trait ImageSource: Send + Sync + Debug {
 
     /// The reference as a person would write it, without secrets.
     fn describe(&self) -> String;
+
+    /// What this image has in common with its other versions.
+    fn repository(&self) -> String {
+        self.describe()
+    }
 }
 
 /// Content-addressed bytes that can be read by range.
@@ -67,6 +72,28 @@ pub trait BlobSource: Send + Sync + Debug {
     /// The stream resumes by itself after transient failures; it yields an error once when it gives up.
     /// An empty range is an empty stream.
     async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError>;
+
+    /// What is known about the way to the bytes.
+    fn link(&self) -> Link {
+        Link::LOCAL
+    }
+}
+
+/// The way to a blob, as far as it was measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Link {
+    /// Time from asking to the first byte of the answer.
+    pub rtt: Option<Duration>,
+    /// Bytes per second of all streams together.
+    pub bandwidth: Option<f64>,
+}
+
+impl Link {
+    /// A local disk: no trip to speak of, and about what reading and decoding one stream gives.
+    pub const LOCAL: Self = Self {
+        rtt: Some(Duration::from_micros(100)),
+        bandwidth: Some(1e9),
+    };
 }
 
 /// Why bytes could not be had. Each variant says what a user can do about it; [`BlobError::is_transient`] says if trying again

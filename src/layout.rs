@@ -129,6 +129,10 @@ impl ImageSource for OciLayout {
             None => format!("oci:{}", self.dir.display()),
         }
     }
+
+    fn repository(&self) -> String {
+        format!("oci:{}", self.dir.display())
+    }
 }
 
 impl fmt::Debug for OciLayout {

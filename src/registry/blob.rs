@@ -31,7 +31,7 @@ use super::endpoint::Repository;
 use super::redirects::BlobKey;
 use super::stats::{BlobMeter, BlobStats, HostStats};
 use super::transport::{Ask, Reply};
-use crate::blob::{BlobError, BlobSource, ByteStream};
+use crate::blob::{BlobError, BlobSource, ByteStream, Link};
 use crate::oci::Digest;
 
 /// Bytes worth receiving for nothing to reach an offset at a server that ignores ranges: about a round trip's worth.
@@ -157,6 +157,17 @@ impl BlobSource for RegistryBlob {
         }
         let reading = Reading::start(Arc::clone(core), range).await?;
         Ok(reading.into_stream())
+    }
+
+    fn link(&self) -> Link {
+        if self.core.inline.is_some() {
+            return Link::LOCAL;
+        }
+        let stats = self.host_stats();
+        Link {
+            rtt: stats.rtt,
+            bandwidth: stats.bandwidth,
+        }
     }
 }
 

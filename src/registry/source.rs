@@ -83,6 +83,10 @@ impl ImageSource for RegistrySource {
     fn describe(&self) -> String {
         format!("{}{}", self.repository, self.selector)
     }
+
+    fn repository(&self) -> String {
+        self.repository.to_string()
+    }
 }
 
 fn inline_document(descriptor: &Descriptor) -> Option<Document> {

@@ -1,18 +1,23 @@
 //! What was learned about hosts and blobs while talking to them: counters, round-trip time and bandwidth.
 //!
-//! Bandwidth is measured per host over all its streams together, in windows during which at least one is open, because
-//! parallel streams share the link and each alone says nothing about it.
+//! Bandwidth is measured per host over all its streams together, because parallel streams share the link and each alone
+//! says nothing about it; and only over the time in which bytes were coming: a reader that asks for one piece after the other
+//! leaves the link idle for a round trip each time, which says nothing about it either.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Weight of a new sample. An eighth, as TCP smooths its round-trip time (RFC 6298).
-const WEIGHT: f64 = 0.125;
-/// A lower round trip is believed sooner: higher ones contain handshakes and server work.
+/// Weight of a new sample of the round trip. An eighth, as TCP smooths it (RFC 6298); a lower one is believed sooner, since
+/// higher ones contain handshakes, server work and the queue of our own making.
+const WEIGHT_HIGHER: f64 = 0.125;
 const WEIGHT_LOWER: f64 = 0.5;
-/// A bandwidth sample covers at least this time and this many bytes, else it measures buffers.
-const WINDOW: Duration = Duration::from_millis(100);
+/// Weight of a new sample of the bandwidth. A higher one is believed sooner: the link can do that, and what makes it look
+/// slower is mostly ourselves (slow start, small answers, a busy processor).
+const WEIGHT_FASTER: f64 = 0.4;
+const WEIGHT_SLOWER: f64 = 0.05;
+/// A bandwidth sample covers at least this time of bytes coming in and this many bytes, else it measures buffers.
+const WINDOW: Duration = Duration::from_millis(50);
 const WINDOW_BYTES: u64 = 128 * 1024;
 
 /// A snapshot of what is known about a host.
@@ -26,8 +31,7 @@ pub struct HostStats {
     pub bytes: u64,
     /// Smoothed time from sending a request to the head of the answer.
     pub rtt: Option<Duration>,
-    /// Smoothed bytes per second of all streams together. What a slow consumer does not take is not measured: it then looks
-    /// like a slow link.
+    /// Smoothed bytes per second of all streams together, while any were coming.
     pub bandwidth: Option<f64>,
 }
 
@@ -78,8 +82,13 @@ struct State {
     bytes: u64,
     rtt: Option<f64>,
     bandwidth: Option<f64>,
-    streams: u32,
-    window: Option<(Instant, u64)>,
+    /// Streams that have begun to deliver and have not ended.
+    delivering: u32,
+    /// When the last bytes came, if a stream is delivering.
+    last: Option<Instant>,
+    /// Time in which bytes were coming, and how many, since the last sample.
+    busy: Duration,
+    came: u64,
 }
 
 impl HostMeter {
@@ -107,7 +116,7 @@ impl HostMeter {
         let smoothed = match state.rtt {
             None => sample,
             Some(old) if sample < old => old + (sample - old) * WEIGHT_LOWER,
-            Some(old) => old + (sample - old) * WEIGHT,
+            Some(old) => old + (sample - old) * WEIGHT_HIGHER,
         };
         state.rtt = Some(smoothed);
     }
@@ -117,30 +126,28 @@ impl HostMeter {
         self.state().answers > 0
     }
 
-    pub(super) fn stream_opened(&self) {
+    /// The first bytes of an answer's body. They say when the stream began; how long they were under way nobody knows.
+    pub(super) fn began(&self, bytes: u64) {
         let mut state = self.state();
-        state.streams += 1;
-        if state.streams == 1 {
-            state.window = Some((Instant::now(), 0));
-        }
+        state.bytes += bytes;
+        state.flow(Instant::now(), bytes);
+        state.delivering += 1;
     }
 
-    pub(super) fn stream_closed(&self) {
+    /// More bytes of a stream that began.
+    pub(super) fn came(&self, bytes: u64) {
         let mut state = self.state();
-        state.streams = state.streams.saturating_sub(1);
-        if state.streams == 0 {
-            state.sample(Instant::now(), WINDOW / 10);
-            state.window = None;
-        }
+        state.bytes += bytes;
+        state.flow(Instant::now(), bytes);
     }
 
-    pub(super) fn bytes(&self, count: u64) {
+    /// A stream that began is over.
+    pub(super) fn ended(&self) {
         let mut state = self.state();
-        state.bytes += count;
-        if let Some((_, bytes)) = &mut state.window {
-            *bytes += count;
+        state.delivering = state.delivering.saturating_sub(1);
+        if state.delivering == 0 {
+            state.last = None;
         }
-        state.sample(Instant::now(), WINDOW);
     }
 
     pub(super) fn snapshot(&self) -> HostStats {
@@ -156,18 +163,23 @@ impl HostMeter {
 }
 
 impl State {
-    fn sample(&mut self, now: Instant, shortest: Duration) {
-        let Some((start, bytes)) = self.window else { return };
-        let elapsed = now.saturating_duration_since(start);
-        if elapsed < shortest || bytes < WINDOW_BYTES || elapsed.is_zero() {
+    /// Bytes came in at `now`.
+    fn flow(&mut self, now: Instant, bytes: u64) {
+        if let Some(last) = self.last {
+            self.busy += now.saturating_duration_since(last);
+            self.came += bytes;
+        }
+        self.last = Some(now);
+        if self.busy < WINDOW || self.came < WINDOW_BYTES {
             return;
         }
-        let sample = bytes as f64 / elapsed.as_secs_f64();
+        let sample = self.came as f64 / self.busy.as_secs_f64();
         self.bandwidth = Some(match self.bandwidth {
             None => sample,
-            Some(old) => old + (sample - old) * WEIGHT,
+            Some(old) if sample > old => old + (sample - old) * WEIGHT_FASTER,
+            Some(old) => old + (sample - old) * WEIGHT_SLOWER,
         });
-        self.window = Some((now, 0));
+        (self.busy, self.came) = (Duration::ZERO, 0);
     }
 }
 
@@ -188,15 +200,24 @@ mod tests {
     }
 
     #[test]
-    fn bandwidth_counts_all_streams_of_a_window() {
+    fn bandwidth_is_that_of_all_streams_while_they_deliver() {
         let mut state = State::default();
         let start = Instant::now();
-        state.window = Some((start, 10_000_000));
-        state.sample(start + Duration::from_millis(50), WINDOW);
-        assert_eq!(state.bandwidth, None);
-        state.sample(start + Duration::from_secs(1), WINDOW);
-        assert_eq!(state.bandwidth, Some(10_000_000.0));
-        state.sample(start + Duration::from_secs(2), WINDOW);
-        assert_eq!(state.bandwidth, Some(10_000_000.0), "an idle window is no sample");
+        let at = |ms| start + Duration::from_millis(ms);
+        state.delivering = 1;
+        state.flow(at(0), 1_000_000);
+        assert_eq!(state.bandwidth, None, "nobody knows how long the first bytes took");
+        state.flow(at(25), 500_000);
+        state.flow(at(50), 750_000);
+        assert_eq!(state.bandwidth, Some(25_000_000.0));
+        // The stream ends, and the next one begins a second later.
+        state.last = None;
+        state.flow(at(1050), 100_000);
+        state.flow(at(1100), 1_250_000);
+        assert_eq!(state.bandwidth, Some(25_000_000.0), "a pause is no sample");
+        state.flow(at(1200), 10_000_000);
+        assert!(state.bandwidth.unwrap() > 50_000_000.0, "faster is believed soon");
+        state.flow(at(1300), 250_000);
+        assert!(state.bandwidth.unwrap() > 50_000_000.0, "slower is not");
     }
 }

@@ -71,16 +71,32 @@ pub(super) struct Reply {
     stall: Duration,
     /// How long was waited for how many bytes, since the last look at the pace.
     pace: (Duration, u64),
-    /// Whether this stream is counted as open in `meter`.
+    /// The stream as its host's meter sees it.
     open: OpenStream,
 }
 
 #[derive(Debug)]
-struct OpenStream(Arc<HostMeter>);
+struct OpenStream {
+    meter: Arc<HostMeter>,
+    began: bool,
+}
+
+impl OpenStream {
+    fn bytes(&mut self, count: u64) {
+        if self.began {
+            self.meter.came(count);
+        } else {
+            self.began = true;
+            self.meter.began(count);
+        }
+    }
+}
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        self.0.stream_closed();
+        if self.began {
+            self.meter.ended();
+        }
     }
 }
 
@@ -136,13 +152,12 @@ impl Transport {
             let (response, meter) = self.exchange(&url, &ask.headers, authorization, form).await?;
             let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
             let Some(next) = next else {
-                meter.stream_opened();
                 return Ok(Reply {
                     response,
                     url,
                     crossed,
                     hops: hop as u64 + 1,
-                    open: OpenStream(meter),
+                    open: OpenStream { meter, began: false },
                     // An operation with a short deadline resumes within it.
                     stall: self.config.stall_timeout.min(self.config.timeout / 2),
                     pace: (Duration::ZERO, 0),
@@ -226,7 +241,7 @@ impl Reply {
             Err(_) => return Err(timeout("in the middle of an answer")),
         };
         let Some(bytes) = &chunk else { return Ok(None) };
-        self.open.0.bytes(bytes.len() as u64);
+        self.open.bytes(bytes.len() as u64);
         // Only the time spent waiting counts: how fast the caller takes the bytes is not the server's doing.
         self.pace.0 += start.elapsed();
         self.pace.1 += bytes.len() as u64;
