@@ -26,7 +26,7 @@ use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -90,7 +90,7 @@ impl Store {
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
         made.map_err(|e| StoreError::io("create", root, e))?;
-        for directory in ["documents", "layers", "trees", "uppers", "tmp"] {
+        for directory in ["documents", "layers", "profiles", "trees", "uppers", "tmp"] {
             let path = root.join(directory);
             fs::create_dir_all(&path).map_err(|e| StoreError::io("create", &path, e))?;
         }
@@ -219,6 +219,57 @@ impl Store {
         Some(root.join("trees").join(name))
     }
 
+    /// Where the profile of an image's program is kept.
+    pub fn profile(&self, manifest: &Digest, label: &str) -> Option<PathBuf> {
+        let root = self.root.as_ref()?;
+        Some(root.join("profiles").join(profile_name(manifest, label)))
+    }
+
+    /// Labels of the profiles of an image.
+    pub fn profile_labels(&self, manifest: &Digest) -> Result<Vec<String>, StoreError> {
+        let Some(root) = &self.root else {
+            return Ok(Vec::new());
+        };
+        let path = root.join("profiles");
+        let entries = fs::read_dir(&path).map_err(|e| StoreError::io("list", &path, e))?;
+        let prefix = profile_name(manifest, "");
+        let labels = entries.flatten().filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            name.strip_prefix(&prefix).map(str::to_owned)
+        });
+        let mut labels: Vec<String> = labels.collect();
+        labels.sort();
+        Ok(labels)
+    }
+
+    /// Remembers that there is a profile of an image of this repository.
+    pub fn mark_profile(&self, repository: &str, manifest: &Digest, label: &str) -> Result<(), StoreError> {
+        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
+        let mark = repository_dir(root, repository).join(profile_name(manifest, label));
+        // A new file each time: its time is that of the profile.
+        self.publish(&mark, Durability::Lazy, |_| Ok(()))
+    }
+
+    /// Manifests of a repository of which there may be a profile with this label, newest first, at most `most` of them.
+    pub fn profiles_of(&self, repository: &str, label: &str, most: usize) -> Vec<Digest> {
+        let Some(root) = &self.root else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(repository_dir(root, repository)) else {
+            return Vec::new();
+        };
+        let mut found: Vec<(SystemTime, Digest)> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let (manifest, of) = name.split_once('.')?;
+                let manifest = manifest.replacen('-', ":", 1).parse().ok()?;
+                let modified = entry.metadata().and_then(|m| m.modified()).ok()?;
+                (of == label).then_some((modified, manifest))
+            })
+            .collect();
+        found.sort_by(|a, b| b.cmp(a));
+        found.into_iter().take(most).map(|(_, manifest)| manifest).collect()
+    }
+
     /// Where the private directory of a writable mount is to be.
     pub fn upper_dir(&self, id: &str) -> Result<PathBuf, StoreError> {
         let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
@@ -300,6 +351,17 @@ pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
     matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
 }
 
+/// File name of the profile of an image's program, or of the mark of one.
+fn profile_name(manifest: &Digest, label: &str) -> String {
+    format!("{}-{}.{label}", manifest.algorithm().name(), manifest.hex())
+}
+
+/// Marks of the profiles of a repository. Repositories have slashes in their names, so theirs is hashed.
+fn repository_dir(root: &Path, repository: &str) -> PathBuf {
+    let hash = blake3::hash(repository.as_bytes()).to_hex();
+    root.join("profiles").join("of").join(&hash[..32])
+}
+
 fn create_parent(target: &Path) -> io::Result<()> {
     target.parent().map_or(Ok(()), fs::create_dir_all)
 }
@@ -377,8 +439,6 @@ impl LayerDir {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
 
     #[test]

@@ -1,0 +1,270 @@
+//! Profiles: what the start of a program reads, learned from earlier runs.
+//!
+//! A [`Recorder`] listens to the first seconds of a mount and notes which blocks of which layer's tar were read, in order. A
+//! [`Profile`] is what several such runs have in common, kept for an image manifest under a [`Label`]: one image starts
+//! different programs. It speaks of tars and not of blobs, spans or files, so it is as good for the same layers in another
+//! image, compressed or indexed in another way, on another machine.
+//!
+//! It is a hint. A wrong one costs bandwidth that nobody else wanted, never a wrong byte; so files from elsewhere are checked
+//! only for what could do harm: sizes.
+//!
+//! # The file
+//! ```json
+//! {"ocifs-profile": 1, "manifest": "sha256:…", "label": "default", "runs": 3,
+//!  "layers": [{"digest": "sha256:…", "diff_id": "sha256:…"}],
+//!  "ranges": [[0, 1048576, 65536, 12, 4]]}
+//! ```
+//! A range is: position in `layers`, offset and length in that layer's tar (bytes, multiples of [`BLOCK`]), milliseconds from
+//! the mount being ready to the first read of it, and its score. Ranges are in the order of their first reads.
+//!
+//! # Several runs
+//! A block read for the first time scores [`FIRST_SCORE`], each later run that reads it adds one, up to [`BEST_SCORE`], each that
+//! does not takes one away, and at zero it is forgotten. The order is that of the last run; what that did not read follows.
+
+mod format;
+mod recorder;
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+pub use format::{LARGEST_FILE, ProfileError};
+pub use recorder::Recorder;
+
+use crate::oci::{DiffId, Digest};
+
+/// What reads are rounded to: a few pages, so that runs agree although the kernel reads ahead differently each time.
+pub const BLOCK: u64 = 16 << 10;
+/// Blocks in a profile; a gigabyte, which is more than any start needs.
+pub const MOST_BLOCKS: usize = 1 << 16;
+/// Score of a block that was read once.
+pub const FIRST_SCORE: u8 = 2;
+/// Highest score: so many runs without a block, and it is forgotten.
+pub const BEST_SCORE: u8 = 4;
+
+/// Which of an image's programs a profile is about.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Label(String);
+
+impl Label {
+    /// The label as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Label {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Label {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if text.is_empty() || text.len() > 64 || text.starts_with('.') || !text.chars().all(allowed) {
+            return Err("a label is 1 to 64 letters, digits, `.`, `_` and `-`, and does not begin with `.`".to_owned());
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// A layer as profiles know it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProfiledLayer {
+    /// Digest of the blob.
+    pub digest: Digest,
+    /// Digest of the tar.
+    pub diff_id: DiffId,
+}
+
+/// A block of a layer's tar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Block {
+    /// Position of the layer.
+    pub layer: u32,
+    /// Number of the block: its offset in the tar over [`BLOCK`].
+    pub number: u64,
+}
+
+/// A block that was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Touch {
+    /// The block.
+    pub block: Block,
+    /// Milliseconds from the mount being ready to the read.
+    pub at: u32,
+    /// See the module.
+    pub score: u8,
+}
+
+/// What runs of an image's program read, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    /// Manifest of the image.
+    pub manifest: Digest,
+    /// Which program.
+    pub label: Label,
+    /// Runs learned from.
+    pub runs: u32,
+    /// Layers of the image, base first.
+    pub layers: Vec<ProfiledLayer>,
+    /// Each block once, in the order of first reads; at most [`MOST_BLOCKS`].
+    pub touches: Vec<Touch>,
+}
+
+impl Profile {
+    /// A profile of no runs.
+    pub fn new(manifest: Digest, label: Label, layers: Vec<ProfiledLayer>) -> Self {
+        Self {
+            manifest,
+            label,
+            runs: 0,
+            layers,
+            touches: Vec::new(),
+        }
+    }
+
+    /// Learns from a run: blocks and the milliseconds after which they were read, in order, each once.
+    pub fn learn(&mut self, run: &[(Block, u32)]) {
+        let mut known: HashMap<Block, u8> = self.touches.iter().map(|t| (t.block, t.score)).collect();
+        let mut touches: Vec<Touch> = run
+            .iter()
+            .map(|&(block, at)| {
+                let score = match known.remove(&block) {
+                    Some(score) => (score + 1).min(BEST_SCORE),
+                    None => FIRST_SCORE,
+                };
+                Touch { block, at, score }
+            })
+            .collect();
+        // What is left in `known` this run did not read.
+        let faded = self.touches.iter().filter(|t| known.contains_key(&t.block));
+        touches.extend(faded.filter(|t| t.score > 1).map(|t| Touch {
+            score: t.score - 1,
+            ..*t
+        }));
+        touches.truncate(MOST_BLOCKS);
+        self.touches = touches;
+        self.runs = self.runs.saturating_add(1);
+    }
+
+    /// Takes over what another profile knows: all of it if that one is about the same layers, else what it says of those that
+    /// this one has too, as if one earlier run had read it.
+    pub fn adopt(&mut self, other: &Self) {
+        let diff_ids = |profile: &Self| profile.layers.iter().map(|l| l.diff_id.clone()).collect::<Vec<_>>();
+        if diff_ids(self) == diff_ids(other) {
+            (self.runs, self.touches) = (other.runs, other.touches.clone());
+            return;
+        }
+        let place = |layer: &ProfiledLayer| self.layers.iter().position(|l| l.diff_id == layer.diff_id);
+        let places: Vec<Option<usize>> = other.layers.iter().map(place).collect();
+        // An image can have a layer twice.
+        let mut seen = HashSet::new();
+        let known = other.touches.iter().filter_map(|touch| {
+            let layer = places.get(touch.block.layer as usize).copied().flatten()? as u32;
+            let block = Block { layer, ..touch.block };
+            seen.insert(block).then_some(Touch {
+                block,
+                score: FIRST_SCORE.min(touch.score),
+                ..*touch
+            })
+        });
+        self.touches = known.collect();
+    }
+
+    /// How many bytes of tars it names.
+    pub fn bytes(&self) -> u64 {
+        self.touches.len() as u64 * BLOCK
+    }
+
+    /// The bytes of tars to read, in order: position of the layer and range in its tar.
+    pub fn ranges(&self) -> impl Iterator<Item = (usize, Range<u64>)> {
+        self.touches.iter().map(|touch| {
+            let start = touch.block.number * BLOCK;
+            (touch.block.layer as usize, start..start + BLOCK)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(number: u64) -> Block {
+        Block { layer: 0, number }
+    }
+
+    fn profile() -> Profile {
+        let layer = ProfiledLayer {
+            digest: Digest::of(b"blob"),
+            diff_id: DiffId(Digest::of(b"tar")),
+        };
+        Profile::new(Digest::of(b"manifest"), Label::default(), vec![layer])
+    }
+
+    fn known(profile: &Profile) -> Vec<(u64, u8)> {
+        profile.touches.iter().map(|t| (t.block.number, t.score)).collect()
+    }
+
+    #[test]
+    fn what_runs_agree_on_stays_and_the_rest_fades() {
+        let mut profile = profile();
+        profile.learn(&[(block(5), 0), (block(1), 3)]);
+        assert_eq!(known(&profile), [(5, 2), (1, 2)]);
+        profile.learn(&[(block(1), 1), (block(7), 2)]);
+        assert_eq!(known(&profile), [(1, 3), (7, 2), (5, 1)]);
+        profile.learn(&[(block(1), 1)]);
+        assert_eq!(known(&profile), [(1, 4), (7, 1)]);
+        profile.learn(&[(block(1), 1)]);
+        assert_eq!((known(&profile), profile.runs), (vec![(1, 4)], 4));
+    }
+
+    #[test]
+    fn shared_layers_bring_what_is_known_of_them() {
+        let mut old = profile();
+        old.learn(&[(block(5), 0)]);
+        old.learn(&[(block(5), 0)]);
+        let mut new = profile();
+        let shared = new.layers[0].clone();
+        new.layers.insert(
+            0,
+            ProfiledLayer {
+                digest: Digest::of(b"other"),
+                diff_id: DiffId(Digest::of(b"other tar")),
+            },
+        );
+        // The same tar, compressed in another way.
+        new.layers[1] = ProfiledLayer {
+            digest: Digest::of(b"recompressed"),
+            ..shared
+        };
+        new.adopt(&old);
+        assert_eq!(new.ranges().collect::<Vec<_>>(), [(1, 5 * BLOCK..6 * BLOCK)]);
+        assert_eq!((new.touches[0].score, new.runs), (FIRST_SCORE, 0));
+        // The same image, compressed in another way.
+        let mut twin = profile();
+        twin.layers[0].digest = Digest::of(b"recompressed");
+        twin.adopt(&old);
+        assert_eq!((&twin.touches, twin.runs), (&old.touches, 2));
+    }
+
+    #[test]
+    fn labels_are_words() {
+        for good in ["default", "python-3.11", "a_b"] {
+            assert_eq!(good.parse::<Label>().unwrap().to_string(), good);
+        }
+        for bad in ["", ".", "..", "a/b", "a b", &"x".repeat(65)] {
+            assert!(bad.parse::<Label>().is_err(), "{bad}");
+        }
+    }
+}

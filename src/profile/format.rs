@@ -1,0 +1,196 @@
+//! Reading and writing profile files.
+
+use serde::{Deserialize, Serialize};
+
+use super::{BEST_SCORE, BLOCK, Block, Label, MOST_BLOCKS, Profile, ProfiledLayer, Touch};
+use crate::oci::{DiffId, Digest};
+
+const VERSION: u32 = 1;
+/// Bytes of the largest file that is read: one of the most blocks, each a range of its own, is smaller.
+pub const LARGEST_FILE: usize = 8 << 20;
+/// No image has more layers.
+const MOST_LAYERS: usize = 4096;
+
+/// Why a file is no profile.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProfileError {
+    /// It is not the JSON it should be.
+    #[error("not a profile: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Another version of the format.
+    #[error("a profile of format version {found}, this program knows {VERSION}")]
+    Version {
+        /// Version in the file.
+        found: u32,
+    },
+    /// Its content makes no sense, or is too much.
+    #[error("not a profile: {reason}")]
+    Invalid {
+        /// What is wrong.
+        reason: &'static str,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    #[serde(rename = "ocifs-profile")]
+    version: u32,
+    manifest: Digest,
+    label: String,
+    runs: u32,
+    layers: Vec<Layer>,
+    /// Layer, offset, length, milliseconds, score.
+    ranges: Vec<(u32, u64, u64, u32, u8)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Layer {
+    digest: Digest,
+    diff_id: Digest,
+}
+
+/// Only the version, which decides whether the rest can be understood.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(rename = "ocifs-profile")]
+    version: u32,
+}
+
+impl Profile {
+    /// The file's bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut ranges: Vec<(u32, u64, u64, u32, u8)> = Vec::new();
+        for touch in &self.touches {
+            let Touch { block, at, score } = *touch;
+            let start = block.number * BLOCK;
+            match ranges.last_mut() {
+                Some((layer, offset, length, began, last))
+                    if (*layer, *offset + *length, *began, *last) == (block.layer, start, at, score) =>
+                {
+                    *length += BLOCK;
+                }
+                _ => ranges.push((block.layer, start, BLOCK, at, score)),
+            }
+        }
+        let layers = self.layers.iter().map(|layer| Layer {
+            digest: layer.digest.clone(),
+            diff_id: layer.diff_id.0.clone(),
+        });
+        let file = File {
+            version: VERSION,
+            manifest: self.manifest.clone(),
+            label: self.label.to_string(),
+            runs: self.runs,
+            layers: layers.collect(),
+            ranges,
+        };
+        serde_json::to_vec(&file).expect("strings and numbers")
+    }
+
+    /// Reads a file, which may come from anywhere.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ProfileError> {
+        let invalid = |reason| Err(ProfileError::Invalid { reason });
+        if bytes.len() > LARGEST_FILE {
+            return invalid("it is larger than 8 MiB");
+        }
+        let found = serde_json::from_slice::<Head>(bytes)?.version;
+        if found != VERSION {
+            return Err(ProfileError::Version { found });
+        }
+        let file: File = serde_json::from_slice(bytes)?;
+        let Ok(label) = file.label.parse::<Label>() else {
+            return invalid("its label is not one");
+        };
+        if file.layers.len() > MOST_LAYERS {
+            return invalid("it has too many layers");
+        }
+        let mut touches = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for (layer, start, length, at, score) in file.ranges {
+            if layer as usize >= file.layers.len() {
+                return invalid("a range is in no layer");
+            }
+            if start % BLOCK != 0 || length % BLOCK != 0 || start.checked_add(length).is_none() {
+                return invalid("a range is not of whole blocks");
+            }
+            if length / BLOCK > (MOST_BLOCKS - touches.len()) as u64 {
+                return invalid("it covers more than 1 GiB");
+            }
+            for number in start / BLOCK..(start + length) / BLOCK {
+                let block = Block { layer, number };
+                if seen.insert(block) {
+                    let score = score.clamp(1, BEST_SCORE);
+                    touches.push(Touch { block, at, score });
+                }
+            }
+        }
+        let layers = file.layers.into_iter().map(|layer| ProfiledLayer {
+            digest: layer.digest,
+            diff_id: DiffId(layer.diff_id),
+        });
+        Ok(Self {
+            manifest: file.manifest,
+            label,
+            runs: file.runs,
+            layers: layers.collect(),
+            touches,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile() -> Profile {
+        let layer = |name: &[u8]| ProfiledLayer {
+            digest: Digest::of(name),
+            diff_id: DiffId(Digest::of(b"tar")),
+        };
+        let mut profile = Profile::new(
+            Digest::of(b"manifest"),
+            "web".parse().unwrap(),
+            vec![layer(b"a"), layer(b"b")],
+        );
+        let block = |layer, number| Block { layer, number };
+        profile.learn(&[
+            (block(1, 7), 3),
+            (block(1, 8), 3),
+            (block(0, 1 << 40), 9),
+            (block(1, 9), 9),
+        ]);
+        profile
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let encoded = profile().encode();
+        assert_eq!(Profile::decode(&encoded).unwrap(), profile());
+        let text = String::from_utf8(encoded).unwrap();
+        assert!(
+            text.contains("[1,114688,32768,3,2]"),
+            "neighbours are one range: {text}"
+        );
+    }
+
+    #[test]
+    fn bad_files_are_refused_with_a_reason() {
+        let good = String::from_utf8(profile().encode()).unwrap();
+        let refused = |text: String, reason: &str| {
+            let error = Profile::decode(text.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        };
+        refused("{}".into(), "missing field `ocifs-profile`");
+        refused(good.replace("profile\":1", "profile\":2"), "version 2");
+        refused(good.replace("\"web\"", "\"../web\""), "label");
+        refused(good.replace("[1,114688", "[2,114688"), "no layer");
+        refused(good.replace("[1,114688", "[1,114689"), "whole blocks");
+        refused(
+            good.replace("114688,32768", "18446744073709535232,32768"),
+            "whole blocks",
+        );
+        refused(good.replace(",32768,", ",1099511627776,"), "more than 1 GiB");
+        refused(" ".repeat(LARGEST_FILE + 1), "8 MiB");
+    }
+}
