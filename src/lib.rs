@@ -30,8 +30,8 @@
 //! | level | modules |
 //! |---|---|
 //! | 0 | [`oci`] |
-//! | 1 | [`blob`] [`index`] [`toc`] [`store`] |
-//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] |
+//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] |
+//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] [`fetch`] |
 //! | 3 | [`layer`] [`erofs`] |
 //! | 4 | [`image`] |
 //! | 5 | [`fs`] |
@@ -44,6 +44,7 @@ pub mod blob;
 pub mod cli;
 pub mod device;
 pub mod erofs;
+pub mod fetch;
 pub mod fs;
 pub mod fuse;
 pub mod image;
@@ -52,6 +53,7 @@ pub mod layer;
 pub mod layout;
 pub mod mount;
 pub mod oci;
+pub mod profile;
 pub mod registry;
 pub mod resolve;
 pub mod store;

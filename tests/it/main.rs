@@ -22,6 +22,7 @@ mod progress;
 mod reads;
 mod refusals;
 mod registry;
+mod single_flight;
 mod structure;
 mod toc;
 mod tree;

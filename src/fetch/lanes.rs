@@ -1,0 +1,257 @@
+//! Passes: who may send a request now.
+//!
+//! Demand has places of its own and gets its pass at once unless all of those are taken. Everybody else shares what the link
+//! has room for: a number of requests, and bytes under way, of which there are fewer while a reader waits for something, so
+//! that its answer does not queue behind theirs. A request under way is not taken back: they are short, and a connection
+//! thrown away costs more than the end of one.
+//!
+//! Invariants: a pass is given to the highest priority that waits; one request is always let through, however large; a pass
+//! that is dropped, or whose receiver went away before it arrived, makes room for the next.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use super::{Policy, Priority};
+
+/// Demand requests under way at once. Each holds a decoder and a span, and more readers than this rarely wait for different
+/// places.
+const DEMAND: usize = 8;
+/// After this long without demand the reader is busy with itself, or gone.
+const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
+
+/// How many requests are under way, by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Load {
+    /// Demand requests.
+    pub demand: usize,
+    /// All others.
+    pub others: usize,
+    /// Compressed bytes the others were let through for.
+    pub bytes: u64,
+    /// Requests that wait for a pass.
+    pub waiting: usize,
+}
+
+/// The gate that every request passes.
+#[derive(Debug, Default)]
+pub struct Lanes {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    demand: usize,
+    others: usize,
+    /// Bytes the others were let through for.
+    bytes: u64,
+    last_demand: Option<Instant>,
+    policy: Option<Policy>,
+    waiting: [VecDeque<Waiter>; 4],
+}
+
+#[derive(Debug)]
+struct Waiter {
+    bytes: u64,
+    pass: oneshot::Sender<Pass>,
+}
+
+/// The right to have one request under way; given back when dropped.
+#[derive(Debug)]
+pub struct Pass {
+    lanes: Arc<Lanes>,
+    priority: Priority,
+    bytes: u64,
+}
+
+impl Lanes {
+    /// Waits for a pass for a request of about `bytes` compressed bytes. Cancel safe.
+    pub async fn enter(self: &Arc<Self>, priority: Priority, bytes: u64, policy: Policy) -> Pass {
+        let arrival = {
+            let (pass, arrival) = oneshot::channel();
+            let mut state = self.state.lock().expect("no panic while locked");
+            state.policy = Some(policy);
+            if priority == Priority::Demand {
+                state.last_demand = Some(Instant::now());
+            }
+            state.waiting[priority as usize].push_back(Waiter { bytes, pass });
+            let admitted = self.admit(&mut state);
+            drop(state);
+            deliver(admitted);
+            arrival
+        };
+        arrival.await.expect("a waiter is dropped only with its pass sent")
+    }
+
+    /// Takes those who may go now out of their queues.
+    fn admit(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Pass>, Pass)> {
+        let mut admitted = Vec::new();
+        for priority in [
+            Priority::Demand,
+            Priority::Readahead,
+            Priority::Profile,
+            Priority::Background,
+        ] {
+            while let Some(next) = state.waiting[priority as usize].front() {
+                let gone = next.pass.is_closed();
+                if !gone && !state.has_room(priority, next.bytes) {
+                    return admitted;
+                }
+                let Some(Waiter { bytes, pass }) = state.waiting[priority as usize].pop_front() else {
+                    break;
+                };
+                if !gone {
+                    state.enter(priority, bytes);
+                    let lanes = self.clone();
+                    admitted.push((pass, Pass { lanes, priority, bytes }));
+                }
+            }
+        }
+        admitted
+    }
+
+    fn leave(self: &Arc<Self>, pass: &Pass) {
+        let mut state = self.state.lock().expect("no panic while locked");
+        match pass.priority {
+            Priority::Demand => {
+                state.demand -= 1;
+                state.last_demand = Some(Instant::now());
+            }
+            _ => {
+                state.others -= 1;
+                state.bytes -= pass.bytes;
+            }
+        }
+        let admitted = self.admit(&mut state);
+        drop(state);
+        deliver(admitted);
+    }
+
+    /// What is under way and what waits.
+    pub fn load(&self) -> Load {
+        let state = self.state.lock().expect("no panic while locked");
+        Load {
+            demand: state.demand,
+            others: state.others,
+            bytes: state.bytes,
+            waiting: state.waiting.iter().map(VecDeque::len).sum(),
+        }
+    }
+}
+
+/// Without the lock: a pass whose receiver is gone is dropped here, and comes back through [`Lanes::leave`].
+fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
+    for (sender, pass) in admitted {
+        drop(sender.send(pass));
+    }
+}
+
+impl State {
+    fn has_room(&self, priority: Priority, bytes: u64) -> bool {
+        if priority == Priority::Demand {
+            return self.demand < DEMAND;
+        }
+        let Some(policy) = self.policy.filter(|_| self.others > 0) else {
+            return true;
+        };
+        let recent = self.last_demand.is_some_and(|last| last.elapsed() < DEMAND_IS_OVER);
+        let room = policy.under_way(self.demand > 0 || recent);
+        self.others < policy.requests() && self.bytes + bytes <= room
+    }
+
+    fn enter(&mut self, priority: Priority, bytes: u64) {
+        match priority {
+            Priority::Demand => self.demand += 1,
+            _ => {
+                self.others += 1;
+                self.bytes += bytes;
+            }
+        }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.lanes.clone().leave(self);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::blob::Link;
+
+    fn policy() -> Policy {
+        Policy::of(Link {
+            rtt: Some(Duration::from_millis(20)),
+            bandwidth: Some(25e6),
+        })
+    }
+
+    fn enter(lanes: &Arc<Lanes>, priority: Priority, bytes: u64) -> impl Future<Output = Pass> + use<> {
+        let lanes = lanes.clone();
+        async move { lanes.enter(priority, bytes, policy()).await }
+    }
+
+    #[tokio::test]
+    async fn demand_goes_at_once_however_much_else_is_under_way() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let mut under_way = Vec::new();
+        let mut queued = Vec::new();
+        for _ in 0..20 {
+            let mut entering = Box::pin(enter(&lanes, Priority::Background, 500_000));
+            match (&mut entering).now_or_never() {
+                Some(pass) => under_way.push(pass),
+                None => queued.push(entering),
+            }
+        }
+        assert_eq!((under_way.len(), queued.len()), (4, 16), "two megabytes fill this link");
+        let demand = enter(&lanes, Priority::Demand, 500_000).now_or_never();
+        assert!(demand.is_some());
+        // Now a reader waits: what ends is not replaced until little is left.
+        under_way.pop();
+        under_way.pop();
+        assert_eq!(lanes.load().others, 2);
+        under_way.clear();
+        assert_eq!(lanes.load().others, 1, "one goes on beside demand");
+    }
+
+    #[tokio::test]
+    async fn higher_priorities_overtake_and_nothing_is_lost_with_who_gives_up() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let first = enter(&lanes, Priority::Background, 2_000_000).now_or_never().unwrap();
+        let mut background = Box::pin(enter(&lanes, Priority::Background, 2_000_000));
+        let mut given_up = Box::pin(enter(&lanes, Priority::Readahead, 2_000_000));
+        let mut profile = Box::pin(enter(&lanes, Priority::Profile, 2_000_000));
+        for waiting in [&mut background, &mut given_up, &mut profile] {
+            assert!(waiting.now_or_never().is_none());
+        }
+        drop(given_up);
+        drop(first);
+        assert!((&mut background).now_or_never().is_none());
+        let pass = profile.now_or_never().expect("it was next");
+        drop(pass);
+        // It has its pass, and goes away without having taken it.
+        assert_eq!(lanes.load().others, 1);
+        drop(background);
+        assert_eq!(lanes.load(), Load::default());
+    }
+
+    #[tokio::test]
+    async fn demand_beyond_its_places_waits_for_demand_alone() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let mut passes: Vec<_> = (0..DEMAND)
+            .map(|_| enter(&lanes, Priority::Demand, 1).now_or_never().unwrap())
+            .collect();
+        let mut next = Box::pin(enter(&lanes, Priority::Demand, 1));
+        let mut other = Box::pin(enter(&lanes, Priority::Background, 1));
+        assert!((&mut next).now_or_never().is_none() && (&mut other).now_or_never().is_none());
+        passes.pop();
+        assert!(next.now_or_never().is_some() && other.now_or_never().is_some());
+    }
+}
