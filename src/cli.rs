@@ -11,6 +11,7 @@ mod log;
 mod mount;
 mod mounts;
 mod open;
+mod profile;
 mod progress;
 mod pull;
 mod units;
@@ -64,6 +65,9 @@ enum Command {
     Export(export::ExportArgs),
     /// Fetch all of an image into the store
     Pull(pull::PullArgs),
+    /// See and exchange what is known of the starts of an image's programs
+    #[command(subcommand)]
+    Profile(profile::ProfileCommand),
     /// Look after the store
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -155,6 +159,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
         Command::Cat(args) => files::cat(&config, args),
         Command::Export(args) => export::run(&config, args),
         Command::Pull(args) => pull::run(&config, args),
+        Command::Profile(command) => profile::run(&config, command),
         Command::Cache(command) => cache::run(&config, command),
     }
 }

@@ -132,10 +132,9 @@ impl DataDevice {
         self.presence.get(span).state == State::Unchecked
     }
 
-    /// How many spans are present or unchecked.
-    pub fn present_spans(&self) -> u32 {
-        let all = 0..self.presence.len();
-        all.filter(|&s| self.presence.get(s).state != State::Absent).count() as u32
+    /// Whether the span is neither present nor unchecked.
+    pub fn is_absent(&self, span: u32) -> bool {
+        self.presence.get(span).state == State::Absent
     }
 
     /// Fills `buf` from device offset `offset` if all `spans` are present throughout; false if any is not, then `buf` is garbage.
@@ -161,9 +160,9 @@ impl DataDevice {
         Ok(true)
     }
 
-    /// Waits for the locks of `spans` (ascending); only their holder may fill them. Blocks while another process fills or
-    /// evicts them. Within a process no two holders may overlap: the kernel takes them for one.
-    pub fn lock(&self, spans: &[u32]) -> io::Result<SpanLock> {
+    /// Takes the locks of those of `spans` (ascending) that nobody else fills or evicts at the moment; only their holder may
+    /// fill them. Returns the spans it got as well. Within a process no two holders may overlap: the kernel takes them for one.
+    pub fn try_lock(&self, spans: &[u32]) -> io::Result<(SpanLock, Vec<u32>)> {
         let mut ranges: Vec<Range<u32>> = Vec::new();
         for &span in spans {
             match ranges.last_mut() {
@@ -171,7 +170,9 @@ impl DataDevice {
                 _ => ranges.push(span..span + 1),
             }
         }
-        self.presence.lock(ranges)
+        let lock = self.presence.try_lock(&ranges)?;
+        let held = lock.spans().collect();
+        Ok((lock, held))
     }
 
     /// Writes a span's content and marks it present. `bytes` are the span's uncompressed bytes, verified; `pieces` says which

@@ -7,11 +7,13 @@
 //! lookup count to keep.
 
 pub mod error;
+mod latency;
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::{Errno, FsError, ToErrno};
+pub use latency::{ReadStatus, Reads};
 
 use crate::erofs::{FileType, Inode, Mapping, Nid};
 use crate::image::Image;
@@ -53,12 +55,17 @@ pub struct FsStat {
 pub struct ImageFs {
     image: Arc<Image>,
     timeout: Option<Duration>,
+    reads: Arc<Reads>,
 }
 
 impl ImageFs {
     /// Serves `image`; a read that waits longer than `timeout` fails (never, if there is none).
     pub fn new(image: Arc<Image>, timeout: Option<Duration>) -> Self {
-        Self { image, timeout }
+        Self {
+            image,
+            timeout,
+            reads: Arc::default(),
+        }
     }
 
     /// The root directory.
@@ -69,6 +76,11 @@ impl ImageFs {
     /// The image behind it.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
+    }
+
+    /// How long reads take.
+    pub fn reads(&self) -> &Arc<Reads> {
+        &self.reads
     }
 
     /// Attributes of an inode.
@@ -143,6 +155,7 @@ impl ImageFs {
     /// Fills `buf` from `offset` of a regular file if that needs no waiting. Returns the bytes read (short at the end of the
     /// file), or nothing if it has to wait.
     pub fn read_local(&self, ino: Nid, offset: u64, buf: &mut [u8]) -> Result<Option<usize>, FsError> {
+        let start = Instant::now();
         let length = self.readable(ino, offset, buf.len())?;
         let mut done = 0;
         while done < length {
@@ -161,11 +174,13 @@ impl ImageFs {
             }
             done += part;
         }
+        self.reads.at_once(start);
         Ok(Some(length))
     }
 
     /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
+        let _waiting = self.reads.wait();
         let reading = self.read_waiting(ino, offset, size);
         match self.timeout {
             None => reading.await,

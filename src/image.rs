@@ -7,8 +7,9 @@
 //! Invariants: manifest and config are verified; a layer in use was verified against its digest and diffID, here or by the
 //! process that put its index into the store; the tree is made from such layers only.
 
-mod complete;
 mod kept;
+mod learning;
+mod prefetch;
 mod tree_file;
 
 use std::collections::HashMap;
@@ -18,11 +19,13 @@ use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 
 pub use kept::KeptSource;
+pub use learning::{Learning, stored as stored_profile};
 
 use crate::blob::{BlobError, ImageSource};
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
 use crate::oci::{Descriptor, DiffId, Digest};
+use crate::profile::Recorder;
 use crate::resolve::ResolvedImage;
 use crate::store::{FileBytes, StoreError};
 use crate::toc::Toc;
@@ -79,11 +82,16 @@ impl Preparation {
         &self.resolved
     }
 
+    /// What this image has in common with its other versions.
+    pub fn repository(&self) -> String {
+        self.source.repository()
+    }
+
     /// Counters per layer, base first, before there is an image.
     pub fn status(&self) -> Vec<LayerStatus> {
         let layers = self.resolved.layers().iter();
         layers
-            .map(|d| self.stats[&d.digest].snapshot(d.digest.to_string(), 0, 0))
+            .map(|d| self.stats[&d.digest].snapshot(d.digest.to_string(), 0, (0, 0)))
             .collect()
     }
 
@@ -241,6 +249,15 @@ impl Image {
         }
     }
 
+    /// Begins to listen to what is read.
+    pub fn record(&self) -> Arc<Recorder> {
+        let recorder = Arc::new(Recorder::default());
+        for (layer, position) in self.layers.iter().zip(0..) {
+            layer.record(position, recorder.clone());
+        }
+        recorder
+    }
+
     /// Why the last read that failed did.
     pub fn last_failure(&self) -> Option<String> {
         self.last_failure.lock().expect("no panic while locked").clone()
@@ -252,7 +269,7 @@ impl Image {
         layers
             .map(|l| {
                 let spans = l.index().len() as u32;
-                l.stats().snapshot(l.digest().to_string(), spans, l.local_spans())
+                l.stats().snapshot(l.digest().to_string(), spans, l.local())
             })
             .collect()
     }

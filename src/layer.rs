@@ -5,9 +5,13 @@
 //! processes wait for the span's lock. A flight fetches the compressed bytes from the nearest restart on, decodes, and
 //! delivers each span after its digest matched.
 //!
+//! The first read of a span is an event of its own: it counts as used, it is told to whoever records the start of the
+//! program, and readahead decides what to fetch next. A miss takes what readahead wants behind it along in the same request.
+//!
 //! Invariants: bytes that did not match their span's digest are never returned; at most one flight per span in a process;
 //! looking up and starting a flight is one critical section; no lock is held across an await; a flight outlives its readers,
-//! so an impatient reader wastes nothing.
+//! so an impatient reader wastes nothing; spans are claimed for flights nobody waits for only when these may start, so a
+//! reader never waits for something that waits itself.
 //!
 //! A group of spans shares one restart (a single-frame zstd layer is one group): decoding it passes over all of them, so a
 //! flight always takes the whole group and hands out each span as it passes.
@@ -17,24 +21,30 @@ mod flight;
 mod memory;
 mod open;
 mod stats;
+mod stripes;
+mod touch;
 mod turn;
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
-use tokio::sync::{Semaphore, watch};
+use tokio::runtime::Handle;
 
 pub use first_pass::FirstPassError;
+use flight::Run;
+pub use flight::{Flown, flown};
 pub use memory::SpanMemory;
 pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
+use touch::Touches;
 
-use crate::blob::{BlobError, BlobSource};
+use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{CacheBudget, DataDevice, Piece};
+use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
 use crate::index::{IndexError, SpanId, SpanIndex};
 use crate::oci::Digest;
+use crate::profile::Recorder;
 use crate::store::FileBytes;
 use crate::toc::{Extent, ExtentTable};
 
@@ -73,11 +83,11 @@ pub enum LayerError {
 enum Landed {
     /// The span's uncompressed bytes, verified.
     Bytes(Arc<[u8]>),
-    /// Another process put it on the device meanwhile.
-    OnDevice,
+    /// Nothing, but things have changed: another process put it on the device, or is about to.
+    LookAgain,
 }
 
-type Flight = watch::Receiver<Option<Result<Landed, LayerError>>>;
+type Landing = Result<Landed, LayerError>;
 
 /// A layer with its index, opened for reading.
 #[derive(Debug)]
@@ -91,8 +101,13 @@ pub struct Layer {
     memory: Arc<SpanMemory>,
     budget: Arc<CacheBudget>,
     health: Arc<Health>,
-    decodes: Arc<Semaphore>,
-    flights: Mutex<HashMap<u32, Flight>>,
+    lanes: Arc<Lanes>,
+    flights: Arc<Flights<Landing>>,
+    touches: Touches,
+    readahead: Mutex<Readahead>,
+    recorder: OnceLock<(u32, Arc<Recorder>)>,
+    /// Where flights fly; reads that need no waiting come from threads that belong to no runtime.
+    runtime: Handle,
     stats: Arc<LayerStats>,
 }
 
@@ -117,9 +132,33 @@ impl Layer {
         &self.stats
     }
 
-    /// Spans that need no fetch.
-    pub fn local_spans(&self) -> u32 {
-        self.device().map_or(0, DataDevice::present_spans)
+    /// Sizes that follow from the link to the blob.
+    pub fn policy(&self) -> Policy {
+        Policy::of(self.blob.link())
+    }
+
+    /// The link to the blob.
+    pub fn link(&self) -> Link {
+        self.blob.link()
+    }
+
+    /// From now on reads are told to `recorder`, as those of the layer at `position`. The first recorder stays.
+    pub fn record(&self, position: u32, recorder: Arc<Recorder>) {
+        self.recorder.get_or_init(|| (position, recorder));
+    }
+
+    /// Whether what is fetched is kept on disk.
+    pub fn has_device(&self) -> bool {
+        self.device().is_some()
+    }
+
+    /// Spans that need no fetch, and their compressed bytes.
+    pub fn local(&self) -> (u32, u64) {
+        let here = |&span: &u32| self.device().is_some_and(|device| !device.is_absent(span));
+        let spans = (0..self.index.count()).filter(here);
+        spans.fold((0, 0), |(spans, bytes), span| {
+            (spans + 1, bytes + self.index.bytes(span..span + 1))
+        })
     }
 
     /// The device, if it can be used.
@@ -141,10 +180,11 @@ impl Layer {
 
     /// Fills `buf` from device offset `offset` if that needs no waiting; false if it does (then `buf` is garbage).
     /// Bytes between extents read as zeros.
-    pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> bool {
+    pub fn read_local(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
+        let range = offset..offset + buf.len() as u64;
         let mut first = u32::MAX;
         let mut end = 0;
-        for extent in self.extents.pieces_in_device(offset..offset + buf.len() as u64) {
+        for extent in self.extents.pieces_in_device(range.clone()) {
             let spans = self.spans_of(&extent);
             first = first.min(spans.start);
             end = end.max(spans.end);
@@ -156,6 +196,12 @@ impl Layer {
         let present = self.read_device(first..end, offset, buf);
         if present {
             self.stats.hit(buf.len());
+            for extent in self.extents.pieces_in_device(range) {
+                self.note(&extent);
+                for ahead in self.touch(self.spans_of(&extent)) {
+                    self.read_ahead(ahead);
+                }
+            }
         }
         present
     }
@@ -170,7 +216,16 @@ impl Layer {
             .collect();
         // Every flight of this read starts before the first is waited for.
         for extent in &extents {
-            self.want(self.spans_of(extent));
+            self.note(extent);
+            let spans = self.spans_of(extent);
+            let ahead = self.touch(spans.clone());
+            let along = ahead
+                .iter()
+                .find(|ahead| (ahead.start..=ahead.end).contains(&spans.end));
+            self.want(spans.clone(), along.map_or(spans.end, |ahead| ahead.end));
+            for ahead in ahead {
+                self.read_ahead(ahead);
+            }
         }
         for extent in &extents {
             for span in self.spans_of(extent) {
@@ -181,39 +236,130 @@ impl Layer {
         Ok(())
     }
 
-    /// Makes sure that `spans` are on the device (or were delivered, if there is none).
-    pub async fn complete(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
-        self.want(spans.clone());
+    /// Tells the recorder of a read.
+    fn note(&self, extent: &Extent) {
+        if let Some((position, recorder)) = self.recorder.get() {
+            recorder.read(*position, extent.tar..extent.tar + extent.len);
+        }
+    }
+
+    /// A reader comes to `spans`: what to fetch ahead of it.
+    fn touch(&self, spans: Range<u32>) -> Vec<Range<u32>> {
+        let mut ahead = Vec::new();
         for span in spans {
-            let Some(mut flight) = self.want(span..span + 1) else {
+            let Some(waited_for_it) = self.touches.read(span) else {
                 continue;
             };
+            let bytes = self.index.bytes(span..span + 1);
+            self.stats.used_more(bytes);
+            let mut readahead = self.readahead.lock().expect("no panic while locked");
+            if waited_for_it {
+                readahead.used(bytes);
+            }
+            ahead.extend(readahead.touched(span, &self.index, self.policy()));
+        }
+        ahead
+    }
+
+    /// A span came before anybody asked for it.
+    fn fetched_ahead(&self, span: u32) {
+        if self.touches.fetched_ahead(span) {
+            let bytes = self.index.bytes(span..span + 1);
+            let mut readahead = self.readahead.lock().expect("no panic while locked");
+            readahead.fetched(bytes, self.policy());
+        }
+    }
+
+    /// Fetches ahead of a reader, in the background.
+    fn read_ahead(self: &Arc<Self>, spans: Range<u32>) {
+        if (spans.clone()).all(|span| self.is_local(span)) {
+            return;
+        }
+        let layer = self.clone();
+        self.runtime.spawn(async move {
+            let mut rest = spans;
+            while !rest.is_empty() {
+                let end = layer.index.reach(rest.start, layer.policy().long_request());
+                let end = end.clamp(rest.start + 1, rest.end);
+                layer.prefetch(rest.start..end, Priority::Readahead).await;
+                rest.start = end;
+            }
+        });
+    }
+
+    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way, with what
+    /// they come to. Spans that another process fetches at the moment are left to it.
+    pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Vec<Flown> {
+        let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
+        let bytes = spans.clone().filter(missing);
+        let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
+        if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
+            return Vec::new();
+        }
+        let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
+        self.settle(spans.clone());
+        let runs = {
+            let mut board = self.flights.board();
+            let runs = self.claim(&mut board, spans, priority);
+            drop(board);
+            runs
+        };
+        runs.into_iter()
+            .map(|run| flight::start(run, Some(pass.clone())))
+            .collect()
+    }
+
+    /// Runs of spans that are not local, each of at most `batch` compressed bytes (or one span).
+    pub fn missing(&self, batch: u64) -> Vec<Range<u32>> {
+        self.settle(0..self.index.count());
+        let mut runs: Vec<Range<u32>> = Vec::new();
+        for span in (0..self.index.count()).filter(|&span| !self.is_local(span)) {
+            match runs.last_mut() {
+                Some(run) if run.end == span && self.index.bytes(run.start..span + 1) <= batch => run.end += 1,
+                _ => runs.push(span..span + 1),
+            }
+        }
+        runs
+    }
+
+    /// The spans that hold a range of the layer's tar; none beyond its end.
+    pub fn spans_at(&self, tar: Range<u64>) -> Range<u32> {
+        let end = tar.end.min(self.index.tar_size());
+        match (self.index.span_at(tar.start), end.checked_sub(1)) {
+            (Some(first), Some(last)) if tar.start < end => {
+                first.0..self.index.span_at(last).map_or(first.0, |last| last.0 + 1)
+            }
+            _ => 0..0,
+        }
+    }
+
+    /// Bytes of a span's part of the tar.
+    pub fn span_size(&self, span: u32) -> u64 {
+        let tar = self.index.tar_range(SpanId(span));
+        tar.end - tar.start
+    }
+
+    /// Bytes of decoded spans that memory holds.
+    pub fn memory_budget(&self) -> u64 {
+        self.memory.budget() as u64
+    }
+
+    /// Waits until `spans` are here, whoever fetches them.
+    pub async fn await_spans(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
+        for span in spans {
             // The bytes come first; the flight ends when they are on the device.
-            while flight.changed().await.is_ok() {}
-            if let Some(Err(error)) = &*flight.borrow() {
-                return Err(error.clone());
+            while let Some(mut flight) = self.want(span..span + 1, span + 1) {
+                while flight.changed().await.is_ok() {}
+                if let Some(Err(error)) = &*flight.borrow() {
+                    return Err(error.clone());
+                }
             }
         }
         Ok(())
     }
 
-    /// Runs of spans that are not local, each of at most `batch` uncompressed bytes (or one span).
-    pub fn missing(&self, batch: u64) -> Vec<Range<u32>> {
-        self.settle(0..self.index.len() as u32);
-        let mut runs: Vec<Range<u32>> = Vec::new();
-        let mut bytes = 0;
-        for span in self.index.spans().map(|s| s.0).filter(|&s| !self.is_local(s)) {
-            let tar = self.index.tar_range(SpanId(span));
-            match runs.last_mut() {
-                Some(run) if run.end == span && bytes < batch => run.end += 1,
-                _ => {
-                    runs.push(span..span + 1);
-                    bytes = 0;
-                }
-            }
-            bytes += tar.end - tar.start;
-        }
-        runs
+    fn is_unchecked(&self, span: u32) -> bool {
+        self.device().is_some_and(|device| device.is_unchecked(span))
     }
 
     fn spans_of(&self, extent: &Extent) -> Range<u32> {
@@ -244,7 +390,7 @@ impl Layer {
                     target.copy_from_slice(&bytes[(from - tar.start) as usize..(to - tar.start) as usize]);
                     return Ok(());
                 }
-                Landed::OnDevice => {}
+                Landed::LookAgain => {}
             }
         }
     }
@@ -264,7 +410,7 @@ impl Layer {
     }
 
     /// Whether a read of the span needs no flight.
-    fn is_local(&self, span: u32) -> bool {
+    pub fn is_local(&self, span: u32) -> bool {
         self.device().is_some_and(|device| device.is_present(span))
     }
 
@@ -281,17 +427,20 @@ impl Layer {
 
     /// The uncompressed bytes of a span wherever they are, starting a flight if need be.
     async fn wait(self: &Arc<Self>, span: u32) -> Result<Landed, LayerError> {
-        let Some(mut flight) = self.want(span..span + 1) else {
+        let Some(mut flight) = self.want(span..span + 1, span + 1) else {
             return match self.memory.get(self.digest(), span) {
                 Some(bytes) => Ok(Landed::Bytes(bytes)),
-                None => Ok(Landed::OnDevice),
+                None => Ok(Landed::LookAgain),
             };
         };
-        let closed = || LayerError::Closed {
-            layer: self.digest().clone(),
-        };
-        let landed = flight.wait_for(Option::is_some).await.map_err(|_| closed())?;
+        let landed = flight.wait_for(Option::is_some).await.map_err(|_| self.closed())?;
         landed.clone().expect("waited for a value")
+    }
+
+    fn closed(&self) -> LayerError {
+        LayerError::Closed {
+            layer: self.digest().clone(),
+        }
     }
 
     /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; without a device only as much
@@ -307,29 +456,76 @@ impl Layer {
         span..(span + 1..group.end).take_while(fits).last().unwrap_or(span) + 1
     }
 
-    /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span,
-    /// or nothing if that one is local.
-    fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight> {
+    /// Starts flights for those of `spans` that are neither local nor under way; the last one takes along what is missing up
+    /// to `along`. Returns the flight of the first span, or nothing if that one is local.
+    fn want(self: &Arc<Self>, spans: Range<u32>, along: u32) -> Option<Flight<Landing>> {
         self.settle(spans.clone());
-        let mut started = Vec::new();
-        let first = {
-            let mut flights = self.flights.lock().expect("no panic while locked");
-            let mut span = spans.start;
-            while span < spans.end {
-                if flights.contains_key(&span) || self.is_local(span) || self.memory.contains(self.digest(), span) {
-                    span += 1;
-                    continue;
-                }
-                let group = self.wanted_of_group(span, spans.end);
-                let (run, end) = flight::Run::claim(self, &mut flights, group);
-                started.push(run);
-                span = end;
+        let (runs, first) = {
+            let mut board = self.flights.board();
+            let mut runs = self.claim(&mut board, spans.clone(), Priority::Demand);
+            if let Some(last) = runs.last_mut().filter(|run| run.spans.end >= spans.end) {
+                self.extend(&mut board, last, along);
             }
-            flights.get(&spans.start).cloned()
+            (runs, board.flight(spans.start))
         };
-        for run in flight::join_runs(started) {
-            tokio::spawn(flight::fly(run));
+        for run in runs {
+            let bytes = self.index.bytes(run.spans.clone());
+            let mut readahead = self.readahead.lock().expect("no panic while locked");
+            readahead.demanded(bytes, self.policy());
+            drop(readahead);
+            flight::start(run, None);
         }
         first
+    }
+
+    /// Claims what is missing of `spans`: a run for each stretch of neighbours.
+    fn claim(self: &Arc<Self>, board: &mut Board<'_, Landing>, spans: Range<u32>, purpose: Priority) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        let mut span = spans.start;
+        while span < spans.end {
+            if !self.is_missing(board, span) {
+                span += 1;
+                continue;
+            }
+            let group = self.wanted_of_group(span, spans.end);
+            let run = match runs.last_mut() {
+                Some(run) if run.spans.end == group.start => run,
+                _ => {
+                    let lost = Err(self.closed());
+                    runs.push(Run::new(self.clone(), group.start, purpose, board.claim(lost)));
+                    runs.last_mut().expect("just added")
+                }
+            };
+            self.take(board, run, group.clone());
+            if purpose == Priority::Demand {
+                run.needed.push(span..group.end.min(spans.end));
+            }
+            span = group.end;
+        }
+        runs
+    }
+
+    /// Adds the missing spans behind a run to it, as many as one request may have.
+    fn extend(&self, board: &mut Board<'_, Landing>, run: &mut Run, end: u32) {
+        while run.spans.end < end && self.is_missing(board, run.spans.end) {
+            let group = self.wanted_of_group(run.spans.end, end);
+            let starts_here = group.start == run.spans.end;
+            if !starts_here || self.index.bytes(run.spans.start..group.end) > self.policy().request() {
+                return;
+            }
+            self.take(board, run, group);
+        }
+    }
+
+    fn take(&self, board: &mut Board<'_, Landing>, run: &mut Run, group: Range<u32>) {
+        run.spans.end = group.end;
+        for span in group.filter(|&span| self.is_missing(board, span)).collect::<Vec<_>>() {
+            board.take(&mut run.claim, span);
+        }
+    }
+
+    /// Whether nobody has the span or is about to.
+    fn is_missing(&self, board: &Board<'_, Landing>, span: u32) -> bool {
+        !board.is_flying(span) && !self.is_local(span) && !self.memory.contains(self.digest(), span)
     }
 }

@@ -30,7 +30,7 @@ pub(super) enum CacheCommand {
     },
     /// Delete all cached data; indexes and trees stay, so that images stay quick to mount
     Drop {
-        /// Delete indexes, trees and manifests too
+        /// Delete indexes, trees, profiles and manifests too
         #[arg(long)]
         all: bool,
     },
@@ -91,7 +91,7 @@ fn drop_cache(store: &Store, all: bool) -> anyhow::Result<()> {
         for dir in store.layers()? {
             busy += usize::from(!remove_layer(&dir)?);
         }
-        for directory in ["trees", "documents"] {
+        for directory in ["trees", "documents", "profiles"] {
             empty(&root.join(directory))?;
         }
     }

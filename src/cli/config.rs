@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use super::StoreArgs;
+use super::mount::PrefetchMode;
 use super::units::{Deadline, Size};
 
 const DEFAULT_CACHE: u64 = 10 << 30;
@@ -32,7 +33,7 @@ pub(super) struct Globals {
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
-    /// Configuration file (TOML: store, cache-size, memory, timeout, plain-http (a list of hosts), ca, log-format)
+    /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, log-format)
     /// [default: /etc/ocifs.toml]
     #[arg(long, global = true, env = "OCIFS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -66,6 +67,7 @@ struct FileConfig {
     plain_http: Vec<String>,
     #[serde(default)]
     ca: Vec<PathBuf>,
+    prefetch: Option<PrefetchMode>,
     log_format: Option<LogFormat>,
 }
 
@@ -76,6 +78,8 @@ pub(super) struct Config {
     pub(super) cache_size: u64,
     pub(super) memory: usize,
     pub(super) timeout: Option<Duration>,
+    /// What mounts fetch that nobody asked for, if the file says so.
+    pub(super) prefetch: Option<PrefetchMode>,
     /// Speak plain HTTP to whatever registry is named.
     pub(super) plain_http: bool,
     /// Hosts (with port, if not the default) that speak plain HTTP.
@@ -103,6 +107,7 @@ impl Config {
             cache_size: size(globals.store.cache_size, file.cache_size, DEFAULT_CACHE),
             memory: usize::try_from(size(globals.memory, file.memory, DEFAULT_MEMORY))?,
             timeout: timeout.map_or(Some(DEFAULT_TIMEOUT), |d| d.0),
+            prefetch: file.prefetch,
             plain_http: globals.plain_http,
             plain_http_hosts: file.plain_http,
             ca: [globals.ca, file.ca].concat(),

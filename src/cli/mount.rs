@@ -21,7 +21,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::config::Config;
 use super::say;
 use super::{ImageArgs, explain, open, progress, runtime};
-use crate::mount::{self, Event, FuseOptions, MountConfig, RunDir, Upper};
+use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, Upper};
+use crate::profile::Label;
 use crate::store::{StoreError, gone};
 
 /// Arguments of `mount`.
@@ -43,6 +44,13 @@ pub(super) struct MountArgs {
     /// Scratch directory for --upper, on the same file system
     #[arg(long, value_name = "DIR", requires = "upper")]
     work: Option<PathBuf>,
+    /// What to fetch that nobody has asked for: only what lies ahead of readers, what earlier starts of the program read, or
+    /// that and then the rest of the image [default: profile]
+    #[arg(long, value_enum, value_name = "WHAT")]
+    prefetch: Option<PrefetchMode>,
+    /// Which of the image's programs will run: starts are learned and replayed by label
+    #[arg(long, value_name = "LABEL", default_value = "default")]
+    profile: Label,
     /// Return only when the file tree can be read, or all of the image is in the store
     #[arg(long, value_enum, value_name = "STATE")]
     wait: Option<Wait>,
@@ -65,6 +73,28 @@ impl MountArgs {
     fn wait(&self) -> Option<Wait> {
         let overlay = self.writable || self.upper.is_some();
         overlay.then_some(Wait::Ready).max(self.wait)
+    }
+}
+
+/// [`Prefetch`] on the command line and in the configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum PrefetchMode {
+    /// Only what lies ahead of readers
+    None,
+    /// What earlier starts read
+    Profile,
+    /// All of the image
+    All,
+}
+
+impl From<PrefetchMode> for Prefetch {
+    fn from(mode: PrefetchMode) -> Self {
+        match mode {
+            PrefetchMode::None => Self::None,
+            PrefetchMode::Profile => Self::Profile,
+            PrefetchMode::All => Self::All,
+        }
     }
 }
 
@@ -253,6 +283,12 @@ async fn serve_async(
         options,
         require_ready: args.wait().is_some(),
         upper,
+        prefetch: args
+            .prefetch
+            .or(config.prefetch)
+            .map(Prefetch::from)
+            .unwrap_or_default(),
+        label: args.profile.clone(),
         timeout: config.timeout,
         started,
         log,

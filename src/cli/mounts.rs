@@ -9,7 +9,8 @@ use super::explain;
 use super::files::MAX_LINKS;
 use super::say;
 use super::units::human;
-use crate::mount::{self, MountState, MountStatus, RunDir};
+use crate::fs::ReadStatus;
+use crate::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
 
 /// Arguments of `umount`.
 #[derive(Debug, Args)]
@@ -158,41 +159,127 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
         .map(|s| format!(", ready after {s:.3} s"))
         .unwrap_or_default();
     say!("started     mounted after {:.3} s{ready}", status.mount_seconds);
-    let percent = 100.0 * status.fetched as f64 / status.size.max(1) as f64;
     say!(
-        "fetched     {} of {} ({percent:.1} %)",
-        human(status.fetched),
-        human(status.size)
+        "fetched     {} in {} requests, {} of it used",
+        share(status.fetched, status.size),
+        status.requests,
+        human(status.used)
     );
+    say!("local       {}", share(status.local, status.size));
     if let (Some(rate), Some(left)) = (status.rate, status.remaining_seconds) {
         say!("rate        {}/s, about {left:.0} s left", human(rate as u64));
     }
+    if let Some(prefetch) = &status.prefetch {
+        show_prefetch(prefetch)?;
+    }
+    let load = &status.in_flight;
+    say!(
+        "requests    {} for readers and {} ahead of them under way, {} waiting",
+        load.demand,
+        load.others,
+        load.waiting
+    );
+    if let Some(link) = &status.link {
+        let rtt = link.rtt.map_or("not measured".to_owned(), milliseconds);
+        let bandwidth = link
+            .bandwidth
+            .map_or("not measured".to_owned(), |b| format!("{}/s", human(b as u64)));
+        say!("link        round trip {rtt}, bandwidth {bandwidth}");
+    }
+    show_reads(&status.reads)?;
     say!("memory      {}", human(status.memory));
     say!("");
+    show_layers(status)
+}
+
+fn show_prefetch(prefetch: &PrefetchStatus) -> anyhow::Result<()> {
+    let what = |mode| match mode {
+        Prefetch::None => "none",
+        Prefetch::Profile => "profile",
+        Prefetch::All => "all",
+    };
+    let state = match prefetch.state {
+        PrefetchState::Pending => "not begun",
+        PrefetchState::Profile => "replaying the profile",
+        PrefetchState::Rest => "fetching the rest",
+        PrefetchState::Waiting => "will try again",
+        PrefetchState::Done => "done",
+    };
+    let problem = prefetch.problem.as_ref().map(|p| format!(": {p}")).unwrap_or_default();
+    say!("prefetch    {}, {state}{problem}", what(prefetch.mode));
+    let known = match (prefetch.profile_bytes, prefetch.runs) {
+        (0, _) => "nothing known".to_owned(),
+        (bytes, 0) => format!("{} known from a related image", human(bytes)),
+        (bytes, 1) => format!("{} known from 1 run", human(bytes)),
+        (bytes, runs) => format!("{} known from {runs} runs", human(bytes)),
+    };
+    say!("profile     {}, {known}", prefetch.label);
+    Ok(())
+}
+
+fn show_reads(reads: &ReadStatus) -> anyhow::Result<()> {
+    let quantiles = |p50: Option<f64>, p99: Option<f64>| match (p50, p99) {
+        (Some(p50), Some(p99)) => format!(" (p50 {}, p99 {})", milliseconds(p50), milliseconds(p99)),
+        _ => String::new(),
+    };
+    let all = reads.at_once + reads.waited;
+    let hits = 100.0 * reads.at_once as f64 / all.max(1) as f64;
     say!(
-        "{:<19} {:>10} {:>10} {:>10} {:>7} {:>8} {:>13}  INDEX",
+        "reads       {all}{}, {hits:.1} % at once",
+        quantiles(reads.p50, reads.p99)
+    );
+    say!(
+        "waits       {}{}, {} waiting now",
+        reads.waited,
+        quantiles(reads.waited_p50, reads.waited_p99),
+        reads.waiting
+    );
+    Ok(())
+}
+
+fn show_layers(status: &MountStatus) -> anyhow::Result<()> {
+    say!(
+        "{:<19} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6} {:>8}  INDEX",
         "LAYER",
         "SIZE",
+        "LOCAL",
         "FETCHED",
-        "SERVED",
+        "USED",
+        "REQUESTS",
         "HITS",
-        "MISSES",
-        "LOCAL SPANS"
+        "MISSES"
     );
     for layer in &status.layers {
-        let local = format!("{}/{}", layer.local_spans, layer.spans);
         let source = serde_json::to_value(layer.index_source).unwrap_or_default();
+        let hits = 100.0 * layer.hits as f64 / (layer.hits + layer.misses).max(1) as f64;
         say!(
-            "{:<19} {:>10} {:>10} {:>10} {:>7} {:>8} {:>13}  {}",
+            "{:<19} {:>10} {:>10} {:>10} {:>10} {:>8} {:>4.0} % {:>8}  {}",
             layer.digest.get(..19).unwrap_or(&layer.digest),
             human(layer.size),
+            human(layer.local),
             human(layer.fetched),
-            human(layer.served),
-            layer.hits,
+            human(layer.used),
+            layer.requests,
+            hits,
             layer.misses,
-            local,
             source.as_str().unwrap_or_default(),
         );
     }
     Ok(())
+}
+
+/// A part of a whole for people.
+fn share(part: u64, whole: u64) -> String {
+    let percent = 100.0 * part as f64 / whole.max(1) as f64;
+    format!("{} of {} ({percent:.1} %)", human(part), human(whole))
+}
+
+/// Seconds as milliseconds, three digits.
+fn milliseconds(seconds: f64) -> String {
+    let ms = seconds * 1e3;
+    match ms {
+        0.0..1.0 => format!("{ms:.3} ms"),
+        1.0..100.0 => format!("{ms:.1} ms"),
+        _ => format!("{ms:.0} ms"),
+    }
 }

@@ -129,7 +129,7 @@ fn remove_orphan(dir: &LayerDir) {
 /// The lock of a neighbouring span, if that one exists, is absent, and nobody is filling it.
 fn hold_absent(victim: &Victim, span: Option<u32>) -> Option<(u32, SpanLock)> {
     let span = span.filter(|&span| span < victim.presence.len())?;
-    let lock = victim.presence.try_lock(span).ok()??;
+    let lock = victim.presence.try_lock_one(span).ok()??;
     (victim.presence.get(span).state == State::Absent).then_some((span, lock))
 }
 
@@ -147,7 +147,7 @@ fn is_gone(victim: &Victim, range: Range<u64>, gone: impl Fn(u32) -> bool) -> bo
 
 /// Punches the holes of one span; returns the bytes on disk that came free.
 fn evict_span(victim: &Victim, span: u32) -> std::io::Result<u64> {
-    let Some(_lock) = victim.presence.try_lock(span)? else {
+    let Some(_lock) = victim.presence.try_lock_one(span)? else {
         return Ok(0);
     };
     if !victim.presence.evict(span) {

@@ -232,30 +232,30 @@ impl PresenceMap {
         self.word(span, 1).load(Ordering::Relaxed)
     }
 
-    /// Waits for the spans' locks, in ascending order, so that two processes cannot wait for each other.
-    pub(super) fn lock(self: &Arc<Self>, ranges: Vec<Range<u32>>) -> io::Result<SpanLock> {
+    /// The lock of one span if it is free.
+    pub(super) fn try_lock_one(self: &Arc<Self>, span: u32) -> io::Result<Option<SpanLock>> {
+        let lock = self.try_lock(std::slice::from_ref(&(span..span + 1)))?;
+        Ok((!lock.ranges.is_empty()).then_some(lock))
+    }
+
+    /// The locks of those spans that are free: whole ranges where possible, span by span where somebody holds part of one.
+    pub(super) fn try_lock(self: &Arc<Self>, ranges: &[Range<u32>]) -> io::Result<SpanLock> {
         let mut lock = SpanLock {
             presence: self.clone(),
             ranges: Vec::with_capacity(ranges.len()),
         };
         for range in ranges {
-            lock_range(self, &range, LockAction::Wait)?;
-            lock.ranges.push(range);
+            if lock_range(self, range, LockAction::Try)? {
+                lock.ranges.push(range.clone());
+                continue;
+            }
+            for span in range.clone() {
+                if lock_range(self, &(span..span + 1), LockAction::Try)? {
+                    lock.ranges.push(span..span + 1);
+                }
+            }
         }
         Ok(lock)
-    }
-
-    /// The lock of one span if it is free.
-    pub(super) fn try_lock(self: &Arc<Self>, span: u32) -> io::Result<Option<SpanLock>> {
-        let range = span..span + 1;
-        match lock_range(self, &range, LockAction::Try) {
-            Ok(()) => Ok(Some(SpanLock {
-                presence: self.clone(),
-                ranges: vec![range],
-            })),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(e) => Err(e),
-        }
     }
 }
 
@@ -270,14 +270,14 @@ fn absent_after(record: Record) -> Record {
 /// What to do with the open-file-description lock of some spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LockAction {
-    Wait,
     Try,
     Release,
 }
 
-fn lock_range(presence: &PresenceMap, spans: &Range<u32>, action: LockAction) -> io::Result<()> {
+/// Whether it was done: false if somebody else has part of it.
+fn lock_range(presence: &PresenceMap, spans: &Range<u32>, action: LockAction) -> io::Result<bool> {
     let kind = match action {
-        LockAction::Wait | LockAction::Try => libc::F_WRLCK,
+        LockAction::Try => libc::F_WRLCK,
         LockAction::Release => libc::F_UNLCK,
     };
     let lock = libc::flock {
@@ -287,16 +287,10 @@ fn lock_range(presence: &PresenceMap, spans: &Range<u32>, action: LockAction) ->
         l_len: i64::from(spans.end) - i64::from(spans.start),
         l_pid: 0,
     };
-    loop {
-        let command = match action {
-            LockAction::Wait => FcntlArg::F_OFD_SETLKW(&lock),
-            LockAction::Try | LockAction::Release => FcntlArg::F_OFD_SETLK(&lock),
-        };
-        match fcntl(&presence.file, command) {
-            Ok(_) => return Ok(()),
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(e) => return Err(e.into()),
-        }
+    match fcntl(&presence.file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -305,6 +299,13 @@ fn lock_range(presence: &PresenceMap, spans: &Range<u32>, action: LockAction) ->
 pub struct SpanLock {
     presence: Arc<PresenceMap>,
     ranges: Vec<Range<u32>>,
+}
+
+impl SpanLock {
+    /// The spans locked, in ascending order.
+    pub(super) fn spans(&self) -> impl Iterator<Item = u32> {
+        self.ranges.iter().cloned().flatten()
+    }
 }
 
 impl Drop for SpanLock {

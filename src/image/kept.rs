@@ -76,4 +76,8 @@ impl ImageSource for KeptSource {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+
+    fn repository(&self) -> String {
+        self.inner.repository()
+    }
 }

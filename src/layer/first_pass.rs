@@ -18,9 +18,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
-use super::LayerStats;
+use super::{LayerStats, stripes};
 use crate::blob::{BlobError, BlobSource, ByteStream};
 use crate::device::{DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
@@ -122,15 +122,19 @@ pub(super) struct Destination {
     pub(super) limit: u64,
 }
 
-/// Streams the whole blob once. The caller holds the layer's lock.
+/// Streams the whole blob once, with `ahead` permits for what is received before its turn. The caller holds the layer's lock.
 pub(super) async fn run(
     blob: Arc<dyn BlobSource>,
     diff_id: DiffId,
+    ahead: Arc<Semaphore>,
     destination: Option<Destination>,
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = blob.digest().clone();
-    let mut source = Source::open(&*blob, &stats).await?;
+    let mut source = Source {
+        stream: stripes::read(blob.clone(), ahead, stats.clone()).await?,
+        stats: &stats,
+    };
     let prefix = source.prefix().await?;
     let compression = sniff(&prefix).map_err(|source| FirstPassError::Decode {
         layer: layer.clone(),
@@ -186,13 +190,7 @@ struct Source<'a> {
     stats: &'a LayerStats,
 }
 
-impl<'a> Source<'a> {
-    async fn open(blob: &dyn BlobSource, stats: &'a LayerStats) -> Result<Self, BlobError> {
-        stats.request();
-        let stream = blob.read(0..blob.size()).await?;
-        Ok(Self { stream, stats })
-    }
-
+impl Source<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
         let Some(bytes) = self.stream.next().await.transpose()? else {
             return Ok(None);

@@ -1,92 +1,91 @@
 //! Flights: fetching, decoding and delivering spans that are not local.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
-use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
-use super::{Flight, Landed, Layer, LayerError};
+use super::{Claim, Landed, Landing, Layer, LayerError};
 use crate::blob::BlobError;
 use crate::device::SpanLock;
+use crate::fetch::{Pass, Priority, Spans as _};
 use crate::index::{IndexError, SpanId};
 
 /// A span that fails its check is fetched this often: once more by range, then with the whole layer up to it, in case the
 /// server (or a cache in front of it) is wrong about ranges only.
 const ATTEMPTS: u32 = 3;
+/// How often one looks whether a span that another process is fetching has come.
+const LOOK: Duration = Duration::from_millis(2);
+/// A process that fetches a span and does not get on for this long is not waited for any more: the span is then fetched here
+/// too, and kept in memory only.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Spans before the one waited for in which the other process shows that it gets on: more than one request has.
+const BEFORE: u32 = 64;
 
-type Sender = watch::Sender<Option<Result<Landed, LayerError>>>;
-
-/// Spans that one task fetches: whole groups, with a sender for each span that somebody may wait for. However the task ends,
-/// all of them land: a flight that stayed registered would keep its span from being fetched ever again.
+/// Spans that one task fetches: whole groups. However the task ends, all of them land.
 #[derive(Debug)]
 pub(super) struct Run {
     layer: Arc<Layer>,
-    spans: Range<u32>,
-    waiting: HashMap<u32, Sender>,
+    pub(super) spans: Range<u32>,
+    /// Those that a reader waits for.
+    pub(super) needed: Vec<Range<u32>>,
+    purpose: Priority,
+    pub(super) claim: Claim<Landing>,
 }
 
 impl Run {
-    /// Registers flights for all spans of `group` that need one. Returns the run and the end of the group.
-    pub(super) fn claim(layer: &Arc<Layer>, flights: &mut HashMap<u32, Flight>, group: Range<u32>) -> (Self, u32) {
-        let mut run = Self {
-            layer: layer.clone(),
-            spans: group.clone(),
-            waiting: HashMap::new(),
+    /// A run of no spans yet.
+    pub(super) fn new(layer: Arc<Layer>, first: u32, purpose: Priority, claim: Claim<Landing>) -> Self {
+        Self {
+            layer,
+            spans: first..first,
+            needed: Vec::new(),
+            purpose,
+            claim,
+        }
+    }
+
+    fn is_needed(&self, span: u32) -> bool {
+        self.needed.iter().any(|needed| needed.contains(&span))
+    }
+
+    fn land(&mut self, span: u32, landing: Landing) {
+        self.claim.land(span, landing);
+    }
+}
+
+/// A flight under way; dropping this does not end it.
+pub type Flown = JoinHandle<Result<(), LayerError>>;
+
+/// What became of a flight.
+pub async fn flown(flight: Flown) -> Result<(), LayerError> {
+    match flight.await {
+        Ok(outcome) => outcome,
+        // The runtime ends, and nobody is interested any more; or it panicked, and its spans have landed as closed.
+        Err(_) => Ok(()),
+    }
+}
+
+/// Starts a flight, which waits for a pass for demand if it has none yet.
+pub(super) fn start(run: Run, pass: Option<Arc<Pass>>) -> Flown {
+    let runtime = run.layer.runtime.clone();
+    runtime.spawn(async move {
+        let _pass = match pass {
+            Some(pass) => pass,
+            None => {
+                let layer = &run.layer;
+                let bytes = layer.index.bytes(run.spans.clone());
+                Arc::new(layer.lanes.enter(run.purpose, bytes, layer.policy()).await)
+            }
         };
-        for span in group.clone() {
-            if !flights.contains_key(&span) && !layer.is_local(span) {
-                let (sender, receiver) = watch::channel(None);
-                flights.insert(span, receiver);
-                run.waiting.insert(span, sender);
-            }
-        }
-        (run, group.end)
-    }
-
-    /// Ends the flight of a span.
-    fn land(&mut self, span: u32, result: Result<Landed, LayerError>) {
-        if let Some(sender) = self.waiting.remove(&span) {
-            sender.send_replace(Some(result));
-            self.layer.flights.lock().expect("no panic while locked").remove(&span);
-        }
-    }
-
-    fn land_all(&mut self, error: &LayerError) {
-        let lost: Vec<u32> = self.waiting.keys().copied().collect();
-        for span in lost {
-            self.land(span, Err(error.clone()));
-        }
-    }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        if !self.waiting.is_empty() {
-            let layer = self.layer.digest().clone();
-            self.land_all(&LayerError::Closed { layer });
-        }
-    }
-}
-
-/// Neighbouring runs become one request.
-pub(super) fn join_runs(runs: Vec<Run>) -> Vec<Run> {
-    let mut joined: Vec<Run> = Vec::new();
-    for mut run in runs {
-        match joined.last_mut() {
-            Some(last) if last.spans.end == run.spans.start => {
-                last.spans.end = run.spans.end;
-                last.waiting.extend(std::mem::take(&mut run.waiting));
-            }
-            _ => joined.push(run),
-        }
-    }
-    joined
+        fly(run).await
+    })
 }
 
 /// Fetches and delivers the run, however often that takes, and lands every span with bytes or an error.
-pub(super) async fn fly(mut run: Run) {
+async fn fly(mut run: Run) -> Result<(), LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let mut from_start = false;
@@ -106,52 +105,109 @@ pub(super) async fn fly(mut run: Run) {
             _ => break,
         }
     }
-    if let Err(error) = outcome {
+    if let Err(error) = &outcome {
         // Whoever waits reports it; if nobody does any more, it hurt nobody.
         tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
-        run.land_all(&error);
+        run.claim.land_all(&Err(error.clone()));
     }
+    outcome
 }
 
-/// Takes the spans' locks without blocking the runtime, then decodes what other processes have not filled meanwhile.
+/// Locks spans and decodes them. Those that another process has locked are left to it if no reader waits for them here, and
+/// waited for if one does.
 async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, from_start: bool) -> Result<(), LayerError> {
-    let closed = || LayerError::Closed {
-        layer: layer.digest().clone(),
-    };
-    // Before the lock: whoever holds locks can always decode, so that two processes never wait for each other.
-    let _permit = layer.decodes.acquire().await.map_err(|_| closed())?;
-    let mut waiting: Vec<u32> = run.waiting.keys().copied().collect();
-    waiting.sort_unstable();
-    let lock = {
-        let (layer, spans) = (layer.clone(), waiting.clone());
-        tokio::task::spawn_blocking(move || layer.device().map(|device| device.lock(&spans)))
-    };
-    let lock = match lock.await.map_err(|_| closed())? {
-        Some(Ok(lock)) => Some(lock),
+    let mut patience = Patience::new();
+    while !run.claim.is_done() {
+        let wanted: Vec<u32> = run.claim.spans().collect();
+        let (mut lock, mut mine) = try_lock(layer, &wanted);
+        for span in wanted.iter().copied().filter(|span| mine.binary_search(span).is_err()) {
+            if !run.is_needed(span) || layer.is_local(span) {
+                run.land(span, Ok(Landed::LookAgain));
+            }
+        }
+        if mine.is_empty() && !run.claim.is_done() {
+            let theirs: Vec<u32> = run.claim.spans().collect();
+            if patience.lasts(layer, &theirs) {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            tracing::warn!(layer = %layer.digest(), spans = ?run.spans, "another process does not get on with these, fetching them here too");
+            (lock, mine) = (None, theirs);
+        }
+        for &span in &mine {
+            layer.settle(span..span + 1);
+        }
+        // What came between the claim and the lock.
+        let (here, left): (Vec<u32>, Vec<u32>) = mine.into_iter().partition(|&span| layer.is_local(span));
+        for span in here {
+            run.land(span, Ok(Landed::LookAgain));
+        }
+        let mut delivery = Delivery { layer, run, lock };
+        for stretch in stretches(layer, &left) {
+            decode(&mut delivery, stretch, from_start).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The locks of those spans that are free, and which these are. Without locks (there is no device, or it fails) all of the
+/// spans are ours, and not kept on disk.
+fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
+    match layer.device().map(|device| device.try_lock(spans)) {
+        Some(Ok((lock, held))) => (Some(lock), held),
         Some(Err(error)) => {
             tracing::warn!(layer = %layer.digest(), %error, "cannot lock spans, keeping them in memory only");
-            None
+            (None, spans.to_vec())
         }
-        None => None,
-    };
-    for &span in &waiting {
-        layer.settle(span..span + 1);
+        None => (None, spans.to_vec()),
     }
-    waiting.retain(|&span| {
-        let local = layer.is_local(span);
-        if local {
-            run.land(span, Ok(Landed::OnDevice));
-        }
-        !local
-    });
-    let (Some(&first), Some(&last)) = (waiting.first(), waiting.last()) else {
-        return Ok(());
-    };
-    let delivery = Delivery { layer, run, lock };
-    decode(delivery, first..last + 1, from_start).await
 }
 
-async fn decode(mut delivery: Delivery<'_>, spans: Range<u32>, from_start: bool) -> Result<(), LayerError> {
+/// Waiting for another process as long as it gets on.
+struct Patience {
+    since: Instant,
+    progress: usize,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            progress: 0,
+        }
+    }
+
+    /// Whether to wait on for these spans.
+    fn lasts(&mut self, layer: &Layer, spans: &[u32]) -> bool {
+        let (Some(&first), Some(&last)) = (spans.first(), spans.last()) else {
+            return false;
+        };
+        let near = first.saturating_sub(BEFORE)..last + 1;
+        let progress = near.filter(|&span| layer.is_local(span)).count();
+        if progress != self.progress {
+            *self = Self {
+                since: Instant::now(),
+                progress,
+            };
+        }
+        self.since.elapsed() < PATIENCE
+    }
+}
+
+/// Cuts ascending spans into stretches to decode one by one: what is there already is not fetched again, unless decoding has
+/// to pass over it anyway.
+fn stretches(layer: &Layer, spans: &[u32]) -> Vec<Range<u32>> {
+    let mut stretches: Vec<Range<u32>> = Vec::new();
+    for &span in spans {
+        match stretches.last_mut() {
+            Some(last) if span == last.end || layer.index.restart_for(SpanId(span)).0 < last.end => last.end = span + 1,
+            _ => stretches.push(span..span + 1),
+        }
+    }
+    stretches
+}
+
+async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool) -> Result<(), LayerError> {
     let layer = delivery.layer;
     let corrupt = |source: IndexError| LayerError::Corrupt {
         layer: layer.digest().clone(),
@@ -176,8 +232,8 @@ async fn decode(mut delivery: Delivery<'_>, spans: Range<u32>, from_start: bool)
         (needed, 0)
     };
     let mut decoder = layer.index.decoder(first, last).map_err(corrupt)?;
-    let mut stream = layer.blob.read(range).await.map_err(unreadable)?;
     layer.stats.request();
+    let mut stream = layer.blob.read(range).await.map_err(unreadable)?;
     while let Some(bytes) = stream.next().await {
         let bytes = bytes.map_err(unreadable)?;
         layer.stats.fetched_more(bytes.len());
@@ -209,10 +265,12 @@ impl Delivery<'_> {
     /// memory): a second flight of the same span would share this one's lock and give it back under it.
     fn deliver(&mut self, span: u32, bytes: &[u8]) {
         let Self { layer, run, lock } = self;
-        let Some(sender) = run.waiting.get(&span) else { return };
+        if !run.claim.holds(span) {
+            return;
+        }
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
-        sender.send_replace(Some(landed.clone()));
+        run.claim.announce(span, landed.clone());
         let kept = match (layer.device(), &*lock) {
             (Some(device), Some(lock)) => {
                 let filled = tokio::task::block_in_place(|| device.fill(lock, span, &layer.pieces(span), &bytes));
@@ -226,6 +284,9 @@ impl Delivery<'_> {
             // From here on nothing of this run goes to the device, and whoever flies for these spans next locks them anew.
             *lock = None;
             layer.memory.insert(layer.digest(), span, bytes);
+        }
+        if run.purpose <= Priority::Readahead && !run.is_needed(span) {
+            layer.fetched_ahead(span);
         }
         run.land(span, landed);
     }

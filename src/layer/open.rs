@@ -1,17 +1,18 @@
 //! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::turn::Turn;
-use super::{IndexSource, Layer, LayerStats, SpanMemory};
+use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches, stripes};
 use crate::blob::BlobSource;
 use crate::device::{CacheBudget, DataDevice};
+use crate::fetch::Lanes;
 use crate::index::SpanIndex;
 use crate::oci::{DiffId, Digest};
 use crate::store::{Durability, FileBytes, LayerDir, Store, StoreError, map_file};
@@ -19,8 +20,6 @@ use crate::toc::{ExtentTable, Toc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
 const PASSES: usize = 8;
-/// Flights decoding at once: each has a decoder, a window and a span in memory, and often waits for the network.
-const DECODES: usize = 16;
 
 /// What all layers of a process share.
 #[derive(Debug, Clone)]
@@ -34,7 +33,10 @@ pub struct LayerContext {
     /// What stopped working without stopping the mount.
     pub health: Arc<Health>,
     passes: Arc<Semaphore>,
-    decodes: Arc<Semaphore>,
+    /// For stripes of whole layers that come before their turn.
+    ahead: Arc<Semaphore>,
+    /// Who may send a request now.
+    pub lanes: Arc<Lanes>,
 }
 
 impl LayerContext {
@@ -46,7 +48,8 @@ impl LayerContext {
             memory: Arc::new(SpanMemory::new(memory)),
             health: Arc::default(),
             passes: Arc::new(Semaphore::new(PASSES)),
-            decodes: Arc::new(Semaphore::new(DECODES)),
+            ahead: Arc::new(Semaphore::new(stripes::AHEAD)),
+            lanes: Arc::default(),
         }
     }
 }
@@ -150,7 +153,10 @@ async fn stream(
             limit: context.budget.limit(),
         })
     };
-    let pass = || first_pass::run(blob.clone(), diff_id.clone(), destination(), stats.clone());
+    let pass = || {
+        let ahead = context.ahead.clone();
+        first_pass::run(blob.clone(), diff_id.clone(), ahead, destination(), stats.clone())
+    };
     let mut indexed = match pass().await {
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
         Err(error) if error.is_corruption() => {
@@ -195,6 +201,7 @@ fn layer(
     device: Option<DataDevice>,
     stats: Arc<LayerStats>,
 ) -> Arc<Layer> {
+    let touches = Touches::new(index.len());
     Arc::new(Layer {
         blob,
         index,
@@ -204,8 +211,12 @@ fn layer(
         memory: context.memory.clone(),
         budget: context.budget.clone(),
         health: context.health.clone(),
-        decodes: context.decodes.clone(),
-        flights: Mutex::new(HashMap::new()),
+        lanes: context.lanes.clone(),
+        flights: Arc::default(),
+        touches,
+        readahead: Mutex::default(),
+        recorder: OnceLock::new(),
+        runtime: Handle::current(),
         stats,
     })
 }

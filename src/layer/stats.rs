@@ -23,6 +23,7 @@ pub struct LayerStats {
     /// Compressed size of the layer in bytes.
     pub size: u64,
     fetched: AtomicU64,
+    used: AtomicU64,
     served: AtomicU64,
     hits: AtomicU64,
     misses: AtomicU64,
@@ -39,6 +40,8 @@ pub struct LayerStatus {
     pub size: u64,
     /// Compressed bytes fetched by this mount.
     pub fetched: u64,
+    /// Compressed bytes of the spans that were read by this mount, wherever they came from.
+    pub used: u64,
     /// Bytes served to readers by this mount.
     pub served: u64,
     /// Reads answered without waiting.
@@ -51,6 +54,8 @@ pub struct LayerStatus {
     pub spans: u32,
     /// Spans on the local device.
     pub local_spans: u32,
+    /// Compressed bytes of those.
+    pub local: u64,
     /// Where the index came from.
     pub index_source: IndexSource,
 }
@@ -69,6 +74,7 @@ impl LayerStats {
         Self {
             size,
             fetched: AtomicU64::new(0),
+            used: AtomicU64::new(0),
             served: AtomicU64::new(0),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
@@ -89,6 +95,10 @@ impl LayerStats {
 
     pub(super) fn fetched_more(&self, bytes: usize) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn used_more(&self, bytes: u64) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn request(&self) {
@@ -115,17 +125,19 @@ impl LayerStats {
     }
 
     /// The counters now.
-    pub fn snapshot(&self, digest: String, spans: u32, local_spans: u32) -> LayerStatus {
+    pub fn snapshot(&self, digest: String, spans: u32, (local_spans, local): (u32, u64)) -> LayerStatus {
         LayerStatus {
             digest,
             size: self.size,
             fetched: self.fetched(),
+            used: self.used.load(Ordering::Relaxed),
             served: self.served.load(Ordering::Relaxed),
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
             requests: self.requests(),
             spans,
             local_spans,
+            local,
             index_source: self.source(),
         }
     }

@@ -18,12 +18,14 @@ use super::kernel::{self, KernelMountError};
 use super::mountinfo::{self, MountEntry};
 use super::options::FuseOptions;
 use super::overlay::{self, OverlayError, Upper};
+use super::prefetch::{Prefetch, Side};
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry, process_start};
-use super::status::{MountState, MountStatus};
-use crate::fs::{FsError, ImageFs};
+use super::status::{LinkStatus, MountState, MountStatus};
+use crate::fs::{FsError, ImageFs, Reads};
 use crate::fuse::{self, Served};
-use crate::image::{Image, ImageError, Preparation};
+use crate::image::{Image, ImageError, Learning, Preparation};
 use crate::layer::{self, LayerContext};
+use crate::profile::Label;
 use crate::store::gone;
 
 /// What to mount where.
@@ -37,6 +39,10 @@ pub struct MountConfig {
     pub options: FuseOptions,
     /// Where changes go, for a writable root.
     pub upper: Option<Upper>,
+    /// What to fetch that nobody asked for.
+    pub prefetch: Prefetch,
+    /// Which of the image's programs will run.
+    pub label: Label,
     /// Deadline of a read; none is for ever.
     pub timeout: Option<Duration>,
     /// Give up, instead of serving errors, if the image cannot be prepared.
@@ -114,7 +120,12 @@ pub async fn serve(
     check_mountpoint(&config, &entry)?;
     let record = record(&config, &preparation, &entry);
     entry.register(&record, config.log.as_deref())?;
+    let repository = preparation.repository();
+    let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
     let mut mount = Mount {
+        side: Side::new(config.prefetch, &learning),
+        learning: Some(learning),
+        reads: None,
         attached: Attached::new(entry, record, turn),
         config,
         context,
@@ -132,7 +143,9 @@ pub async fn serve(
     if mount.config.upper.is_none() {
         events(Event::Mounted);
     }
-    let asked = mount.run(fuse, requests, signals, events).await?;
+    let asked = mount.run(fuse, requests, signals, events).await;
+    mount.side.stop().await;
+    let asked = asked?;
     mount.attached.detach(true)?;
     mount.attached.discard();
     if let Some(answer) = asked {
@@ -209,6 +222,10 @@ struct Mount {
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
+    side: Side,
+    /// Until there is an image to listen to.
+    learning: Option<Learning>,
+    reads: Option<Arc<Reads>>,
     image: Option<Arc<Image>>,
     failure: Option<Arc<FsError>>,
     mounted: Duration,
@@ -309,7 +326,12 @@ impl Mount {
                 let image = Arc::new(image);
                 self.image = Some(image.clone());
                 self.ready = Some(self.config.started.elapsed());
-                Served::Image(ImageFs::new(image, self.config.timeout))
+                if let Some(learning) = self.learning.take() {
+                    self.side.start(&image, learning);
+                }
+                let fs = ImageFs::new(image, self.config.timeout);
+                self.reads = Some(fs.reads().clone());
+                Served::Image(fs)
             }
             Err(error) if self.config.require_ready => return Err(error.into()),
             Err(error) => {
@@ -370,6 +392,7 @@ impl Mount {
         let record = &self.attached.record;
         let size: u64 = layers.iter().map(|l| l.size).sum();
         let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
+        let link = self.image.as_ref().and_then(|image| image.link());
         let (done, total) = layer::progress(&layers);
         let preparing = self.image.is_none() && self.failure.is_none();
         let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
@@ -401,6 +424,13 @@ impl Mount {
             rate,
             remaining_seconds: rate.map(|rate| total.saturating_sub(done) as f64 / rate),
             memory: self.context.memory.bytes() as u64,
+            used: layers.iter().map(|l| l.used).sum(),
+            local: layers.iter().map(|l| l.local).sum(),
+            requests: layers.iter().map(|l| l.requests).sum(),
+            in_flight: self.context.lanes.load(),
+            link: link.map(LinkStatus::from),
+            reads: self.reads.as_ref().map(|reads| reads.snapshot()).unwrap_or_default(),
+            prefetch: Some(self.side.status()),
             layers,
         }
     }

@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::prefetch::PrefetchStatus;
+use crate::blob::Link;
+use crate::fetch::Load;
+use crate::fs::ReadStatus;
 use crate::layer::LayerStatus;
 
 /// Where a mount is in its life.
@@ -16,6 +20,24 @@ pub enum MountState {
     Failed,
     /// The process is gone, the mount point may still be there.
     Dead,
+}
+
+/// The way to the layers.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct LinkStatus {
+    /// Seconds from a request to its answer.
+    pub rtt: Option<f64>,
+    /// Bytes per second of all requests together.
+    pub bandwidth: Option<f64>,
+}
+
+impl From<Link> for LinkStatus {
+    fn from(link: Link) -> Self {
+        Self {
+            rtt: link.rtt.map(|rtt| rtt.as_secs_f64()),
+            bandwidth: link.bandwidth,
+        }
+    }
 }
 
 /// A mount and its layers.
@@ -51,6 +73,20 @@ pub struct MountStatus {
     pub remaining_seconds: Option<f64>,
     /// Decoded spans held in memory, bytes.
     pub memory: u64,
+    /// Compressed bytes of the spans that were read.
+    pub used: u64,
+    /// Compressed bytes of the spans that need no fetch.
+    pub local: u64,
+    /// Requests made for layers.
+    pub requests: u64,
+    /// Requests under way, and those that wait for their turn.
+    pub in_flight: Load,
+    /// The way to the layers, as measured; nothing before there is a tree.
+    pub link: Option<LinkStatus>,
+    /// How long reads take.
+    pub reads: ReadStatus,
+    /// What is fetched that nobody asked for; nothing if the process does not say.
+    pub prefetch: Option<PrefetchStatus>,
     /// Layers, base first.
     pub layers: Vec<LayerStatus>,
 }

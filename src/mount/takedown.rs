@@ -8,6 +8,8 @@ use super::mountinfo::{self, MountEntry};
 use super::overlay;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::status::{MountState, MountStatus};
+use crate::fetch::Load;
+use crate::fs::ReadStatus;
 
 /// Why a mount could not be asked or taken down.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +98,13 @@ async fn ask(entry: &RunEntry, record: &MountRecord) -> MountStatus {
         rate: None,
         remaining_seconds: None,
         memory: 0,
+        used: 0,
+        local: 0,
+        requests: 0,
+        in_flight: Load::default(),
+        link: None,
+        reads: ReadStatus::default(),
+        prefetch: None,
         layers: Vec::new(),
     }
 }

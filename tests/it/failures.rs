@@ -40,11 +40,13 @@ impl Scene {
         }
     }
 
-    /// With nothing in memory either.
+    /// With nothing in memory either, and nothing fetched before it is read.
     fn mount(&self) -> Mounted {
         drop(self.ocifs.mount(&self.image));
         self.ocifs.ok(["cache", "drop"]);
-        let mount = self.ocifs.mount(&self.image);
+        let mount = self
+            .ocifs
+            .mount_with(&self.image, &["--wait", "ready", "--prefetch", "none"]);
         self.registry.clear_log();
         mount
     }

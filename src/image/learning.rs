@@ -1,0 +1,164 @@
+//! Profiles in the store: the one for an image, and learning from the start that is going on.
+
+use std::io::Write as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::oci::Digest;
+use crate::profile::{Label, Profile, ProfiledLayer, Recorder};
+use crate::resolve::ResolvedImage;
+use crate::store::{Durability, Store, StoreError};
+
+/// How often it is looked whether a start is over.
+const LOOK: Duration = Duration::from_millis(500);
+/// Profiles of other images of a repository that are looked at, newest first.
+const RELATIVES: usize = 8;
+
+/// The profile of an image's program, and where it is kept.
+#[derive(Debug)]
+pub struct Learning {
+    store: Store,
+    repository: String,
+    profile: Profile,
+}
+
+impl Learning {
+    /// Finds what is known: from earlier runs of this very image, else, of the layers they share, from runs of another image
+    /// of its repository. Reads files.
+    pub fn find(store: &Store, image: &ResolvedImage, repository: &str, label: &Label) -> Self {
+        let manifest = &image.manifest_document.digest;
+        let layers = image.layers().iter().zip(image.diff_ids());
+        let layers = layers.map(|(descriptor, diff_id)| ProfiledLayer {
+            digest: descriptor.digest.clone(),
+            diff_id: diff_id.clone(),
+        });
+        let mut profile = Profile::new(manifest.clone(), label.clone(), layers.collect());
+        match stored(store, manifest, label) {
+            Some(known) if known.layers == profile.layers => profile = known,
+            _ => profile.learn_from_relatives(store, repository),
+        }
+        Self {
+            store: store.clone(),
+            repository: repository.to_owned(),
+            profile,
+        }
+    }
+
+    /// What is known. Of no runs if it comes from a relative, and empty if nothing is known.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Listens with the image's recorder until its start is over or the future is dropped, then keeps what was learned.
+    pub async fn listen(self, recorder: Arc<Recorder>) {
+        let kept = Kept {
+            learning: self,
+            recorder,
+        };
+        while !kept.recorder.is_over(Instant::now()) {
+            tokio::time::sleep(LOOK).await;
+        }
+        // Files are written.
+        let _ = tokio::task::spawn_blocking(move || drop(kept)).await;
+    }
+
+    /// Keeps a profile from elsewhere in place of what was known: all of it, or what it says of layers that this image has
+    /// too. Returns the bytes of tars that it names; nothing is changed if there are none.
+    pub fn import(&mut self, other: &Profile) -> Result<u64, StoreError> {
+        let mut profile = Profile::new(
+            self.profile.manifest.clone(),
+            self.profile.label.clone(),
+            self.profile.layers.clone(),
+        );
+        profile.adopt(other);
+        let bytes = profile.bytes();
+        if bytes > 0 {
+            self.profile = profile;
+            self.save()?;
+        }
+        Ok(bytes)
+    }
+
+    fn save(&self) -> Result<(), StoreError> {
+        let Profile { manifest, label, .. } = &self.profile;
+        let path = self
+            .store
+            .profile(manifest, label.as_str())
+            .ok_or(StoreError::Unavailable)?;
+        let encoded = self.profile.encode();
+        self.store
+            .publish(&path, Durability::Lazy, |file| file.write_all(&encoded))?;
+        self.store.mark_profile(&self.repository, manifest, label.as_str())
+    }
+}
+
+/// Learns when it is dropped: when the start is over, or the mount is.
+struct Kept {
+    learning: Learning,
+    recorder: Arc<Recorder>,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let run = self.recorder.finish();
+        if run.is_empty() {
+            return;
+        }
+        let learning = &mut self.learning;
+        let profile = &mut learning.profile;
+        // Another mount of the image may have learned meanwhile.
+        if let Some(known) = stored(&learning.store, &profile.manifest, &profile.label)
+            && known.layers == profile.layers
+        {
+            *profile = known;
+        }
+        profile.learn(&run);
+        match learning.save() {
+            Ok(()) | Err(StoreError::Unavailable) => {}
+            Err(error) => tracing::warn!(%error, "cannot keep the profile of this start"),
+        }
+    }
+}
+
+impl Profile {
+    fn learn_from_relatives(&mut self, store: &Store, repository: &str) {
+        let relatives = store.profiles_of(repository, self.label.as_str(), RELATIVES);
+        let known = relatives
+            .iter()
+            .filter_map(|manifest| stored(store, manifest, &self.label));
+        let adopted = known.map(|relative| {
+            let mut profile = Self::new(self.manifest.clone(), self.label.clone(), self.layers.clone());
+            profile.adopt(&relative);
+            profile
+        });
+        // The newest of those that know most.
+        let best = adopted.rev().max_by_key(|profile| profile.touches.len());
+        if let Some(best) = best {
+            *self = best;
+        }
+    }
+}
+
+/// A profile in the store; one that cannot be read counts as none.
+pub fn stored(store: &Store, manifest: &Digest, label: &Label) -> Option<Profile> {
+    let path = store.profile(manifest, label.as_str())?;
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "cannot read a stored profile");
+            return None;
+        }
+    };
+    match Profile::decode(&bytes) {
+        Ok(profile) if profile.manifest == *manifest && profile.label == *label => Some(profile),
+        Ok(_) => {
+            tracing::warn!(path = %path.display(), "a stored profile is of another image");
+            None
+        }
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "a stored profile is damaged");
+            None
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Fetching what nobody has asked for yet: what an earlier start read, or all of the image.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures::{StreamExt as _, TryStreamExt as _};
+
+use super::Image;
+use crate::blob::Link;
+use crate::fetch::{Policy, Priority, Wanted, runs};
+use crate::layer::{Layer, LayerError, flown};
+use crate::profile::Profile;
+
+/// Requests that wait for their turn at once, each for at most the link's share: more than ever get it.
+const LINED_UP: usize = 32;
+
+impl Image {
+    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint.
+    pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
+        self.fetch(self.plan(profile), Priority::Profile).await
+    }
+
+    /// The requests that bring what a profile names and is not here.
+    fn plan(&self, profile: &Profile) -> Vec<(usize, Range<u32>)> {
+        let mut seen = HashSet::new();
+        let mut wanted = Vec::new();
+        // What there is no disk for must not push out of memory what is being read.
+        let mut room = self.layers.iter().all(|layer| layer.has_device()).then_some(u64::MAX);
+        let room = room.get_or_insert_with(|| self.layers.first().map_or(0, |layer| layer.memory_budget() / 2));
+        for (position, tar) in profile.ranges() {
+            let Some(layer) = self.layers.get(position) else {
+                continue;
+            };
+            for span in layer.spans_at(tar) {
+                let size = layer.span_size(span);
+                if seen.insert((position, span)) && size <= *room {
+                    *room -= size;
+                    wanted.push(Wanted { layer: position, span });
+                }
+            }
+        }
+        let absent = |wanted: Wanted| !self.layers[wanted.layer].is_local(wanted.span);
+        let indexes: Vec<_> = self.layers.iter().map(|layer| layer.index()).collect();
+        runs(&wanted, &indexes, absent, self.policy())
+    }
+
+    /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
+    /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
+    pub async fn complete(&self) -> Result<usize, LayerError> {
+        let batch = self.policy().long_request();
+        let kept = || self.layers.iter().enumerate().filter(|(_, layer)| layer.has_device());
+        let missing = |(position, layer): (usize, &Arc<Layer>)| {
+            let runs = layer.missing(batch).into_iter();
+            runs.map(move |run| (position, run)).collect::<Vec<_>>()
+        };
+        self.fetch(kept().flat_map(missing).collect(), Priority::Background)
+            .await?;
+        // What other processes were fetching at that moment comes from them, or, if they gave up, from here.
+        for (position, run) in kept().flat_map(missing).collect::<Vec<_>>() {
+            self.layers[position].await_spans(run).await?;
+        }
+        Ok(self.layers.iter().map(|layer| layer.missing(0).len()).sum())
+    }
+
+    /// Fetches runs of spans in order, as many side by side as the link takes.
+    async fn fetch(&self, runs: Vec<(usize, Range<u32>)>, priority: Priority) -> Result<(), LayerError> {
+        futures::stream::iter(runs)
+            .map(|(position, run)| {
+                let layer = self.layers[position].clone();
+                async move {
+                    for flight in layer.prefetch(run, priority).await {
+                        flown(flight).await?;
+                    }
+                    Ok(())
+                }
+            })
+            .buffer_unordered(LINED_UP)
+            .try_collect::<()>()
+            .await
+    }
+
+    /// The way to the largest layer, for most of the bytes come from where that one does.
+    pub fn link(&self) -> Option<Link> {
+        let largest = self.layers.iter().max_by_key(|layer| layer.stats().size);
+        largest.map(|layer| layer.link())
+    }
+
+    fn policy(&self) -> Policy {
+        Policy::of(self.link().unwrap_or(Link::LOCAL))
+    }
+}
