@@ -81,11 +81,12 @@ listening_port() {
     return 1
 }
 
-# start_registry DIR [ADDRESS [COMMAND_PREFIX...]]: docker-registry over DIR on an ephemeral port of ADDRESS (loopback),
-# started through a prefix such as `ip netns exec NS`. Its host:port is left in REGISTRY; it ends with the script.
-# The address of requests and their sizes are in DIR/registry.log.
+# start_registry DIR [ADDRESS [COMMAND_PREFIX...]]: docker-registry over DIR on an ephemeral port of ADDRESS (loopback; it may
+# name a port), started through a prefix such as `ip netns exec NS`. Its host:port is left in REGISTRY, its process in
+# REGISTRY_PID; it ends with the script. The address of requests and their sizes are in DIR/registry.log.
 start_registry() {
     local dir=$1 address=${2:-127.0.0.1} pid
+    [[ $address == *:* ]] || address+=:0
     shift $(($# > 1 ? 2 : 1))
     install_packages docker-registry curl
     mkdir -p "$dir"
@@ -93,19 +94,24 @@ start_registry() {
 version: 0.1
 log: { level: info, accesslog: { disabled: false } }
 storage: { filesystem: { rootdirectory: $dir/data }, delete: { enabled: true } }
-http: { addr: "$address:0" }
+http: { addr: "$address" }
 YAML
     "$@" docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 &
     pid=$!
+    # shellcheck disable=SC2034 # for scripts that end it before their end
+    REGISTRY_PID=$pid
     on_exit stop_process "$pid"
     wait_until "the registry (its log: $dir/registry.log)" listening_port "$pid"
-    REGISTRY=$address:$(listening_port "$pid")
+    REGISTRY=${address%:*}:$(listening_port "$pid")
     wait_until "an answer of $REGISTRY" curl --fail --silent --max-time 5 "http://$REGISTRY/v2/"
 }
 
+# stop_process PID: ends a process in the background of this shell; one that has been waited for may have left its number to
+# somebody else.
 stop_process() {
-    kill "$1" 2>/dev/null && wait "$1" 2>/dev/null
-    true
+    jobs -p | grep -qx "$1" || return 0
+    kill "$1" 2>/dev/null || true
+    wait "$1" 2>/dev/null || true
 }
 
 # is_mounted DIR: looks in the mount table; asking the file system would fail if its process is dead, and hang if it hangs.
@@ -114,7 +120,8 @@ is_mounted() { awk -v dir="$1" '$5 == dir { found = 1 } END { exit !found }' /pr
 # unmount MOUNTPOINT: takes an ocifs mount down; does nothing when there is none.
 unmount() { ! is_mounted "$1" || timeout 60 "$OCIFS" umount "$1" || umount --lazy "$1"; }
 
-# push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are.
+# push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are; through the prefix
+# AT_REGISTRY, if there is one, that reaches it on a shorter way.
 push() {
-    skopeo --insecure-policy copy --quiet --all --preserve-digests --dest-tls-verify=false "oci:$1" "docker://$REGISTRY/$2"
+    "${AT_REGISTRY[@]}" skopeo --insecure-policy copy --quiet --all --preserve-digests --dest-tls-verify=false "oci:$1" "docker://$REGISTRY/$2"
 }

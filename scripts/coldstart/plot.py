@@ -1,0 +1,190 @@
+#!/usr/bin/python3
+"""scripts/coldstart/plot.py ready|links MAIN_LINK FILE: draws what `bench-coldstart --json` prints, from stdin, as .svg or .png.
+
+ready: the time to ready of every workload, system and mode on the main link, with the limit.
+links: the same as multiples of the limit, on every link.
+"""
+
+import collections
+import json
+import math
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+INK, FAINT, LIMIT = "#1f2328", "#8c959f", "#bc4c00"
+OCIFS = {"first-contact": "#9fc9f3", "indexed": "#54a0e8", "profile": "#1f6fc4", "all": "#0b3d78"}
+GREYS = ["#b9bec4", "#9aa1a9", "#7d848c", "#c9cdd2", "#8b929a", "#6a7077"]
+NAMES = {
+    "first-contact": "ocifs, image never seen",
+    "indexed": "ocifs, image known",
+    "profile": "ocifs, start known",
+    "all": "ocifs, prefetching all",
+}
+
+
+def key(row):
+    return row["system"], row["mode"]
+
+
+def name(key):
+    system, mode = key
+    if system == "ocifs":
+        return NAMES[mode]
+    return f"{system}, {mode}"
+
+
+def ordered(rows, field):
+    """The values of a field in the order of their first row."""
+    return list(dict.fromkeys(field(row) for row in rows))
+
+
+def colours(keys):
+    rivals = [key for key in keys if key[0] != "ocifs"]
+    return {key: OCIFS[key[1]] if key[0] == "ocifs" else GREYS[rivals.index(key) % len(GREYS)] for key in keys}
+
+
+def seconds(value):
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def words(link):
+    if link == "loopback":
+        return link
+    rtt, rate = link.split("ms-")
+    return f"{rtt} ms, {rate.removesuffix('mbit')} Mbit/s"
+
+
+def bare(axes):
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0, colors=INK)
+
+
+def draw_ready(rows, link):
+    rows = [row for row in rows if row["link"] == link]
+    if not rows:
+        sys.exit(f"plot.py: no results on {link}")
+    keys, workloads = ordered(rows, key), ordered(rows, lambda row: row["workload"])
+    colour = colours(keys)
+    by_workload = collections.defaultdict(dict)
+    for row in rows:
+        by_workload[row["workload"]][key(row)] = row
+    # Slow rivals would leave nothing to see of the fast ones: each workload has a scale of its own.
+    columns = 2 if len(workloads) > 1 else 1
+    lines = math.ceil(len(workloads) / columns)
+    legend = math.ceil((len(keys) + 1) / 4)
+    height = lines * (0.62 + 0.235 * len(keys)) + 0.9 + 0.3 * legend
+    figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height), squeeze=False)
+    for axes, workload in zip(grid.flat, workloads):
+        present = [k for k in keys if k in by_workload[workload]]
+        times = [by_workload[workload][k]["ready_s"] for k in present]
+        limit = next((row["limit_s"] for row in by_workload[workload].values() if row["limit_s"] is not None), None)
+        places = list(range(len(present)))
+        axes.barh(places, times, height=0.8, color=[colour[k] for k in present])
+        longest = max(times + [limit or 0])
+        for place, time, k in zip(places, times, present):
+            axes.text(
+                max(time, limit or 0) + longest * 0.015 if limit and time < limit * 1.15 else time + longest * 0.015,
+                place,
+                seconds(time),
+                va="center",
+                fontsize=8,
+                color=INK if k[0] == "ocifs" else "#59636e",
+            )
+        axes.set_ylim(len(present) - 0.4, -0.6)
+        axes.set_xlim(0, longest * 1.12)
+        if limit is not None:
+            axes.plot([limit, limit], [-0.55, len(present) - 0.45], color=LIMIT, linewidth=1.6, solid_capstyle="butt")
+        axes.set_title(workload, loc="left", fontsize=11, fontweight="bold", color=INK, pad=5)
+        if limit is not None:
+            axes.set_title(f"limit {seconds(limit)} s", loc="right", fontsize=8, color=LIMIT, pad=5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        bare(axes)
+        axes.axvline(0, color=FAINT, linewidth=0.8)
+    for axes in list(grid.flat)[len(workloads) :]:
+        axes.set_visible(False)
+    handles = [Patch(color=colour[k], label=name(k)) for k in keys] + [Line2D([], [], color=LIMIT, linewidth=1.6, label="limit")]
+    figure.suptitle(f"Seconds from a cold host to ready, over {words(link)}", x=0.03, y=1 - 0.14 / height, ha="left", va="top",
+                    fontsize=14, fontweight="bold", color=INK)
+    figure.legend(handles=handles, loc="upper left", ncol=min(4, 2 * columns), frameon=False, fontsize=9, handlelength=1.1,
+                  columnspacing=1.6, bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
+    figure.subplots_adjust(left=0.03, right=0.985, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.15 / height, wspace=0.06,
+                           hspace=0.42 / (0.2 + 0.235 * len(keys)))
+    return figure
+
+
+def draw_links(rows, main):
+    rows = [row for row in rows if row["limit_s"]]
+    if not rows:
+        sys.exit("plot.py: no results with a limit")
+    links = sorted(ordered(rows, lambda row: row["link"]), key=rate_and_rtt)
+    keys, workloads = ordered(rows, key), ordered(rows, lambda row: row["workload"])
+    colour = colours(keys)
+    columns = min(4, len(workloads))
+    lines = math.ceil(len(workloads) / columns)
+    legend = math.ceil(len(keys) / 4)
+    height = lines * 2.5 + 1.15 + 0.3 * legend
+    figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, height), squeeze=False, sharex=True, sharey=True)
+    for place, (axes, workload) in enumerate(zip(grid.flat, workloads)):
+        for k in reversed(keys):
+            found = {row["link"]: row["ready_s"] / row["limit_s"] for row in rows if key(row) == k and row["workload"] == workload}
+            here = [link for link in links if link in found]
+            axes.plot([links.index(link) for link in here], [found[link] for link in here], color=colour[k], marker="o",
+                      markersize=4, linewidth=1.8 if k[0] == "ocifs" else 1.2)
+        axes.axhline(1, color=LIMIT, linewidth=1.2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        axes.set_xticks(range(len(links)), [words(link).replace(", ", "\n").replace(" Mbit/s", "\nMbit/s") for link in links],
+                        fontsize=6.5)
+        axes.set_xlim(-0.4, len(links) - 0.6)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(axis="y", color="#d8dee4", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_title(workload, loc="left", fontsize=11, fontweight="bold", color=INK, pad=5)
+        bare(axes)
+        axes.tick_params(which="minor", length=0)
+        if place + columns >= len(workloads):
+            axes.tick_params(labelbottom=True)
+    for axes in list(grid.flat)[len(workloads) :]:
+        axes.set_visible(False)
+    handles = [Line2D([], [], color=colour[k], marker="o", markersize=4, label=name(k)) for k in keys]
+    handles.append(Line2D([], [], color=LIMIT, linewidth=1.2, label="limit"))
+    figure.suptitle("Time to ready as a multiple of the limit, by link", x=0.03, y=1 - 0.14 / height, ha="left", va="top", fontsize=14,
+                    fontweight="bold", color=INK)
+    figure.legend(handles=handles, loc="upper left", ncol=min(4, columns + 1), frameon=False, fontsize=9, columnspacing=1.6,
+                  bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
+    figure.subplots_adjust(left=0.55 / (3.1 * columns), right=0.99, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.55 / height,
+                           wspace=0.1, hspace=0.3)
+    return figure
+
+
+def rate_and_rtt(link):
+    """From the link that hides a system's work most to the one that shows it most."""
+    if link == "loopback":
+        return (0, 0)
+    rtt, rate = link.removesuffix("mbit").split("ms-")
+    return (float(rtt), float(rate))
+
+
+def main():
+    if len(sys.argv) != 4 or sys.argv[1] not in ("ready", "links"):
+        sys.exit(__doc__)
+    _, what, link, out = sys.argv
+    plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "ocifs", "svg.fonttype": "path"})
+    rows = [json.loads(line) for line in sys.stdin]
+    figure = (draw_ready if what == "ready" else draw_links)(rows, link)
+    # The same results make the same file.
+    metadata = {"Date": None} if out.endswith(".svg") else {"Software": None}
+    figure.savefig(out, dpi=160, facecolor="white", metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
