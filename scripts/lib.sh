@@ -93,7 +93,7 @@ start_registry() {
     cat >"$dir/registry.yml" <<YAML
 version: 0.1
 log: { level: info, accesslog: { disabled: false } }
-storage: { filesystem: { rootdirectory: $dir/data }, delete: { enabled: true } }
+storage: { filesystem: { rootdirectory: $dir/data }, cache: { blobdescriptor: inmemory }, delete: { enabled: true } }
 http: { addr: "$address" }
 YAML
     "$@" docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 &

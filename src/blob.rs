@@ -86,6 +86,8 @@ pub struct Link {
     pub rtt: Option<Duration>,
     /// Bytes per second of all streams together.
     pub bandwidth: Option<f64>,
+    /// Bytes that came lately, without a pause: with them the windows of the connections have grown.
+    pub warm: u64,
 }
 
 impl Link {
@@ -93,6 +95,7 @@ impl Link {
     pub const LOCAL: Self = Self {
         rtt: Some(Duration::from_micros(100)),
         bandwidth: Some(1e9),
+        warm: 0,
     };
 }
 

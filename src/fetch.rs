@@ -31,7 +31,7 @@ pub use flights::{Board, Claim, Flight, Flights};
 pub use lanes::{Lanes, Load, Pass};
 pub use plan::{Wanted, runs};
 pub use policy::Policy;
-pub use readahead::Readahead;
+pub use readahead::{Readahead, Touch};
 
 use std::ops::Range;
 

@@ -180,14 +180,22 @@ impl ImageFs {
 
     /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
-        let _waiting = self.reads.wait();
+        let waiting = self.reads.wait();
         let reading = self.read_waiting(ino, offset, size);
-        match self.timeout {
+        let result = match self.timeout {
             None => reading.await,
             Some(timeout) => tokio::time::timeout(timeout, reading)
                 .await
                 .unwrap_or(Err(FsError::Timeout { timeout })),
-        }
+        };
+        tracing::debug!(
+            ino = ino.0,
+            offset,
+            size,
+            took_ms = waiting.elapsed().as_secs_f64() * 1e3,
+            "read waited"
+        );
+        result
     }
 
     async fn read_waiting(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {

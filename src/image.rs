@@ -7,6 +7,7 @@
 //! Invariants: manifest and config are verified; a layer in use was verified against its digest and diffID, here or by the
 //! process that put its index into the store; the tree is made from such layers only.
 
+mod early;
 mod kept;
 mod learning;
 mod prefetch;
@@ -17,7 +18,9 @@ use std::sync::{Arc, Mutex};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use tokio::sync::OnceCell;
 
+pub use early::{Early, Replay};
 pub use kept::KeptSource;
 pub use learning::{Learning, stored as stored_profile};
 
@@ -61,6 +64,7 @@ pub struct Preparation {
     source: Arc<dyn ImageSource>,
     resolved: Arc<ResolvedImage>,
     stats: HashMap<Digest, Arc<LayerStats>>,
+    image: OnceCell<Arc<Image>>,
 }
 
 impl Preparation {
@@ -73,6 +77,7 @@ impl Preparation {
         Self {
             source,
             stats: stats.collect(),
+            image: OnceCell::new(),
             resolved: Arc::new(resolved),
         }
     }
@@ -95,8 +100,14 @@ impl Preparation {
             .collect()
     }
 
-    /// Opens all layers and the tree. A stored table of contents that is damaged is made again.
-    pub async fn finish(&self, context: &LayerContext) -> Result<Image, ImageError> {
+    /// Opens all layers and the tree, once: whoever asks meanwhile waits for the same image. A stored table of contents that
+    /// is damaged is made again.
+    pub async fn finish(&self, context: &LayerContext) -> Result<Arc<Image>, ImageError> {
+        let opening = || async { self.open(context).await.map(Arc::new) };
+        self.image.get_or_try_init(opening).await.cloned()
+    }
+
+    async fn open(&self, context: &LayerContext) -> Result<Image, ImageError> {
         // Each layer's table can be damaged, and each is made again once.
         for _ in self.resolved.layers() {
             match self.assemble(context).await {

@@ -6,7 +6,7 @@
 //! delivers each span after its digest matched.
 //!
 //! The first read of a span is an event of its own: it counts as used, it is told to whoever records the start of the
-//! program, and readahead decides what to fetch next. A miss takes what readahead wants behind it along in the same request.
+//! program, and readahead decides what to fetch next. A reader waits for the bytes it needs and no others.
 //!
 //! Invariants: bytes that did not match their span's digest are never returned; at most one flight per span in a process;
 //! looking up and starting a flight is one critical section; no lock is held across an await; a flight outlives its readers,
@@ -37,11 +37,12 @@ pub use flight::{Flown, flown};
 pub use memory::SpanMemory;
 pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
+use stripes::Ahead;
 use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{CacheBudget, DataDevice, Piece};
-use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
+use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _, Touch};
 use crate::index::{IndexError, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::profile::Recorder;
@@ -102,6 +103,7 @@ pub struct Layer {
     budget: Arc<CacheBudget>,
     health: Arc<Health>,
     lanes: Arc<Lanes>,
+    ahead: Ahead,
     flights: Arc<Flights<Landing>>,
     touches: Touches,
     readahead: Mutex<Readahead>,
@@ -198,7 +200,7 @@ impl Layer {
             self.stats.hit(buf.len());
             for extent in self.extents.pieces_in_device(range) {
                 self.note(&extent);
-                for ahead in self.touch(self.spans_of(&extent)) {
+                for ahead in self.touch(&extent) {
                     self.read_ahead(ahead);
                 }
             }
@@ -217,12 +219,8 @@ impl Layer {
         // Every flight of this read starts before the first is waited for.
         for extent in &extents {
             self.note(extent);
-            let spans = self.spans_of(extent);
-            let ahead = self.touch(spans.clone());
-            let along = ahead
-                .iter()
-                .find(|ahead| (ahead.start..=ahead.end).contains(&spans.end));
-            self.want(spans.clone(), along.map_or(spans.end, |ahead| ahead.end));
+            let ahead = self.touch(extent);
+            self.want(self.spans_of(extent));
             for ahead in ahead {
                 self.read_ahead(ahead);
             }
@@ -243,31 +241,36 @@ impl Layer {
         }
     }
 
-    /// A reader comes to `spans`: what to fetch ahead of it.
-    fn touch(&self, spans: Range<u32>) -> Vec<Range<u32>> {
+    /// A reader comes to part of an extent: what to fetch ahead of it.
+    fn touch(&self, piece: &Extent) -> Vec<Range<u32>> {
         let mut ahead = Vec::new();
-        for span in spans {
-            let Some(waited_for_it) = self.touches.read(span) else {
+        for span in self.spans_of(piece) {
+            let Some(foreseen) = self.touches.read(span) else {
                 continue;
             };
             let bytes = self.index.bytes(span..span + 1);
             self.stats.used_more(bytes);
-            let mut readahead = self.readahead.lock().expect("no panic while locked");
-            if waited_for_it {
-                readahead.used(bytes);
+            if foreseen {
+                continue;
             }
-            ahead.extend(readahead.touched(span, &self.index, self.policy()));
+            let touch = Touch {
+                span,
+                file: self
+                    .extents
+                    .around(piece.tar)
+                    .map_or(span..span + 1, |file| self.spans_of(&file)),
+                waits: !self.is_local(span),
+            };
+            let absent = |span| !self.is_local(span);
+            let mut readahead = self.readahead.lock().expect("no panic while locked");
+            ahead.extend(readahead.touched(&touch, &self.index, absent, self.policy()));
         }
         ahead
     }
 
-    /// A span came before anybody asked for it.
-    fn fetched_ahead(&self, span: u32) {
-        if self.touches.fetched_ahead(span) {
-            let bytes = self.index.bytes(span..span + 1);
-            let mut readahead = self.readahead.lock().expect("no panic while locked");
-            readahead.fetched(bytes, self.policy());
-        }
+    /// A profile names these spans: they come without any guessing.
+    pub fn foresee(&self, span: u32) {
+        self.touches.foresee(span);
     }
 
     /// Fetches ahead of a reader, in the background.
@@ -279,7 +282,7 @@ impl Layer {
         self.runtime.spawn(async move {
             let mut rest = spans;
             while !rest.is_empty() {
-                let end = layer.index.reach(rest.start, layer.policy().long_request());
+                let end = layer.index.reach(rest.start, layer.policy().run());
                 let end = end.clamp(rest.start + 1, rest.end);
                 layer.prefetch(rest.start..end, Priority::Readahead).await;
                 rest.start = end;
@@ -348,7 +351,7 @@ impl Layer {
     pub async fn await_spans(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
         for span in spans {
             // The bytes come first; the flight ends when they are on the device.
-            while let Some(mut flight) = self.want(span..span + 1, span + 1) {
+            while let Some(mut flight) = self.want(span..span + 1) {
                 while flight.changed().await.is_ok() {}
                 if let Some(Err(error)) = &*flight.borrow() {
                     return Err(error.clone());
@@ -427,7 +430,7 @@ impl Layer {
 
     /// The uncompressed bytes of a span wherever they are, starting a flight if need be.
     async fn wait(self: &Arc<Self>, span: u32) -> Result<Landed, LayerError> {
-        let Some(mut flight) = self.want(span..span + 1, span + 1) else {
+        let Some(mut flight) = self.want(span..span + 1) else {
             return match self.memory.get(self.digest(), span) {
                 Some(bytes) => Ok(Landed::Bytes(bytes)),
                 None => Ok(Landed::LookAgain),
@@ -456,23 +459,16 @@ impl Layer {
         span..(span + 1..group.end).take_while(fits).last().unwrap_or(span) + 1
     }
 
-    /// Starts flights for those of `spans` that are neither local nor under way; the last one takes along what is missing up
-    /// to `along`. Returns the flight of the first span, or nothing if that one is local.
-    fn want(self: &Arc<Self>, spans: Range<u32>, along: u32) -> Option<Flight<Landing>> {
+    /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span, or
+    /// nothing if that one is local.
+    fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight<Landing>> {
         self.settle(spans.clone());
         let (runs, first) = {
             let mut board = self.flights.board();
-            let mut runs = self.claim(&mut board, spans.clone(), Priority::Demand);
-            if let Some(last) = runs.last_mut().filter(|run| run.spans.end >= spans.end) {
-                self.extend(&mut board, last, along);
-            }
+            let runs = self.claim(&mut board, spans.clone(), Priority::Demand);
             (runs, board.flight(spans.start))
         };
         for run in runs {
-            let bytes = self.index.bytes(run.spans.clone());
-            let mut readahead = self.readahead.lock().expect("no panic while locked");
-            readahead.demanded(bytes, self.policy());
-            drop(readahead);
             flight::start(run, None);
         }
         first
@@ -503,18 +499,6 @@ impl Layer {
             span = group.end;
         }
         runs
-    }
-
-    /// Adds the missing spans behind a run to it, as many as one request may have.
-    fn extend(&self, board: &mut Board<'_, Landing>, run: &mut Run, end: u32) {
-        while run.spans.end < end && self.is_missing(board, run.spans.end) {
-            let group = self.wanted_of_group(run.spans.end, end);
-            let starts_here = group.start == run.spans.end;
-            if !starts_here || self.index.bytes(run.spans.start..group.end) > self.policy().request() {
-                return;
-            }
-            self.take(board, run, group);
-        }
     }
 
     fn take(&self, board: &mut Board<'_, Landing>, run: &mut Run, group: Range<u32>) {

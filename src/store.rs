@@ -193,6 +193,29 @@ impl Store {
         self.publish(&path, Durability::Lazy, |file| file.write_all(bytes))
     }
 
+    /// Digest of the document that an image's name meant the last time.
+    pub fn root_document(&self, name: &str) -> Option<Digest> {
+        let path = self.name_path(name)?;
+        let text = fs::read_to_string(path).ok()?;
+        text.trim_end().parse().ok()
+    }
+
+    /// Remembers which document an image's name means.
+    pub fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
+        if self.root_document(name).as_ref() == Some(digest) {
+            return Ok(());
+        }
+        let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
+        self.publish(&path, Durability::Lazy, |file| writeln!(file, "{digest}"))
+    }
+
+    /// Names have slashes and colons in them, so theirs are hashed.
+    fn name_path(&self, name: &str) -> Option<PathBuf> {
+        let hash = blake3::hash(name.as_bytes()).to_hex();
+        let root = self.root.as_ref()?;
+        Some(root.join("documents").join("of").join(&hash[..32]))
+    }
+
     /// The directory of a layer's files, not created yet.
     pub fn layer(&self, digest: &Digest) -> Option<LayerDir> {
         let root = self.root.as_ref()?;

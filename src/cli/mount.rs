@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::config::Config;
 use super::say;
 use super::{ImageArgs, explain, open, progress, runtime};
+use crate::image::Early;
 use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, Upper};
 use crate::profile::Label;
 use crate::store::{StoreError, gone};
@@ -276,18 +277,27 @@ async fn serve_async(
     if upper.is_some() && options.read_only {
         bail!("a mount cannot be both writable and -o ro");
     }
-    let preparation = Arc::new(open::prepare(config, &args.image, &context).await?);
+    let prefetch = args
+        .prefetch
+        .or(config.prefetch)
+        .map(Prefetch::from)
+        .unwrap_or_default();
+    let named = open::Named::open(config, &args.image, &context).await?;
+    let replayed = (prefetch != Prefetch::None).then(|| args.profile.clone());
+    let recalled = named.recall().await;
+    let early = recalled.and_then(|recalled| Early::begin(recalled, &context, replayed));
+    let preparation = named.prepare().await?;
+    let (preparation, replay) = match early.and_then(|early| early.confirm(preparation.resolved())) {
+        Some((preparation, replay)) => (preparation, Some(replay)),
+        None => (Arc::new(preparation), None),
+    };
     let mount = MountConfig {
         image: args.image.image.clone(),
         mountpoint,
         options,
         require_ready: args.wait().is_some(),
         upper,
-        prefetch: args
-            .prefetch
-            .or(config.prefetch)
-            .map(Prefetch::from)
-            .unwrap_or_default(),
+        prefetch,
         label: args.profile.clone(),
         timeout: config.timeout,
         started,
@@ -328,7 +338,7 @@ async fn serve_async(
             }
         }
     };
-    Ok(mount::serve(mount, context, preparation, events).await?)
+    Ok(mount::serve(mount, context, preparation, replay, events).await?)
 }
 
 /// Reports how far the layers are, for the progress bar of the process that waits, as long as it does.

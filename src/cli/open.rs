@@ -10,7 +10,7 @@ use super::ImageArgs;
 use super::config::Config;
 use super::progress::{self, Bar};
 use crate::archive::DockerArchive;
-use crate::blob::ImageSource;
+use crate::blob::{BlobError, ImageSource};
 use crate::fs::ImageFs;
 use crate::image::{Image, KeptSource, Preparation};
 use crate::layer::{Health, LayerContext};
@@ -36,15 +36,48 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
 
 /// Resolves the image: manifest and config are fetched (or found in the store), nothing else.
 pub(super) async fn prepare(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Preparation> {
-    let image: ImageRef = args.image.parse()?;
-    let platform: Option<Platform> = match &args.platform {
-        Some(text) => Some(text.parse()?),
-        None => None,
-    };
-    let (source, pinned) = open(config, &image).await?;
-    let source: Arc<dyn ImageSource> = Arc::new(KeptSource::new(source, context.store.clone(), pinned));
-    let resolved = resolve(&*source, platform.as_ref()).await?;
-    Ok(Preparation::new(source, resolved))
+    let named = Named::open(config, args, context).await?;
+    Ok(named.prepare().await?)
+}
+
+/// An image as it was named, whose documents have not been asked for.
+pub(super) struct Named {
+    source: Arc<dyn ImageSource>,
+    pinned: Option<Digest>,
+    platform: Option<Platform>,
+    store: Store,
+}
+
+impl Named {
+    pub(super) async fn open(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Self> {
+        let image: ImageRef = args.image.parse()?;
+        let platform = args.platform.as_ref().map(|text| text.parse()).transpose()?;
+        let (source, pinned) = open(config, &image).await?;
+        Ok(Self {
+            source,
+            pinned,
+            platform,
+            store: context.store.clone(),
+        })
+    }
+
+    /// Manifest and config, fetched or found in the store.
+    pub(super) async fn prepare(&self) -> Result<Preparation, BlobError> {
+        let (source, store) = (self.source.clone(), self.store.clone());
+        self.resolve(KeptSource::new(source, store, self.pinned.clone())).await
+    }
+
+    /// The same as they were the last time, if all of that is in the store. Nothing is fetched.
+    pub(super) async fn recall(&self) -> Option<Preparation> {
+        let source = KeptSource::recalled(self.source.clone(), self.store.clone())?;
+        self.resolve(source).await.ok()
+    }
+
+    async fn resolve(&self, source: KeptSource) -> Result<Preparation, BlobError> {
+        let source: Arc<dyn ImageSource> = Arc::new(source);
+        let resolved = resolve(&*source, self.platform.as_ref()).await?;
+        Ok(Preparation::new(source, resolved))
+    }
 }
 
 /// The source of an image, and the digest in its reference.
@@ -82,7 +115,7 @@ pub(super) fn open_image(runtime: &Runtime, config: &Config, args: &ImageArgs) -
         let bar = Bar::new(&args.image);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
         bar.finish();
-        Ok(ImageFs::new(Arc::new(image), config.timeout))
+        Ok(ImageFs::new(image, config.timeout))
     })
 }
 

@@ -158,7 +158,8 @@ impl State {
             return true;
         };
         let recent = self.last_demand.is_some_and(|last| last.elapsed() < DEMAND_IS_OVER);
-        let room = policy.under_way(self.demand > 0 || recent);
+        let beside_demand = self.demand > 0 || recent;
+        let room = policy.under_way(priority, beside_demand);
         self.others < policy.requests() && self.bytes + bytes <= room
     }
 
@@ -190,6 +191,7 @@ mod tests {
         Policy::of(Link {
             rtt: Some(Duration::from_millis(20)),
             bandwidth: Some(25e6),
+            warm: 0,
         })
     }
 

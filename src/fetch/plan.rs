@@ -35,7 +35,7 @@ pub fn runs<S: Spans>(
     while !rest.is_empty() {
         let mut bytes = 0;
         let length = rest.iter().take_while(|w| {
-            let within = bytes < PIECE * policy.long_request();
+            let within = bytes < PIECE * policy.run();
             bytes += layers[w.layer].bytes(w.span..w.span + 1);
             within
         });
@@ -68,7 +68,7 @@ fn runs_of_piece<S: Spans>(
             let spans = &layers[layer];
             *in_layer == layer
                 && spans.bytes(run.end..span) <= policy.gap()
-                && spans.bytes(run.start..span + 1) <= policy.long_request()
+                && spans.bytes(run.start..span + 1) <= policy.run()
                 && (run.end..span).all(|span| open(planned, Wanted { layer, span }))
         });
         let from = match joined {
@@ -114,6 +114,7 @@ mod tests {
         Policy::of(Link {
             rtt: Some(Duration::from_millis(20)),
             bandwidth: Some(25e6),
+            warm: 0,
         })
     }
 
@@ -123,7 +124,7 @@ mod tests {
 
     #[test]
     fn neighbours_share_a_request_and_the_first_needed_goes_first() {
-        let layer = [Sizes(vec![100_000; 40])];
+        let layer = [Sizes(vec![80_000; 40])];
         let all = runs(&wanted(&[30, 3, 31, 4, 1, 12, 2]), &layer, |_| true, policy());
         assert_eq!(all, [(0, 30..32), (0, 1..5), (0, 12..13)]);
         // The gap of one span is worth fetching, unless it is there.
@@ -150,7 +151,7 @@ mod tests {
             for (layer, run) in runs(&wanted, &layers, absent, policy()) {
                 prop_assert!(!run.is_empty() && run.end <= layers[layer].count());
                 let bytes = layers[layer].bytes(run.clone());
-                prop_assert!(run.len() == 1 || bytes <= policy().long_request());
+                prop_assert!(run.len() == 1 || bytes <= policy().run());
                 let in_run = |span| wanted.contains(&Wanted { layer, span });
                 prop_assert!(in_run(run.start) && in_run(run.end - 1), "a run ends where something is wanted");
                 let mut gap = 0;

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use super::Priority;
 use crate::blob::Link;
 
 /// What is assumed before anything was measured: a registry in the next region over a common uplink. Both are soon known.
@@ -20,26 +21,40 @@ const LARGEST_REQUEST: f64 = 4.0 * 1024.0 * 1024.0;
 const FEWEST_REQUESTS: f64 = 6.0;
 const MOST_REQUESTS: f64 = 16.0;
 const REQUEST_SHARE: f64 = 256.0 * 1024.0;
-/// What may be under way for nobody in particular, in products: four fill any link, one and a half keep it busy without
-/// a queue that a demand request would have to wait behind.
+/// What may be under way that no reader waits for, in products: four fill any link. Beside demand less keeps it busy without
+/// much of a queue that a demand request would have to wait behind; for what nobody may ever want, least.
 const UNDER_WAY: f64 = 4.0;
-const UNDER_WAY_BESIDE_DEMAND: f64 = 1.5;
+const UNDER_WAY_BESIDE_DEMAND: f64 = 3.0;
+const BACKGROUND_BESIDE_DEMAND: f64 = 1.5;
 const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
-const LEAST_UNDER_WAY_BESIDE_DEMAND: f64 = 384.0 * 1024.0;
+const LEAST_BACKGROUND_BESIDE_DEMAND: f64 = 384.0 * 1024.0;
 const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
+
+/// Bytes of a request that no reader waits for but one soon will: small enough to come in the order of need.
+const SMALLEST_RUN: f64 = 256.0 * 1024.0;
+/// What a new connection brings in its first round trip: ten segments (RFC 6928).
+const FIRST_WINDOW: u64 = 14 * 1024;
+/// Connections a request is spread over, at most,
+const MOST_PARTS: u64 = 8;
+/// and the round trip from which on that is worth it.
+const FAR: Duration = Duration::from_millis(4);
 
 /// Sizes for one link.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
     product: f64,
+    far: bool,
+    warm: u64,
 }
 
 impl Policy {
     /// The sizes for a link; what was not measured yet is guessed.
     pub fn of(link: Link) -> Self {
-        let rtt = link.rtt.unwrap_or(GUESSED_RTT).as_secs_f64();
+        let rtt = link.rtt.unwrap_or(GUESSED_RTT);
         Self {
-            product: rtt * link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
+            product: rtt.as_secs_f64() * link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
+            far: rtt >= FAR,
+            warm: link.warm,
         }
     }
 
@@ -58,29 +73,45 @@ impl Policy {
         (2 * self.request()).max(1 << 20)
     }
 
+    /// Compressed bytes of a request for what a reader will want soon.
+    pub fn run(&self) -> u64 {
+        self.product.clamp(SMALLEST_RUN, LARGEST_REQUEST) as u64
+    }
+
+    /// Into how many parts to cut a request for `bytes`, to be asked for side by side. A connection brings little in its first
+    /// round trips, and twice as much in each as in the one before; so when all are cold, many bring the bytes in fewer round
+    /// trips than one. What has come lately says how much each can bring in the next.
+    pub fn parts(&self, bytes: u64) -> u64 {
+        if !self.far {
+            return 1;
+        }
+        let window = FIRST_WINDOW + self.warm / MOST_PARTS;
+        bytes.div_ceil(window).clamp(1, MOST_PARTS)
+    }
+
     /// The most requests side by side, those of demand apart.
     pub fn requests(&self) -> usize {
         (self.product / REQUEST_SHARE).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
     }
 
-    /// Unwanted compressed bytes between two wanted ranges that cost less than another request.
+    /// Unwanted compressed bytes between two wanted ranges that cost less than another request beside as many as there may be.
     pub fn gap(&self) -> u64 {
-        let requests = (self.product / REQUEST_SHARE).clamp(4.0, MOST_REQUESTS);
-        (self.product / requests) as u64
+        (self.product / self.requests() as f64) as u64
     }
 
-    /// Compressed bytes that may be under way without anybody waiting for them.
-    pub fn under_way(&self, beside_demand: bool) -> u64 {
-        let (products, least) = match beside_demand {
-            true => (UNDER_WAY_BESIDE_DEMAND, LEAST_UNDER_WAY_BESIDE_DEMAND),
-            false => (UNDER_WAY, LEAST_UNDER_WAY),
+    /// Compressed bytes that may be under way for one of the priorities below demand.
+    pub fn under_way(&self, priority: Priority, beside_demand: bool) -> u64 {
+        let (products, least) = match (beside_demand, priority) {
+            (true, Priority::Background) => (BACKGROUND_BESIDE_DEMAND, LEAST_BACKGROUND_BESIDE_DEMAND),
+            (true, _) => (UNDER_WAY_BESIDE_DEMAND, LEAST_UNDER_WAY),
+            (false, _) => (UNDER_WAY, LEAST_UNDER_WAY),
         };
         (self.product * products).clamp(least, MOST_UNDER_WAY) as u64
     }
 
     /// The furthest that a sequential reader is read ahead of, in compressed bytes.
     pub fn longest_window(&self) -> u64 {
-        self.under_way(false).max(4 * self.request())
+        self.under_way(Priority::Readahead, false).max(4 * self.request())
     }
 }
 
@@ -92,7 +123,21 @@ mod tests {
         Policy::of(Link {
             rtt: Some(Duration::from_millis(ms)),
             bandwidth: Some(mbit * 1e6 / 8.0),
+            warm: 0,
         })
+    }
+
+    #[test]
+    fn cold_connections_share_a_request() {
+        let cold = Link {
+            rtt: Some(Duration::from_millis(20)),
+            bandwidth: None,
+            warm: 0,
+        };
+        let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes);
+        assert_eq!((parts(0, 10_000), parts(0, 50_000), parts(0, 1_000_000)), (1, 4, 8));
+        assert_eq!((parts(1_000_000, 250_000), parts(8_000_000, 250_000)), (2, 1));
+        assert_eq!(policy(1, 1000.0).parts(1_000_000), 1, "round trips cost nothing there");
     }
 
     #[test]
@@ -102,10 +147,11 @@ mod tests {
         assert_eq!(policy(1, 100.0).request(), 64 << 10);
         assert_eq!(policy(80, 1000.0).request(), 4 << 20);
         assert_eq!((policy(20, 200.0).requests(), policy(80, 1000.0).requests()), (6, 16));
-        assert_eq!(policy(20, 200.0).gap(), 125_000);
-        assert_eq!(policy(20, 200.0).under_way(true), 750_000);
-        assert_eq!(policy(20, 200.0).under_way(false), 2_000_000);
-        assert!(policy(500, 10_000.0).under_way(false) <= 48 << 20);
+        assert_eq!(policy(20, 200.0).gap(), 83_333);
+        assert_eq!(policy(20, 200.0).under_way(Priority::Background, true), 750_000);
+        assert_eq!(policy(20, 200.0).under_way(Priority::Profile, true), 1_500_000);
+        assert_eq!(policy(20, 200.0).under_way(Priority::Background, false), 2_000_000);
+        assert!(policy(500, 10_000.0).under_way(Priority::Profile, false) <= 48 << 20);
     }
 
     #[test]
@@ -113,11 +159,13 @@ mod tests {
         let unknown = Policy::of(Link {
             rtt: None,
             bandwidth: None,
+            warm: 0,
         });
         assert_eq!(unknown, policy(20, 200.0));
         let dead = Policy::of(Link {
             rtt: Some(Duration::ZERO),
             bandwidth: Some(0.0),
+            warm: 0,
         });
         assert_eq!((dead.request(), dead.gap()), (64 << 10, 0));
     }

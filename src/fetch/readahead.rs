@@ -1,26 +1,29 @@
 //! Readahead: which spans of a layer to fetch before anybody asks.
 //!
-//! It hears of every span when a reader touches it for the first time. Tar neighbours are read together, so a touch that
-//! follows none before begins a *stream* with the spans behind it; a touch in or right behind what a stream fetched moves that
-//! stream on, and when half of its window is used up the next window is fetched, twice as large. Several streams exist side by
-//! side: one for each file that is being read, or each program.
+//! It hears of every span when a reader touches it for the first time, and makes guesses of two kinds:
 //!
-//! It backs off by results: the share of what was fetched ahead that was then read is its *confidence*. When that is low first
-//! windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; so random reads cost what
-//! they touch, and a little.
+//! - *The rest of the file.* Waiting for a request has a price: the bytes that could have come meanwhile. Once the readers of a
+//!   file have paid as much as all of it costs, it is fetched whole; a small one at the first touch.
+//! - *Neighbours.* What lies behind it in the tar is often read next. A touch that follows none before begins a *stream* with
+//!   the spans behind it; a touch in or right behind what a stream fetched moves that stream on, and when half of its window
+//!   is used up the next window is fetched, twice as large. Several streams exist side by side. Readers who have paid a part
+//!   of what the layer costs get all of it: it comes beside demand, and the link idles anyway while they wait for round trips.
 //!
-//! It also knows when to stop guessing. Waiting for requests has a price, the bytes that could have come meanwhile; once
-//! readers have paid as much as all of the layer costs, or would with the next request, the layer is fetched whole. So a small
-//! layer comes at the first touch, and a large one costs at most twice what it would have cost to fetch it at once. Not if
-//! confidence is low: who reads here and there in a large layer may never want the rest.
+//! It backs off by results: the share of what was guessed that was then read is its *confidence* in that kind of guess. When
+//! that is low first windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; nothing is
+//! fetched whole. So random reads cost what they touch, and a little.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use super::{Policy, Spans};
 
 /// Streams followed at a time.
 const STREAMS: usize = 8;
+/// Files whose price is remembered.
+const FILES: usize = 64;
+/// The share of a layer's price that has to be paid for it.
+const LAYER_SHARE: f64 = 0.25;
 /// First windows shrink as the confidence falls from one to the other of these.
 const CONFIDENT: f64 = 0.4;
 const LOST: f64 = 0.2;
@@ -30,6 +33,58 @@ const CREDIT: f64 = 4.0;
 const MEMORY: f64 = 64.0;
 /// A stream that jumps over more than this share of what it passes does not grow.
 const DENSE: f64 = 0.5;
+
+/// A reader comes to a span for the first time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Touch {
+    /// The span.
+    pub span: u32,
+    /// The spans of the file it reads.
+    pub file: Range<u32>,
+    /// Whether it has to wait for the span.
+    pub waits: bool,
+}
+
+/// Kinds of guesses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    File,
+    Neighbours,
+}
+
+/// How guesses of one kind turned out, in compressed bytes; both fade.
+#[derive(Debug, Default)]
+struct Record {
+    guessed: f64,
+    read: f64,
+}
+
+impl Record {
+    fn guessed(&mut self, bytes: u64, policy: Policy) {
+        self.guessed += bytes as f64;
+        if self.guessed > MEMORY * policy.request() as f64 {
+            self.guessed /= 2.0;
+            self.read /= 2.0;
+        }
+    }
+
+    fn read(&mut self, bytes: u64) {
+        self.read = (self.read + bytes as f64).min(self.guessed);
+    }
+
+    /// Share of what was guessed that was read.
+    fn confidence(&self, policy: Policy) -> f64 {
+        let credit = CREDIT * policy.request() as f64;
+        (self.read + credit / 2.0) / (self.guessed + credit)
+    }
+}
+
+/// What readers of a file paid so far, in bytes.
+#[derive(Debug)]
+struct Paid {
+    file: Range<u32>,
+    price: u64,
+}
 
 #[derive(Debug)]
 struct Stream {
@@ -44,40 +99,125 @@ struct Stream {
     touches: u32,
 }
 
-/// The streams of one layer.
+/// Guesses about one layer.
 #[derive(Debug, Default)]
 pub struct Readahead {
     /// Most recently used first.
     streams: VecDeque<Stream>,
-    /// Compressed bytes fetched ahead, and those of them that were then read; both fade.
-    spent: f64,
-    useful: f64,
-    /// The price of the requests that readers waited for, in bytes.
+    files: Record,
+    neighbours: Record,
+    /// Spans that were guessed and not read yet.
+    open: HashMap<u32, Kind>,
+    /// What readers paid for files, most recently read first; those that were asked for whole are not in it.
+    paid_files: VecDeque<Paid>,
+    /// What readers paid in all.
     paid: u64,
     /// The whole layer was asked for.
     whole: bool,
 }
 
 impl Readahead {
-    /// A span was read for the first time. Returns the spans to fetch now, if any: those behind `span`, or all of the layer.
-    /// Some of them may be there already.
-    pub fn touched(&mut self, span: u32, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
-        if self.is_whole_worth_it(spans, policy) {
-            self.whole = true;
-            return Some(0..spans.count());
+    /// A span was read for the first time. Returns the spans to fetch now, most urgent first: none of those that are there.
+    pub fn touched(
+        &mut self,
+        touch: &Touch,
+        spans: &impl Spans,
+        absent: impl Fn(u32) -> bool,
+        policy: Policy,
+    ) -> Vec<Range<u32>> {
+        let span = touch.span;
+        let bytes = spans.bytes(span..span + 1);
+        match self.open.remove(&span) {
+            Some(Kind::File) => self.files.read(bytes),
+            Some(Kind::Neighbours) => self.neighbours.read(bytes),
+            None => {}
         }
+        let mut guesses = Vec::new();
+        if touch.waits {
+            let price = bytes + policy.product();
+            self.paid += price;
+            if self.is_file_paid(touch, price, spans) && self.files.confidence(policy) >= CONFIDENT {
+                guesses.extend([span + 1..touch.file.end, touch.file.start..span].map(|rest| (Kind::File, rest)));
+            }
+            if self.is_layer_paid(spans, policy) {
+                self.whole = true;
+                guesses.extend([span + 1..spans.count(), 0..span].map(|rest| (Kind::Neighbours, rest)));
+            }
+        }
+        guesses.extend(self.follow(span, spans, policy).map(|ahead| (Kind::Neighbours, ahead)));
+        let mut ahead = Vec::new();
+        for (kind, range) in guesses {
+            self.guess(kind, range, spans, &absent, policy, &mut ahead);
+        }
+        ahead
+    }
+
+    /// Takes note of a guess: adds the runs of it that are absent and were not guessed before.
+    fn guess(
+        &mut self,
+        kind: Kind,
+        range: Range<u32>,
+        spans: &impl Spans,
+        absent: &impl Fn(u32) -> bool,
+        policy: Policy,
+        ahead: &mut Vec<Range<u32>>,
+    ) {
+        let mut run = range.start..range.start;
+        for span in range {
+            if self.open.contains_key(&span) || !absent(span) {
+                continue;
+            }
+            self.open.insert(span, kind);
+            let record = match kind {
+                Kind::File => &mut self.files,
+                Kind::Neighbours => &mut self.neighbours,
+            };
+            record.guessed(spans.bytes(span..span + 1), policy);
+            if run.end != span {
+                ahead.extend((!run.is_empty()).then_some(run));
+                run = span..span;
+            }
+            run.end = span + 1;
+        }
+        ahead.extend((!run.is_empty()).then_some(run));
+    }
+
+    /// Whether the readers of a file have paid for all of it, `price` for this touch included.
+    fn is_file_paid(&mut self, touch: &Touch, price: u64, spans: &impl Spans) -> bool {
+        let found = self.paid_files.iter().position(|paid| paid.file == touch.file);
+        let mut paid = found.and_then(|i| self.paid_files.remove(i)).unwrap_or(Paid {
+            file: touch.file.clone(),
+            price: 0,
+        });
+        paid.price += price;
+        let enough = paid.price >= spans.bytes(touch.file.clone());
+        if !enough {
+            self.paid_files.truncate(FILES - 1);
+            self.paid_files.push_front(paid);
+        }
+        enough
+    }
+
+    fn is_layer_paid(&self, spans: &impl Spans, policy: Policy) -> bool {
+        let price = LAYER_SHARE * spans.bytes(0..spans.count()) as f64;
+        !self.whole && self.paid as f64 >= price && self.neighbours.confidence(policy) >= CONFIDENT
+    }
+
+    /// Moves the stream on that the span belongs to, or begins one.
+    fn follow(&mut self, span: u32, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
         let found = self.streams.iter().position(|stream| stream.meets(span));
+        let confidence = self.neighbours.confidence(policy);
         let Some(mut stream) = found.and_then(|i| self.streams.remove(i)) else {
-            return self.begin(span, spans, policy);
+            return self.begin(span, spans, policy, confidence);
         };
-        let ahead = stream.follow(span, spans, policy, self.confidence(policy));
+        let ahead = stream.follow(span, spans, policy, confidence);
         self.streams.push_front(stream);
         ahead
     }
 
-    fn begin(&mut self, span: u32, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
-        let share = ((self.confidence(policy) - LOST) / (CONFIDENT - LOST)).clamp(0.0, 1.0);
-        // The span itself is part of the first request.
+    fn begin(&mut self, span: u32, spans: &impl Spans, policy: Policy, confidence: f64) -> Option<Range<u32>> {
+        let share = ((confidence - LOST) / (CONFIDENT - LOST)).clamp(0.0, 1.0);
+        // The span itself is part of what is fetched now.
         let room = policy.request().saturating_sub(spans.bytes(span..span + 1));
         let window = (room as f64 * share) as u64;
         let end = spans.reach(span + 1, window);
@@ -90,36 +230,6 @@ impl Readahead {
             touches: 1,
         });
         (end > span + 1).then_some(span + 1..end)
-    }
-
-    fn is_whole_worth_it(&self, spans: &impl Spans, policy: Policy) -> bool {
-        let next = policy.request() + policy.product();
-        !self.whole && self.paid + next >= spans.bytes(0..spans.count()) && self.confidence(policy) >= CONFIDENT
-    }
-
-    /// A request for `bytes` compressed bytes was made that a reader waits for.
-    pub fn demanded(&mut self, bytes: u64, policy: Policy) {
-        self.paid += bytes + policy.product();
-    }
-
-    /// `bytes` compressed bytes were fetched ahead.
-    pub fn fetched(&mut self, bytes: u64, policy: Policy) {
-        self.spent += bytes as f64;
-        if self.spent > MEMORY * policy.request() as f64 {
-            self.spent /= 2.0;
-            self.useful /= 2.0;
-        }
-    }
-
-    /// `bytes` of those were now read.
-    pub fn used(&mut self, bytes: u64) {
-        self.useful = (self.useful + bytes as f64).min(self.spent);
-    }
-
-    /// Share of what was fetched ahead that was of use.
-    fn confidence(&self, policy: Policy) -> f64 {
-        let credit = CREDIT * policy.request() as f64;
-        (self.useful + credit / 2.0) / (self.spent + credit)
     }
 }
 
@@ -173,33 +283,40 @@ mod tests {
         Policy::of(Link {
             rtt: Some(Duration::from_millis(20)),
             bandwidth: Some(25e6),
+            warm: 0,
         })
     }
 
-    /// Reads `touches` in order from a layer of which only what readahead asked for is there; bytes fetched and touches that
-    /// had to wait.
+    /// Reads `touches` in order, each of a file of its own, from a layer of which only what readahead asked for is there; bytes
+    /// fetched and touches that had to wait.
     fn replay(touches: impl IntoIterator<Item = u32>, count: u32) -> (u64, u32) {
+        replay_files(touches.into_iter().map(|span| (span, span..span + 1)), count)
+    }
+
+    fn replay_files(touches: impl IntoIterator<Item = (u32, Range<u32>)>, count: u32) -> (u64, u32) {
         let (spans, policy) = (Even(count), policy());
         let mut readahead = Readahead::default();
         let mut there = vec![false; count as usize];
         let mut touched = vec![false; count as usize];
         let (mut bytes, mut waits) = (0, 0);
-        for span in touches {
+        for (span, file) in touches {
             if std::mem::replace(&mut touched[span as usize], true) {
                 continue;
             }
-            if there[span as usize] {
-                readahead.used(100_000);
-            } else {
-                there[span as usize] = true;
-                readahead.demanded(100_000, policy);
+            let waits_for_it = !std::mem::replace(&mut there[span as usize], true);
+            if waits_for_it {
                 (bytes, waits) = (bytes + 100_000, waits + 1);
             }
-            for ahead in readahead.touched(span, &spans, policy).into_iter().flatten() {
-                if !std::mem::replace(&mut there[ahead as usize], true) {
-                    bytes += 100_000;
-                    readahead.fetched(100_000, policy);
-                }
+            let touch = Touch {
+                span,
+                file,
+                waits: waits_for_it,
+            };
+            let absent = |span: u32| !there[span as usize];
+            let ahead = readahead.touched(&touch, &spans, absent, policy);
+            for ahead in ahead.into_iter().flatten() {
+                assert!(!std::mem::replace(&mut there[ahead as usize], true), "fetched twice");
+                bytes += 100_000;
             }
         }
         (bytes, waits)
@@ -250,7 +367,7 @@ mod tests {
 
     #[test]
     fn the_end_of_the_layer_is_the_end() {
-        assert_eq!(replay([99, 98], 100).0, 200_000);
+        assert_eq!(replay([399, 398], 400).0, 200_000);
     }
 
     #[test]
@@ -259,13 +376,27 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_is_read_in_clusters_all_over_comes_whole_before_it_has_cost_twice_as_much() {
+    fn a_layer_that_is_read_in_clusters_all_over_comes_whole_for_a_part_of_its_price() {
         // Clusters of five in a random order.
         let mut clusters: Vec<u32> = (0..100).collect();
         fastrand::Rng::with_seed(7).shuffle(&mut clusters);
         let (bytes, waits) = replay(clusters.into_iter().flat_map(|c| c * 5..c * 5 + 5), 500);
         let price = u64::from(waits) * (100_000 + policy().product());
         assert_eq!(bytes, 50_000_000);
-        assert!(price <= 50_000_000 && waits > 10, "{waits}");
+        assert!(price <= 15_000_000 && waits > 10, "{waits}");
+    }
+
+    #[test]
+    fn a_file_that_is_read_here_and_there_comes_whole_when_it_is_paid_for() {
+        let file = 100..130;
+        let touches = [115, 103, 129, 121, 108, 111, 118, 126, 100, 105].map(|span| (span, file.clone()));
+        let (bytes, waits) = replay_files(touches, 4000);
+        assert!((3_000_000..4_000_000).contains(&bytes), "{bytes}");
+        assert!(waits <= 6, "{waits}");
+    }
+
+    #[test]
+    fn a_small_file_comes_at_the_first_touch_even_what_is_before_it() {
+        assert_eq!(replay_files([(104, 100..105), (100, 100..105)], 4000).1, 1);
     }
 }

@@ -117,6 +117,13 @@ pub(super) struct Waiting<'a> {
     start: Instant,
 }
 
+impl Waiting<'_> {
+    /// Since it began.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+}
+
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.reads.waiting.fetch_sub(1, Ordering::Relaxed);

@@ -15,12 +15,40 @@ pub struct KeptSource {
     store: Store,
     /// Digest in the reference itself; then the root document needs no network either.
     pinned: Option<Digest>,
+    /// Whether the inner source is not asked for documents.
+    offline: bool,
 }
 
 impl KeptSource {
     /// Puts the store in front of `inner`, whose reference carries the digest `pinned`, if any.
     pub fn new(inner: Arc<dyn ImageSource>, store: Store, pinned: Option<Digest>) -> Self {
-        Self { inner, store, pinned }
+        Self {
+            inner,
+            store,
+            pinned,
+            offline: false,
+        }
+    }
+
+    /// The image as `inner` named it the last time, with the documents that the store has and no others.
+    pub fn recalled(inner: Arc<dyn ImageSource>, store: Store) -> Option<Self> {
+        let root = store.root_document(&inner.describe())?;
+        Some(Self {
+            inner,
+            store,
+            pinned: Some(root),
+            offline: true,
+        })
+    }
+
+    fn ask(&self) -> Result<&dyn ImageSource, BlobError> {
+        if self.offline {
+            return Err(BlobError::NotFound {
+                what: self.describe(),
+                hint: None,
+            });
+        }
+        Ok(&*self.inner)
     }
 
     fn recall(&self, digest: &Digest) -> Option<Document> {
@@ -52,21 +80,26 @@ impl ImageSource for KeptSource {
         if let Some(document) = self.pinned.as_ref().and_then(|digest| self.recall(digest)) {
             return Ok(document);
         }
-        self.inner.root().await.map(|d| self.keep(d))
+        let document = self.ask()?.root().await.map(|d| self.keep(d))?;
+        match self.store.set_root_document(&self.inner.describe(), &document.digest) {
+            Ok(()) | Err(StoreError::Unavailable) => {}
+            Err(error) => tracing::warn!(%error, "cannot keep what the image's name means"),
+        }
+        Ok(document)
     }
 
     async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
         if let Some(document) = self.recall(&descriptor.digest) {
             return Ok(document);
         }
-        self.inner.manifest(descriptor).await.map(|d| self.keep(d))
+        self.ask()?.manifest(descriptor).await.map(|d| self.keep(d))
     }
 
     async fn config(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
         if let Some(document) = self.recall(&descriptor.digest) {
             return Ok(document);
         }
-        self.inner.config(descriptor).await.map(|d| self.keep(d))
+        self.ask()?.config(descriptor).await.map(|d| self.keep(d))
     }
 
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {

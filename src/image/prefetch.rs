@@ -36,6 +36,7 @@ impl Image {
                 let size = layer.span_size(span);
                 if seen.insert((position, span)) && size <= *room {
                     *room -= size;
+                    layer.foresee(span);
                     wanted.push(Wanted { layer: position, span });
                 }
             }

@@ -18,9 +18,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
-use super::{LayerStats, stripes};
+use super::LayerStats;
+use super::stripes::{self, Ahead};
 use crate::blob::{BlobError, BlobSource, ByteStream};
 use crate::device::{DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
@@ -122,11 +123,11 @@ pub(super) struct Destination {
     pub(super) limit: u64,
 }
 
-/// Streams the whole blob once, with `ahead` permits for what is received before its turn. The caller holds the layer's lock.
+/// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
 pub(super) async fn run(
     blob: Arc<dyn BlobSource>,
     diff_id: DiffId,
-    ahead: Arc<Semaphore>,
+    ahead: &Ahead,
     destination: Option<Destination>,
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {

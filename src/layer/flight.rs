@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt as _;
 use tokio::task::JoinHandle;
 
-use super::{Claim, Landed, Landing, Layer, LayerError};
+use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
 use crate::blob::BlobError;
 use crate::device::SpanLock;
 use crate::fetch::{Pass, Priority, Spans as _};
@@ -32,6 +32,8 @@ pub(super) struct Run {
     /// Those that a reader waits for.
     pub(super) needed: Vec<Range<u32>>,
     purpose: Priority,
+    /// How long it waited for a pass.
+    queued: Duration,
     pub(super) claim: Claim<Landing>,
 }
 
@@ -43,6 +45,7 @@ impl Run {
             spans: first..first,
             needed: Vec::new(),
             purpose,
+            queued: Duration::ZERO,
             claim,
         }
     }
@@ -69,7 +72,7 @@ pub async fn flown(flight: Flown) -> Result<(), LayerError> {
 }
 
 /// Starts a flight, which waits for a pass for demand if it has none yet.
-pub(super) fn start(run: Run, pass: Option<Arc<Pass>>) -> Flown {
+pub(super) fn start(mut run: Run, pass: Option<Arc<Pass>>) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
         let _pass = match pass {
@@ -77,7 +80,10 @@ pub(super) fn start(run: Run, pass: Option<Arc<Pass>>) -> Flown {
             None => {
                 let layer = &run.layer;
                 let bytes = layer.index.bytes(run.spans.clone());
-                Arc::new(layer.lanes.enter(run.purpose, bytes, layer.policy()).await)
+                let start = Instant::now();
+                let pass = layer.lanes.enter(run.purpose, bytes, layer.policy()).await;
+                run.queued = start.elapsed();
+                Arc::new(pass)
             }
         };
         fly(run).await
@@ -232,10 +238,17 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
         (needed, 0)
     };
     let mut decoder = layer.index.decoder(first, last).map_err(corrupt)?;
-    layer.stats.request();
-    let mut stream = layer.blob.read(range).await.map_err(unreadable)?;
+    let bytes = range.end - range.start;
+    let mut timing = Timing::new(bytes);
+    let (blob, stats) = (layer.blob.clone(), layer.stats.clone());
+    // What is asked for without a range cannot be cut.
+    let parts = if from_start { 1 } else { layer.policy().parts(bytes) };
+    let mut stream = stripes::read_range(blob, range, parts, &layer.ahead, stats)
+        .await
+        .map_err(unreadable)?;
     while let Some(bytes) = stream.next().await {
         let bytes = bytes.map_err(unreadable)?;
+        timing.came();
         layer.stats.fetched_more(bytes.len());
         let unwanted = skip.min(bytes.len() as u64);
         skip -= unwanted;
@@ -245,12 +258,49 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
             })
             .map_err(corrupt)?;
         if decoder.is_done() {
+            timing.log(delivery.run);
             return Ok(());
         }
     }
     Err(corrupt(IndexError::Truncated {
         offset: layer.index.blob_size(),
     }))
+}
+
+/// When what happened to a request, for the log.
+struct Timing {
+    bytes: u64,
+    start: Instant,
+    first: Option<Duration>,
+}
+
+impl Timing {
+    fn new(bytes: u64) -> Self {
+        Self {
+            bytes,
+            start: Instant::now(),
+            first: None,
+        }
+    }
+
+    /// Bytes came.
+    fn came(&mut self) {
+        self.first.get_or_insert(self.start.elapsed());
+    }
+
+    fn log(&self, run: &Run) {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        tracing::debug!(
+            layer = %run.layer.digest(),
+            spans = ?run.spans,
+            bytes = self.bytes,
+            purpose = ?run.purpose,
+            queued_ms = ms(run.queued),
+            first_ms = ms(self.first.unwrap_or_default()),
+            took_ms = ms(self.start.elapsed()),
+            "fetched"
+        );
+    }
 }
 
 /// Where decoded spans go.
@@ -284,9 +334,6 @@ impl Delivery<'_> {
             // From here on nothing of this run goes to the device, and whoever flies for these spans next locks them anew.
             *lock = None;
             layer.memory.insert(layer.digest(), span, bytes);
-        }
-        if run.purpose <= Priority::Readahead && !run.is_needed(span) {
-            layer.fetched_ahead(span);
         }
         run.land(span, landed);
     }

@@ -8,8 +8,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
+use super::stripes::Ahead;
 use super::turn::Turn;
-use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches, stripes};
+use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
 use crate::blob::BlobSource;
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
@@ -33,8 +34,7 @@ pub struct LayerContext {
     /// What stopped working without stopping the mount.
     pub health: Arc<Health>,
     passes: Arc<Semaphore>,
-    /// For stripes of whole layers that come before their turn.
-    ahead: Arc<Semaphore>,
+    ahead: Ahead,
     /// Who may send a request now.
     pub lanes: Arc<Lanes>,
 }
@@ -48,7 +48,7 @@ impl LayerContext {
             memory: Arc::new(SpanMemory::new(memory)),
             health: Arc::default(),
             passes: Arc::new(Semaphore::new(PASSES)),
-            ahead: Arc::new(Semaphore::new(stripes::AHEAD)),
+            ahead: Ahead::default(),
             lanes: Arc::default(),
         }
     }
@@ -153,10 +153,8 @@ async fn stream(
             limit: context.budget.limit(),
         })
     };
-    let pass = || {
-        let ahead = context.ahead.clone();
-        first_pass::run(blob.clone(), diff_id.clone(), ahead, destination(), stats.clone())
-    };
+    let ahead = &context.ahead;
+    let pass = || first_pass::run(blob.clone(), diff_id.clone(), ahead, destination(), stats.clone());
     let mut indexed = match pass().await {
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
         Err(error) if error.is_corruption() => {
@@ -212,6 +210,7 @@ fn layer(
         budget: context.budget.clone(),
         health: context.health.clone(),
         lanes: context.lanes.clone(),
+        ahead: context.ahead.clone(),
         flights: Arc::default(),
         touches,
         readahead: Mutex::default(),

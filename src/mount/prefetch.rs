@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
-use crate::image::{Image, Learning};
+use crate::image::{Image, Learning, Replay};
 
 /// Delays before another try to fetch the rest of an image, when the last one failed: it doubles from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -62,12 +62,14 @@ pub struct PrefetchStatus {
 #[derive(Debug)]
 pub(super) struct Side {
     tasks: JoinSet<()>,
+    /// The profile is being replayed already.
+    replay: Option<Replay>,
     status: Arc<Mutex<PrefetchStatus>>,
 }
 
 impl Side {
-    /// Nothing runs yet.
-    pub(super) fn new(mode: Prefetch, learning: &Learning) -> Self {
+    /// Nothing runs yet, but for a replay that began early.
+    pub(super) fn new(mode: Prefetch, learning: &Learning, replay: Option<Replay>) -> Self {
         let profile = learning.profile();
         let status = PrefetchStatus {
             mode,
@@ -79,6 +81,7 @@ impl Side {
         };
         Self {
             tasks: JoinSet::new(),
+            replay,
             status: Arc::new(Mutex::new(status)),
         }
     }
@@ -88,11 +91,13 @@ impl Side {
         let mode = self.status().mode;
         let progress = Progress(self.status.clone());
         let (image, profile) = (image.clone(), learning.profile().clone());
+        let early = self.replay.take();
         self.tasks.spawn(learning.listen(image.record()));
         self.tasks.spawn(async move {
             if mode != Prefetch::None {
                 progress.set(PrefetchState::Profile, None);
-                if let Err(error) = image.replay(&profile).await {
+                let replay = early.unwrap_or_else(|| Replay::begin(&image, profile));
+                if let Err(error) = replay.end().await {
                     tracing::info!(%error, "cannot fetch all that the profile names");
                     progress.set(PrefetchState::Profile, Some(error.to_string()));
                 }

@@ -23,7 +23,7 @@ use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry, proc
 use super::status::{LinkStatus, MountState, MountStatus};
 use crate::fs::{FsError, ImageFs, Reads};
 use crate::fuse::{self, Served};
-use crate::image::{Image, ImageError, Learning, Preparation};
+use crate::image::{Image, ImageError, Learning, Preparation, Replay};
 use crate::layer::{self, LayerContext};
 use crate::profile::Label;
 use crate::store::gone;
@@ -110,6 +110,7 @@ pub async fn serve(
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
+    replay: Option<Replay>,
     events: impl Fn(Event),
 ) -> Result<(), MountError> {
     // From here on a signal takes down what stands, instead of killing the process.
@@ -123,7 +124,7 @@ pub async fn serve(
     let repository = preparation.repository();
     let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
     let mut mount = Mount {
-        side: Side::new(config.prefetch, &learning),
+        side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         reads: None,
         attached: Attached::new(entry, record, turn),
@@ -317,13 +318,12 @@ impl Mount {
     /// Begins to answer requests: from the image, or with the error that kept it from being prepared.
     fn start_session(
         &mut self,
-        prepared: Result<Image, ImageError>,
+        prepared: Result<Arc<Image>, ImageError>,
         fuse: OwnedFd,
         ended: oneshot::Sender<io::Result<()>>,
     ) -> Result<(), MountError> {
         let served = match prepared {
             Ok(image) => {
-                let image = Arc::new(image);
                 self.image = Some(image.clone());
                 self.ready = Some(self.config.started.elapsed());
                 if let Some(learning) = self.learning.take() {

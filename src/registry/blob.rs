@@ -167,6 +167,7 @@ impl BlobSource for RegistryBlob {
         Link {
             rtt: stats.rtt,
             bandwidth: stats.bandwidth,
+            warm: stats.warm,
         }
     }
 }

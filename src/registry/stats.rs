@@ -19,6 +19,9 @@ const WEIGHT_SLOWER: f64 = 0.05;
 /// A bandwidth sample covers at least this time of bytes coming in and this many bytes, else it measures buffers.
 const WINDOW: Duration = Duration::from_millis(50);
 const WINDOW_BYTES: u64 = 128 * 1024;
+/// After a pause as long as the shortest retransmission timeout (RFC 6298 as Linux has it) a sender begins anew with the
+/// first window (RFC 5681, section 4.1).
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// A snapshot of what is known about a host.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +36,8 @@ pub struct HostStats {
     pub rtt: Option<Duration>,
     /// Smoothed bytes per second of all streams together, while any were coming.
     pub bandwidth: Option<f64>,
+    /// Body bytes received since the last pause that was long enough for connections to forget their windows.
+    pub warm: u64,
 }
 
 /// What was fetched of one blob.
@@ -89,6 +94,9 @@ struct State {
     /// Time in which bytes were coming, and how many, since the last sample.
     busy: Duration,
     came: u64,
+    /// When the latest bytes came, and how many since the last pause.
+    latest: Option<Instant>,
+    warm: u64,
 }
 
 impl HostMeter {
@@ -108,11 +116,13 @@ impl HostMeter {
         self.state().requests += 1;
     }
 
-    /// The head of an answer arrived `elapsed` after the request was sent.
-    pub(super) fn answer(&self, elapsed: Duration) {
+    /// The head of an answer arrived `elapsed` after the request was sent, which takes `handshakes` round trips before it on a
+    /// new connection. The first request to a host always has one.
+    pub(super) fn answer(&self, elapsed: Duration, handshakes: u32) {
         let mut state = self.state();
+        let trips = if state.answers == 0 { 1 + handshakes } else { 1 };
         state.answers += 1;
-        let sample = elapsed.as_secs_f64();
+        let sample = elapsed.as_secs_f64() / f64::from(trips);
         let smoothed = match state.rtt {
             None => sample,
             Some(old) if sample < old => old + (sample - old) * WEIGHT_LOWER,
@@ -154,6 +164,7 @@ impl HostMeter {
         let state = self.state();
         HostStats {
             host: self.host.clone(),
+            warm: if state.is_cold(Instant::now()) { 0 } else { state.warm },
             requests: state.requests,
             bytes: state.bytes,
             rtt: state.rtt.map(Duration::from_secs_f64),
@@ -163,8 +174,18 @@ impl HostMeter {
 }
 
 impl State {
+    fn is_cold(&self, now: Instant) -> bool {
+        self.latest
+            .is_none_or(|latest| now.saturating_duration_since(latest) > PAUSE)
+    }
+
     /// Bytes came in at `now`.
     fn flow(&mut self, now: Instant, bytes: u64) {
+        if self.is_cold(now) {
+            self.warm = 0;
+        }
+        self.warm += bytes;
+        self.latest = Some(now);
         if let Some(last) = self.last {
             self.busy += now.saturating_duration_since(last);
             self.came += bytes;
@@ -191,10 +212,11 @@ mod tests {
     fn round_trips_fall_fast_and_rise_slowly() {
         let meter = HostMeter::new("h".into());
         assert!(!meter.reached());
-        meter.answer(Duration::from_millis(100));
-        meter.answer(Duration::from_millis(20));
+        meter.answer(Duration::from_millis(300), 2);
+        assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 100);
+        meter.answer(Duration::from_millis(20), 2);
         assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 60);
-        meter.answer(Duration::from_millis(140));
+        meter.answer(Duration::from_millis(140), 2);
         assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 70);
         assert!(meter.reached());
     }
@@ -219,5 +241,7 @@ mod tests {
         assert!(state.bandwidth.unwrap() > 50_000_000.0, "faster is believed soon");
         state.flow(at(1300), 250_000);
         assert!(state.bandwidth.unwrap() > 50_000_000.0, "slower is not");
+        assert_eq!(state.warm, 11_600_000, "since the pause");
+        assert!(!state.is_cold(at(1400)) && state.is_cold(at(1600)));
     }
 }

@@ -200,7 +200,7 @@ impl Transport {
             .send()
             .await
             .map_err(|e| failure::transport(&authority(url), e))?;
-        meter.answer(sent.elapsed());
+        meter.answer(sent.elapsed(), if url.scheme() == "https" { 2 } else { 1 });
         Ok((response, meter))
     }
 }

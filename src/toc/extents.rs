@@ -123,18 +123,30 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         self.pieces(range, |extent| extent.device)
     }
 
-    fn pieces(&self, range: Range<u64>, start: impl Fn(&Extent) -> u64) -> impl Iterator<Item = Extent> {
+    /// The whole extent around an offset in the tar, if there is content: mostly that of one file.
+    pub fn around(&self, tar: u64) -> Option<Extent> {
+        let index = self.first_behind(tar, |extent| extent.tar);
+        let extent = (index < self.len()).then(|| self.extent(index));
+        extent.filter(|extent| extent.tar <= tar)
+    }
+
+    /// The first extent that ends behind `offset`.
+    fn first_behind(&self, offset: u64, start: impl Fn(&Extent) -> u64) -> usize {
         let (mut low, mut high) = (0, self.len());
         while low < high {
             let middle = low + (high - low) / 2;
             let extent = self.extent(middle);
-            if start(&extent) + extent.len <= range.start {
+            if start(&extent) + extent.len <= offset {
                 low = middle + 1
             } else {
                 high = middle
             }
         }
-        (low..self.len())
+        low
+    }
+
+    fn pieces(&self, range: Range<u64>, start: impl Fn(&Extent) -> u64) -> impl Iterator<Item = Extent> {
+        (self.first_behind(range.start, &start)..self.len())
             .map(|index| self.extent(index))
             .map_while(move |extent| {
                 let at = start(&extent);

@@ -1,0 +1,85 @@
+//! Beginning before the registry has answered.
+//!
+//! What a tag meant the last time it most probably means now. If the store has that image and its layers' indexes, the image
+//! is opened and its profile replayed while the registry is asked: by the time it confirms the tag, the bytes are on their
+//! way. If it names another image, what was begun ends. Nothing is served before the tag is confirmed, and what was fetched is
+//! content of layers like any other, verified and kept; so a wrong guess costs bandwidth.
+
+use std::sync::Arc;
+
+use tokio::task::JoinHandle;
+
+use super::{Image, Learning, Preparation};
+use crate::layer::{LayerContext, LayerError};
+use crate::profile::Label;
+use crate::resolve::ResolvedImage;
+
+/// An image being opened and replayed; ends when dropped.
+#[derive(Debug)]
+pub struct Early {
+    preparation: Arc<Preparation>,
+    replay: Replay,
+}
+
+/// A profile being replayed; ends when dropped.
+#[derive(Debug)]
+pub struct Replay(JoinHandle<Result<(), LayerError>>);
+
+impl Early {
+    /// Begins with an image that the store knows; nothing if that would mean to stream layers. Replays the profile with this
+    /// label, if one is given. To be called on the runtime.
+    pub fn begin(preparation: Preparation, context: &LayerContext, label: Option<Label>) -> Option<Self> {
+        let indexed = |layer: &crate::oci::Descriptor| {
+            let dir = context.store.layer(&layer.digest);
+            dir.is_some_and(|dir| dir.spans().exists())
+        };
+        if !preparation.resolved().layers().iter().all(indexed) {
+            return None;
+        }
+        let preparation = Arc::new(preparation);
+        let (opening, context) = (preparation.clone(), context.clone());
+        let replay = tokio::spawn(async move {
+            let image = match opening.finish(&context).await {
+                Ok(image) => image,
+                Err(error) => {
+                    // Whoever finishes the preparation for good hears of it.
+                    tracing::debug!(%error, "cannot open the image early");
+                    return Ok(());
+                }
+            };
+            let Some(label) = label else { return Ok(()) };
+            let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
+            image.replay(learning.profile()).await
+        });
+        Some(Self {
+            preparation,
+            replay: Replay(replay),
+        })
+    }
+
+    /// The registry has said what the image is: if it is this one, what was begun goes on.
+    pub fn confirm(self, resolved: &ResolvedImage) -> Option<(Arc<Preparation>, Replay)> {
+        let digest = |image: &ResolvedImage| image.manifest_document.digest.clone();
+        (digest(self.preparation.resolved()) == digest(resolved)).then_some((self.preparation, self.replay))
+    }
+}
+
+impl Replay {
+    /// Replays a profile on an image that is open.
+    pub fn begin(image: &Arc<Image>, profile: crate::profile::Profile) -> Self {
+        let image = image.clone();
+        Self(tokio::spawn(async move { image.replay(&profile).await }))
+    }
+
+    /// Waits until all of it is here.
+    pub async fn end(mut self) -> Result<(), LayerError> {
+        // The runtime ends, and nobody is interested any more; or it panicked, and said so.
+        (&mut self.0).await.unwrap_or(Ok(()))
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
