@@ -44,8 +44,8 @@ pub enum Priority {
     Demand,
     /// A reader is coming their way.
     Readahead,
-    /// An earlier run read them.
-    Profile,
+    /// An earlier run read them, or much of their layer was read.
+    Likely,
     /// They are part of the image.
     Background,
 }

@@ -10,6 +10,7 @@ pub mod error;
 mod latency;
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::{Errno, FsError, ToErrno};
@@ -175,13 +176,23 @@ impl ImageFs {
             done += part;
         }
         self.reads.at_once(start);
+        if offset == 0 {
+            self.image.started(ino);
+        }
         Ok(Some(length))
     }
 
     /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let waiting = self.reads.wait();
-        let reading = self.read_waiting(ino, offset, size);
+        let mut reading = std::pin::pin!(self.read_waiting(ino, offset, size));
+        // What the reader waits for is asked for first, then what may be loaded with it.
+        if let Poll::Ready(result) = futures::poll!(&mut reading) {
+            return result;
+        }
+        if offset == 0 {
+            self.image.started(ino);
+        }
         let result = match self.timeout {
             None => reading.await,
             Some(timeout) => tokio::time::timeout(timeout, reading)

@@ -11,26 +11,30 @@ mod early;
 mod kept;
 mod learning;
 mod prefetch;
+mod programs;
 mod tree_file;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
 pub use early::{Early, Replay};
 pub use kept::KeptSource;
 pub use learning::{Learning, stored as stored_profile};
 
+use self::programs::Programs;
 use crate::blob::{BlobError, ImageSource};
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::Recorder;
 use crate::resolve::ResolvedImage;
-use crate::store::{FileBytes, StoreError};
+use crate::store::{FileBytes, Store, StoreError};
 use crate::toc::Toc;
 use crate::tree::{LayerIdx, Merger, TreeError};
 
@@ -137,17 +141,20 @@ impl Preparation {
         let tocs: HashMap<Digest, Option<Toc>> = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let store = context.store.clone();
         let building = tokio::task::spawn_blocking(move || {
-            if let Some(tree) = tree_file::open(&store, &manifest, &sizes)? {
-                return Ok(tree);
-            }
-            let tree = merge(&store, &order, &tocs)?;
-            tree_file::build(&store, &manifest, &tree, &sizes)
+            let tree = match tree_file::open(&store, &manifest, &sizes)? {
+                Some(tree) => tree,
+                None => tree_file::build(&store, &manifest, &merge(&store, &order, &tocs)?, &sizes)?,
+            };
+            let programs = programs(&store, &manifest, &tree, &order);
+            Ok::<_, ImageError>((tree, programs))
         });
-        let tree = building.await.map_err(|_| ImageError::Interrupted)??;
+        let (tree, programs) = building.await.map_err(|_| ImageError::Interrupted)??;
         Ok(Image {
             resolved: self.resolved.clone(),
             tree,
             layers,
+            programs,
+            runtime: Handle::current(),
             last_failure: Mutex::default(),
         })
     }
@@ -197,9 +204,24 @@ impl Preparation {
     }
 }
 
+/// What the image's programs need: as it is kept, or put together now.
+fn programs(store: &Store, manifest: &Digest, tree: &Reader<FileBytes>, layers: &[Digest]) -> Option<Programs> {
+    store.root()?;
+    Programs::stored(store, manifest).or_else(|| {
+        let start = Instant::now();
+        let programs = programs::link(store, manifest, tree, layers);
+        tracing::debug!(
+            took_ms = start.elapsed().as_secs_f64() * 1e3,
+            "put together what the programs need"
+        );
+        let unknown = |error| tracing::warn!(%error, "cannot find out what the programs need");
+        programs.map_err(unknown).ok()
+    })
+}
+
 /// Merges the layers' tables, base first; a layer that was indexed earlier has its table in the store.
 fn merge(
-    store: &crate::store::Store,
+    store: &Store,
     order: &[Digest],
     tocs: &HashMap<Digest, Option<Toc>>,
 ) -> Result<crate::tree::Tree, ImageError> {
@@ -220,6 +242,10 @@ pub struct Image {
     resolved: Arc<ResolvedImage>,
     tree: Reader<FileBytes>,
     layers: Vec<Arc<Layer>>,
+    /// What its programs need, if that is known.
+    programs: Option<Programs>,
+    /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
+    runtime: Handle,
     last_failure: Mutex<Option<String>>,
 }
 
@@ -257,6 +283,13 @@ impl Image {
         );
         if before != text {
             tracing::error!(%error, "answering a read with an error");
+        }
+    }
+
+    /// From now on files and layers may be fetched whole when that is cheaper than waiting for parts of them.
+    pub fn be_eager(&self) {
+        for layer in &self.layers {
+            layer.be_eager();
         }
     }
 

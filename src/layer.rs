@@ -20,6 +20,7 @@ mod first_pass;
 mod flight;
 mod memory;
 mod open;
+mod programs;
 mod stats;
 mod stripes;
 mod touch;
@@ -36,6 +37,7 @@ use flight::Run;
 pub use flight::{Flown, flown};
 pub use memory::SpanMemory;
 pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
+pub use programs::{Programs, stored_programs};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 use stripes::Ahead;
 use touch::Touches;
@@ -149,6 +151,11 @@ impl Layer {
         self.recorder.get_or_init(|| (position, recorder));
     }
 
+    /// From now on files and the layer itself may be fetched whole when that is cheaper than waiting for parts of them.
+    pub fn be_eager(&self) {
+        self.readahead.lock().expect("no panic while locked").be_eager();
+    }
+
     /// Whether what is fetched is kept on disk.
     pub fn has_device(&self) -> bool {
         self.device().is_some()
@@ -200,9 +207,7 @@ impl Layer {
             self.stats.hit(buf.len());
             for extent in self.extents.pieces_in_device(range) {
                 self.note(&extent);
-                for ahead in self.touch(&extent) {
-                    self.read_ahead(ahead);
-                }
+                self.read_ahead_of(self.touch(&extent));
             }
         }
         present
@@ -221,9 +226,7 @@ impl Layer {
             self.note(extent);
             let ahead = self.touch(extent);
             self.want(self.spans_of(extent));
-            for ahead in ahead {
-                self.read_ahead(ahead);
-            }
+            self.read_ahead_of(ahead);
         }
         for extent in &extents {
             for span in self.spans_of(extent) {
@@ -234,6 +237,29 @@ impl Layer {
         Ok(())
     }
 
+    /// Fills `buf` from device offset `offset` if that needs no waiting, and nobody is told of it: this is not a reader.
+    fn peek(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let range = offset..offset + buf.len() as u64;
+        let pieces: Vec<Extent> = self.extents.pieces_in_device(range).collect();
+        let spans = match (pieces.first(), pieces.last()) {
+            (Some(first), Some(last)) => self.spans_of(first).start..self.spans_of(last).end,
+            _ => return false,
+        };
+        self.read_device(spans, offset, buf)
+    }
+
+    /// Fetches what fills a range of the device, for a reader who will be there soon. Returns when it is under way.
+    pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
+        for extent in self.extents.pieces_in_device(device) {
+            let spans = self.spans_of(&extent);
+            // What was foreseen before is under way.
+            let news = spans.clone().filter(|&span| self.touches.foresee(span)).count() > 0;
+            if news {
+                self.read_ahead(spans, Priority::Readahead).await;
+            }
+        }
+    }
+
     /// Tells the recorder of a read.
     fn note(&self, extent: &Extent) {
         if let Some((position, recorder)) = self.recorder.get() {
@@ -242,7 +268,7 @@ impl Layer {
     }
 
     /// A reader comes to part of an extent: what to fetch ahead of it.
-    fn touch(&self, piece: &Extent) -> Vec<Range<u32>> {
+    fn touch(&self, piece: &Extent) -> Vec<(Range<u32>, Priority)> {
         let mut ahead = Vec::new();
         for span in self.spans_of(piece) {
             let Some(foreseen) = self.touches.read(span) else {
@@ -273,21 +299,27 @@ impl Layer {
         self.touches.foresee(span);
     }
 
-    /// Fetches ahead of a reader, in the background.
-    fn read_ahead(self: &Arc<Self>, spans: Range<u32>) {
-        if (spans.clone()).all(|span| self.is_local(span)) {
+    /// Fetches ahead of a reader, one range after the other, in the background.
+    fn read_ahead_of(self: &Arc<Self>, ranges: Vec<(Range<u32>, Priority)>) {
+        if ranges.is_empty() {
             return;
         }
         let layer = self.clone();
         self.runtime.spawn(async move {
-            let mut rest = spans;
-            while !rest.is_empty() {
-                let end = layer.index.reach(rest.start, layer.policy().run());
-                let end = end.clamp(rest.start + 1, rest.end);
-                layer.prefetch(rest.start..end, Priority::Readahead).await;
-                rest.start = end;
+            for (spans, priority) in ranges {
+                layer.read_ahead(spans, priority).await;
             }
         });
+    }
+
+    /// Fetches ahead of a reader. Returns when it is under way.
+    async fn read_ahead(self: &Arc<Self>, mut rest: Range<u32>, priority: Priority) {
+        while !rest.is_empty() {
+            let end = self.index.reach(rest.start, self.policy().run());
+            let end = end.clamp(rest.start + 1, rest.end);
+            self.prefetch(rest.start..end, priority).await;
+            rest.start = end;
+        }
     }
 
     /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way, with what

@@ -30,7 +30,7 @@
 //! | level | modules |
 //! |---|---|
 //! | 0 | [`oci`] |
-//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] |
+//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
 //! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] [`fetch`] |
 //! | 3 | [`layer`] [`erofs`] |
 //! | 4 | [`image`] |
@@ -54,6 +54,7 @@ pub mod layout;
 pub mod mount;
 pub mod oci;
 pub mod profile;
+pub mod program;
 pub mod registry;
 pub mod resolve;
 pub mod store;

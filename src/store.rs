@@ -242,6 +242,11 @@ impl Store {
         Some(root.join("trees").join(name))
     }
 
+    /// Where is kept what the programs of an image need.
+    pub fn programs_path(&self, manifest: &Digest) -> Option<PathBuf> {
+        Some(self.tree_path(manifest)?.with_extension("programs"))
+    }
+
     /// Where the profile of an image's program is kept.
     pub fn profile(&self, manifest: &Digest, label: &str) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
@@ -423,6 +428,11 @@ impl LayerDir {
     /// The extent table.
     pub fn extents(&self) -> PathBuf {
         self.path.join("extents")
+    }
+
+    /// What the layer's programs need.
+    pub fn programs(&self) -> PathBuf {
+        self.path.join("programs")
     }
 
     /// The data device.

@@ -92,7 +92,7 @@ impl Lanes {
         for priority in [
             Priority::Demand,
             Priority::Readahead,
-            Priority::Profile,
+            Priority::Likely,
             Priority::Background,
         ] {
             while let Some(next) = state.waiting[priority as usize].front() {
@@ -229,7 +229,7 @@ mod tests {
         let first = enter(&lanes, Priority::Background, 2_000_000).now_or_never().unwrap();
         let mut background = Box::pin(enter(&lanes, Priority::Background, 2_000_000));
         let mut given_up = Box::pin(enter(&lanes, Priority::Readahead, 2_000_000));
-        let mut profile = Box::pin(enter(&lanes, Priority::Profile, 2_000_000));
+        let mut profile = Box::pin(enter(&lanes, Priority::Likely, 2_000_000));
         for waiting in [&mut background, &mut given_up, &mut profile] {
             assert!(waiting.now_or_never().is_none());
         }

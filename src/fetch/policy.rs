@@ -149,9 +149,9 @@ mod tests {
         assert_eq!((policy(20, 200.0).requests(), policy(80, 1000.0).requests()), (6, 16));
         assert_eq!(policy(20, 200.0).gap(), 83_333);
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, true), 750_000);
-        assert_eq!(policy(20, 200.0).under_way(Priority::Profile, true), 1_500_000);
+        assert_eq!(policy(20, 200.0).under_way(Priority::Likely, true), 1_500_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, false), 2_000_000);
-        assert!(policy(500, 10_000.0).under_way(Priority::Profile, false) <= 48 << 20);
+        assert!(policy(500, 10_000.0).under_way(Priority::Likely, false) <= 48 << 20);
     }
 
     #[test]

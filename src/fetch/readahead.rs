@@ -6,17 +6,20 @@
 //!   file have paid as much as all of it costs, it is fetched whole; a small one at the first touch.
 //! - *Neighbours.* What lies behind it in the tar is often read next. A touch that follows none before begins a *stream* with
 //!   the spans behind it; a touch in or right behind what a stream fetched moves that stream on, and when half of its window
-//!   is used up the next window is fetched, twice as large. Several streams exist side by side. Readers who have paid a part
-//!   of what the layer costs get all of it: it comes beside demand, and the link idles anyway while they wait for round trips.
+//!   is used up the next window is fetched, twice as large. Several streams exist side by side.
 //!
 //! It backs off by results: the share of what was guessed that was then read is its *confidence* in that kind of guess. When
-//! that is low first windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; nothing is
-//! fetched whole. So random reads cost what they touch, and a little.
+//! that is low first windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; so random
+//! reads cost what they touch, and a little.
+//!
+//! If it may be *eager*, it also knows when to stop guessing: readers who have paid a part of what the whole layer costs get
+//! all of it, and those of a large file, who have paid all that costs, get that. Most starts that read so much read much more,
+//! and it comes beside demand, over a link that idles while they wait for round trips.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
-use super::{Policy, Spans};
+use super::{Policy, Priority, Spans};
 
 /// Streams followed at a time.
 const STREAMS: usize = 8;
@@ -112,19 +115,26 @@ pub struct Readahead {
     paid_files: VecDeque<Paid>,
     /// What readers paid in all.
     paid: u64,
+    eager: bool,
     /// The whole layer was asked for.
     whole: bool,
 }
 
 impl Readahead {
-    /// A span was read for the first time. Returns the spans to fetch now, most urgent first: none of those that are there.
+    /// From now on files and layers may be fetched whole that readers have paid for.
+    pub fn be_eager(&mut self) {
+        self.eager = true;
+    }
+
+    /// A span was read for the first time. Returns the spans to fetch now, most urgent first, and how urgent: none of those
+    /// that are there.
     pub fn touched(
         &mut self,
         touch: &Touch,
         spans: &impl Spans,
         absent: impl Fn(u32) -> bool,
         policy: Policy,
-    ) -> Vec<Range<u32>> {
+    ) -> Vec<(Range<u32>, Priority)> {
         let span = touch.span;
         let bytes = spans.bytes(span..span + 1);
         match self.open.remove(&span) {
@@ -137,22 +147,26 @@ impl Readahead {
             let price = bytes + policy.product();
             self.paid += price;
             if self.is_file_paid(touch, price, spans) && self.files.confidence(policy) >= CONFIDENT {
-                guesses.extend([span + 1..touch.file.end, touch.file.start..span].map(|rest| (Kind::File, rest)));
-            }
-            if self.is_layer_paid(spans, policy) {
-                self.whole = true;
-                guesses.extend([span + 1..spans.count(), 0..span].map(|rest| (Kind::Neighbours, rest)));
+                guesses.push((Kind::File, Priority::Readahead, span + 1..touch.file.end));
+                guesses.push((Kind::File, Priority::Readahead, touch.file.start..span));
             }
         }
-        guesses.extend(self.follow(span, spans, policy).map(|ahead| (Kind::Neighbours, ahead)));
+        let ahead = self.follow(span, spans, policy);
+        guesses.extend(ahead.map(|ahead| (Kind::Neighbours, Priority::Readahead, ahead)));
+        if touch.waits && self.is_layer_paid(spans, policy) {
+            self.whole = true;
+            guesses.push((Kind::Neighbours, Priority::Likely, span + 1..spans.count()));
+            guesses.push((Kind::Neighbours, Priority::Likely, 0..span));
+        }
         let mut ahead = Vec::new();
-        for (kind, range) in guesses {
-            self.guess(kind, range, spans, &absent, policy, &mut ahead);
+        for (kind, priority, range) in guesses {
+            let runs = self.guess(kind, range, spans, &absent, policy);
+            ahead.extend(runs.into_iter().map(|run| (run, priority)));
         }
         ahead
     }
 
-    /// Takes note of a guess: adds the runs of it that are absent and were not guessed before.
+    /// Takes note of a guess: the runs of it that are absent and were not guessed before.
     fn guess(
         &mut self,
         kind: Kind,
@@ -160,8 +174,8 @@ impl Readahead {
         spans: &impl Spans,
         absent: &impl Fn(u32) -> bool,
         policy: Policy,
-        ahead: &mut Vec<Range<u32>>,
-    ) {
+    ) -> Vec<Range<u32>> {
+        let mut ahead = Vec::new();
         let mut run = range.start..range.start;
         for span in range {
             if self.open.contains_key(&span) || !absent(span) {
@@ -180,6 +194,7 @@ impl Readahead {
             run.end = span + 1;
         }
         ahead.extend((!run.is_empty()).then_some(run));
+        ahead
     }
 
     /// Whether the readers of a file have paid for all of it, `price` for this touch included.
@@ -189,8 +204,9 @@ impl Readahead {
             file: touch.file.clone(),
             price: 0,
         });
+        let small = price >= spans.bytes(touch.file.clone());
         paid.price += price;
-        let enough = paid.price >= spans.bytes(touch.file.clone());
+        let enough = paid.price >= spans.bytes(touch.file.clone()) && (self.eager || small);
         if !enough {
             self.paid_files.truncate(FILES - 1);
             self.paid_files.push_front(paid);
@@ -199,8 +215,10 @@ impl Readahead {
     }
 
     fn is_layer_paid(&self, spans: &impl Spans, policy: Policy) -> bool {
-        let price = LAYER_SHARE * spans.bytes(0..spans.count()) as f64;
-        !self.whole && self.paid as f64 >= price && self.neighbours.confidence(policy) >= CONFIDENT
+        let price = spans.bytes(0..spans.count()) as f64;
+        let small = price <= (policy.product() + policy.request()) as f64;
+        let paid = self.eager && self.paid as f64 >= LAYER_SHARE * price;
+        !self.whole && (small || paid)
     }
 
     /// Moves the stream on that the span belongs to, or begins one.
@@ -294,8 +312,21 @@ mod tests {
     }
 
     fn replay_files(touches: impl IntoIterator<Item = (u32, Range<u32>)>, count: u32) -> (u64, u32) {
-        let (spans, policy) = (Even(count), policy());
+        replay_with(Readahead::default(), touches, count)
+    }
+
+    fn replay_eagerly(touches: impl IntoIterator<Item = (u32, Range<u32>)>, count: u32) -> (u64, u32) {
         let mut readahead = Readahead::default();
+        readahead.be_eager();
+        replay_with(readahead, touches, count)
+    }
+
+    fn replay_with(
+        mut readahead: Readahead,
+        touches: impl IntoIterator<Item = (u32, Range<u32>)>,
+        count: u32,
+    ) -> (u64, u32) {
+        let (spans, policy) = (Even(count), policy());
         let mut there = vec![false; count as usize];
         let mut touched = vec![false; count as usize];
         let (mut bytes, mut waits) = (0, 0);
@@ -314,7 +345,7 @@ mod tests {
             };
             let absent = |span: u32| !there[span as usize];
             let ahead = readahead.touched(&touch, &spans, absent, policy);
-            for ahead in ahead.into_iter().flatten() {
+            for ahead in ahead.into_iter().flat_map(|(run, _)| run) {
                 assert!(!std::mem::replace(&mut there[ahead as usize], true), "fetched twice");
                 bytes += 100_000;
             }
@@ -380,7 +411,8 @@ mod tests {
         // Clusters of five in a random order.
         let mut clusters: Vec<u32> = (0..100).collect();
         fastrand::Rng::with_seed(7).shuffle(&mut clusters);
-        let (bytes, waits) = replay(clusters.into_iter().flat_map(|c| c * 5..c * 5 + 5), 500);
+        let touches = clusters.into_iter().flat_map(|c| c * 5..c * 5 + 5);
+        let (bytes, waits) = replay_eagerly(touches.map(|span| (span, span..span + 1)), 500);
         let price = u64::from(waits) * (100_000 + policy().product());
         assert_eq!(bytes, 50_000_000);
         assert!(price <= 15_000_000 && waits > 10, "{waits}");
@@ -390,7 +422,7 @@ mod tests {
     fn a_file_that_is_read_here_and_there_comes_whole_when_it_is_paid_for() {
         let file = 100..130;
         let touches = [115, 103, 129, 121, 108, 111, 118, 126, 100, 105].map(|span| (span, file.clone()));
-        let (bytes, waits) = replay_files(touches, 4000);
+        let (bytes, waits) = replay_eagerly(touches, 4000);
         assert!((3_000_000..4_000_000).contains(&bytes), "{bytes}");
         assert!(waits <= 6, "{waits}");
     }

@@ -16,9 +16,13 @@ use crate::profile::Profile;
 const LINED_UP: usize = 32;
 
 impl Image {
-    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint.
-    pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
-        self.fetch(self.plan(profile), Priority::Profile).await
+    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint. If it says nothing,
+    /// the image's own program is expected.
+    pub async fn replay(self: &Arc<Self>, profile: &Profile) -> Result<(), LayerError> {
+        if profile.touches.is_empty() {
+            self.expect_start();
+        }
+        self.fetch(self.plan(profile), Priority::Likely).await
     }
 
     /// The requests that bring what a profile names and is not here.

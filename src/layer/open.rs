@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
+use super::programs;
 use super::stripes::Ahead;
 use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
@@ -183,6 +184,12 @@ async fn stream(
         }
         let extents = extents.map_bytes(FileBytes::Owned);
         let layer = layer(&context, blob, indexed.index, extents, indexed.device, stats);
+        if dir.is_some() && layer.has_device() {
+            let found = programs::look(&indexed.toc, &layer);
+            if let Err(error) = programs::keep(&context.store, layer.digest(), found) {
+                context.health.store_failed(&error);
+            }
+        }
         Opened {
             layer,
             toc: Some(indexed.toc),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 /// A reader got bytes of the span.
 const READ: u8 = 1;
-/// A profile named it.
+/// A profile named it, or it belongs to a program that was begun.
 const FORESEEN: u8 = 2;
 
 /// Two flags for each span of a layer. Asked on every read, so it costs one load when there is nothing new.
@@ -26,9 +26,9 @@ impl Touches {
         (before & READ == 0).then_some(before & FORESEEN != 0)
     }
 
-    /// A profile names the span.
-    pub(super) fn foresee(&self, span: u32) {
-        self.0[span as usize].fetch_or(FORESEEN, Ordering::Relaxed);
+    /// Somebody knows that the span will be read; whether that is news.
+    pub(super) fn foresee(&self, span: u32) -> bool {
+        self.0[span as usize].fetch_or(FORESEEN, Ordering::Relaxed) & FORESEEN == 0
     }
 }
 
@@ -39,7 +39,7 @@ mod tests {
     #[test]
     fn the_first_reader_hears_whether_the_span_was_foreseen() {
         let touches = Touches::new(2);
-        touches.foresee(1);
+        assert!(touches.foresee(1) && !touches.foresee(1));
         assert_eq!((touches.read(0), touches.read(0)), (Some(false), None));
         assert_eq!((touches.read(1), touches.read(1)), (Some(true), None));
     }

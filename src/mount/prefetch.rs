@@ -89,6 +89,9 @@ impl Side {
     /// Begins to learn and to prefetch. Before anything reads.
     pub(super) fn start(&mut self, image: &Arc<Image>, learning: Learning) {
         let mode = self.status().mode;
+        if mode != Prefetch::None {
+            image.be_eager();
+        }
         let progress = Progress(self.status.clone());
         let (image, profile) = (image.clone(), learning.profile().clone());
         let early = self.replay.take();

@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Weight of a new sample of the round trip. An eighth, as TCP smooths it (RFC 6298); a lower one is believed sooner, since
-/// higher ones contain handshakes, server work and the queue of our own making.
-const WEIGHT_HIGHER: f64 = 0.125;
-const WEIGHT_LOWER: f64 = 0.5;
+/// The round trip is the shortest seen in this time: longer ones contain handshakes, the server's work and the queue of our
+/// own making, which would grow if it were believed.
+const RTT_WINDOW: Duration = Duration::from_secs(10);
 /// Weight of a new sample of the bandwidth. A higher one is believed sooner: the link can do that, and what makes it look
 /// slower is mostly ourselves (slow start, small answers, a busy processor).
 const WEIGHT_FASTER: f64 = 0.4;
@@ -32,7 +31,7 @@ pub struct HostStats {
     pub requests: u64,
     /// Body bytes received.
     pub bytes: u64,
-    /// Smoothed time from sending a request to the head of the answer.
+    /// Shortest time lately from sending a request to the head of the answer.
     pub rtt: Option<Duration>,
     /// Smoothed bytes per second of all streams together, while any were coming.
     pub bandwidth: Option<f64>,
@@ -85,7 +84,8 @@ struct State {
     requests: u64,
     answers: u64,
     bytes: u64,
-    rtt: Option<f64>,
+    /// The shortest round trip, and when it was seen.
+    rtt: Option<(Duration, Instant)>,
     bandwidth: Option<f64>,
     /// Streams that have begun to deliver and have not ended.
     delivering: u32,
@@ -122,13 +122,7 @@ impl HostMeter {
         let mut state = self.state();
         let trips = if state.answers == 0 { 1 + handshakes } else { 1 };
         state.answers += 1;
-        let sample = elapsed.as_secs_f64() / f64::from(trips);
-        let smoothed = match state.rtt {
-            None => sample,
-            Some(old) if sample < old => old + (sample - old) * WEIGHT_LOWER,
-            Some(old) => old + (sample - old) * WEIGHT_HIGHER,
-        };
-        state.rtt = Some(smoothed);
+        state.round_trip(Instant::now(), elapsed / trips);
     }
 
     /// Whether the host has ever answered.
@@ -167,13 +161,20 @@ impl HostMeter {
             warm: if state.is_cold(Instant::now()) { 0 } else { state.warm },
             requests: state.requests,
             bytes: state.bytes,
-            rtt: state.rtt.map(Duration::from_secs_f64),
+            rtt: state.rtt.map(|(rtt, _)| rtt),
             bandwidth: state.bandwidth,
         }
     }
 }
 
 impl State {
+    fn round_trip(&mut self, now: Instant, sample: Duration) {
+        let shortest = self
+            .rtt
+            .filter(|(rtt, seen)| *rtt < sample && now.saturating_duration_since(*seen) < RTT_WINDOW);
+        self.rtt = Some(shortest.unwrap_or((sample, now)));
+    }
+
     fn is_cold(&self, now: Instant) -> bool {
         self.latest
             .is_none_or(|latest| now.saturating_duration_since(latest) > PAUSE)
@@ -209,16 +210,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn round_trips_fall_fast_and_rise_slowly() {
+    fn the_round_trip_is_the_shortest_for_a_while() {
         let meter = HostMeter::new("h".into());
         assert!(!meter.reached());
         meter.answer(Duration::from_millis(300), 2);
         assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 100);
         meter.answer(Duration::from_millis(20), 2);
-        assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 60);
-        meter.answer(Duration::from_millis(140), 2);
-        assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 70);
         assert!(meter.reached());
+        let mut state = State::default();
+        let start = Instant::now();
+        for (seconds, ms, shortest) in [(0, 20, 20), (1, 90, 20), (9, 60, 20), (11, 50, 50), (12, 30, 30)] {
+            state.round_trip(start + Duration::from_secs(seconds), Duration::from_millis(ms));
+            assert_eq!(state.rtt.unwrap().0.as_millis(), shortest);
+        }
     }
 
     #[test]
