@@ -15,6 +15,7 @@ mod programs;
 mod tree_file;
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -154,6 +155,7 @@ impl Preparation {
             tree,
             layers,
             programs,
+            profiled: AtomicBool::new(false),
             runtime: Handle::current(),
             last_failure: Mutex::default(),
         })
@@ -244,6 +246,8 @@ pub struct Image {
     layers: Vec<Arc<Layer>>,
     /// What its programs need, if that is known.
     programs: Option<Programs>,
+    /// Whether what the start reads is known from earlier ones.
+    profiled: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
     last_failure: Mutex<Option<String>>,

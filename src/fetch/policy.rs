@@ -81,11 +81,16 @@ impl Policy {
     /// Into how many parts to cut a request for `bytes`, to be asked for side by side. A connection brings little in its first
     /// round trips, and twice as much in each as in the one before; so when all are cold, many bring the bytes in fewer round
     /// trips than one. What has come lately says how much each can bring in the next.
-    pub fn parts(&self, bytes: u64) -> u64 {
+    /// Where nobody waits for these very bytes, connections are left to others who do.
+    pub fn parts(&self, bytes: u64, priority: Priority) -> u64 {
         if !self.far {
             return 1;
         }
-        let window = FIRST_WINDOW + self.warm / MOST_PARTS;
+        let first = match priority {
+            Priority::Demand => 2 * FIRST_WINDOW,
+            _ => 8 * FIRST_WINDOW,
+        };
+        let window = first + self.warm / MOST_PARTS;
         bytes.div_ceil(window).clamp(1, MOST_PARTS)
     }
 
@@ -134,10 +139,15 @@ mod tests {
             bandwidth: None,
             warm: 0,
         };
-        let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes);
-        assert_eq!((parts(0, 10_000), parts(0, 50_000), parts(0, 1_000_000)), (1, 4, 8));
+        let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes, Priority::Demand);
+        assert_eq!((parts(0, 10_000), parts(0, 50_000), parts(0, 1_000_000)), (1, 2, 8));
         assert_eq!((parts(1_000_000, 250_000), parts(8_000_000, 250_000)), (2, 1));
-        assert_eq!(policy(1, 1000.0).parts(1_000_000), 1, "round trips cost nothing there");
+        assert_eq!(Policy::of(cold).parts(250_000, Priority::Likely), 3);
+        assert_eq!(
+            policy(1, 1000.0).parts(1_000_000, Priority::Demand),
+            1,
+            "round trips cost nothing there"
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures::{StreamExt as _, TryStreamExt as _};
 
@@ -19,6 +20,7 @@ impl Image {
     /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint. If it says nothing,
     /// the image's own program is expected.
     pub async fn replay(self: &Arc<Self>, profile: &Profile) -> Result<(), LayerError> {
+        self.profiled.store(!profile.touches.is_empty(), Ordering::Relaxed);
         if profile.touches.is_empty() {
             self.expect_start();
         }

@@ -210,6 +210,10 @@ impl Image {
     /// A reader begins a file: if it is a program, what will be loaded with it is fetched.
     pub fn started(self: &Arc<Self>, ino: Nid) {
         let Some(programs) = &self.programs else { return };
+        // A profile knows better.
+        if self.profiled.load(Ordering::Relaxed) {
+            return;
+        }
         let loaded = programs.start(ino);
         if !loaded.is_empty() {
             let image = self.clone();

@@ -242,7 +242,11 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
     let mut timing = Timing::new(bytes);
     let (blob, stats) = (layer.blob.clone(), layer.stats.clone());
     // What is asked for without a range cannot be cut.
-    let parts = if from_start { 1 } else { layer.policy().parts(bytes) };
+    let parts = if from_start {
+        1
+    } else {
+        layer.policy().parts(bytes, delivery.run.purpose)
+    };
     let mut stream = stripes::read_range(blob, range, parts, &layer.ahead, stats)
         .await
         .map_err(unreadable)?;

@@ -35,7 +35,7 @@ const STRIPE: u64 = 2 << 20;
 /// Stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms.
 const AHEAD: usize = 6;
 /// Parts of ranges beside the first ones, in all layers together.
-const PARTS: usize = 8;
+const PARTS: usize = 16;
 /// A blob nearer than this fills its link with one stream.
 const NEAR: Duration = Duration::from_millis(2);
 
@@ -380,7 +380,7 @@ mod tests {
         let stats = Arc::new(LayerStats::new(blob.size()));
         let ahead = Ahead::default();
         let mut streams = Vec::new();
-        for requests in [9, 10, 11, 12] {
+        for requests in [10, 18, 19, 20] {
             streams.push(
                 read_range(blob.clone(), 1_000..201_234, 10, &ahead, stats.clone())
                     .await
