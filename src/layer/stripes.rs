@@ -32,6 +32,8 @@ use crate::blob::{BlobError, BlobSource, ByteStream};
 
 /// Bytes of a stripe: several round trips' worth, so that asking for it costs little.
 const STRIPE: u64 = 2 << 20;
+/// A smaller blob has come before stripes would pay.
+const SMALLEST: u64 = 8 * STRIPE;
 /// Stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms.
 const AHEAD: usize = 6;
 /// Parts of ranges beside the first ones, in all layers together.
@@ -63,7 +65,7 @@ pub(super) async fn read(
 ) -> Result<ByteStream, BlobError> {
     let size = blob.size();
     let near = blob.link().rtt.is_some_and(|rtt| rtt < NEAR);
-    if near || size < 2 * STRIPE {
+    if near || size < SMALLEST {
         stats.request();
         return blob.read(0..size).await;
     }
@@ -344,7 +346,7 @@ mod tests {
 
     #[tokio::test]
     async fn bytes_come_in_order_and_several_stripes_at_once() {
-        let blob = Arc::new(Far::new(9 * STRIPE as usize + 12_345, u64::MAX));
+        let blob = Arc::new(Far::new(SMALLEST as usize + STRIPE as usize + 12_345, u64::MAX));
         let (bytes, requests) = read_all(&blob).await;
         assert!(bytes == blob.bytes);
         assert_eq!(requests, 10);
@@ -354,7 +356,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_without_ranges_is_asked_for_the_whole() {
         for ranges_until in [1, STRIPE + 1, 3 * STRIPE] {
-            let blob = Arc::new(Far::new(5 * STRIPE as usize + 1, ranges_until));
+            let blob = Arc::new(Far::new(SMALLEST as usize + 1, ranges_until));
             let (bytes, _) = read_all(&blob).await;
             assert!(bytes == blob.bytes, "{ranges_until}");
         }
