@@ -10,7 +10,7 @@
 //!
 //! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
 //!
-//! * A span is *filled* or *evicted* only while holding its open-file-description lock ([`DataDevice::lock`]); the evictor uses
+//! * A span is *filled* or *evicted* only while holding its open-file-description lock ([`DataDevice::try_lock`]); the evictor uses
 //!   a descriptor of its own, so it conflicts with fillers of its own process too.
 //! * Fill: write the bytes, then set the record to present. Evict: set the record to absent with the next generation, then
 //!   punch the hole.
