@@ -31,9 +31,9 @@ use super::LayerStats;
 use crate::blob::{BlobError, BlobSource, ByteStream};
 
 /// Bytes of a stripe: several round trips' worth, so that asking for it costs little.
-const STRIPE: u64 = 2 << 20;
+const STRIPE: u64 = 1 << 20;
 /// A smaller blob has come before stripes would pay.
-const SMALLEST: u64 = 8 * STRIPE;
+const SMALLEST: u64 = 16 * STRIPE;
 /// Stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms.
 const AHEAD: usize = 6;
 /// Parts of ranges beside the first ones, in all layers together.
