@@ -163,11 +163,20 @@ impl Layer {
 
     /// Spans that need no fetch, and their compressed bytes.
     pub fn local(&self) -> (u32, u64) {
-        let here = |&span: &u32| self.device().is_some_and(|device| !device.is_absent(span));
-        let spans = (0..self.index.count()).filter(here);
-        spans.fold((0, 0), |(spans, bytes), span| {
-            (spans + 1, bytes + self.index.bytes(span..span + 1))
-        })
+        let here = |span: u32| self.device().is_some_and(|device| !device.is_absent(span));
+        let (mut spans, mut bytes, mut start) = (0, 0, 0);
+        // By stretches, because neighbours share a byte where one ends within it.
+        for span in 0..=self.index.count() {
+            if span < self.index.count() && here(span) {
+                spans += 1;
+            } else {
+                bytes += self.index.bytes(start..span);
+                start = span + 1;
+            }
+        }
+        // Headers and trailers belong to no span.
+        let whole = spans == self.index.count();
+        (spans, if whole { self.index.blob_size() } else { bytes })
     }
 
     /// The device, if it can be used.

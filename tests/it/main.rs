@@ -18,6 +18,7 @@ mod logins;
 mod memory;
 mod mount;
 mod parallel;
+mod prefetch;
 mod progress;
 mod reads;
 mod refusals;

@@ -1,0 +1,309 @@
+//! What is fetched before it is read: learned starts, programs and their libraries, the rest of the image.
+
+use std::path::Path;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::common::layers::{Blob, Tar, header, noise, push};
+use crate::common::ocifs::{Mounted, Ocifs, alive, bounded, eventually, send};
+use crate::common::registry::TestRegistry;
+
+const FILE: usize = 1 << 20;
+
+/// Layers of files `PREFIX0`... of 1 MiB each, two or so spans every one.
+fn layer(prefix: &str, seed: u64, files: u64) -> Blob {
+    let add = |tar: Tar, i| tar.file(format!("{prefix}{i}"), noise(seed + i, FILE));
+    Blob::gzip(&(0..files).fold(Tar::new(), add).finish())
+}
+
+struct Scene {
+    registry: TestRegistry,
+    layers: Vec<Blob>,
+    image: String,
+    ocifs: Ocifs,
+}
+
+impl Scene {
+    /// An image whose index is in the store, and nothing else of it.
+    fn new() -> Self {
+        let registry = TestRegistry::start();
+        let layers = vec![layer("a", 100, 8), layer("b", 200, 8)];
+        push(&registry, "app", "1", &layers);
+        let image = format!("{}/app:1", registry.host());
+        let ocifs = Ocifs::new();
+        drop(ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]));
+        let scene = Self {
+            registry,
+            layers,
+            image,
+            ocifs,
+        };
+        scene.cold();
+        scene
+    }
+
+    fn cold(&self) {
+        self.ocifs.ok(["cache", "drop"]);
+        self.registry.clear_log();
+    }
+
+    fn mount(&self, prefetch: &str) -> Mounted {
+        self.ocifs
+            .mount_with(&self.image, &["--wait", "ready", "--prefetch", prefetch])
+    }
+
+    fn layer_requests(&self) -> usize {
+        self.layers.iter().map(|layer| self.registry.count(&layer.path())).sum()
+    }
+
+    /// A start that reads these files in this order, and ends.
+    fn start(&self, files: &[&str]) {
+        let mount = self.mount("profile");
+        for file in files {
+            mount.read(file);
+        }
+    }
+}
+
+fn local(mount: &Mounted) -> u64 {
+    mount.status()["local"].as_u64().unwrap()
+}
+
+fn prefetched(mount: &Mounted) -> bool {
+    mount.status()["prefetch"]["state"] == "done"
+}
+
+#[test]
+fn a_start_is_learned_and_comes_before_it_is_read_the_next_time() {
+    let scene = Scene::new();
+    scene.start(&["b6", "a2"]);
+    let used = |mount: &Mounted| mount.status()["used"].as_u64().unwrap();
+    scene.cold();
+    let mount = scene.mount("profile");
+    eventually("the profile is replayed", || prefetched(&mount));
+    eventually("its bytes are here", || mount.status()["in_flight"]["others"] == 0);
+    let (before, here) = (scene.layer_requests(), local(&mount));
+    assert!(before > 0 && here > 0 && used(&mount) == 0);
+    assert_eq!(mount.status()["prefetch"]["runs"], 1);
+    assert!(mount.read("b6") == noise(206, FILE) && mount.read("a2") == noise(102, FILE));
+    assert_eq!(scene.layer_requests(), before, "all of it was there");
+    // Little more than that: a file begins and ends within spans.
+    assert!(here < 8 * u64::try_from(FILE).unwrap() / 2, "{here}");
+}
+
+#[test]
+fn nothing_is_fetched_unasked_without_prefetching() {
+    let scene = Scene::new();
+    scene.start(&["b6", "a2"]);
+    scene.cold();
+    let mount = scene.mount("none");
+    assert!(prefetched(&mount));
+    assert_eq!((scene.layer_requests(), local(&mount)), (0, 0));
+    mount.read("a2");
+    assert!(scene.layer_requests() > 0);
+}
+
+#[test]
+fn programs_of_an_image_have_profiles_of_their_own() {
+    let scene = Scene::new();
+    for (label, file) in [("web", "a1"), ("job", "b1")] {
+        let mount = scene
+            .ocifs
+            .mount_with(&scene.image, &["--wait", "ready", "--profile", label]);
+        mount.read(file);
+    }
+    let shown = scene.ocifs.ok(["profile", "show", "--json", &scene.image]).json();
+    let labels: Vec<&Value> = shown.as_array().unwrap().iter().map(|p| &p["label"]).collect();
+    assert_eq!(labels, ["job", "web"]);
+    for profile in shown.as_array().unwrap() {
+        let layer = if profile["label"] == "web" { 0 } else { 1 };
+        let ranges = profile["ranges"].as_array().unwrap();
+        assert!(
+            !ranges.is_empty() && ranges.iter().all(|range| range[0] == layer),
+            "{profile}"
+        );
+    }
+    let text = scene.ocifs.ok(["profile", "show", "--profile", "web", &scene.image]);
+    assert!(
+        text.text().contains("web") && text.text().contains("1 runs"),
+        "{text:?}"
+    );
+    let unknown = scene
+        .ocifs
+        .fails(["profile", "export", "--profile", "none", &scene.image]);
+    assert!(unknown.contains("no start of"), "{unknown}");
+}
+
+#[test]
+fn a_profile_moves_to_another_machine() {
+    let scene = Scene::new();
+    scene.start(&["b3"]);
+    let file = scene.ocifs.home().join("profile.json");
+    let path = file.to_str().unwrap();
+    scene.ocifs.ok(["profile", "export", "--output", path, &scene.image]);
+    let other = Ocifs::new();
+    let said = other.ok(["profile", "import", &scene.image, path]);
+    assert!(said.stderr.contains("taken over"), "{said:?}");
+    // It is known there before anything of the image is.
+    let mount = other.mount(&scene.image);
+    assert_eq!(mount.status()["prefetch"]["runs"], 1);
+    drop(mount);
+    // One that is about other layers is of no use, and is not taken.
+    let stranger = layer("x", 900, 1);
+    push(&scene.registry, "stranger", "1", &[stranger]);
+    let error = other.fails([
+        "profile",
+        "import",
+        &format!("{}/stranger:1", scene.registry.host()),
+        path,
+    ]);
+    assert!(error.contains("no layer of"), "{error}");
+    std::fs::write(&file, "{}").unwrap();
+    let error = other.fails(["profile", "import", &scene.image, path]);
+    assert!(error.contains("not a profile"), "{error}");
+}
+
+#[test]
+fn another_tag_of_the_repository_starts_with_what_is_known_of_shared_layers() {
+    let scene = Scene::new();
+    scene.start(&["b6", "a2"]);
+    let own = Blob::gzip(&Tar::new().file("own", "own\n").finish());
+    push(&scene.registry, "app", "2", &[scene.layers[0].clone(), own]);
+    let image = format!("{}/app:2", scene.registry.host());
+    drop(
+        scene
+            .ocifs
+            .mount_with(&image, &["--wait", "ready", "--prefetch", "none", "--profile", "other"]),
+    );
+    scene.cold();
+    let mount = scene.ocifs.mount(&image);
+    eventually("the profile is replayed", || prefetched(&mount));
+    eventually("its bytes are here", || mount.status()["in_flight"]["others"] == 0);
+    assert_eq!(mount.status()["prefetch"]["runs"], 0);
+    let before = scene.registry.count(&scene.layers[0].path());
+    assert!(before > 0);
+    assert!(mount.read("a2") == noise(102, FILE));
+    assert_eq!(scene.registry.count(&scene.layers[0].path()), before);
+}
+
+#[test]
+fn a_tag_that_moved_shows_the_new_image() {
+    let scene = Scene::new();
+    scene.start(&["b6"]);
+    scene.cold();
+    let new = vec![scene.layers[0].clone(), layer("b", 700, 8)];
+    push(&scene.registry, "app", "1", &new);
+    let mount = scene.mount("profile");
+    assert!(mount.read("b6") == noise(706, FILE));
+    assert!(mount.read("a2") == noise(102, FILE));
+}
+
+#[test]
+fn all_of_the_image_comes_in_the_background_and_then_no_registry_is_needed() {
+    let scene = Scene::new();
+    let mount = scene.mount("all");
+    eventually("all is here", || prefetched(&mount));
+    let status = mount.status();
+    assert_eq!(
+        (&status["local"], &status["prefetch"]["problem"]),
+        (&status["size"], &Value::Null)
+    );
+    let requests = scene.layer_requests();
+    for (prefix, seed) in [("a", 100), ("b", 200)] {
+        for i in 0..8 {
+            assert!(mount.read(&format!("{prefix}{i}")) == noise(seed + i, FILE));
+        }
+    }
+    assert_eq!(scene.layer_requests(), requests);
+    // Each byte once, but for those in which one request ends and the next begins.
+    let (fetched, size) = (status["fetched"].as_u64().unwrap(), status["size"].as_u64().unwrap());
+    assert!(fetched <= size + 64, "{fetched} of {size}");
+}
+
+#[test]
+fn background_completion_goes_on_after_a_kill() {
+    let scene = Scene::new();
+    let mount = scene.mount("none");
+    for i in 0..8 {
+        mount.read(&format!("a{i}"));
+    }
+    let here = local(&mount);
+    assert!(here > 0);
+    send(mount.pid, Signal::SIGKILL);
+    eventually("the process is gone", || !alive(mount.pid));
+    drop(mount);
+    let mount = scene.mount("all");
+    eventually("all is here", || prefetched(&mount));
+    let status = mount.status();
+    assert_eq!(status["local"], status["size"]);
+    let fetched = status["fetched"].as_u64().unwrap();
+    let missing = status["size"].as_u64().unwrap() - here;
+    assert!(fetched <= missing + 64, "{fetched} of {missing} that were missing");
+}
+
+#[test]
+fn two_processes_with_one_store_fetch_each_span_once() {
+    let scene = Scene::new();
+    let mounts = [scene.mount("none"), scene.mount("none")];
+    std::thread::scope(|scope| {
+        for mount in &mounts {
+            scope.spawn(move || {
+                for i in 0..8 {
+                    assert!(mount.read(&format!("a{i}")) == noise(100 + i, FILE));
+                }
+            });
+        }
+    });
+    let fetched: u64 = mounts.iter().map(|m| m.status()["fetched"].as_u64().unwrap()).sum();
+    let whole = u64::try_from(scene.layers[0].bytes.len()).unwrap();
+    // Spans meet within a byte of the compressed stream, which both fetch then.
+    assert!(fetched <= whole + 64, "{fetched} of {whole}");
+}
+
+/// A file of this machine as a member of a tar.
+fn copy(tar: Tar, path: &Path) -> Tar {
+    let name = path.to_str().unwrap().trim_start_matches('/');
+    let content = std::fs::read(path).unwrap();
+    let header = header(name.as_bytes(), tar::EntryType::Regular, 0o755, content.len() as u64);
+    tar.raw(header, &content)
+}
+
+#[test]
+fn the_libraries_of_a_program_come_with_its_first_bytes() {
+    let said = bounded(Command::new("ldd").arg("/bin/bash"));
+    let paths = said.text().split_whitespace().filter(|word| word.starts_with('/'));
+    let libraries: Vec<&Path> = paths.map(Path::new).collect();
+    assert!(libraries.len() >= 2, "{said:?}");
+    // Far from each other, so that nothing comes by chance.
+    let mut tar = copy(Tar::new(), Path::new("/bin/bash"));
+    for (i, library) in (0u64..).zip(&libraries) {
+        tar = copy(tar.file(format!("filler{i}"), noise(i, 8 << 20)), library);
+    }
+    let layer = Blob::gzip(&tar.finish());
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    let none = ["--wait", "ready", "--prefetch", "none"];
+    drop(ocifs.mount_with(&image, &none));
+    ocifs.ok(["cache", "drop"]);
+    let mount = ocifs.mount_with(&image, &none);
+    let mut start = [0; 4];
+    std::io::Read::read_exact(&mut std::fs::File::open(mount.join("bin/bash")).unwrap(), &mut start).unwrap();
+    assert_eq!(&start, b"\x7fELF");
+    let idle = |status: &Value| status["in_flight"]["others"] == 0 && status["in_flight"]["waiting"] == 0;
+    let mut before = 0;
+    eventually("what comes has come", || {
+        let status = mount.status();
+        let same = std::mem::replace(&mut before, status["fetched"].as_u64().unwrap()) == status["fetched"];
+        same && idle(&status)
+    });
+    registry.clear_log();
+    for library in &libraries {
+        let name = library.to_str().unwrap().trim_start_matches('/');
+        assert!(mount.read(name) == std::fs::read(library).unwrap(), "{name}");
+    }
+    assert_eq!(registry.count(&layer.path()), 0, "requests for libraries");
+}
