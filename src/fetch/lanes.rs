@@ -65,6 +65,14 @@ pub struct Pass {
     lanes: Arc<Lanes>,
     priority: Priority,
     bytes: u64,
+    before: u64,
+}
+
+impl Pass {
+    /// Bytes that were under way when it was given, those of demand apart: they share the link with what it lets through.
+    pub fn before(&self) -> u64 {
+        self.before
+    }
 }
 
 impl Lanes {
@@ -104,9 +112,16 @@ impl Lanes {
                     break;
                 };
                 if !gone {
+                    let before = state.bytes;
                     state.enter(priority, bytes);
                     let lanes = self.clone();
-                    admitted.push((pass, Pass { lanes, priority, bytes }));
+                    let given = Pass {
+                        lanes,
+                        priority,
+                        bytes,
+                        before,
+                    };
+                    admitted.push((pass, given));
                 }
             }
         }

@@ -34,6 +34,9 @@ const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
 const SMALLEST_RUN: f64 = 256.0 * 1024.0;
 /// What a new connection brings in its first round trip: ten segments (RFC 6928).
 const FIRST_WINDOW: u64 = 14 * 1024;
+/// How many of these a part of a request has that somebody waits for, or will at once, and of any other.
+const URGENT_WINDOWS: u64 = 2;
+const OTHER_WINDOWS: u64 = 12;
 /// Connections a request is spread over, at most,
 const MOST_PARTS: u64 = 8;
 /// and the round trip from which on that is worth it.
@@ -81,16 +84,18 @@ impl Policy {
     /// Into how many parts to cut a request for `bytes`, to be asked for side by side. A connection brings little in its first
     /// round trips, and twice as much in each as in the one before; so when all are cold, many bring the bytes in fewer round
     /// trips than one. What has come lately says how much each can bring in the next.
-    /// Where nobody waits for these very bytes, connections are left to others who do.
-    pub fn parts(&self, bytes: u64, priority: Priority) -> u64 {
+    /// What nobody waits for leaves connections to others, but for the beginning of what is fetched ahead, which has little
+    /// `before` it under way: that is wanted first.
+    pub fn parts(&self, bytes: u64, priority: Priority, before: u64) -> u64 {
         if !self.far {
             return 1;
         }
         let first = match priority {
-            Priority::Demand => 2 * FIRST_WINDOW,
-            _ => 8 * FIRST_WINDOW,
+            Priority::Demand => URGENT_WINDOWS,
+            _ if before < self.product() / 4 => URGENT_WINDOWS,
+            _ => OTHER_WINDOWS,
         };
-        let window = first + self.warm / MOST_PARTS;
+        let window = first * FIRST_WINDOW + self.warm / MOST_PARTS;
         bytes.div_ceil(window).clamp(1, MOST_PARTS)
     }
 
@@ -139,12 +144,13 @@ mod tests {
             bandwidth: None,
             warm: 0,
         };
-        let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes, Priority::Demand);
+        let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes, Priority::Demand, 1_000_000);
         assert_eq!((parts(0, 10_000), parts(0, 50_000), parts(0, 1_000_000)), (1, 2, 8));
         assert_eq!((parts(1_000_000, 250_000), parts(8_000_000, 250_000)), (2, 1));
-        assert_eq!(Policy::of(cold).parts(250_000, Priority::Likely), 3);
+        assert_eq!(Policy::of(cold).parts(250_000, Priority::Likely, 1_000_000), 2);
+        assert_eq!(Policy::of(cold).parts(250_000, Priority::Likely, 100_000), 8);
         assert_eq!(
-            policy(1, 1000.0).parts(1_000_000, Priority::Demand),
+            policy(1, 1000.0).parts(1_000_000, Priority::Demand, 0),
             1,
             "round trips cost nothing there"
         );

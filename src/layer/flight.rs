@@ -32,8 +32,10 @@ pub(super) struct Run {
     /// Those that a reader waits for.
     pub(super) needed: Vec<Range<u32>>,
     purpose: Priority,
-    /// How long it waited for a pass.
+    /// How long it waited for a pass,
     queued: Duration,
+    /// and what was under way when it got one.
+    before: u64,
     pub(super) claim: Claim<Landing>,
 }
 
@@ -46,6 +48,7 @@ impl Run {
             needed: Vec::new(),
             purpose,
             queued: Duration::ZERO,
+            before: 0,
             claim,
         }
     }
@@ -75,7 +78,7 @@ pub async fn flown(flight: Flown) -> Result<(), LayerError> {
 pub(super) fn start(mut run: Run, pass: Option<Arc<Pass>>) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
-        let _pass = match pass {
+        let pass = match pass {
             Some(pass) => pass,
             None => {
                 let layer = &run.layer;
@@ -86,6 +89,7 @@ pub(super) fn start(mut run: Run, pass: Option<Arc<Pass>>) -> Flown {
                 Arc::new(pass)
             }
         };
+        run.before = pass.before();
         fly(run).await
     })
 }
@@ -245,7 +249,7 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
     let parts = if from_start {
         1
     } else {
-        layer.policy().parts(bytes, delivery.run.purpose)
+        layer.policy().parts(bytes, delivery.run.purpose, delivery.run.before)
     };
     let mut stream = stripes::read_range(blob, range, parts, &layer.ahead, stats)
         .await

@@ -37,7 +37,7 @@ const SMALLEST: u64 = 16 * STRIPE;
 /// Stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms.
 const AHEAD: usize = 6;
 /// Parts of ranges beside the first ones, in all layers together.
-const PARTS: usize = 16;
+const PARTS: usize = 24;
 /// A blob nearer than this fills its link with one stream.
 const NEAR: Duration = Duration::from_millis(2);
 
@@ -383,7 +383,7 @@ mod tests {
         let stats = Arc::new(LayerStats::new(blob.size()));
         let ahead = Ahead::default();
         let mut streams = Vec::new();
-        for requests in [10, 18, 19, 20] {
+        for requests in [10, 20, 27, 28] {
             streams.push(
                 read_range(blob.clone(), 1_000..201_234, 10, &ahead, stats.clone())
                     .await

@@ -223,6 +223,25 @@ fn all_of_the_image_comes_in_the_background_and_then_no_registry_is_needed() {
 }
 
 #[test]
+fn a_reader_does_not_wait_for_what_is_fetched_in_the_background() {
+    let scene = Scene::new();
+    scene.registry.hold(&scene.layers[0].path());
+    let mount = scene.mount("all");
+    // As much as may be under way at once, none of which gets an answer.
+    let asked = || mount.status()["in_flight"]["others"].as_u64().unwrap();
+    let mut before = 0;
+    eventually("no more is asked for", || {
+        let now = asked();
+        now > 0 && std::mem::replace(&mut before, now) == now
+    });
+    assert!(asked() < scene.layers[0].bytes.len() as u64, "less than the layer");
+    assert!(mount.read("b3") == noise(203, FILE));
+    assert!(asked() > 0);
+    scene.registry.release();
+    eventually("all is here", || prefetched(&mount));
+}
+
+#[test]
 fn background_completion_goes_on_after_a_kill() {
     let scene = Scene::new();
     let mount = scene.mount("none");
