@@ -288,12 +288,11 @@ impl Layer {
             if foreseen {
                 continue;
             }
+            let file = self.extents.around(piece.tar);
             let touch = Touch {
                 span,
-                file: self
-                    .extents
-                    .around(piece.tar)
-                    .map_or(span..span + 1, |file| self.spans_of(&file)),
+                begins: file.as_ref().is_some_and(|file| file.tar == piece.tar),
+                file: file.map_or(span..span + 1, |file| self.spans_of(&file)),
                 waits: !self.is_local(span),
             };
             let absent = |span| !self.is_local(span);

@@ -49,6 +49,8 @@ struct State {
     /// Bytes the others were let through for.
     bytes: u64,
     last_demand: Option<Instant>,
+    /// When the link will have sent what demand has asked for, had it begun at once.
+    clear: Option<Instant>,
     policy: Option<Policy>,
     waiting: [VecDeque<Waiter>; 4],
 }
@@ -76,22 +78,40 @@ impl Pass {
 }
 
 impl Lanes {
-    /// Waits for a pass for a request of about `bytes` compressed bytes. Cancel safe.
-    pub async fn enter(self: &Arc<Self>, priority: Priority, bytes: u64, policy: Policy) -> Pass {
-        let arrival = {
-            let (pass, arrival) = oneshot::channel();
-            let mut state = self.state.lock().expect("no panic while locked");
-            state.policy = Some(policy);
-            if priority == Priority::Demand {
-                state.last_demand = Some(Instant::now());
+    /// Lines up for a pass for a request of about `bytes` compressed bytes, at once, and waits for it when polled. Whoever is
+    /// not of demand also waits until its bytes will come behind those that demand has just asked for. Cancel safe.
+    pub fn enter(
+        self: &Arc<Self>,
+        priority: Priority,
+        bytes: u64,
+        policy: Policy,
+    ) -> impl Future<Output = Pass> + Send + use<> {
+        let (pass, arrival) = oneshot::channel();
+        let mut state = self.state.lock().expect("no panic while locked");
+        state.policy = Some(policy);
+        if priority == Priority::Demand {
+            state.demanded(bytes, policy);
+        }
+        state.waiting[priority as usize].push_back(Waiter { bytes, pass });
+        let admitted = self.admit(&mut state);
+        drop(state);
+        deliver(admitted);
+        let lanes = self.clone();
+        async move {
+            let pass = arrival.await.expect("a waiter is dropped only with its pass sent");
+            if priority != Priority::Demand {
+                lanes.give_way().await;
             }
-            state.waiting[priority as usize].push_back(Waiter { bytes, pass });
-            let admitted = self.admit(&mut state);
-            drop(state);
-            deliver(admitted);
-            arrival
-        };
-        arrival.await.expect("a waiter is dropped only with its pass sent")
+            pass
+        }
+    }
+
+    /// Waits until a request sent now will not share the link with what demand has asked for.
+    async fn give_way(&self) {
+        let clear = self.state.lock().expect("no panic while locked").clear;
+        if let Some(clear) = clear {
+            tokio::time::sleep_until(clear.into()).await;
+        }
     }
 
     /// Takes those who may go now out of their queues.
@@ -165,6 +185,14 @@ fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
 }
 
 impl State {
+    /// Demand asks for so many bytes.
+    fn demanded(&mut self, bytes: u64, policy: Policy) {
+        let now = Instant::now();
+        self.last_demand = Some(now);
+        let free = self.clear.map_or(now, |clear| clear.max(now));
+        self.clear = Some(free + policy.transfer(bytes));
+    }
+
     fn has_room(&self, priority: Priority, bytes: u64) -> bool {
         if priority == Priority::Demand {
             return self.demand < DEMAND;
@@ -269,6 +297,19 @@ mod tests {
         let mut other = Box::pin(enter(&lanes, Priority::Background, 1));
         assert!((&mut next).now_or_never().is_none() && (&mut other).now_or_never().is_none());
         passes.pop();
-        assert!(next.now_or_never().is_some() && other.now_or_never().is_some());
+        assert!(next.now_or_never().is_some());
+        other.await;
+    }
+
+    #[tokio::test]
+    async fn others_send_when_their_bytes_will_come_behind_those_of_demand() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let start = Instant::now();
+        let demand = enter(&lanes, Priority::Demand, 1_000_000).now_or_never();
+        let mut ahead = Box::pin(enter(&lanes, Priority::Readahead, 100_000));
+        assert!(demand.is_some() && (&mut ahead).now_or_never().is_none());
+        assert_eq!(lanes.load().others, 1, "its place is kept meanwhile");
+        ahead.await;
+        assert!(start.elapsed() >= policy().transfer(1_000_000));
     }
 }

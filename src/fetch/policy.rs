@@ -30,6 +30,11 @@ const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
 const LEAST_BACKGROUND_BESIDE_DEMAND: f64 = 384.0 * 1024.0;
 const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
 
+/// A response does not come at the full rate from its first byte on.
+const TRANSFER: f64 = 1.5;
+/// Seconds that others hold back for one request of demand.
+const LONGEST_TRANSFER: f64 = 0.1;
+
 /// Bytes of a request that no reader waits for but one soon will: small enough to come in the order of need.
 const SMALLEST_RUN: f64 = 256.0 * 1024.0;
 /// What a new connection brings in its first round trip: ten segments (RFC 6928).
@@ -46,6 +51,7 @@ const FAR: Duration = Duration::from_millis(4);
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
     product: f64,
+    bandwidth: f64,
     far: bool,
     warm: u64,
 }
@@ -54,8 +60,10 @@ impl Policy {
     /// The sizes for a link; what was not measured yet is guessed.
     pub fn of(link: Link) -> Self {
         let rtt = link.rtt.unwrap_or(GUESSED_RTT);
+        let bandwidth = link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0);
         Self {
-            product: rtt.as_secs_f64() * link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
+            product: rtt.as_secs_f64() * bandwidth,
+            bandwidth,
             far: rtt >= FAR,
             warm: link.warm,
         }
@@ -64,6 +72,11 @@ impl Policy {
     /// Bytes that could have come during a round trip.
     pub fn product(&self) -> u64 {
         self.product as u64
+    }
+
+    /// How long the link is taken by a request for so many bytes; at most as long as others should hold back for one.
+    pub fn transfer(&self, bytes: u64) -> Duration {
+        Duration::from_secs_f64((TRANSFER * bytes as f64 / self.bandwidth).min(LONGEST_TRANSFER))
     }
 
     /// Compressed bytes to ask for at once when a reader waits.

@@ -76,20 +76,22 @@ pub async fn flown(flight: Flown) -> Result<(), LayerError> {
 
 /// Starts a flight, which waits for a pass for demand if it has none yet.
 pub(super) fn start(mut run: Run, pass: Option<Arc<Pass>>) -> Flown {
-    let runtime = run.layer.runtime.clone();
-    runtime.spawn(async move {
-        let pass = match pass {
-            Some(pass) => pass,
-            None => {
-                let layer = &run.layer;
-                let bytes = layer.index.bytes(run.spans.clone());
-                let start = Instant::now();
-                let pass = layer.lanes.enter(run.purpose, bytes, layer.policy()).await;
+    let (layer, start) = (run.layer.clone(), Instant::now());
+    // In line at once, before what is fetched ahead of this reader.
+    let entering = pass.is_none().then(|| {
+        let bytes = layer.index.bytes(run.spans.clone());
+        layer.lanes.enter(run.purpose, bytes, layer.policy())
+    });
+    layer.runtime.spawn(async move {
+        let pass = match (pass, entering) {
+            (None, Some(entering)) => {
+                let pass = entering.await;
                 run.queued = start.elapsed();
-                Arc::new(pass)
+                Some(Arc::new(pass))
             }
+            (pass, _) => pass,
         };
-        run.before = pass.before();
+        run.before = pass.as_ref().map_or(0, |pass| pass.before());
         fly(run).await
     })
 }

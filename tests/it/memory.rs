@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use nix::libc;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::Ocifs;
+use crate::common::ocifs::{Ocifs, eventually};
 use crate::common::registry::TestRegistry;
 
 const BIG: usize = 8 << 20;
@@ -66,6 +66,12 @@ fn memory_keeps_what_was_read_last_and_no_more_than_it_may() {
         // What was read first had to go for that.
         assert!(read_direct(&file, 0) == content[..BLOCK]);
         assert_ne!(registry.count(&layer.path()), 0, "{}", layer.media_type);
+        let mut before = 0;
+        eventually("what is read ahead has come", || {
+            let load = &mount.status()["in_flight"];
+            let now = registry.count(&layer.path());
+            load["others"] == 0 && load["waiting"] == 0 && std::mem::replace(&mut before, now) == now
+        });
         registry.clear_log();
         assert!(read_direct(&file, 0) == content[..BLOCK]);
         assert_eq!(
