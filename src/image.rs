@@ -290,7 +290,7 @@ impl Image {
         }
     }
 
-    /// From now on files and layers may be fetched whole when that is cheaper than waiting for parts of them.
+    /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`].
     pub fn be_eager(&self) {
         for layer in &self.layers {
             layer.be_eager();

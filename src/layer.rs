@@ -151,9 +151,12 @@ impl Layer {
         self.recorder.get_or_init(|| (position, recorder));
     }
 
-    /// From now on files and the layer itself may be fetched whole when that is cheaper than waiting for parts of them.
+    /// From now on large files and surroundings may be fetched ahead of readers who wait for parts of them; if there is a disk
+    /// for that, for memory is for what is being read.
     pub fn be_eager(&self) {
-        self.readahead.lock().expect("no panic while locked").be_eager();
+        if self.has_device() {
+            self.readahead.lock().expect("no panic while locked").be_eager();
+        }
     }
 
     /// Whether what is fetched is kept on disk.
