@@ -44,7 +44,7 @@ pub enum Priority {
     Demand,
     /// A reader is coming their way.
     Readahead,
-    /// An earlier run read them, or much of their layer was read.
+    /// An earlier run read them, or readers waited all around them.
     Likely,
     /// They are part of the image.
     Background,

@@ -36,7 +36,7 @@ def name(key):
     system, mode = key
     if system == "ocifs":
         return NAMES[mode]
-    return f"{system}, {mode}"
+    return system if mode == "lazy" else f"{system}, {mode}"
 
 
 def ordered(rows, field):
@@ -78,7 +78,8 @@ def draw_ready(rows, link):
     # Slow rivals would leave nothing to see of the fast ones: each workload has a scale of its own.
     columns = 2 if len(workloads) > 1 else 1
     lines = math.ceil(len(workloads) / columns)
-    legend = math.ceil((len(keys) + 1) / 4)
+    ours = [k for k in keys if k[0] == "ocifs"]
+    legend = math.ceil((len(ours) + 1) / (5 if columns > 1 else 2))
     height = lines * (0.62 + 0.235 * len(keys)) + 0.9 + 0.3 * legend
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height), squeeze=False)
     for axes, workload in zip(grid.flat, workloads):
@@ -92,13 +93,13 @@ def draw_ready(rows, link):
             axes.text(
                 max(time, limit or 0) + longest * 0.015 if limit and time < limit * 1.15 else time + longest * 0.015,
                 place,
-                seconds(time),
+                seconds(time) if k[0] == "ocifs" else f"{seconds(time)}  {name(k)}",
                 va="center",
                 fontsize=8,
                 color=INK if k[0] == "ocifs" else "#59636e",
             )
         axes.set_ylim(len(present) - 0.4, -0.6)
-        axes.set_xlim(0, longest * 1.12)
+        axes.set_xlim(0, longest * 1.36)
         if limit is not None:
             axes.plot([limit, limit], [-0.55, len(present) - 0.45], color=LIMIT, linewidth=1.6, solid_capstyle="butt")
         axes.set_title(workload, loc="left", fontsize=11, fontweight="bold", color=INK, pad=5)
@@ -110,10 +111,10 @@ def draw_ready(rows, link):
         axes.axvline(0, color=FAINT, linewidth=0.8)
     for axes in list(grid.flat)[len(workloads) :]:
         axes.set_visible(False)
-    handles = [Patch(color=colour[k], label=name(k)) for k in keys] + [Line2D([], [], color=LIMIT, linewidth=1.6, label="limit")]
+    handles = [Patch(color=colour[k], label=name(k)) for k in ours] + [Line2D([], [], color=LIMIT, linewidth=1.6, label="limit")]
     figure.suptitle(f"Seconds from a cold host to ready, over {words(link)}", x=0.03, y=1 - 0.14 / height, ha="left", va="top",
                     fontsize=14, fontweight="bold", color=INK)
-    figure.legend(handles=handles, loc="upper left", ncol=min(4, 2 * columns), frameon=False, fontsize=9, handlelength=1.1,
+    figure.legend(handles=handles, loc="upper left", ncol=5 if columns > 1 else 2, frameon=False, fontsize=9, handlelength=1.1,
                   columnspacing=1.6, bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
     figure.subplots_adjust(left=0.03, right=0.985, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.15 / height, wspace=0.06,
                            hspace=0.42 / (0.2 + 0.235 * len(keys)))

@@ -23,6 +23,9 @@ const DEMAND: usize = 8;
 /// After this long without demand the reader is busy with itself, or gone.
 const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
 
+/// The longest that others give way to demand: there may be no end of it, and they have less under way beside it as it is.
+const LONGEST_WAY: Duration = Duration::from_millis(100);
+
 /// How many requests are under way, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Load {
@@ -190,7 +193,7 @@ impl State {
         let now = Instant::now();
         self.last_demand = Some(now);
         let free = self.clear.map_or(now, |clear| clear.max(now));
-        self.clear = Some(free + policy.transfer(bytes));
+        self.clear = Some((free + policy.transfer(bytes).min(LONGEST_WAY)).min(now + LONGEST_WAY));
     }
 
     fn has_room(&self, priority: Priority, bytes: u64) -> bool {
@@ -305,11 +308,17 @@ mod tests {
     async fn others_send_when_their_bytes_will_come_behind_those_of_demand() {
         let lanes: Arc<Lanes> = Arc::default();
         let start = Instant::now();
-        let demand = enter(&lanes, Priority::Demand, 1_000_000).now_or_never();
+        let demand = enter(&lanes, Priority::Demand, 100_000).now_or_never();
         let mut ahead = Box::pin(enter(&lanes, Priority::Readahead, 100_000));
         assert!(demand.is_some() && (&mut ahead).now_or_never().is_none());
         assert_eq!(lanes.load().others, 1, "its place is kept meanwhile");
         ahead.await;
-        assert!(start.elapsed() >= policy().transfer(1_000_000));
+        assert!(start.elapsed() >= policy().transfer(100_000));
+        // However much demand asks for.
+        let demands: Vec<_> = (0..DEMAND - 1)
+            .map(|_| enter(&lanes, Priority::Demand, 10_000_000))
+            .collect();
+        assert!(lanes.state.lock().unwrap().clear.unwrap() <= Instant::now() + LONGEST_WAY);
+        drop(demands);
     }
 }

@@ -32,8 +32,6 @@ const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
 
 /// A response does not come at the full rate from its first byte on.
 const TRANSFER: f64 = 1.5;
-/// Seconds that others hold back for one request of demand.
-const LONGEST_TRANSFER: f64 = 0.1;
 
 /// Bytes of a request that no reader waits for but one soon will: small enough to come in the order of need.
 const SMALLEST_RUN: f64 = 256.0 * 1024.0;
@@ -74,9 +72,9 @@ impl Policy {
         self.product as u64
     }
 
-    /// How long the link is taken by a request for so many bytes; at most as long as others should hold back for one.
+    /// How long the link is taken by the response to a request for so many bytes.
     pub fn transfer(&self, bytes: u64) -> Duration {
-        Duration::from_secs_f64((TRANSFER * bytes as f64 / self.bandwidth).min(LONGEST_TRANSFER))
+        Duration::try_from_secs_f64(TRANSFER * bytes as f64 / self.bandwidth).unwrap_or(Duration::MAX)
     }
 
     /// Compressed bytes to ask for at once when a reader waits.

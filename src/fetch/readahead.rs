@@ -1,6 +1,6 @@
 //! Readahead: which spans of a layer to fetch before anybody asks.
 //!
-//! It hears of every span when a reader touches it for the first time, and makes guesses of some kinds:
+//! It hears of every span when a reader touches it for the first time, and makes guesses of several kinds:
 //!
 //! - *The rest of the file.* Waiting for a request has a price: the bytes that could have come meanwhile. Once the readers of a
 //!   file have paid as much as all of it costs, it is fetched whole; a small one at the first touch.

@@ -24,6 +24,7 @@ mod reads;
 mod refusals;
 mod registry;
 mod single_flight;
+mod status;
 mod structure;
 mod toc;
 mod tree;
