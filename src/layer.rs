@@ -20,6 +20,7 @@ mod first_pass;
 mod flight;
 mod memory;
 mod open;
+mod prefetch;
 mod programs;
 mod stats;
 mod stripes;
@@ -30,6 +31,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use futures::FutureExt as _;
 use tokio::runtime::Handle;
 
 pub use first_pass::FirstPassError;
@@ -44,7 +46,7 @@ use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{CacheBudget, DataDevice, Piece};
-use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _, Touch};
+use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
 use crate::index::{IndexError, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::profile::Recorder;
@@ -151,14 +153,6 @@ impl Layer {
         self.recorder.get_or_init(|| (position, recorder));
     }
 
-    /// From now on large files and surroundings may be fetched ahead of readers who wait for parts of them; if there is a disk
-    /// for that, for memory is for what is being read.
-    pub fn be_eager(&self) {
-        if self.has_device() {
-            self.readahead.lock().expect("no panic while locked").be_eager();
-        }
-    }
-
     /// Whether what is fetched is kept on disk.
     pub fn has_device(&self) -> bool {
         self.device().is_some()
@@ -260,112 +254,11 @@ impl Layer {
         self.read_device(spans, offset, buf)
     }
 
-    /// Fetches what fills a range of the device, for a reader who will be there soon. Returns when it is under way.
-    pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
-        for extent in self.extents.pieces_in_device(device) {
-            let spans = self.spans_of(&extent);
-            // What was foreseen before is under way.
-            let news = spans.clone().filter(|&span| self.touches.foresee(span)).count() > 0;
-            if news {
-                self.read_ahead(spans, Priority::Readahead).await;
-            }
-        }
-    }
-
     /// Tells the recorder of a read.
     fn note(&self, extent: &Extent) {
         if let Some((position, recorder)) = self.recorder.get() {
             recorder.read(*position, extent.tar..extent.tar + extent.len);
         }
-    }
-
-    /// A reader comes to part of an extent: what to fetch ahead of it.
-    fn touch(&self, piece: &Extent) -> Vec<(Range<u32>, Priority)> {
-        let mut ahead = Vec::new();
-        for span in self.spans_of(piece) {
-            let Some(foreseen) = self.touches.read(span) else {
-                continue;
-            };
-            let bytes = self.index.bytes(span..span + 1);
-            self.stats.used_more(bytes);
-            if foreseen {
-                continue;
-            }
-            let file = self.extents.around(piece.tar);
-            let touch = Touch {
-                span,
-                begins: file.as_ref().is_some_and(|file| file.tar == piece.tar),
-                file: file.map_or(span..span + 1, |file| self.spans_of(&file)),
-                waits: !self.is_local(span),
-            };
-            let absent = |span| !self.is_local(span);
-            let mut readahead = self.readahead.lock().expect("no panic while locked");
-            ahead.extend(readahead.touched(&touch, &self.index, absent, self.policy()));
-        }
-        ahead
-    }
-
-    /// A profile names these spans: they come without any guessing.
-    pub fn foresee(&self, span: u32) {
-        self.touches.foresee(span);
-    }
-
-    /// Fetches ahead of a reader, one range after the other, in the background.
-    fn read_ahead_of(self: &Arc<Self>, ranges: Vec<(Range<u32>, Priority)>) {
-        if ranges.is_empty() {
-            return;
-        }
-        let layer = self.clone();
-        self.runtime.spawn(async move {
-            for (spans, priority) in ranges {
-                layer.read_ahead(spans, priority).await;
-            }
-        });
-    }
-
-    /// Fetches ahead of a reader. Returns when it is under way.
-    async fn read_ahead(self: &Arc<Self>, mut rest: Range<u32>, priority: Priority) {
-        while !rest.is_empty() {
-            let end = self.index.reach(rest.start, self.policy().run());
-            let end = end.clamp(rest.start + 1, rest.end);
-            self.prefetch(rest.start..end, priority).await;
-            rest.start = end;
-        }
-    }
-
-    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way, with what
-    /// they come to. Spans that another process fetches at the moment are left to it.
-    pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Vec<Flown> {
-        let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
-        let bytes = spans.clone().filter(missing);
-        let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
-        if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
-            return Vec::new();
-        }
-        let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
-        self.settle(spans.clone());
-        let runs = {
-            let mut board = self.flights.board();
-            let runs = self.claim(&mut board, spans, priority);
-            drop(board);
-            runs
-        };
-        runs.into_iter()
-            .map(|run| flight::start(run, Some(pass.clone())))
-            .collect()
-    }
-
-    /// Runs of spans that are not local, each of at most `batch` compressed bytes (or one span).
-    pub fn missing(&self, batch: u64) -> Vec<Range<u32>> {
-        self.settle(0..self.index.count());
-        let mut runs: Vec<Range<u32>> = Vec::new();
-        for span in (0..self.index.count()).filter(|&span| !self.is_local(span)) {
-            match runs.last_mut() {
-                Some(run) if run.end == span && self.index.bytes(run.start..span + 1) <= batch => run.end += 1,
-                _ => runs.push(span..span + 1),
-            }
-        }
-        runs
     }
 
     /// The spans that hold a range of the layer's tar; none beyond its end.
@@ -388,24 +281,6 @@ impl Layer {
     /// Bytes of decoded spans that memory holds.
     pub fn memory_budget(&self) -> u64 {
         self.memory.budget() as u64
-    }
-
-    /// Waits until `spans` are here, whoever fetches them.
-    pub async fn await_spans(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
-        for span in spans {
-            // The bytes come first; the flight ends when they are on the device.
-            while let Some(mut flight) = self.want(span..span + 1) {
-                while flight.changed().await.is_ok() {}
-                if let Some(Err(error)) = &*flight.borrow() {
-                    return Err(error.clone());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn is_unchecked(&self, span: u32) -> bool {
-        self.device().is_some_and(|device| device.is_unchecked(span))
     }
 
     fn spans_of(&self, extent: &Extent) -> Range<u32> {
@@ -512,7 +387,10 @@ impl Layer {
             (runs, board.flight(spans.start))
         };
         for run in runs {
-            flight::start(run, None);
+            // In line at once, before what is fetched ahead of this reader.
+            let bytes = self.index.bytes(run.spans.clone());
+            let pass = self.lanes.enter(Priority::Demand, bytes, self.policy());
+            flight::start(run, pass.map(Arc::new));
         }
         first
     }
@@ -531,7 +409,7 @@ impl Layer {
                 Some(run) if run.spans.end == group.start => run,
                 _ => {
                     let lost = Err(self.closed());
-                    runs.push(Run::new(self.clone(), group.start, purpose, board.claim(lost)));
+                    runs.push(Run::new(self.clone(), group.start, board.claim(lost)));
                     runs.last_mut().expect("just added")
                 }
             };

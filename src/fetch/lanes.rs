@@ -71,9 +71,20 @@ pub struct Pass {
     priority: Priority,
     bytes: u64,
     before: u64,
+    waited: Duration,
 }
 
 impl Pass {
+    /// What it was given for.
+    pub fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    /// How long it was waited for.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
     /// Bytes that were under way when it was given, those of demand apart: they share the link with what it lets through.
     pub fn before(&self) -> u64 {
         self.before
@@ -89,6 +100,7 @@ impl Lanes {
         bytes: u64,
         policy: Policy,
     ) -> impl Future<Output = Pass> + Send + use<> {
+        let start = Instant::now();
         let (pass, arrival) = oneshot::channel();
         let mut state = self.state.lock().expect("no panic while locked");
         state.policy = Some(policy);
@@ -101,10 +113,11 @@ impl Lanes {
         deliver(admitted);
         let lanes = self.clone();
         async move {
-            let pass = arrival.await.expect("a waiter is dropped only with its pass sent");
+            let mut pass = arrival.await.expect("a waiter is dropped only with its pass sent");
             if priority != Priority::Demand {
                 lanes.give_way().await;
             }
+            pass.waited = start.elapsed();
             pass
         }
     }
@@ -143,6 +156,7 @@ impl Lanes {
                         priority,
                         bytes,
                         before,
+                        waited: Duration::ZERO,
                     };
                     admitted.push((pass, given));
                 }

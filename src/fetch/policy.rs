@@ -48,28 +48,29 @@ const FAR: Duration = Duration::from_millis(4);
 /// Sizes for one link.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
-    product: f64,
+    rtt: Duration,
+    /// Bytes per second.
     bandwidth: f64,
-    far: bool,
     warm: u64,
 }
 
 impl Policy {
     /// The sizes for a link; what was not measured yet is guessed.
     pub fn of(link: Link) -> Self {
-        let rtt = link.rtt.unwrap_or(GUESSED_RTT);
-        let bandwidth = link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0);
         Self {
-            product: rtt.as_secs_f64() * bandwidth,
-            bandwidth,
-            far: rtt >= FAR,
+            rtt: link.rtt.unwrap_or(GUESSED_RTT),
+            bandwidth: link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
             warm: link.warm,
         }
     }
 
     /// Bytes that could have come during a round trip.
     pub fn product(&self) -> u64 {
-        self.product as u64
+        self.exact_product() as u64
+    }
+
+    fn exact_product(&self) -> f64 {
+        self.rtt.as_secs_f64() * self.bandwidth
     }
 
     /// How long the link is taken by the response to a request for so many bytes.
@@ -79,7 +80,7 @@ impl Policy {
 
     /// Compressed bytes to ask for at once when a reader waits.
     pub fn request(&self) -> u64 {
-        (self.product * REQUEST).clamp(SMALLEST_REQUEST, LARGEST_REQUEST) as u64
+        (self.exact_product() * REQUEST).clamp(SMALLEST_REQUEST, LARGEST_REQUEST) as u64
     }
 
     /// Compressed bytes of a request when no reader waits: longer, since none waits for the end of it.
@@ -89,7 +90,7 @@ impl Policy {
 
     /// Compressed bytes of a request for what a reader will want soon.
     pub fn run(&self) -> u64 {
-        self.product.clamp(SMALLEST_RUN, LARGEST_REQUEST) as u64
+        self.exact_product().clamp(SMALLEST_RUN, LARGEST_REQUEST) as u64
     }
 
     /// Into how many parts to cut a request for `bytes`, to be asked for side by side. A connection brings little in its first
@@ -98,7 +99,7 @@ impl Policy {
     /// What nobody waits for leaves connections to others, but for the beginning of what is fetched ahead, which has little
     /// `before` it under way: that is wanted first.
     pub fn parts(&self, bytes: u64, priority: Priority, before: u64) -> u64 {
-        if !self.far {
+        if self.rtt < FAR {
             return 1;
         }
         let first = match priority {
@@ -112,12 +113,12 @@ impl Policy {
 
     /// The most requests side by side, those of demand apart.
     pub fn requests(&self) -> usize {
-        (self.product / REQUEST_SHARE).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
+        (self.exact_product() / REQUEST_SHARE).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
     }
 
     /// Unwanted compressed bytes between two wanted ranges that cost less than another request beside as many as there may be.
     pub fn gap(&self) -> u64 {
-        (self.product / self.requests() as f64) as u64
+        (self.exact_product() / self.requests() as f64) as u64
     }
 
     /// Compressed bytes that may be under way for one of the priorities below demand.
@@ -127,7 +128,7 @@ impl Policy {
             (true, _) => (UNDER_WAY_BESIDE_DEMAND, LEAST_UNDER_WAY),
             (false, _) => (UNDER_WAY, LEAST_UNDER_WAY),
         };
-        (self.product * products).clamp(least, MOST_UNDER_WAY) as u64
+        (self.exact_product() * products).clamp(least, MOST_UNDER_WAY) as u64
     }
 
     /// The furthest that a sequential reader is read ahead of, in compressed bytes.

@@ -132,8 +132,6 @@ pub struct Readahead {
     /// Most recent first.
     waits: VecDeque<Wait>,
     eager: bool,
-    /// The whole layer was asked for.
-    whole: bool,
 }
 
 impl Readahead {
@@ -234,12 +232,8 @@ impl Readahead {
 
     /// What to fetch around a wait: all of a small layer, or where other waits were lately.
     fn around(&mut self, touch: &Touch, price: u64, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
-        if self.whole {
-            return None;
-        }
         let all = 0..spans.count();
-        self.whole = spans.bytes(all.clone()) <= policy.product() + policy.request();
-        if self.whole {
+        if spans.bytes(all.clone()) <= policy.product() + policy.request() {
             return Some(all);
         }
         if !touch.begins {

@@ -309,7 +309,7 @@ impl<'a> Linker<'a> {
             needed.extend(in_path(self.tree, PATH, name));
         }
         for name in &program.libraries {
-            needed.extend(self.library(found, name.as_bytes()));
+            needed.extend(self.by_soname(found, name.as_bytes()));
         }
         let known = needed.iter().filter_map(|ino| self.positions.get(&ino.0).copied());
         let known: Vec<u32> = known.collect();
@@ -320,7 +320,8 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn library(&mut self, of: &Found, name: &[u8]) -> Option<Nid> {
+    /// What a program names in DT_NEEDED: mostly a soname, looked for as ld.so(8) does.
+    fn by_soname(&mut self, of: &Found, name: &[u8]) -> Option<Nid> {
         if name.contains(&b'/') {
             return self.find(of.directory, name);
         }

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
 use crate::blob::BlobError;
 use crate::device::SpanLock;
-use crate::fetch::{Pass, Priority, Spans as _};
+use crate::fetch::Pass;
 use crate::index::{IndexError, SpanId};
 
 /// A span that fails its check is fetched this often: once more by range, then with the whole layer up to it, in case the
@@ -31,24 +31,16 @@ pub(super) struct Run {
     pub(super) spans: Range<u32>,
     /// Those that a reader waits for.
     pub(super) needed: Vec<Range<u32>>,
-    purpose: Priority,
-    /// How long it waited for a pass,
-    queued: Duration,
-    /// and what was under way when it got one.
-    before: u64,
     pub(super) claim: Claim<Landing>,
 }
 
 impl Run {
     /// A run of no spans yet.
-    pub(super) fn new(layer: Arc<Layer>, first: u32, purpose: Priority, claim: Claim<Landing>) -> Self {
+    pub(super) fn new(layer: Arc<Layer>, first: u32, claim: Claim<Landing>) -> Self {
         Self {
             layer,
             spans: first..first,
             needed: Vec::new(),
-            purpose,
-            queued: Duration::ZERO,
-            before: 0,
             claim,
         }
     }
@@ -74,35 +66,22 @@ pub async fn flown(flight: Flown) -> Result<(), LayerError> {
     }
 }
 
-/// Starts a flight, which waits for a pass for demand if it has none yet.
-pub(super) fn start(mut run: Run, pass: Option<Arc<Pass>>) -> Flown {
-    let (layer, start) = (run.layer.clone(), Instant::now());
-    // In line at once, before what is fetched ahead of this reader.
-    let entering = pass.is_none().then(|| {
-        let bytes = layer.index.bytes(run.spans.clone());
-        layer.lanes.enter(run.purpose, bytes, layer.policy())
-    });
-    layer.runtime.spawn(async move {
-        let pass = match (pass, entering) {
-            (None, Some(entering)) => {
-                let pass = entering.await;
-                run.queued = start.elapsed();
-                Some(Arc::new(pass))
-            }
-            (pass, _) => pass,
-        };
-        run.before = pass.as_ref().map_or(0, |pass| pass.before());
-        fly(run).await
+/// Starts a flight, which waits for its pass.
+pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
+    let runtime = run.layer.runtime.clone();
+    runtime.spawn(async move {
+        let pass = pass.await;
+        fly(run, &pass).await
     })
 }
 
 /// Fetches and delivers the run, however often that takes, and lands every span with bytes or an error.
-async fn fly(mut run: Run) -> Result<(), LayerError> {
+async fn fly(mut run: Run, pass: &Pass) -> Result<(), LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let mut from_start = false;
     for attempt in 1..=ATTEMPTS {
-        outcome = attempt_run(&layer, &mut run, from_start || attempt == ATTEMPTS).await;
+        outcome = attempt_run(&layer, &mut run, pass, from_start || attempt == ATTEMPTS).await;
         match &outcome {
             Err(error @ LayerError::Corrupt { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "span failed its check, fetching it again");
@@ -127,7 +106,7 @@ async fn fly(mut run: Run) -> Result<(), LayerError> {
 
 /// Locks spans and decodes them. Those that another process has locked are left to it if no reader waits for them here, and
 /// waited for if one does.
-async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, from_start: bool) -> Result<(), LayerError> {
+async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start: bool) -> Result<(), LayerError> {
     let mut patience = Patience::new();
     while !run.claim.is_done() {
         let wanted: Vec<u32> = run.claim.spans().collect();
@@ -156,7 +135,7 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, from_start: bool) -> Res
         }
         let mut delivery = Delivery { layer, run, lock };
         for stretch in stretches(layer, &left) {
-            decode(&mut delivery, stretch, from_start).await?;
+            decode(&mut delivery, stretch, pass, from_start).await?;
         }
     }
     Ok(())
@@ -219,7 +198,12 @@ fn stretches(layer: &Layer, spans: &[u32]) -> Vec<Range<u32>> {
     stretches
 }
 
-async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool) -> Result<(), LayerError> {
+async fn decode(
+    delivery: &mut Delivery<'_>,
+    spans: Range<u32>,
+    pass: &Pass,
+    from_start: bool,
+) -> Result<(), LayerError> {
     let layer = delivery.layer;
     let corrupt = |source: IndexError| LayerError::Corrupt {
         layer: layer.digest().clone(),
@@ -251,7 +235,7 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
     let parts = if from_start {
         1
     } else {
-        layer.policy().parts(bytes, delivery.run.purpose, delivery.run.before)
+        layer.policy().parts(bytes, pass.priority(), pass.before())
     };
     let mut stream = stripes::read_range(blob, range, parts, &layer.ahead, stats)
         .await
@@ -268,7 +252,7 @@ async fn decode(delivery: &mut Delivery<'_>, spans: Range<u32>, from_start: bool
             })
             .map_err(corrupt)?;
         if decoder.is_done() {
-            timing.log(delivery.run);
+            timing.log(delivery.run, pass);
             return Ok(());
         }
     }
@@ -298,14 +282,14 @@ impl Timing {
         self.first.get_or_insert(self.start.elapsed());
     }
 
-    fn log(&self, run: &Run) {
+    fn log(&self, run: &Run, pass: &Pass) {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         tracing::debug!(
             layer = %run.layer.digest(),
             spans = ?run.spans,
             bytes = self.bytes,
-            purpose = ?run.purpose,
-            queued_ms = ms(run.queued),
+            purpose = ?pass.priority(),
+            queued_ms = ms(pass.waited()),
             first_ms = ms(self.first.unwrap_or_default()),
             took_ms = ms(self.start.elapsed()),
             "fetched"

@@ -19,11 +19,8 @@ fn laziness_can_be_seen() {
     });
     push(&registry, "app", "1", &layers);
     let image = format!("{}/app:1", registry.host());
-    let ocifs = Ocifs::new();
-    let none = ["--wait", "ready", "--prefetch", "none"];
-    drop(ocifs.mount_with(&image, &none));
-    ocifs.ok(["cache", "drop"]);
-    let mount = ocifs.mount_with(&image, &none);
+    let ocifs = Ocifs::knowing(&image);
+    let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
     let status = || mount.status();
     assert_eq!(
         (&status()["fetched"], &status()["used"], &status()["reads"]["waiting"]),

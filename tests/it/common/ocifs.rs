@@ -244,6 +244,14 @@ impl Ocifs {
         line.to_owned()
     }
 
+    /// One with a fresh store that has the index and the tree of an image, and no data of it.
+    pub fn knowing(image: &str) -> Self {
+        let ocifs = Self::new();
+        drop(ocifs.mount_with(image, &["--wait", "ready", "--prefetch", "none"]));
+        ocifs.ok(["cache", "drop"]);
+        ocifs
+    }
+
     /// Mounts on a fresh directory and waits for the tree.
     pub fn mount(&self, image: &str) -> Mounted {
         self.mount_with(image, &["--wait", "ready"])

@@ -1,0 +1,137 @@
+//! What of a layer is fetched before anybody asks: ahead of readers, by plan, or all of it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Flown, Layer, LayerError, flight};
+use crate::fetch::{Priority, Spans as _, Touch};
+use crate::toc::Extent;
+
+impl Layer {
+    /// From now on large files and surroundings may be fetched ahead of readers who wait for parts of them; if there is a disk
+    /// for that, for memory is for what is being read.
+    pub fn be_eager(&self) {
+        if self.has_device() {
+            self.readahead.lock().expect("no panic while locked").be_eager();
+        }
+    }
+
+    /// A profile names these spans: they come without any guessing.
+    pub fn foresee(&self, span: u32) {
+        self.touches.foresee(span);
+    }
+
+    /// A reader comes to part of an extent: what to fetch ahead of it.
+    pub(super) fn touch(&self, piece: &Extent) -> Vec<(Range<u32>, Priority)> {
+        let mut ahead = Vec::new();
+        for span in self.spans_of(piece) {
+            let Some(foreseen) = self.touches.read(span) else {
+                continue;
+            };
+            let bytes = self.index.bytes(span..span + 1);
+            self.stats.used_more(bytes);
+            if foreseen {
+                continue;
+            }
+            let file = self.extents.around(piece.tar);
+            let touch = Touch {
+                span,
+                begins: file.as_ref().is_some_and(|file| file.tar == piece.tar),
+                file: file.map_or(span..span + 1, |file| self.spans_of(&file)),
+                waits: !self.is_local(span),
+            };
+            let absent = |span| !self.is_local(span);
+            let mut readahead = self.readahead.lock().expect("no panic while locked");
+            ahead.extend(readahead.touched(&touch, &self.index, absent, self.policy()));
+        }
+        ahead
+    }
+
+    /// Fetches ahead of a reader, one range after the other, in the background.
+    pub(super) fn read_ahead_of(self: &Arc<Self>, ranges: Vec<(Range<u32>, Priority)>) {
+        if ranges.is_empty() {
+            return;
+        }
+        let layer = self.clone();
+        self.runtime.spawn(async move {
+            for (spans, priority) in ranges {
+                layer.read_ahead(spans, priority).await;
+            }
+        });
+    }
+
+    /// Fetches ahead of a reader. Returns when it is under way.
+    async fn read_ahead(self: &Arc<Self>, mut rest: Range<u32>, priority: Priority) {
+        while !rest.is_empty() {
+            let end = self.index.reach(rest.start, self.policy().run());
+            let end = end.clamp(rest.start + 1, rest.end);
+            self.prefetch(rest.start..end, priority).await;
+            rest.start = end;
+        }
+    }
+
+    /// Fetches what fills a range of the device, for a reader who will be there soon. Returns when it is under way.
+    pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
+        for extent in self.extents.pieces_in_device(device) {
+            let spans = self.spans_of(&extent);
+            // What was foreseen before is under way.
+            let news = spans.clone().filter(|&span| self.touches.foresee(span)).count() > 0;
+            if news {
+                self.read_ahead(spans, Priority::Readahead).await;
+            }
+        }
+    }
+
+    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way, with what
+    /// they come to. Spans that another process fetches at the moment are left to it.
+    pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Vec<Flown> {
+        let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
+        let bytes = spans.clone().filter(missing);
+        let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
+        if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
+            return Vec::new();
+        }
+        let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
+        self.settle(spans.clone());
+        let runs = {
+            let mut board = self.flights.board();
+            let runs = self.claim(&mut board, spans, priority);
+            drop(board);
+            runs
+        };
+        runs.into_iter()
+            .map(|run| flight::start(run, std::future::ready(pass.clone())))
+            .collect()
+    }
+
+    /// Runs of spans that are not local, each of at most `batch` compressed bytes (or one span).
+    pub fn missing(&self, batch: u64) -> Vec<Range<u32>> {
+        self.settle(0..self.index.count());
+        let mut runs: Vec<Range<u32>> = Vec::new();
+        for span in (0..self.index.count()).filter(|&span| !self.is_local(span)) {
+            match runs.last_mut() {
+                Some(run) if run.end == span && self.index.bytes(run.start..span + 1) <= batch => run.end += 1,
+                _ => runs.push(span..span + 1),
+            }
+        }
+        runs
+    }
+
+    /// Waits until `spans` are here, whoever fetches them.
+    pub async fn await_spans(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
+        for span in spans {
+            // The bytes come first; the flight ends when they are on the device.
+            while let Some(mut flight) = self.want(span..span + 1) {
+                while flight.changed().await.is_ok() {}
+                if let Some(Err(error)) = &*flight.borrow() {
+                    return Err(error.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_unchecked(&self, span: u32) -> bool {
+        self.device().is_some_and(|device| device.is_unchecked(span))
+    }
+}
