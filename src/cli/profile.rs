@@ -132,9 +132,10 @@ fn summary(profile: &Profile) -> anyhow::Result<()> {
     }
     let bytes = layers.values().sum();
     say!(
-        "{:<20} {:>4} runs  {:>10} in {} of {} layers",
+        "{:<20} {:>4} {:<4}  {:>10} in {} of {} layers",
         profile.label,
         profile.runs,
+        if profile.runs == 1 { "run" } else { "runs" },
         human(bytes),
         layers.len(),
         profile.layers.len()

@@ -125,7 +125,7 @@ fn programs_of_an_image_have_profiles_of_their_own() {
     }
     let text = scene.ocifs.ok(["profile", "show", "--profile", "web", &scene.image]);
     assert!(
-        text.text().contains("web") && text.text().contains("1 runs"),
+        text.text().contains("web") && text.text().contains("1 run "),
         "{text:?}"
     );
     let unknown = scene
