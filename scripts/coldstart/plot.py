@@ -79,7 +79,8 @@ def draw_ready(rows, link):
     columns = 2 if len(workloads) > 1 else 1
     lines = math.ceil(len(workloads) / columns)
     ours = [k for k in keys if k[0] == "ocifs"]
-    legend = math.ceil((len(ours) + 1) / (5 if columns > 1 else 2))
+    legend_columns = 5 if columns > 1 else 2
+    legend = math.ceil((len(ours) + 1) / legend_columns)
     height = lines * (0.62 + 0.235 * len(keys)) + 0.9 + 0.3 * legend
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height), squeeze=False)
     for axes, workload in zip(grid.flat, workloads):
@@ -114,7 +115,7 @@ def draw_ready(rows, link):
     handles = [Patch(color=colour[k], label=name(k)) for k in ours] + [Line2D([], [], color=LIMIT, linewidth=1.6, label="limit")]
     figure.suptitle(f"Seconds from a cold host to ready, over {words(link)}", x=0.03, y=1 - 0.14 / height, ha="left", va="top",
                     fontsize=14, fontweight="bold", color=INK)
-    figure.legend(handles=handles, loc="upper left", ncol=5 if columns > 1 else 2, frameon=False, fontsize=9, handlelength=1.1,
+    figure.legend(handles=handles, loc="upper left", ncol=legend_columns, frameon=False, fontsize=9, handlelength=1.1,
                   columnspacing=1.6, bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
     figure.subplots_adjust(left=0.03, right=0.985, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.15 / height, wspace=0.06,
                            hspace=0.42 / (0.2 + 0.235 * len(keys)))

@@ -93,12 +93,7 @@ impl Layer {
         }
         let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
         self.settle(spans.clone());
-        let runs = {
-            let mut board = self.flights.board();
-            let runs = self.claim(&mut board, spans, priority);
-            drop(board);
-            runs
-        };
+        let runs = self.claim(&mut self.flights.board(), spans, priority);
         runs.into_iter()
             .map(|run| flight::start(run, std::future::ready(pass.clone())))
             .collect()
