@@ -25,10 +25,17 @@ const REQUEST_SHARE: f64 = 256.0 * 1024.0;
 /// much of a queue that a demand request would have to wait behind; for what nobody may ever want, least.
 const UNDER_WAY: f64 = 4.0;
 const UNDER_WAY_BESIDE_DEMAND: f64 = 3.0;
-const BACKGROUND_BESIDE_DEMAND: f64 = 1.5;
 const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
-const LEAST_BACKGROUND_BESIDE_DEMAND: f64 = 384.0 * 1024.0;
 const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
+
+/// What nobody may ever want comes beside demand in one request at a time, which takes the link for so many round trips, or
+/// for so long where these are short: a demand request waits no longer than that behind it.
+const BACKGROUND_DELAY: f64 = 0.8;
+const LEAST_BACKGROUND_DELAY: Duration = Duration::from_millis(4);
+const SMALLEST_BACKGROUND: f64 = 128.0 * 1024.0;
+const LARGEST_BACKGROUND: f64 = 8.0 * 1024.0 * 1024.0;
+/// So many of these at least are under way while nobody reads.
+const BACKGROUND_REQUESTS: f64 = 4.0;
 
 /// A response does not come at the full rate from its first byte on.
 const TRANSFER: f64 = 1.5;
@@ -83,9 +90,11 @@ impl Policy {
         (self.exact_product() * REQUEST).clamp(SMALLEST_REQUEST, LARGEST_REQUEST) as u64
     }
 
-    /// Compressed bytes of a request when no reader waits: longer, since none waits for the end of it.
-    pub fn long_request(&self) -> u64 {
-        (2 * self.request()).max(1 << 20)
+    /// Compressed bytes of a request for what nobody may ever want: all that may be under way of that beside demand, which is
+    /// little enough for several of them when there is none, so that the link never idles between two.
+    pub fn background_request(&self) -> u64 {
+        let delay = self.rtt.mul_f64(BACKGROUND_DELAY).max(LEAST_BACKGROUND_DELAY);
+        (delay.as_secs_f64() * self.bandwidth).clamp(SMALLEST_BACKGROUND, LARGEST_BACKGROUND) as u64
     }
 
     /// Compressed bytes of a request for what a reader will want soon.
@@ -124,8 +133,12 @@ impl Policy {
     /// Compressed bytes that may be under way for one of the priorities below demand.
     pub fn under_way(&self, priority: Priority, beside_demand: bool) -> u64 {
         let (products, least) = match (beside_demand, priority) {
-            (true, Priority::Background) => (BACKGROUND_BESIDE_DEMAND, LEAST_BACKGROUND_BESIDE_DEMAND),
+            (true, Priority::Background) => return self.background_request(),
             (true, _) => (UNDER_WAY_BESIDE_DEMAND, LEAST_UNDER_WAY),
+            (false, Priority::Background) => {
+                let some = BACKGROUND_REQUESTS * self.background_request() as f64;
+                (UNDER_WAY, some.max(LEAST_UNDER_WAY))
+            }
             (false, _) => (UNDER_WAY, LEAST_UNDER_WAY),
         };
         (self.exact_product() * products).clamp(least, MOST_UNDER_WAY) as u64
@@ -176,10 +189,26 @@ mod tests {
         assert_eq!(policy(80, 1000.0).request(), 4 << 20);
         assert_eq!((policy(20, 200.0).requests(), policy(80, 1000.0).requests()), (6, 16));
         assert_eq!(policy(20, 200.0).gap(), 83_333);
-        assert_eq!(policy(20, 200.0).under_way(Priority::Background, true), 750_000);
+        assert_eq!(policy(20, 200.0).under_way(Priority::Background, true), 400_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Likely, true), 1_500_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, false), 2_000_000);
         assert!(policy(500, 10_000.0).under_way(Priority::Likely, false) <= 48 << 20);
+    }
+
+    #[test]
+    fn several_background_requests_fill_a_link_that_nobody_reads_over() {
+        for (ms, mbit) in [
+            (1, 100.0),
+            (1, 1000.0),
+            (20, 200.0),
+            (80, 100.0),
+            (80, 1000.0),
+            (300, 10_000.0),
+        ] {
+            let policy = policy(ms, mbit);
+            assert!(2 * policy.background_request() <= policy.under_way(Priority::Background, false));
+            assert!(policy.background_request() <= policy.under_way(Priority::Background, true));
+        }
     }
 
     #[test]

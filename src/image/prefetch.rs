@@ -10,7 +10,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use super::Image;
 use crate::blob::Link;
 use crate::fetch::{Policy, Priority, Wanted, runs};
-use crate::layer::{Layer, LayerError, flown};
+use crate::layer::{LayerError, flown};
 use crate::profile::Profile;
 
 /// Requests that wait for their turn at once, each for at most the link's share: more than ever get it.
@@ -55,23 +55,34 @@ impl Image {
     /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
     /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
     pub async fn complete(&self) -> Result<usize, LayerError> {
-        let batch = self.policy().long_request();
-        let kept = || self.layers.iter().enumerate().filter(|(_, layer)| layer.has_device());
-        let missing = |(position, layer): (usize, &Arc<Layer>)| {
-            let runs = layer.missing(batch).into_iter();
-            runs.map(move |run| (position, run)).collect::<Vec<_>>()
-        };
-        self.fetch(kept().flat_map(missing).collect(), Priority::Background)
-            .await?;
+        self.fetch(self.missing(), Priority::Background).await?;
         // What other processes were fetching at that moment comes from them, or, if they gave up, from here.
-        for (position, run) in kept().flat_map(missing).collect::<Vec<_>>() {
+        for (position, run) in self.missing() {
             self.layers[position].await_spans(run).await?;
         }
-        Ok(self.layers.iter().map(|layer| layer.missing(0).len()).sum())
+        Ok(self.layers.iter().map(|layer| layer.absent()).sum())
+    }
+
+    /// The requests that bring what is not on the local devices. Their size is decided one by one as they are taken: by then
+    /// the link is known better.
+    fn missing(&self) -> impl Iterator<Item = (usize, Range<u32>)> + Send {
+        let kept = self.layers.iter().enumerate().filter(|(_, layer)| layer.has_device());
+        kept.flat_map(move |(position, layer)| {
+            let mut from = 0;
+            std::iter::from_fn(move || {
+                let run = layer.next_missing(from, self.policy().background_request())?;
+                from = run.end;
+                Some((position, run))
+            })
+        })
     }
 
     /// Fetches runs of spans in order, as many side by side as the link takes.
-    async fn fetch(&self, runs: Vec<(usize, Range<u32>)>, priority: Priority) -> Result<(), LayerError> {
+    async fn fetch(
+        &self,
+        runs: impl IntoIterator<Item = (usize, Range<u32>), IntoIter: Send>,
+        priority: Priority,
+    ) -> Result<(), LayerError> {
         futures::stream::iter(runs)
             .map(|(position, run)| {
                 let layer = self.layers[position].clone();

@@ -99,17 +99,21 @@ impl Layer {
             .collect()
     }
 
-    /// Runs of spans that are not local, each of at most `batch` compressed bytes (or one span).
-    pub fn missing(&self, batch: u64) -> Vec<Range<u32>> {
-        self.settle(0..self.index.count());
-        let mut runs: Vec<Range<u32>> = Vec::new();
-        for span in (0..self.index.count()).filter(|&span| !self.is_local(span)) {
-            match runs.last_mut() {
-                Some(run) if run.end == span && self.index.bytes(run.start..span + 1) <= batch => run.end += 1,
-                _ => runs.push(span..span + 1),
-            }
-        }
-        runs
+    /// The next run of spans from `from` on that are not local, of at most `batch` compressed bytes (or one span).
+    pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
+        let absent = |&span: &u32| {
+            self.settle(span..span + 1);
+            !self.is_local(span)
+        };
+        let start = (from..self.index.count()).find(absent)?;
+        let fits = |&span: &u32| self.index.bytes(start..span + 1) <= batch;
+        let more = (start + 1..self.index.count()).take_while(|span| fits(span) && absent(span));
+        Some(start..start + 1 + more.count() as u32)
+    }
+
+    /// How many spans are not local.
+    pub fn absent(&self) -> usize {
+        (0..self.index.count()).filter(|&span| !self.is_local(span)).count()
     }
 
     /// Waits until `spans` are here, whoever fetches them.
