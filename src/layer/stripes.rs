@@ -11,8 +11,8 @@
 //! number of permits that all layers share, and nobody waits for one: so memory is bounded, and the layer that was opened
 //! first, which is the largest, gets most of them.
 //!
-//! A short range is cut into parts that are all asked for at once, because connections that have been idle bring little in
-//! their first round trips ([`Policy::parts`]).
+//! A range is cut into parts, of at most a stripe, because connections that have been idle bring little in their first round
+//! trips ([`Policy::parts`]): so many are asked for at once.
 //!
 //! Invariants: bytes come in order, each once; a server that turns out to know no ranges is asked for the whole blob instead,
 //! if that was wanted; what is under way ends when the stream is dropped.
@@ -69,13 +69,13 @@ pub(super) async fn read(
         stats.request();
         return blob.read(0..size).await;
     }
-    let mut stripes = Stripes::new(blob, 0..size, STRIPE, ahead.stripes.clone(), stats);
+    let mut stripes = Stripes::new(blob, 0..size, STRIPE, AHEAD, ahead.stripes.clone(), stats);
     // What is wrong with the blob as a whole shows here.
     stripes.advance().await?;
     Ok(stripes.into_stream())
 }
 
-/// Reads a range of `blob` in at most `parts` parts.
+/// Reads a range of `blob` in at most `parts` parts at a time.
 pub(super) async fn read_range(
     blob: Arc<dyn BlobSource>,
     range: Range<u64>,
@@ -88,8 +88,8 @@ pub(super) async fn read_range(
         stats.request();
         return blob.read(range).await;
     }
-    let part = (range.end - range.start).div_ceil(parts);
-    let mut stripes = Stripes::new(blob, range, part, ahead.parts.clone(), stats);
+    let part = (range.end - range.start).div_ceil(parts).min(STRIPE);
+    let mut stripes = Stripes::new(blob, range, part, parts as usize - 1, ahead.parts.clone(), stats);
     let first = stripes.next_range();
     stripes.look_ahead();
     stripes.open(first).await?;
@@ -100,6 +100,8 @@ struct Stripes {
     blob: Arc<dyn BlobSource>,
     stripe: u64,
     end: u64,
+    /// Whether the server can be asked for all of it without ranges.
+    is_whole: bool,
     /// Passed on up to here,
     position: u64,
     /// asked for up to here.
@@ -107,6 +109,7 @@ struct Stripes {
     first: Receiving,
     queue: VecDeque<Stripe>,
     tasks: JoinSet<()>,
+    most_ahead: usize,
     ahead: Arc<Semaphore>,
     stats: Arc<LayerStats>,
 }
@@ -128,6 +131,7 @@ impl Stripes {
         blob: Arc<dyn BlobSource>,
         range: Range<u64>,
         stripe: u64,
+        most_ahead: usize,
         ahead: Arc<Semaphore>,
         stats: Arc<LayerStats>,
     ) -> Self {
@@ -136,10 +140,12 @@ impl Stripes {
             position: range.start,
             asked: range.start,
             end: range.end,
+            is_whole: range == (0..blob.size()),
             first: Receiving::Direct(stream::empty().boxed()),
             queue: VecDeque::new(),
             tasks: JoinSet::new(),
             blob,
+            most_ahead,
             ahead,
             stats,
         }
@@ -151,11 +157,6 @@ impl Stripes {
             Ok(bytes.map(|bytes| (bytes, stripes)))
         });
         stream.boxed()
-    }
-
-    /// Whether the server can be asked for all of it without ranges.
-    fn is_whole(&self) -> bool {
-        self.end == self.blob.size() && self.stripe == STRIPE
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
@@ -170,7 +171,7 @@ impl Stripes {
                     self.position += bytes.len() as u64;
                     return Ok(Some(bytes));
                 }
-                Some(Err(BlobError::RangeUnsupported { .. })) if self.is_whole() => self.start_over().await?,
+                Some(Err(BlobError::RangeUnsupported { .. })) if self.is_whole => self.start_over().await?,
                 Some(Err(error)) => return Err(error),
                 None => self.advance().await?,
             }
@@ -186,7 +187,7 @@ impl Stripes {
         }
         let range = self.next_range();
         match self.open(range).await {
-            Err(BlobError::RangeUnsupported { .. }) if self.is_whole() => self.start_over().await,
+            Err(BlobError::RangeUnsupported { .. }) if self.is_whole => self.start_over().await,
             result => result,
         }
     }
@@ -205,6 +206,7 @@ impl Stripes {
     /// Asks for as many stripes as may be ahead.
     fn look_ahead(&mut self) {
         while self.asked < self.end
+            && self.queue.len() < self.most_ahead
             && let Ok(permit) = self.ahead.clone().try_acquire_owned()
         {
             let range = self.next_range();
@@ -399,10 +401,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn of_a_long_range_no_more_than_a_few_stripes_are_ahead() {
+        let blob = Arc::new(Far::new(20 * STRIPE as usize, u64::MAX));
+        let stats = Arc::new(LayerStats::new(blob.size()));
+        let ahead = Ahead::default();
+        let mut stream = read_range(blob.clone(), 5..blob.size(), 4, &ahead, stats.clone())
+            .await
+            .unwrap();
+        assert_eq!(stats.requests(), 4);
+        let first = stream.next().await.unwrap().unwrap();
+        while blob.open.load(Ordering::SeqCst) > 1 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(stats.requests(), 4, "those ahead have come and wait for their turn");
+        let rest: Vec<Bytes> = stream.try_collect().await.unwrap();
+        assert!([first].concat() == blob.bytes[5..][..100_000] && rest.concat() == blob.bytes[100_005..]);
+        assert_eq!((stats.requests(), ahead.parts.available_permits()), (20, PARTS));
+    }
+
+    #[tokio::test]
     async fn a_part_that_fails_ends_the_range() {
         let blob = Arc::new(Far::new(1_000_000, 500_000));
         let stats = Arc::new(LayerStats::new(blob.size()));
-        let stream = read_range(blob.clone(), 0..1_000_000, 4, &Ahead::default(), stats)
+        let stream = read_range(blob.clone(), 1..1_000_000, 4, &Ahead::default(), stats)
             .await
             .unwrap();
         let result: Result<Vec<Bytes>, BlobError> = stream.try_collect().await;
