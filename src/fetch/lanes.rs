@@ -89,6 +89,15 @@ impl Pass {
     pub fn before(&self) -> u64 {
         self.before
     }
+
+    /// Its request has shown more of the link: there may be room for others.
+    pub fn learned(&self, policy: Policy) {
+        let mut state = self.lanes.state.lock().expect("no panic while locked");
+        state.policy = Some(policy);
+        let admitted = self.lanes.admit(&mut state);
+        drop(state);
+        deliver(admitted);
+    }
 }
 
 impl Lanes {
@@ -301,6 +310,23 @@ mod tests {
         assert_eq!(lanes.load().others, 1);
         drop(background);
         assert_eq!(lanes.load(), Load::default());
+    }
+
+    #[tokio::test]
+    async fn more_go_as_soon_as_the_link_shows_that_it_can_do_more() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let first = enter(&lanes, Priority::Likely, 2_000_000).now_or_never().unwrap();
+        let mut waiting = Box::pin(enter(&lanes, Priority::Likely, 2_000_000));
+        assert!((&mut waiting).now_or_never().is_none());
+        first.learned(policy());
+        assert!((&mut waiting).now_or_never().is_none(), "nothing new");
+        let far = Link {
+            rtt: Some(Duration::from_millis(80)),
+            bandwidth: Some(25e6),
+            warm: 0,
+        };
+        first.learned(Policy::of(far));
+        assert!(waiting.now_or_never().is_some());
     }
 
     #[tokio::test]

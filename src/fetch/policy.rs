@@ -16,24 +16,25 @@ const GUESSED_BANDWIDTH: f64 = 25e6;
 const REQUEST: f64 = 1.3;
 const SMALLEST_REQUEST: f64 = 64.0 * 1024.0;
 const LARGEST_REQUEST: f64 = 4.0 * 1024.0 * 1024.0;
-/// Requests side by side: enough that one always delivers while others wait for their answers or grow their windows. Each
-/// holds a decoder.
+/// Requests side by side: enough that one always delivers while others wait for their answers or grow their windows, and so
+/// many small ones as come to all that may be under way. Fewer would keep the link from showing what it can do. Each holds a
+/// decoder.
 const FEWEST_REQUESTS: f64 = 6.0;
-const MOST_REQUESTS: f64 = 16.0;
-const REQUEST_SHARE: f64 = 256.0 * 1024.0;
+const MOST_REQUESTS: f64 = 32.0;
+const SMALL_REQUEST: f64 = 256.0 * 1024.0;
 /// What may be under way that no reader waits for, in products: four fill any link. Beside demand less keeps it busy without
 /// much of a queue that a demand request would have to wait behind; for what nobody may ever want, least.
 const UNDER_WAY: f64 = 4.0;
 const UNDER_WAY_BESIDE_DEMAND: f64 = 3.0;
 const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
-const MOST_UNDER_WAY: f64 = 48.0 * 1024.0 * 1024.0;
+const MOST_UNDER_WAY: f64 = 24.0 * 1024.0 * 1024.0;
 
 /// What nobody may ever want comes beside demand in one request at a time, which takes the link for so many round trips, or
 /// for so long where these are short: a demand request waits no longer than that behind it.
 const BACKGROUND_DELAY: f64 = 0.8;
 const LEAST_BACKGROUND_DELAY: Duration = Duration::from_millis(4);
 const SMALLEST_BACKGROUND: f64 = 128.0 * 1024.0;
-const LARGEST_BACKGROUND: f64 = 8.0 * 1024.0 * 1024.0;
+const LARGEST_BACKGROUND: f64 = 4.0 * 1024.0 * 1024.0;
 /// So many of these at least are under way while nobody reads.
 const BACKGROUND_REQUESTS: f64 = 4.0;
 
@@ -122,26 +123,28 @@ impl Policy {
 
     /// The most requests side by side, those of demand apart.
     pub fn requests(&self) -> usize {
-        (self.exact_product() / REQUEST_SHARE).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
+        (UNDER_WAY * self.exact_product() / SMALL_REQUEST).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
     }
 
-    /// Unwanted compressed bytes between two wanted ranges that cost less than another request beside as many as there may be.
+    /// Unwanted compressed bytes between two wanted ranges that cost less than another request beside the fewest there are.
     pub fn gap(&self) -> u64 {
-        (self.exact_product() / self.requests() as f64) as u64
+        (self.exact_product() / FEWEST_REQUESTS).min(SMALL_REQUEST) as u64
     }
 
     /// Compressed bytes that may be under way for one of the priorities below demand.
     pub fn under_way(&self, priority: Priority, beside_demand: bool) -> u64 {
-        let (products, least) = match (beside_demand, priority) {
-            (true, Priority::Background) => return self.background_request(),
-            (true, _) => (UNDER_WAY_BESIDE_DEMAND, LEAST_UNDER_WAY),
-            (false, Priority::Background) => {
-                let some = BACKGROUND_REQUESTS * self.background_request() as f64;
-                (UNDER_WAY, some.max(LEAST_UNDER_WAY))
-            }
-            (false, _) => (UNDER_WAY, LEAST_UNDER_WAY),
+        let products = if beside_demand {
+            UNDER_WAY_BESIDE_DEMAND
+        } else {
+            UNDER_WAY
         };
-        (self.exact_product() * products).clamp(least, MOST_UNDER_WAY) as u64
+        let some = (self.exact_product() * products).max(LEAST_UNDER_WAY);
+        let bytes = match priority {
+            Priority::Background if beside_demand => self.background_request() as f64,
+            Priority::Background => some.max(BACKGROUND_REQUESTS * self.background_request() as f64),
+            _ => some,
+        };
+        bytes.min(MOST_UNDER_WAY) as u64
     }
 
     /// The furthest that a sequential reader is read ahead of, in compressed bytes.
@@ -187,12 +190,16 @@ mod tests {
         assert_eq!(policy(80, 100.0).request(), 1_300_000);
         assert_eq!(policy(1, 100.0).request(), 64 << 10);
         assert_eq!(policy(80, 1000.0).request(), 4 << 20);
-        assert_eq!((policy(20, 200.0).requests(), policy(80, 1000.0).requests()), (6, 16));
-        assert_eq!(policy(20, 200.0).gap(), 83_333);
+        let requests = |ms, mbit| policy(ms, mbit).requests();
+        assert_eq!(
+            (requests(1, 100.0), requests(20, 200.0), requests(80, 1000.0)),
+            (6, 7, 32)
+        );
+        assert_eq!((policy(20, 200.0).gap(), policy(80, 1000.0).gap()), (83_333, 256 << 10));
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, true), 400_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Likely, true), 1_500_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, false), 2_000_000);
-        assert!(policy(500, 10_000.0).under_way(Priority::Likely, false) <= 48 << 20);
+        assert!(policy(500, 10_000.0).under_way(Priority::Likely, false) <= 24 << 20);
     }
 
     #[test]

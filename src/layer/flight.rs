@@ -242,7 +242,9 @@ async fn decode(
         .map_err(unreadable)?;
     while let Some(bytes) = stream.next().await {
         let bytes = bytes.map_err(unreadable)?;
-        timing.came();
+        if timing.came() {
+            pass.learned(layer.policy());
+        }
         layer.stats.fetched_more(bytes.len());
         let unwanted = skip.min(bytes.len() as u64);
         skip -= unwanted;
@@ -252,6 +254,7 @@ async fn decode(
             })
             .map_err(corrupt)?;
         if decoder.is_done() {
+            pass.learned(layer.policy());
             timing.log(delivery.run, pass);
             return Ok(());
         }
@@ -277,9 +280,11 @@ impl Timing {
         }
     }
 
-    /// Bytes came.
-    fn came(&mut self) {
+    /// Bytes came; whether they were the first.
+    fn came(&mut self) -> bool {
+        let first = self.first.is_none();
         self.first.get_or_insert(self.start.elapsed());
+        first
     }
 
     fn log(&self, run: &Run, pass: &Pass) {
