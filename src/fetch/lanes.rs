@@ -3,7 +3,8 @@
 //! Demand has places of its own and gets its pass at once unless all of those are taken. Everybody else shares what the link
 //! has room for: a number of requests, and bytes under way, of which there are fewer while a reader waits for something, so
 //! that its answer does not queue behind theirs. A request under way is not taken back: they are short, and a connection
-//! thrown away costs more than the end of one.
+//! thrown away costs more than the end of one. What nobody may ever want leaves link and processor alone most of the time
+//! while somebody reads.
 //!
 //! Invariants: a pass is given to the highest priority that waits; one request is always let through, however large; a pass
 //! that is dropped, or whose receiver went away before it arrived, makes room for the next.
@@ -22,7 +23,9 @@ use super::{Policy, Priority};
 const DEMAND: usize = 8;
 /// After this long without demand the reader is busy with itself, or gone.
 const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
-
+/// While there is demand, what nobody may ever want comes one request at a time, and rests for so many times as long as that
+/// took: it takes a fifth of the link and of the processor's time at most.
+const REST: u32 = 4;
 /// The longest that others give way to demand: there may be no end of it, and they have less under way beside it as it is.
 const LONGEST_WAY: Duration = Duration::from_millis(100);
 
@@ -54,6 +57,8 @@ struct State {
     last_demand: Option<Instant>,
     /// When the link will have sent what demand has asked for, had it begun at once.
     clear: Option<Instant>,
+    /// Until when what nobody may ever want rests if there is demand.
+    rested: Option<Instant>,
     policy: Option<Policy>,
     waiting: [VecDeque<Waiter>; 4],
 }
@@ -72,6 +77,7 @@ pub struct Pass {
     bytes: u64,
     before: u64,
     waited: Duration,
+    since: Instant,
 }
 
 impl Pass {
@@ -127,7 +133,17 @@ impl Lanes {
                 lanes.give_way().await;
             }
             pass.waited = start.elapsed();
+            pass.since = Instant::now();
             pass
+        }
+    }
+
+    /// Waits until a request of this priority may line up: at once, but for what nobody may ever want, which rests between
+    /// two requests while there is demand.
+    pub async fn rest(&self, priority: Priority) {
+        let rested = || self.state.lock().expect("no panic while locked").rested();
+        while let Some(rested) = rested().filter(|_| priority == Priority::Background) {
+            tokio::time::sleep_until(rested.into()).await;
         }
     }
 
@@ -166,6 +182,7 @@ impl Lanes {
                         bytes,
                         before,
                         waited: Duration::ZERO,
+                        since: Instant::now(),
                     };
                     admitted.push((pass, given));
                 }
@@ -184,6 +201,10 @@ impl Lanes {
             _ => {
                 state.others -= 1;
                 state.bytes -= pass.bytes;
+                if pass.priority == Priority::Background {
+                    let rest = (pass.since.elapsed() * REST).min(DEMAND_IS_OVER);
+                    state.rested = Some(Instant::now() + rest);
+                }
             }
         }
         let admitted = self.admit(&mut state);
@@ -226,10 +247,25 @@ impl State {
         let Some(policy) = self.policy.filter(|_| self.others > 0) else {
             return true;
         };
-        let recent = self.last_demand.is_some_and(|last| last.elapsed() < DEMAND_IS_OVER);
-        let beside_demand = self.demand > 0 || recent;
+        let beside_demand = self.demand_until().is_some_and(|until| until > Instant::now());
         let room = policy.under_way(priority, beside_demand);
         self.others < policy.requests() && self.bytes + bytes <= room
+    }
+
+    /// Until when there is demand, as far as one knows: for a while longer after the last that there was.
+    fn demand_until(&self) -> Option<Instant> {
+        let last = if self.demand > 0 {
+            Some(Instant::now())
+        } else {
+            self.last_demand
+        };
+        last.map(|last| last + DEMAND_IS_OVER)
+    }
+
+    /// When the next request for what nobody may ever want may line up, if not now.
+    fn rested(&self) -> Option<Instant> {
+        let rested = self.rested?.min(self.demand_until()?);
+        (rested > Instant::now()).then_some(rested)
     }
 
     fn enter(&mut self, priority: Priority, bytes: u64) {
@@ -341,6 +377,37 @@ mod tests {
         passes.pop();
         assert!(next.now_or_never().is_some());
         other.await;
+    }
+
+    #[tokio::test]
+    async fn what_nobody_may_ever_want_rests_beside_demand() {
+        let lanes: Arc<Lanes> = Arc::default();
+        let background = async || {
+            lanes.rest(Priority::Background).await;
+            let pass = enter(&lanes, Priority::Background, 100_000).await;
+            let start = Instant::now();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            drop(pass);
+            start
+        };
+        background().await;
+        assert!(
+            lanes.rest(Priority::Background).now_or_never().is_some(),
+            "nobody reads"
+        );
+        let reader = enter(&lanes, Priority::Demand, 1).await;
+        let start = background().await;
+        assert!(lanes.rest(Priority::Likely).now_or_never().is_some());
+        lanes.rest(Priority::Background).await;
+        assert!(start.elapsed() >= Duration::from_millis(50));
+        drop(reader);
+        background().await;
+        assert!(
+            lanes.rest(Priority::Background).now_or_never().is_none(),
+            "it may read on"
+        );
+        lanes.state.lock().unwrap().last_demand = Some(Instant::now() - DEMAND_IS_OVER);
+        assert!(lanes.rest(Priority::Background).now_or_never().is_some());
     }
 
     #[tokio::test]

@@ -13,8 +13,10 @@ use crate::fetch::{Policy, Priority, Wanted, runs};
 use crate::layer::{LayerError, flown};
 use crate::profile::Profile;
 
-/// Requests that wait for their turn at once, each for at most the link's share: more than ever get it.
+/// Requests of a profile that wait for their turn at once, each for at most the link's share: more than ever get it.
 const LINED_UP: usize = 32;
+/// Requests under way at once: more than there ever are.
+const UNDER_WAY: usize = 64;
 
 impl Image {
     /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint. If it says nothing,
@@ -24,7 +26,7 @@ impl Image {
         if profile.touches.is_empty() {
             self.expect_start();
         }
-        self.fetch(self.plan(profile), Priority::Likely).await
+        self.fetch(self.plan(profile), Priority::Likely, LINED_UP).await
     }
 
     /// The requests that bring what a profile names and is not here.
@@ -55,7 +57,8 @@ impl Image {
     /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
     /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
     pub async fn complete(&self) -> Result<usize, LayerError> {
-        self.fetch(self.missing(), Priority::Background).await?;
+        // One by one, for each may have to rest first.
+        self.fetch(self.missing(), Priority::Background, 1).await?;
         // What other processes were fetching at that moment comes from them, or, if they gave up, from here.
         for (position, run) in self.missing() {
             self.layers[position].await_spans(run).await?;
@@ -77,23 +80,26 @@ impl Image {
         })
     }
 
-    /// Fetches runs of spans in order, as many side by side as the link takes.
+    /// Fetches runs of spans in order, as many side by side as the link takes, of which so many line up at once.
     async fn fetch(
         &self,
         runs: impl IntoIterator<Item = (usize, Range<u32>), IntoIter: Send>,
         priority: Priority,
+        lined_up: usize,
     ) -> Result<(), LayerError> {
         futures::stream::iter(runs)
             .map(|(position, run)| {
                 let layer = self.layers[position].clone();
-                async move {
-                    for flight in layer.prefetch(run, priority).await {
-                        flown(flight).await?;
-                    }
-                    Ok(())
-                }
+                async move { layer.prefetch(run, priority).await }
             })
-            .buffer_unordered(LINED_UP)
+            .buffer_unordered(lined_up)
+            .map(async |flights| {
+                for flight in flights {
+                    flown(flight).await?;
+                }
+                Ok(())
+            })
+            .buffer_unordered(UNDER_WAY)
             .try_collect::<()>()
             .await
     }

@@ -91,6 +91,7 @@ impl Layer {
         if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
             return Vec::new();
         }
+        self.lanes.rest(priority).await;
         let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
         self.settle(spans.clone());
         let runs = self.claim(&mut self.flights.board(), spans, priority);
