@@ -21,11 +21,10 @@ use super::{Policy, Priority};
 /// Demand requests under way at once. Each holds a decoder and a span, and more readers than this rarely wait for different
 /// places.
 const DEMAND: usize = 8;
-/// After this long without demand the reader is busy with itself, or gone.
-const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
 /// While there is demand, what nobody may ever want comes one request at a time, and rests for so many times as long as that
-/// took: it takes a fifth of the link and of the processor's time at most.
+/// took: it takes a fifth of the link and of the processor's time at most, if that is not too long a rest.
 const REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_millis(300);
 /// The longest that others give way to demand: there may be no end of it, and they have less under way beside it as it is.
 const LONGEST_WAY: Duration = Duration::from_millis(100);
 
@@ -204,7 +203,7 @@ impl Lanes {
                 state.others -= 1;
                 state.bytes -= pass.bytes;
                 if pass.priority == Priority::Background {
-                    let rest = (pass.since.elapsed() * REST).min(DEMAND_IS_OVER);
+                    let rest = (pass.since.elapsed() * REST).min(LONGEST_REST);
                     state.rested = Some(Instant::now() + rest);
                 }
             }
@@ -257,11 +256,11 @@ impl State {
     /// Until when there is demand, as far as one knows: for a while longer after the last that there was.
     fn demand_until(&self) -> Option<Instant> {
         let last = if self.demand > 0 {
-            Some(Instant::now())
+            Instant::now()
         } else {
-            self.last_demand
+            self.last_demand?
         };
-        last.map(|last| last + DEMAND_IS_OVER)
+        Some(last + self.policy?.demand_is_over())
     }
 
     /// When the next request for what nobody may ever want may line up, if not now.
@@ -409,7 +408,7 @@ mod tests {
             lanes.rest(Priority::Background).now_or_never().is_none(),
             "it may read on"
         );
-        lanes.state.lock().unwrap().last_demand = Some(Instant::now() - DEMAND_IS_OVER);
+        lanes.state.lock().unwrap().last_demand = Some(Instant::now() - policy().demand_is_over());
         assert!(lanes.rest(Priority::Background).now_or_never().is_some());
     }
 

@@ -35,8 +35,14 @@ const BACKGROUND_DELAY: f64 = 0.8;
 const LEAST_BACKGROUND_DELAY: Duration = Duration::from_millis(4);
 const SMALLEST_BACKGROUND: f64 = 128.0 * 1024.0;
 const LARGEST_BACKGROUND: f64 = 4.0 * 1024.0 * 1024.0;
-/// So many of these at least are under way while nobody reads.
+/// So many of these at least are under way while nobody reads,
 const BACKGROUND_REQUESTS: f64 = 4.0;
+/// and so many until the link was measured: the first reader may come over one that turns out slow.
+const FIRST_BACKGROUND_REQUESTS: f64 = 2.0;
+
+/// After this long without demand, or after so many round trips where they are long, the reader is busy with itself, or gone.
+const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
+const ROUND_TRIPS_OF_DEMAND: u32 = 10;
 
 /// A response does not come at the full rate from its first byte on.
 const TRANSFER: f64 = 1.5;
@@ -59,6 +65,8 @@ pub struct Policy {
     rtt: Duration,
     /// Bytes per second.
     bandwidth: f64,
+    /// Whether both were measured.
+    known: bool,
     warm: u64,
 }
 
@@ -68,6 +76,7 @@ impl Policy {
         Self {
             rtt: link.rtt.unwrap_or(GUESSED_RTT),
             bandwidth: link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
+            known: link.rtt.is_some() && link.bandwidth.is_some(),
             warm: link.warm,
         }
     }
@@ -141,10 +150,16 @@ impl Policy {
         let some = (self.exact_product() * products).max(LEAST_UNDER_WAY);
         let bytes = match priority {
             Priority::Background if beside_demand => self.background_request() as f64,
+            Priority::Background if !self.known => FIRST_BACKGROUND_REQUESTS * self.background_request() as f64,
             Priority::Background => some.max(BACKGROUND_REQUESTS * self.background_request() as f64),
             _ => some,
         };
         bytes.min(MOST_UNDER_WAY) as u64
+    }
+
+    /// How long after the last demand request one has to reckon with the next.
+    pub fn demand_is_over(&self) -> Duration {
+        DEMAND_IS_OVER.max(self.rtt * ROUND_TRIPS_OF_DEMAND)
     }
 
     /// The furthest that a sequential reader is read ahead of, in compressed bytes.
@@ -200,6 +215,8 @@ mod tests {
         assert_eq!(policy(20, 200.0).under_way(Priority::Likely, true), 1_500_000);
         assert_eq!(policy(20, 200.0).under_way(Priority::Background, false), 2_000_000);
         assert!(policy(500, 10_000.0).under_way(Priority::Likely, false) <= 24 << 20);
+        let over = |ms| policy(ms, 100.0).demand_is_over().as_millis();
+        assert_eq!((over(1), over(20), over(80)), (300, 300, 800));
     }
 
     #[test]
@@ -225,7 +242,20 @@ mod tests {
             bandwidth: None,
             warm: 0,
         });
-        assert_eq!(unknown, policy(20, 200.0));
+        let known = policy(20, 200.0);
+        assert_eq!(
+            (unknown.request(), unknown.parts(1 << 20, Priority::Likely, 0)),
+            (known.request(), 8)
+        );
+        assert_eq!(
+            unknown.under_way(Priority::Likely, false),
+            known.under_way(Priority::Likely, false)
+        );
+        assert_eq!(
+            unknown.under_way(Priority::Background, false),
+            800_000,
+            "it may be slower than that"
+        );
         let dead = Policy::of(Link {
             rtt: Some(Duration::ZERO),
             bandwidth: Some(0.0),
