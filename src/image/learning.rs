@@ -1,11 +1,11 @@
 //! Profiles in the store: the one for an image, and learning from the start that is going on.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::oci::Digest;
-use crate::profile::{Label, Profile, ProfiledLayer, Recorder};
+use crate::profile::{Label, Profile, ProfileError, ProfiledLayer, Recorder};
 use crate::resolve::ResolvedImage;
 use crate::store::{Durability, Store, StoreError};
 
@@ -106,11 +106,14 @@ impl Drop for Kept {
         }
         let learning = &mut self.learning;
         let profile = &mut learning.profile;
-        // Another mount of the image may have learned meanwhile.
-        if let Some(known) = stored(&learning.store, &profile.manifest, &profile.label)
-            && known.layers == profile.layers
-        {
-            *profile = known;
+        match read(&learning.store, &profile.manifest, &profile.label) {
+            // Another mount of the image may have learned meanwhile.
+            Ok(Some(known)) if known.layers == profile.layers => *profile = known,
+            Err(error @ ProfileError::Version { .. }) => {
+                tracing::info!(%error, "leaving the stored profile as it is");
+                return;
+            }
+            _ => {}
         }
         profile.learn(&run);
         match learning.save() {
@@ -139,26 +142,27 @@ impl Profile {
     }
 }
 
-/// A profile in the store; one that cannot be read counts as none.
+/// A profile in the store; one that cannot be read, or not by this version, counts as none.
 pub fn stored(store: &Store, manifest: &Digest, label: &Label) -> Option<Profile> {
-    let path = store.profile(manifest, label.as_str())?;
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "cannot read a stored profile");
-            return None;
-        }
+    read(store, manifest, label).unwrap_or_else(|error| {
+        tracing::warn!(%manifest, label = label.as_str(), %error, "cannot use a stored profile");
+        None
+    })
+}
+
+fn read(store: &Store, manifest: &Digest, label: &Label) -> Result<Option<Profile>, ProfileError> {
+    let Some(path) = store.profile(manifest, label.as_str()) else {
+        return Ok(None);
     };
-    match Profile::decode(&bytes) {
-        Ok(profile) if profile.manifest == *manifest && profile.label == *label => Some(profile),
-        Ok(_) => {
-            tracing::warn!(path = %path.display(), "a stored profile is of another image");
-            None
-        }
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "a stored profile is damaged");
-            None
-        }
+    let bytes = match std::fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        bytes => bytes?,
+    };
+    let profile = Profile::decode(&bytes)?;
+    if profile.manifest != *manifest || profile.label != *label {
+        return Err(ProfileError::Invalid {
+            reason: "it is of another image or label",
+        });
     }
+    Ok(Some(profile))
 }
