@@ -20,7 +20,9 @@ const LONGEST_LINE: usize = 128;
 /// Most program headers, entries of the dynamic section, and libraries. Real files have some ten, thirty and a hundred.
 const MOST_SEGMENTS: u16 = 64;
 const MOST_DYNAMIC: u64 = 16 << 10;
-const MOST_LIBRARIES: usize = 512;
+const MOST_LIBRARIES: usize = 256;
+/// Most places where a program's libraries are looked for first. Real files have one or two.
+const MOST_PLACES: usize = 16;
 /// A file up to this size is read as good as whole when it is loaded; of a larger one the loader reads the tables at its
 /// beginning, of which this much, and the data it relocates.
 const SMALL: u64 = 8 << 20;
@@ -46,6 +48,13 @@ pub struct Program {
 pub type ReadAt<'a> = dyn FnMut(u64, &mut [u8]) -> bool + 'a;
 
 impl Program {
+    /// Bytes that its names and ranges take, about.
+    pub fn size(&self) -> usize {
+        let names = self.libraries.iter().chain(&self.search);
+        let names = names.chain(&self.interpreter).chain(&self.argument);
+        size_of::<Self>() + names.map(|name| size_of::<String>() + name.len()).sum::<usize>() + 16 * self.hot.len()
+    }
+
     /// Looks into a file of `size` bytes; nothing if it is no program.
     pub fn look(size: u64, read: &mut ReadAt<'_>) -> Option<Self> {
         let mut start = vec![0; size.min(LONGEST_LINE as u64) as usize];
@@ -152,7 +161,8 @@ impl<'a, 'r> Elf<'a, 'r> {
                 abi::DT_RUNPATH | abi::DT_RPATH => {
                     let path = name(self)?;
                     let places = path.split(':').filter(|place| !place.is_empty());
-                    program.search.extend(places.map(str::to_owned));
+                    let room = MOST_PLACES - program.search.len();
+                    program.search.extend(places.take(room).map(str::to_owned));
                 }
                 _ => {}
             }
@@ -244,7 +254,7 @@ mod tests {
             }
             bytes.truncate(cut.max(64));
             if let Some(program) = look(&bytes) {
-                prop_assert!(program.libraries.len() <= MOST_LIBRARIES);
+                prop_assert!(program.libraries.len() <= MOST_LIBRARIES && program.search.len() <= MOST_PLACES);
                 prop_assert!(program.hot.iter().all(|range| range.end <= bytes.len() as u64));
             }
         }

@@ -12,8 +12,11 @@ use crate::store::{Durability, Store, StoreError};
 use crate::toc::{DataLayout, EntryKind, Toc, TocEntry};
 
 const VERSION: u32 = 1;
-/// A larger file is not read; one of a hundred thousand programs is smaller.
-const LARGEST_FILE: u64 = 64 << 20;
+/// What is noted of the programs of one layer takes about so much memory at most; more programs are left out. Real layers
+/// have a few thousand, of 300 bytes each.
+const MOST_NOTED: usize = 8 << 20;
+/// A larger file is not read; those that are written are smaller.
+const LARGEST_FILE: u64 = 4 * MOST_NOTED as u64;
 
 /// Programs and libraries by the device offset of their content.
 pub type Programs = HashMap<u64, Program>;
@@ -27,6 +30,7 @@ struct File {
 
 /// Looks into the programs of a layer whose content is on its device.
 pub(super) fn look(toc: &Toc, layer: &Layer) -> Programs {
+    let mut room = MOST_NOTED;
     let candidates = toc.entries.iter().filter_map(candidate);
     let programs = candidates.filter_map(|(device, size)| {
         let program = Program::look(size, &mut |offset, buf| {
@@ -35,7 +39,12 @@ pub(super) fn look(toc: &Toc, layer: &Layer) -> Programs {
         });
         Some((device, program?))
     });
-    programs.collect()
+    let fits = |(_, program): &(u64, Program)| {
+        let left = room.checked_sub(program.size());
+        room = left.unwrap_or_default();
+        left.is_some()
+    };
+    programs.take_while(fits).collect()
 }
 
 /// Device offset and size of a file that may be a program or a library.
