@@ -15,7 +15,7 @@ mod programs;
 mod tree_file;
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -155,6 +155,7 @@ impl Preparation {
             tree,
             layers,
             programs,
+            eager: AtomicBool::new(false),
             profiled: AtomicBool::new(false),
             runtime: Handle::current(),
             last_failure: Mutex::default(),
@@ -246,6 +247,8 @@ pub struct Image {
     layers: Vec<Arc<Layer>>,
     /// What its programs need, if that is known.
     programs: Option<Programs>,
+    /// Whether what was not read yet may be guessed.
+    eager: AtomicBool,
     /// Whether what the start reads is known from earlier ones.
     profiled: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
@@ -290,8 +293,9 @@ impl Image {
         }
     }
 
-    /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`].
+    /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`], and what programs need.
     pub fn be_eager(&self) {
+        self.eager.store(true, Ordering::Relaxed);
         for layer in &self.layers {
             layer.be_eager();
         }

@@ -39,6 +39,7 @@ use flight::Run;
 pub use flight::{Flown, flown};
 pub use memory::SpanMemory;
 pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
+pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 use stripes::Ahead;
@@ -103,6 +104,8 @@ pub struct Layer {
     device: Option<DataDevice>,
     /// Reading the device failed: from then on it is left alone.
     device_broken: AtomicBool,
+    /// The last span that was fetched could be kept.
+    keeps: AtomicBool,
     memory: Arc<SpanMemory>,
     budget: Arc<CacheBudget>,
     health: Arc<Health>,
@@ -153,9 +156,9 @@ impl Layer {
         self.recorder.get_or_init(|| (position, recorder));
     }
 
-    /// Whether what is fetched is kept on disk.
-    pub fn has_device(&self) -> bool {
-        self.device().is_some()
+    /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
+    pub fn keeps(&self) -> bool {
+        self.device().is_some() && self.keeps.load(Ordering::Relaxed)
     }
 
     /// Spans that need no fetch, and their compressed bytes.
@@ -364,11 +367,11 @@ impl Layer {
         }
     }
 
-    /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; without a device only as much
-    /// as memory can hold beside what others read, for the rest would be gone before anybody asks for it.
+    /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; if it cannot be kept only as
+    /// much as memory can hold beside what others read, for the rest would be gone before anybody asks for it.
     fn wanted_of_group(&self, span: u32, end: u32) -> Range<u32> {
         let group = self.index.group(SpanId(span));
-        if self.device().is_some() {
+        if self.keeps() {
             return group;
         }
         let start = self.index.tar_range(SpanId(span)).start;

@@ -6,16 +6,20 @@
 //! STORE/layers/ALG-HEX/spans         span index            } by digest of the layer's blob,
 //!                      toc           table of contents     } written once by the pass that
 //!                      extents       extent table          } verified the whole layer
+//!                      programs      what its programs need, a hint
 //!                      data          data device, sparse, and which spans it holds
 //!                      lock          held by the process that indexes the layer
 //! STORE/trees/ALG-HEX.erofs          merged tree, by digest of the manifest
+//! STORE/trees/ALG-HEX.programs       which of its programs load which files, a hint
+//! STORE/profiles/ALG-HEX.LABEL       what starts of an image's program read, a hint
+//! STORE/{documents,profiles}/of/     which of them belong to a repository or reference
 //! STORE/uppers/ID/                   private upper directories of writable mounts
 //! STORE/tmp/RANDOM                   files being written
 //! ```
 //!
 //! Invariants: a file outside `tmp` is complete, because it was renamed there. Documents are checked against the digest in their
-//! name, spans, toc and extents against one that they carry, when they are read; a tree was flushed before it got its name;
-//! `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else.
+//! name, spans, toc and extents against one that they carry, when they are read; a tree was flushed before it got its name; a
+//! hint that does not parse counts as none; `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else.
 //! What is in a store that cannot be written is used but for `data`; one that cannot even be opened is replaced by
 //! [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
 
@@ -397,7 +401,7 @@ fn create_parent(target: &Path) -> io::Result<()> {
 /// Whether a published file must survive a power cut whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// The file is checked as a whole whenever it is read, so a torn one is found.
+    /// A torn file is found whenever it is read: it is checked as a whole, or does not parse.
     Lazy,
     /// The file is not checked as a whole: flush it before its name appears.
     Synced,

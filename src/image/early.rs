@@ -23,7 +23,7 @@ pub struct Early {
 
 /// A profile being replayed; ends when dropped.
 #[derive(Debug)]
-pub struct Replay(JoinHandle<Result<(), LayerError>>);
+pub struct Replay(JoinHandle<Result<bool, LayerError>>);
 
 impl Early {
     /// Begins with an image that the store knows; nothing if that would mean to stream layers. Replays the profile with this
@@ -44,12 +44,12 @@ impl Early {
                 Err(error) => {
                     // Whoever finishes the preparation for good hears of it.
                     tracing::debug!(%error, "cannot open the image early");
-                    return Ok(());
+                    return Ok(false);
                 }
             };
-            let Some(label) = label else { return Ok(()) };
+            let Some(label) = label else { return Ok(true) };
             let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
-            image.replay(learning.profile()).await
+            image.replay(learning.profile()).await.map(|()| true)
         });
         Some(Self {
             preparation,
@@ -68,13 +68,13 @@ impl Replay {
     /// Replays a profile on an image that is open.
     pub fn begin(image: &Arc<Image>, profile: crate::profile::Profile) -> Self {
         let image = image.clone();
-        Self(tokio::spawn(async move { image.replay(&profile).await }))
+        Self(tokio::spawn(async move { image.replay(&profile).await.map(|()| true) }))
     }
 
-    /// Waits until all of it is here.
-    pub async fn end(mut self) -> Result<(), LayerError> {
+    /// Waits until all of it is here; false if it never began, because the image could not be opened then.
+    pub async fn end(mut self) -> Result<bool, LayerError> {
         // The runtime ends, and nobody is interested any more; or it panicked, and said so.
-        (&mut self.0).await.unwrap_or(Ok(()))
+        (&mut self.0).await.unwrap_or(Ok(true))
     }
 }
 

@@ -2,10 +2,9 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 
 use super::Image;
 use crate::blob::Link;
@@ -19,14 +18,23 @@ const LINED_UP: usize = 32;
 const UNDER_WAY: usize = 64;
 
 impl Image {
-    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint. If it says nothing,
-    /// the image's own program is expected.
-    pub async fn replay(self: &Arc<Self>, profile: &Profile) -> Result<(), LayerError> {
-        self.profiled.store(!profile.touches.is_empty(), Ordering::Relaxed);
+    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint, and from then on what
+    /// it says is guessed at like anything else. If it says nothing, the image's own program is expected.
+    pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
         if profile.touches.is_empty() {
-            self.expect_start();
+            self.expect_start().await;
+            return Ok(());
         }
-        self.fetch(self.plan(profile), Priority::Likely, LINED_UP).await
+        self.profiled.store(true, Ordering::Relaxed);
+        let plan = futures::stream::iter(self.plan(profile));
+        let replayed = self.fetch(plan, Priority::Likely, LINED_UP).await;
+        if replayed.is_err() {
+            self.profiled.store(false, Ordering::Relaxed);
+            for layer in &self.layers {
+                layer.forget_foreseen();
+            }
+        }
+        replayed.map(drop)
     }
 
     /// The requests that bring what a profile names and is not here.
@@ -34,7 +42,7 @@ impl Image {
         let mut seen = HashSet::new();
         let mut wanted = Vec::new();
         // What there is no disk for must not push out of memory what is being read.
-        let mut room = self.layers.iter().all(|layer| layer.has_device()).then_some(u64::MAX);
+        let mut room = self.layers.iter().all(|layer| layer.keeps()).then_some(u64::MAX);
         let room = room.get_or_insert_with(|| self.layers.first().map_or(0, |layer| layer.memory_budget() / 2));
         for (position, tar) in profile.ranges() {
             let Some(layer) = self.layers.get(position) else {
@@ -58,50 +66,49 @@ impl Image {
     /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
     pub async fn complete(&self) -> Result<usize, LayerError> {
         // One by one, for each may have to rest first.
-        self.fetch(self.missing(), Priority::Background, 1).await?;
-        // What other processes were fetching at that moment comes from them, or, if they gave up, from here.
-        for (position, run) in self.missing() {
-            self.layers[position].await_spans(run).await?;
+        let theirs = self.fetch(self.missing(), Priority::Background, 1).await?;
+        // What others were fetching at that moment comes from them, or, if they gave up, from here.
+        for (position, span) in theirs {
+            self.layers[position].await_span(span).await?;
         }
         Ok(self.layers.iter().map(|layer| layer.absent()).sum())
     }
 
     /// The requests that bring what is not on the local devices. Their size is decided one by one as they are taken: by then
     /// the link is known better.
-    fn missing(&self) -> impl Iterator<Item = (usize, Range<u32>)> + Send {
-        let kept = self.layers.iter().enumerate().filter(|(_, layer)| layer.has_device());
-        kept.flat_map(move |(position, layer)| {
-            let mut from = 0;
-            std::iter::from_fn(move || {
-                let run = layer.next_missing(from, self.policy().background_request())?;
-                from = run.end;
-                Some((position, run))
+    fn missing(&self) -> impl Stream<Item = (usize, Range<u32>)> + Send {
+        futures::stream::iter(self.layers.iter().enumerate()).flat_map(move |(position, layer)| {
+            futures::stream::unfold(0, move |from| async move {
+                let run = layer.next_missing(from, self.policy().background_request()).await?;
+                let end = run.end;
+                Some(((position, run), end))
             })
         })
     }
 
-    /// Fetches runs of spans in order, as many side by side as the link takes, of which so many line up at once.
+    /// Fetches runs of spans in order, as many side by side as the link takes, of which so many line up at once. Returns the
+    /// layers and spans that somebody else was fetching.
     async fn fetch(
         &self,
-        runs: impl IntoIterator<Item = (usize, Range<u32>), IntoIter: Send>,
+        runs: impl Stream<Item = (usize, Range<u32>)> + Send,
         priority: Priority,
         lined_up: usize,
-    ) -> Result<(), LayerError> {
-        futures::stream::iter(runs)
-            .map(|(position, run)| {
-                let layer = self.layers[position].clone();
-                async move { layer.prefetch(run, priority).await }
-            })
-            .buffer_unordered(lined_up)
-            .map(async |flights| {
-                for flight in flights {
-                    flown(flight).await?;
-                }
-                Ok(())
-            })
-            .buffer_unordered(UNDER_WAY)
-            .try_collect::<()>()
-            .await
+    ) -> Result<Vec<(usize, u32)>, LayerError> {
+        runs.map(|(position, run)| {
+            let layer = self.layers[position].clone();
+            async move { (position, layer.prefetch(run, priority).await) }
+        })
+        .buffer_unordered(lined_up)
+        .map(async |(position, begun)| {
+            let mut theirs = begun.flying;
+            for flight in begun.flights {
+                theirs.extend(flown(flight).await?);
+            }
+            Ok(theirs.into_iter().map(move |span| (position, span)).collect::<Vec<_>>())
+        })
+        .buffer_unordered(UNDER_WAY)
+        .try_concat()
+        .await
     }
 
     /// The way to the largest layer, for most of the bytes come from where that one does.

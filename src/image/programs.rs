@@ -5,7 +5,8 @@
 //! together for the merged tree, and kept beside it. When a program's first bytes are read, everything that its loader will
 //! ask for is fetched at once.
 //!
-//! It is a hint, made of the image's own content: what is damaged or wrong costs bandwidth and nothing else.
+//! It is a hint, made of the image's own content: what is damaged or wrong costs bandwidth, and a bounded time before the image
+//! is ready the first time.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -27,6 +28,11 @@ const VERSION: u32 = 1;
 const LARGEST_FILE: u64 = 64 << 20;
 /// Programs whose needs are fetched in the life of a mount. Whoever begins more of them is looking at files, not running them.
 const MOST_STARTS: usize = 64;
+/// What is known of the programs of all layers takes about so much memory at most; further layers count as having none.
+const MOST_KNOWN: usize = 32 << 20;
+/// Directory entries that are looked up to find what all programs of an image name. Real images take a tenth of that; then the
+/// rest is not looked for, lest an image made for it keeps the mount from getting ready.
+const MOST_LOOKUPS: usize = 2_000_000;
 /// Deepest directories, and symlinks on the way to a file (path_resolution(7)).
 const MOST_DEPTH: usize = 64;
 const MOST_LINKS: usize = 40;
@@ -151,7 +157,15 @@ pub(super) fn link(
     tree: &Reader<FileBytes>,
     layers: &[Digest],
 ) -> Result<Programs, ProgramsError> {
-    let layers: Vec<_> = layers.iter().map(|layer| stored_programs(store, layer)).collect();
+    let mut room = MOST_KNOWN;
+    let layers: Vec<_> = layers
+        .iter()
+        .map(|layer| {
+            let programs = stored_programs(store, layer)?;
+            room = room.checked_sub(programs.values().map(Program::size).sum())?;
+            Some(programs)
+        })
+        .collect();
     let found = find(tree, &layers)?;
     let programs = Programs::new(Linker::new(tree, &found).link(&found));
     programs.keep(store, manifest)?;
@@ -190,38 +204,40 @@ fn find(tree: &Reader<FileBytes>, layers: &[Option<layer::Programs>]) -> Result<
 }
 
 impl Image {
-    /// The image's own program will probably be run: what is loaded with it is fetched.
-    pub(super) fn expect_start(self: &Arc<Self>) {
+    /// The image's own program will probably be run: what is loaded with it is fetched. Returns when it is under way.
+    pub(super) async fn expect_start(&self) {
         let run = &self.resolved.config.config;
         let Some(word) = run.entrypoint.iter().chain(&run.cmd).next() else {
             return;
         };
         let ino = if word.contains('/') {
-            resolve(&self.tree, self.tree.root(), word.as_bytes())
+            Paths::new(&self.tree).resolve(self.tree.root(), word.as_bytes())
         } else {
             let path = run.env.iter().find_map(|variable| variable.strip_prefix("PATH="));
-            in_path(&self.tree, path.unwrap_or(PATH), word)
+            Paths::new(&self.tree).in_path(path.unwrap_or(PATH), word)
         };
-        if let Some(ino) = ino {
-            self.started(ino);
+        if let (Some(ino), Some(programs)) = (ino, &self.programs) {
+            self.fetch_all_ahead(programs.start(ino)).await;
         }
     }
 
-    /// A reader begins a file: if it is a program, what will be loaded with it is fetched.
+    /// A reader begins a file: if it is a program, what will be loaded with it is fetched, unless nothing is to be fetched
+    /// ahead but what lies right before readers, or a profile knows better.
     pub fn started(self: &Arc<Self>, ino: Nid) {
         let Some(programs) = &self.programs else { return };
-        // A profile knows better.
-        if self.profiled.load(Ordering::Relaxed) {
+        if !self.eager.load(Ordering::Relaxed) || self.profiled.load(Ordering::Relaxed) {
             return;
         }
         let loaded = programs.start(ino);
         if !loaded.is_empty() {
             let image = self.clone();
-            self.runtime.spawn(async move {
-                for (ino, range) in loaded {
-                    image.fetch_ahead(ino, range).await;
-                }
-            });
+            self.runtime.spawn(async move { image.fetch_all_ahead(loaded).await });
+        }
+    }
+
+    async fn fetch_all_ahead(&self, parts: Vec<(Nid, Range<u64>)>) {
+        for (ino, range) in parts {
+            self.fetch_ahead(ino, range).await;
         }
     }
 
@@ -250,7 +266,7 @@ struct Found {
 
 /// Finds what programs name.
 struct Linker<'a> {
-    tree: &'a Reader<FileBytes>,
+    paths: Paths<'a>,
     positions: HashMap<u64, u32>,
     directories: Vec<Nid>,
     /// Libraries in the usual places, by name.
@@ -260,8 +276,9 @@ struct Linker<'a> {
 impl<'a> Linker<'a> {
     fn new(tree: &'a Reader<FileBytes>, found: &[Found]) -> Self {
         let mut directories = Vec::new();
+        let mut paths = Paths::new(tree);
         for path in LIBRARY_DIRECTORIES {
-            let Some(directory) = resolve(tree, tree.root(), path) else {
+            let Some(directory) = paths.resolve(tree.root(), path) else {
                 continue;
             };
             // Those of architectures, such as x86_64-linux-gnu.
@@ -271,7 +288,7 @@ impl<'a> Linker<'a> {
             directories.push(directory);
         }
         Self {
-            tree,
+            paths,
             positions: found.iter().zip(0..).map(|(found, at)| (found.ino.0, at)).collect(),
             directories,
             libraries: HashMap::new(),
@@ -281,8 +298,9 @@ impl<'a> Linker<'a> {
     fn link(&mut self, found: &[Found]) -> Vec<Record> {
         let mut records: Vec<Record> = found.iter().map(|found| self.record(found)).collect();
         // What the loader itself reads.
-        if let Some(cache) = resolve(self.tree, self.tree.root(), LOADER_CACHE)
-            && let Ok(inode) = self.tree.inode(cache)
+        let tree = self.paths.tree;
+        if let Some(cache) = self.paths.resolve(tree.root(), LOADER_CACHE)
+            && let Ok(inode) = tree.inode(cache)
         {
             let position = records.len() as u32;
             let loaded = |found: &Found| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
@@ -306,7 +324,7 @@ impl<'a> Linker<'a> {
             needed.extend(self.find(found.directory, path.as_bytes()));
         }
         if let Some(name) = program.argument.as_ref().filter(|name| !name.contains('/')) {
-            needed.extend(in_path(self.tree, PATH, name));
+            needed.extend(self.paths.in_path(PATH, name));
         }
         for name in &program.libraries {
             needed.extend(self.by_soname(found, name.as_bytes()));
@@ -332,7 +350,7 @@ impl<'a> Linker<'a> {
             {
                 Some(rest) => {
                     let rest = rest.trim_start_matches('/');
-                    resolve(self.tree, of.directory, &join(rest.as_bytes(), name))
+                    self.paths.resolve(of.directory, &join(rest.as_bytes(), name))
                 }
                 None => self.find(of.directory, &join(place.as_bytes(), name)),
             };
@@ -343,53 +361,67 @@ impl<'a> Linker<'a> {
         if let Some(known) = self.libraries.get(name) {
             return *known;
         }
-        let found = self
-            .directories
-            .iter()
-            .find_map(|&directory| resolve(self.tree, directory, name));
+        let mut directories = self.directories.iter();
+        let found = directories.find_map(|&directory| self.paths.resolve(directory, name));
         self.libraries.insert(name.to_vec(), found);
         found
     }
 
-    fn find(&self, directory: Nid, path: &[u8]) -> Option<Nid> {
+    fn find(&mut self, directory: Nid, path: &[u8]) -> Option<Nid> {
         let from = if path.starts_with(b"/") {
-            self.tree.root()
+            self.paths.tree.root()
         } else {
             directory
         };
-        resolve(self.tree, from, path)
+        self.paths.resolve(from, path)
     }
 }
 
-/// A program in the directories of a search path.
-fn in_path(tree: &Reader<FileBytes>, path: &str, name: &str) -> Option<Nid> {
-    let mut places = path.split(':').map(|place| join(place.as_bytes(), name.as_bytes()));
-    places.find_map(|path| resolve(tree, tree.root(), &path))
+/// Follows paths in a tree, until it has looked up too much.
+struct Paths<'a> {
+    tree: &'a Reader<FileBytes>,
+    lookups: usize,
+}
+
+impl<'a> Paths<'a> {
+    fn new(tree: &'a Reader<FileBytes>) -> Self {
+        Self { tree, lookups: 0 }
+    }
+
+    /// A program in the directories of a search path.
+    fn in_path(&mut self, path: &str, name: &str) -> Option<Nid> {
+        let mut places = path.split(':').map(|place| join(place.as_bytes(), name.as_bytes()));
+        places.find_map(|path| self.resolve(self.tree.root(), &path))
+    }
+
+    /// The file at a path, symlinks followed, if there is one.
+    fn resolve(&mut self, from: Nid, path: &[u8]) -> Option<Nid> {
+        let mut links = 0;
+        let mut at = from;
+        let mut rest: Vec<Vec<u8>> = components(path);
+        while let Some(name) = rest.pop() {
+            self.lookups += 1;
+            if self.lookups > MOST_LOOKUPS {
+                return None;
+            }
+            let (next, file_type) = self.tree.lookup(at, &name).ok()??;
+            if file_type != FileType::Symlink {
+                at = next;
+                continue;
+            }
+            links += 1;
+            let target = self.tree.symlink(next).ok().filter(|_| links <= MOST_LINKS)?;
+            if target.starts_with(b"/") {
+                at = self.tree.root();
+            }
+            rest.extend(components(target));
+        }
+        Some(at)
+    }
 }
 
 fn join(directory: &[u8], name: &[u8]) -> Vec<u8> {
     [directory, b"/", name].concat()
-}
-
-/// The file at a path, symlinks followed, if there is one.
-fn resolve(tree: &Reader<FileBytes>, from: Nid, path: &[u8]) -> Option<Nid> {
-    let mut links = 0;
-    let mut at = from;
-    let mut rest: Vec<Vec<u8>> = components(path);
-    while let Some(name) = rest.pop() {
-        let (next, file_type) = tree.lookup(at, &name).ok()??;
-        if file_type != FileType::Symlink {
-            at = next;
-            continue;
-        }
-        links += 1;
-        let target = tree.symlink(next).ok().filter(|_| links <= MOST_LINKS)?;
-        if target.starts_with(b"/") {
-            at = tree.root();
-        }
-        rest.extend(components(target));
-    }
-    Some(at)
 }
 
 /// Names of a path, the first one last.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -32,6 +33,8 @@ pub(super) struct Run {
     /// Those that a reader waits for.
     pub(super) needed: Vec<Range<u32>>,
     pub(super) claim: Claim<Landing>,
+    /// Those that were left to another process.
+    left: Vec<u32>,
 }
 
 impl Run {
@@ -42,6 +45,7 @@ impl Run {
             spans: first..first,
             needed: Vec::new(),
             claim,
+            left: Vec::new(),
         }
     }
 
@@ -54,15 +58,15 @@ impl Run {
     }
 }
 
-/// A flight under way; dropping this does not end it.
-pub type Flown = JoinHandle<Result<(), LayerError>>;
+/// A flight under way; dropping this does not end it. It brings the spans that it left to another process.
+pub type Flown = JoinHandle<Result<Vec<u32>, LayerError>>;
 
 /// What became of a flight.
-pub async fn flown(flight: Flown) -> Result<(), LayerError> {
+pub async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
     match flight.await {
         Ok(outcome) => outcome,
         // The runtime ends, and nobody is interested any more; or it panicked, and its spans have landed as closed.
-        Err(_) => Ok(()),
+        Err(_) => Ok(Vec::new()),
     }
 }
 
@@ -76,7 +80,7 @@ pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'st
 }
 
 /// Fetches and delivers the run, however often that takes, and lands every span with bytes or an error.
-async fn fly(mut run: Run, pass: &Pass) -> Result<(), LayerError> {
+async fn fly(mut run: Run, pass: &Pass) -> Result<Vec<u32>, LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let mut from_start = false;
@@ -101,7 +105,7 @@ async fn fly(mut run: Run, pass: &Pass) -> Result<(), LayerError> {
         tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
         run.claim.land_all(&Err(error.clone()));
     }
-    outcome
+    outcome.map(|()| run.left)
 }
 
 /// Locks spans and decodes them. Those that another process has locked are left to it if no reader waits for them here, and
@@ -112,8 +116,10 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start:
         let wanted: Vec<u32> = run.claim.spans().collect();
         let (mut lock, mut mine) = try_lock(layer, &wanted);
         for span in wanted.iter().copied().filter(|span| mine.binary_search(span).is_err()) {
-            if !run.is_needed(span) || layer.is_local(span) {
+            let here = layer.is_local(span);
+            if here || !run.is_needed(span) {
                 run.land(span, Ok(Landed::LookAgain));
+                run.left.extend((!here).then_some(span));
             }
         }
         if mine.is_empty() && !run.claim.is_done() {
@@ -327,6 +333,7 @@ impl Delivery<'_> {
             }
             _ => false,
         };
+        layer.keeps.store(kept, Ordering::Relaxed);
         if kept {
             layer.budget.wrote(bytes.len() as u64);
         } else {

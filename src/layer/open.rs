@@ -184,7 +184,7 @@ async fn stream(
         }
         let extents = extents.map_bytes(FileBytes::Owned);
         let layer = layer(&context, blob, indexed.index, extents, indexed.device, stats);
-        if dir.is_some() && layer.has_device() {
+        if dir.is_some() && layer.keeps() {
             let found = programs::look(&indexed.toc, &layer);
             if let Err(error) = programs::keep(&context.store, layer.digest(), found) {
                 context.health.store_failed(&error);
@@ -213,6 +213,7 @@ fn layer(
         extents,
         device,
         device_broken: AtomicBool::new(false),
+        keeps: AtomicBool::new(true),
         memory: context.memory.clone(),
         budget: context.budget.clone(),
         health: context.health.clone(),

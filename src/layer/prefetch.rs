@@ -3,15 +3,24 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Flown, Layer, LayerError, flight};
+use super::{Flown, Landed, Layer, LayerError, flight};
 use crate::fetch::{Priority, Spans as _, Touch};
 use crate::toc::Extent;
+
+/// What came of asking for spans.
+#[derive(Debug, Default)]
+pub struct Begun {
+    /// What was started.
+    pub flights: Vec<Flown>,
+    /// Spans that were under way already.
+    pub flying: Vec<u32>,
+}
 
 impl Layer {
     /// From now on large files and surroundings may be fetched ahead of readers who wait for parts of them; if there is a disk
     /// for that, for memory is for what is being read.
     pub fn be_eager(&self) {
-        if self.has_device() {
+        if self.keeps() {
             self.readahead.lock().expect("no panic while locked").be_eager();
         }
     }
@@ -19,6 +28,11 @@ impl Layer {
     /// A profile names these spans: they come without any guessing.
     pub fn foresee(&self, span: u32) {
         self.touches.foresee(span);
+    }
+
+    /// Nothing comes without guessing any more: what was foreseen could not be fetched.
+    pub fn forget_foreseen(&self) {
+        self.touches.forget();
     }
 
     /// A reader comes to part of an extent: what to fetch ahead of it.
@@ -82,34 +96,50 @@ impl Layer {
         }
     }
 
-    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way, with what
-    /// they come to. Spans that another process fetches at the moment are left to it.
-    pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Vec<Flown> {
+    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way. Spans that
+    /// another process fetches at the moment are left to it.
+    pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Begun {
         let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
         let bytes = spans.clone().filter(missing);
         let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
         if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
-            return Vec::new();
+            return Begun::default();
         }
         self.lanes.rest(priority).await;
         let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
         self.settle(spans.clone());
-        let runs = self.claim(&mut self.flights.board(), spans, priority);
-        runs.into_iter()
-            .map(|run| flight::start(run, std::future::ready(pass.clone())))
-            .collect()
+        let (runs, flying) = {
+            let mut board = self.flights.board();
+            let flying = spans.clone().filter(|&span| board.is_flying(span)).collect();
+            (self.claim(&mut board, spans, priority), flying)
+        };
+        let start = |run| flight::start(run, std::future::ready(pass.clone()));
+        Begun {
+            flights: runs.into_iter().map(start).collect(),
+            flying,
+        }
     }
 
-    /// The next run of spans from `from` on that are not local, of at most `batch` compressed bytes (or one span).
-    pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
-        let absent = |&span: &u32| {
-            self.settle(span..span + 1);
-            !self.is_local(span)
-        };
-        let start = (from..self.index.count()).find(absent)?;
-        let fits = |&span: &u32| self.index.bytes(start..span + 1) <= batch;
-        let more = (start + 1..self.index.count()).take_while(|span| fits(span) && absent(span));
-        Some(start..start + 1 + more.count() as u32)
+    /// The next run of spans from `from` on that are not local, of at most `batch` compressed bytes (or one span); none if
+    /// they could not be kept. Can be dropped soon, even where many spans have to be read to know.
+    pub async fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
+        let mut run = from..from;
+        while self.keeps() && run.end < self.index.count() {
+            let span = run.end;
+            if self.is_unchecked(span) {
+                self.settle(span..span + 1);
+                tokio::task::yield_now().await;
+            }
+            let absent = !self.is_local(span);
+            if !run.is_empty() && (!absent || self.index.bytes(run.start..span + 1) > batch) {
+                break;
+            }
+            run.end = span + 1;
+            if !absent {
+                run.start = run.end;
+            }
+        }
+        (!run.is_empty()).then_some(run)
     }
 
     /// How many spans are not local.
@@ -117,15 +147,15 @@ impl Layer {
         (0..self.index.count()).filter(|&span| !self.is_local(span)).count()
     }
 
-    /// Waits until `spans` are here, whoever fetches them.
-    pub async fn await_spans(self: &Arc<Self>, spans: Range<u32>) -> Result<(), LayerError> {
-        for span in spans {
-            // The bytes come first; the flight ends when they are on the device.
-            while let Some(mut flight) = self.want(span..span + 1) {
-                while flight.changed().await.is_ok() {}
-                if let Some(Err(error)) = &*flight.borrow() {
-                    return Err(error.clone());
-                }
+    /// Waits until a span is here, whoever fetches it.
+    pub async fn await_span(self: &Arc<Self>, span: u32) -> Result<(), LayerError> {
+        while let Some(mut flight) = self.want(span..span + 1) {
+            // The bytes come first; the flight ends when they are on the device, if they can be kept at all.
+            while flight.changed().await.is_ok() {}
+            match &*flight.borrow() {
+                Some(Ok(Landed::Bytes(_))) => break,
+                Some(Err(error)) => return Err(error.clone()),
+                Some(Ok(Landed::LookAgain)) | None => {}
             }
         }
         Ok(())

@@ -26,6 +26,13 @@ impl Touches {
         (before & READ == 0).then_some(before & FORESEEN != 0)
     }
 
+    /// Nothing is foreseen any more.
+    pub(super) fn forget(&self) {
+        for flags in &self.0 {
+            flags.fetch_and(!FORESEEN, Ordering::Relaxed);
+        }
+    }
+
     /// Somebody knows that the span will be read; whether that is news.
     pub(super) fn foresee(&self, span: u32) -> bool {
         self.0[span as usize].fetch_or(FORESEEN, Ordering::Relaxed) & FORESEEN == 0
@@ -42,5 +49,9 @@ mod tests {
         assert!(touches.foresee(1) && !touches.foresee(1));
         assert_eq!((touches.read(0), touches.read(0)), (Some(false), None));
         assert_eq!((touches.read(1), touches.read(1)), (Some(true), None));
+        let touches = Touches::new(1);
+        assert!(touches.foresee(0));
+        touches.forget();
+        assert_eq!(touches.read(0), Some(false));
     }
 }

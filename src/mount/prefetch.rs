@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use crate::image::{Image, Learning, Replay};
+use crate::layer::LayerError;
+use crate::profile::Profile;
 
 /// Delays before another try to fetch the rest of an image, when the last one failed: it doubles from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -99,8 +101,7 @@ impl Side {
         self.tasks.spawn(async move {
             if mode != Prefetch::None {
                 progress.set(PrefetchState::Profile, None);
-                let replay = early.unwrap_or_else(|| Replay::begin(&image, profile));
-                if let Err(error) = replay.end().await {
+                if let Err(error) = replay(&image, profile, early).await {
                     tracing::info!(%error, "cannot fetch all that the profile names");
                     progress.set(PrefetchState::Profile, Some(error.to_string()));
                 }
@@ -120,6 +121,18 @@ impl Side {
     pub(super) async fn stop(&mut self) {
         self.tasks.shutdown().await;
     }
+}
+
+/// Replays a profile, unless that was done early.
+async fn replay(image: &Arc<Image>, profile: Profile, early: Option<Replay>) -> Result<(), LayerError> {
+    let done = match early {
+        Some(early) => early.end().await?,
+        None => false,
+    };
+    if !done {
+        Replay::begin(image, profile).end().await?;
+    }
+    Ok(())
 }
 
 /// Where the prefetching task says how far it is.
@@ -151,7 +164,7 @@ async fn complete(image: &Image, progress: &Progress) {
                 return progress.set(PrefetchState::Rest, Some(problem));
             }
             Err(error) => {
-                tracing::warn!(%error, pause = pause.as_secs(), "cannot fetch the rest of the image, trying again later");
+                tracing::warn!(%error, pause_s = pause.as_secs(), "cannot fetch the rest of the image, trying again later");
                 progress.set(PrefetchState::Waiting, Some(error.to_string()));
             }
         }

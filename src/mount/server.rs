@@ -269,7 +269,9 @@ impl Mount {
                     if unstarted.is_some() {
                         return Ok(Some(answer));
                     }
-                    // Whoever still has a file open after a lazy unmount is served until the session ends by itself.
+                    // Whoever still has a file open after a lazy unmount is served until the session ends by itself, and
+                    // nothing is fetched for anybody else.
+                    self.side.stop().await;
                     leaving = Some(Leaving { answer, until: tokio::time::Instant::now() + LINGER });
                 }
                 () = Leaving::waited(leaving.as_ref()) => {

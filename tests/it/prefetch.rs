@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::layers::{Blob, Tar, header, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, alive, bounded, eventually, send};
-use crate::common::registry::TestRegistry;
+use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, bounded, eventually, send};
+use crate::common::registry::{Fault, TestRegistry};
 
 const FILE: usize = 1 << 20;
 
@@ -220,6 +220,69 @@ fn all_of_the_image_comes_in_the_background_and_then_no_registry_is_needed() {
     assert!(fetched <= size + 64, "{fetched} of {size}");
 }
 
+/// That all of an image is asked for where it has no room: what could be kept came once, and the rest is read as ever.
+fn completes_without_room(scene: &Scene) {
+    let mount = scene.mount("all");
+    eventually("as much as can be is here", || prefetched(&mount));
+    let status = mount.status();
+    let problem = status["prefetch"]["problem"].as_str();
+    assert!(problem.is_some_and(|p| p.contains("could not be kept")), "{status}");
+    let (fetched, size) = (status["fetched"].as_u64().unwrap(), status["size"].as_u64().unwrap());
+    assert!(fetched <= size + 64, "{fetched} of {size}");
+    for i in 0..8 {
+        assert!(mount.read(&format!("a{i}")) == noise(100 + i, FILE));
+    }
+}
+
+#[test]
+fn an_image_larger_than_the_cache_may_be_comes_once() {
+    let mut scene = Scene::new();
+    scene.ocifs = Ocifs::with(&["--cache-size", "4MiB"]).learns(&scene.image);
+    completes_without_room(&scene);
+}
+
+#[test]
+fn what_a_full_disk_cannot_hold_is_not_fetched_for_it() {
+    let tmpfs = Tmpfs::new("4m");
+    let mut scene = Scene::new();
+    scene.ocifs = Ocifs::at(&tmpfs.path().join("store")).learns(&scene.image);
+    completes_without_room(&scene);
+}
+
+#[test]
+fn a_start_that_cannot_be_replayed_is_read_like_any_other() {
+    let scene = Scene::new();
+    scene.start(&["b6", "a2"]);
+    scene.cold();
+    for layer in &scene.layers {
+        scene.registry.fault(&layer.path(), usize::MAX, Fault::status(403));
+    }
+    let mount = scene.mount("profile");
+    eventually("replaying has ended", || prefetched(&mount));
+    assert!(mount.status()["prefetch"]["problem"].is_string());
+    scene.registry.clear_faults();
+    assert!(mount.read("b6") == noise(206, FILE));
+    assert!(scene.layer_requests() > 0);
+}
+
+#[test]
+fn what_runs_on_the_side_ends_with_a_lazy_unmount() {
+    let scene = Scene::new();
+    let mount = scene.mount("profile");
+    mount.read("a2");
+    let held = std::fs::File::open(mount.join("a0")).unwrap();
+    scene.ocifs.ok(["umount", "--lazy", mount.path().to_str().unwrap()]);
+    // It was learning.
+    let shown = scene.ocifs.ok(["profile", "show", "--json", &scene.image]).json();
+    assert_eq!(shown[0]["runs"], 1, "{shown}");
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut &held, &mut content).unwrap();
+    assert!(
+        alive(mount.pid) && content == noise(100, FILE),
+        "whoever has a file open is served"
+    );
+}
+
 #[test]
 fn a_reader_does_not_wait_for_what_is_fetched_in_the_background() {
     let scene = Scene::new();
@@ -308,10 +371,25 @@ fn the_libraries_of_a_program_come_with_its_first_bytes() {
     push(&registry, "app", "1", std::slice::from_ref(&layer));
     let image = format!("{}/app:1", registry.host());
     let ocifs = Ocifs::knowing(&image);
+    let begin = |mount: &Mounted| {
+        let mut start = [0; 4];
+        std::io::Read::read_exact(&mut std::fs::File::open(mount.join("bin/bash")).unwrap(), &mut start).unwrap();
+        assert_eq!(&start, b"\x7fELF");
+    };
+    let absent = |mount: &Mounted, library: &Path| {
+        registry.clear_log();
+        let name = library.to_str().unwrap().trim_start_matches('/');
+        assert!(mount.read(name) == std::fs::read(library).unwrap(), "{name}");
+        registry.count(&layer.path()) > 0
+    };
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
-    let mut start = [0; 4];
-    std::io::Read::read_exact(&mut std::fs::File::open(mount.join("bin/bash")).unwrap(), &mut start).unwrap();
-    assert_eq!(&start, b"\x7fELF");
+    begin(&mount);
+    assert!(absent(&mount, libraries[0]), "nothing was to come");
+    drop(mount);
+    ocifs.ok(["cache", "drop"]);
+    // As a start that nobody knows.
+    let mount = ocifs.mount_with(&image, &["--wait", "ready", "--profile", "new"]);
+    begin(&mount);
     let idle = |status: &Value| status["in_flight"]["others"] == 0 && status["in_flight"]["waiting"] == 0;
     let mut before = 0;
     eventually("what comes has come", || {
@@ -319,10 +397,7 @@ fn the_libraries_of_a_program_come_with_its_first_bytes() {
         let same = std::mem::replace(&mut before, status["fetched"].as_u64().unwrap()) == status["fetched"];
         same && idle(&status)
     });
-    registry.clear_log();
     for library in &libraries {
-        let name = library.to_str().unwrap().trim_start_matches('/');
-        assert!(mount.read(name) == std::fs::read(library).unwrap(), "{name}");
+        assert!(!absent(&mount, library), "{library:?}");
     }
-    assert_eq!(registry.count(&layer.path()), 0, "requests for libraries");
 }

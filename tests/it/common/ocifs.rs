@@ -246,10 +246,14 @@ impl Ocifs {
 
     /// One with a fresh store that has the index and the tree of an image, and no data of it.
     pub fn knowing(image: &str) -> Self {
-        let ocifs = Self::new();
-        drop(ocifs.mount_with(image, &["--wait", "ready", "--prefetch", "none"]));
-        ocifs.ok(["cache", "drop"]);
-        ocifs
+        Self::new().learns(image)
+    }
+
+    /// The same with this store.
+    pub fn learns(self, image: &str) -> Self {
+        drop(self.mount_with(image, &["--wait", "ready", "--prefetch", "none"]));
+        self.ok(["cache", "drop"]);
+        self
     }
 
     /// Mounts on a fresh directory and waits for the tree.
