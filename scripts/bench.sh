@@ -14,18 +14,23 @@ HEADER_BYTES=66
 link_rtt() { sed -nE 's/^([0-9.]+)ms-[0-9.]+mbit$/\1/p' <<<"$1"; }
 link_mbit() { sed -nE 's/^[0-9.]+ms-([0-9.]+)mbit$/\1/p' <<<"$1"; }
 
+# known_link LINK: ends the script if it is none.
+known_link() {
+    [ "$1" = loopback ] || [ -n "$(link_mbit "$1")" ] || die "no link called $1: it is loopback, or a round trip and a rate such as 20ms-200mbit"
+}
+
 # use_link LINK DIR: starts a registry at the far end of the link, and ends the one of the link before; its address is in
 # REGISTRY, its log in REGISTRY_LOG. What was pushed stays in DIR. AT_REGISTRY is a prefix for commands that are to reach it
 # without the link. Of an emulated link's registry a front hands out the blobs, as with large registries: docker-registry fills
 # a buffer of 4 MiB for every range, 4 ms of a processor that is the near end's, too.
 use_link() {
+    known_link "$1"
     leave_link
     REGISTRY_LOG=$2/registry.log AT_REGISTRY=()
     if [ "$1" = loopback ]; then
         start_registry "$2"
         return
     fi
-    [ -n "$(link_mbit "$1")" ] || die "no link called $1: it is loopback, or a round trip and a rate such as 20ms-200mbit"
     # Another benchmark's link is not taken down at the end of this one.
     [ ! -e "/run/netdelay-$FAR" ] || die "the link to $FAR is up already: for another benchmark, or take it down with scripts/netdelay/down"
     LINK_UP=1

@@ -39,7 +39,7 @@ wait_until() {
     shift
     until "$@" >/dev/null 2>&1; do
         ((SECONDS < deadline)) || die "waited $WAIT_SECONDS s in vain for $what"
-        sleep 0.05
+        sleep 0.01
     done
 }
 
@@ -54,18 +54,19 @@ install_packages() {
     need_root
     say "installing ${missing[*]}"
     local apt=(apt-get -qq -o "DPkg::Lock::Timeout=$APT_LOCK_SECONDS")
-    "${apt[@]}" update
-    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >/dev/null
+    # What is in the way of a package stays. (In a condition the shell would go on after an error.)
+    "${apt[@]}" update || return
+    DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-remove --no-install-recommends "${missing[@]}" >/dev/null
 }
 
 # build_ocifs: the release binary, its path in OCIFS; a path that OCIFS has already is taken instead.
 build_ocifs() {
-    install_packages fuse3 jq gcc libc6-dev
+    install_packages fuse3 jq gcc libc6-dev || return
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || die "/dev/fuse is missing: load the fuse module, or give the container the device"
     [ -z "${OCIFS:-}" ] || return 0
     command -v cargo >/dev/null || die "a Rust toolchain is needed: https://rustup.rs"
     say "building ocifs"
-    cargo build --release --locked --quiet --manifest-path "$ROOT/Cargo.toml"
+    cargo build --release --locked --quiet --manifest-path "$ROOT/Cargo.toml" || die "ocifs does not build"
     local target
     target=$(cargo metadata --format-version 1 --no-deps --manifest-path "$ROOT/Cargo.toml" | jq -r .target_directory)
     export OCIFS=$target/release/ocifs

@@ -2,7 +2,7 @@
 # shellcheck disable=SC2154 # work is the benchmark's directory
 # What the two nydus systems share: nydusd as a FUSE mount with a writable overlay, its blobs in the registry. The bootstrap
 # (all metadata) is on the host already at time zero, which is in nydus's favour.
-nydus_tools() { command -v nydusd nydus-image >/dev/null && install_packages curl; }
+nydus_tools() { type -P nydusd nydus-image >/dev/null && install_packages curl; }
 
 # nydus_push_blob FILE REGISTRY NAME: uploads a blob, whose file name is its SHA-256, into the image's repository.
 nydus_push_blob() {
@@ -15,10 +15,13 @@ nydus_push_blob() {
 nydus_mount() {
     local bootstrap=$1 registry=$2 repository=$3 target=$4 dir=$work/nydus
     mkdir -p "$dir"/{cache,lower,upper,work}
-    jq -n --arg host "$registry" --arg repo "$repository" --arg cache "$dir/cache" '{device: {
-            backend: {type: "registry", config: {scheme: "http", $host, $repo}},
-            cache: {type: "blobcache", config: {work_dir: $cache}}},
-        mode: "direct", digest_validate: false, enable_xattr: true, fs_prefetch: {enable: true, threads_count: 4}}' >"$dir/config.json"
+    # Written by the shell: the time that another program takes to start would be counted as nydus's.
+    cat >"$dir/config.json" <<JSON
+{"device": {
+    "backend": {"type": "registry", "config": {"scheme": "http", "host": "$registry", "repo": "$repository"}},
+    "cache": {"type": "blobcache", "config": {"work_dir": "$dir/cache"}}},
+ "mode": "direct", "digest_validate": false, "enable_xattr": true, "fs_prefetch": {"enable": true, "threads_count": 4}}
+JSON
     nydusd fuse --rlimit-nofile 0 --thread-num 4 --log-level error --apisock "$dir/api" --bootstrap "$bootstrap" \
         --config "$dir/config.json" --mountpoint "$dir/lower" >"$dir/log" 2>&1 &
     NYDUSD=$!
