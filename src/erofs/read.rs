@@ -283,7 +283,8 @@ impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
             if index < block.count() {
                 let name = block.name(index)?;
                 let (nid, file_type) = block.target(index)?;
-                self.position += DIRENT as u64;
+                // A directory may say that it is as large as a number can be.
+                self.position = self.position.saturating_add(DIRENT as u64);
                 return Ok(Some(Entry {
                     next: self.position,
                     nid: Nid(nid),
@@ -292,7 +293,7 @@ impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
                 }));
             }
             self.block = None;
-            self.position = (number + 1) * BLOCK;
+            self.position = (number + 1).saturating_mul(BLOCK);
         }
         Ok(None)
     }

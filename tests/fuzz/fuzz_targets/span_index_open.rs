@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use ocifs::index::{IndexError, SpanIndex};
+use ocifs::index::SpanIndex;
 
 fuzz_target!(|data: &[u8]| {
     let _ = SpanIndex::open(data.to_vec());

@@ -81,6 +81,27 @@ proptest! {
 }
 
 #[test]
+fn a_directory_as_large_as_a_number_can_be_has_an_end() {
+    const ROOT: usize = 120;
+    let mut image = vec![0; 8192];
+    image[1024 + 14..][..2].copy_from_slice(&(ROOT as u16).to_le_bytes());
+    let inode = &mut image[32 * ROOT..];
+    // An extended inode with its last block behind it, of a directory.
+    inode[0] = 2 << 1 | 1;
+    inode[4..6].copy_from_slice(&0o40755u16.to_le_bytes());
+    inode[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
+    // The first entry's name begins where two entries end.
+    inode[64 + 8] = 24;
+    disguise(&mut image, 0);
+    let reader = Reader::open(image, &[]).unwrap();
+    assert_eq!(reader.inode(reader.root()).unwrap().size, u64::MAX);
+    for offset in [u64::MAX - 1, u64::MAX - 4096, 0] {
+        let entries = reader.entries(reader.root(), offset).unwrap();
+        assert!(entries.take(100).count() <= 2, "{offset}");
+    }
+}
+
+#[test]
 fn images_that_are_none_are_refused() {
     let sample = trees::corners();
     let devices = sample.device_sizes();
