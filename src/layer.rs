@@ -104,7 +104,7 @@ pub struct Layer {
     device: Option<DataDevice>,
     /// Reading the device failed: from then on it is left alone.
     device_broken: AtomicBool,
-    /// The last span that was fetched could be kept.
+    /// The device took the last span that was to be written to it.
     keeps: AtomicBool,
     memory: Arc<SpanMemory>,
     budget: Arc<CacheBudget>,

@@ -19,9 +19,9 @@
 //!
 //! Invariants: a file outside `tmp` is complete, because it was renamed there. Documents are checked against the digest in their
 //! name, spans, toc and extents against one that they carry, when they are read; a tree was flushed before it got its name; a
-//! hint that does not parse counts as none; `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else.
-//! What is in a store that cannot be written is used but for `data`; one that cannot even be opened is replaced by
-//! [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
+//! hint that does not parse counts as none; `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at
+//! any time, costs fetches and nothing else. What is in a store that cannot be written is used but for `data`; one that cannot
+//! even be opened is replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
 
 mod map;
 

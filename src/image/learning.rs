@@ -113,7 +113,8 @@ impl Drop for Kept {
                 tracing::info!(%error, "leaving the stored profile as it is");
                 return;
             }
-            _ => {}
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "replacing a stored profile that cannot be used"),
         }
         profile.learn(&run);
         match learning.save() {

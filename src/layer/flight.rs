@@ -154,6 +154,7 @@ fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
         Some(Ok((lock, held))) => (Some(lock), held),
         Some(Err(error)) => {
             tracing::warn!(layer = %layer.digest(), %error, "cannot lock spans, keeping them in memory only");
+            layer.keeps.store(false, Ordering::Relaxed);
             (None, spans.to_vec())
         }
         None => (None, spans.to_vec()),
@@ -329,11 +330,12 @@ impl Delivery<'_> {
         let kept = match (layer.device(), &*lock) {
             (Some(device), Some(lock)) => {
                 let filled = tokio::task::block_in_place(|| device.fill(lock, span, &layer.pieces(span), &bytes));
-                filled.map_err(|error| layer.health.store_failed(&error)).is_ok()
+                let filled = filled.map_err(|error| layer.health.store_failed(&error)).is_ok();
+                layer.keeps.store(filled, Ordering::Relaxed);
+                filled
             }
             _ => false,
         };
-        layer.keeps.store(kept, Ordering::Relaxed);
         if kept {
             layer.budget.wrote(bytes.len() as u64);
         } else {
