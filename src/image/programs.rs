@@ -30,9 +30,9 @@ const LARGEST_FILE: u64 = 64 << 20;
 const MOST_STARTS: usize = 64;
 /// What is known of the programs of all layers takes about so much memory at most; further layers count as having none.
 const MOST_KNOWN: usize = 32 << 20;
-/// Directory entries that are looked up to find what all programs of an image name. Real images take a tenth of that; then the
-/// rest is not looked for, lest an image made for it keeps the mount from getting ready.
-const MOST_LOOKUPS: usize = 2_000_000;
+/// Directory entries that are looked up to find what all programs of an image name, which takes a second at most: what would
+/// take more is not looked for, lest an image made for it keeps the mount from getting ready. Real images take some thousands.
+const MOST_LOOKUPS: usize = 500_000;
 /// Deepest directories, and symlinks on the way to a file (path_resolution(7)).
 const MOST_DEPTH: usize = 64;
 const MOST_LINKS: usize = 40;

@@ -167,6 +167,24 @@ fn a_profile_moves_to_another_machine() {
 }
 
 #[test]
+fn a_profile_of_another_version_is_left_as_it_is() {
+    let scene = Scene::new();
+    scene.start(&["b3"]);
+    let profiles = std::fs::read_dir(scene.ocifs.store().join("profiles")).unwrap();
+    let files = profiles
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_file());
+    let [file] = files.collect::<Vec<_>>().try_into().unwrap();
+    let later = std::fs::read_to_string(&file)
+        .unwrap()
+        .replace("profile\":1", "profile\":2");
+    assert!(later.contains("profile\":2"));
+    std::fs::write(&file, &later).unwrap();
+    scene.start(&["a1"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), later);
+}
+
+#[test]
 fn another_tag_of_the_repository_starts_with_what_is_known_of_shared_layers() {
     let scene = Scene::new();
     scene.start(&["b6", "a2"]);
@@ -248,7 +266,10 @@ fn an_image_larger_than_the_cache_may_be_comes_once() {
 fn what_a_full_disk_cannot_hold_is_not_fetched_for_it() {
     let tmpfs = Tmpfs::new("4m");
     let mut scene = Scene::new();
-    scene.ocifs = Ocifs::at(&tmpfs.path().join("store")).learns(&scene.image);
+    // Nor can memory.
+    scene.ocifs = Ocifs::at(&tmpfs.path().join("store"))
+        .options(&["--memory", "1MiB"])
+        .learns(&scene.image);
     completes_without_room(&scene);
 }
 
@@ -391,21 +412,26 @@ fn the_libraries_of_a_program_come_with_its_first_bytes() {
         assert!(mount.read(name) == std::fs::read(library).unwrap(), "{name}");
         registry.count(&layer.path()) > 0
     };
+    let come = |mount: &Mounted| {
+        let mut before = 0;
+        eventually("what comes has come", || {
+            let status = mount.status();
+            let same = std::mem::replace(&mut before, status["fetched"].as_u64().unwrap()) == status["fetched"];
+            same && status["in_flight"]["others"] == 0 && status["in_flight"]["waiting"] == 0
+        });
+    };
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
     begin(&mount);
-    assert!(absent(&mount, libraries[0]), "nothing was to come");
+    come(&mount);
+    for library in &libraries {
+        assert!(absent(&mount, library), "{library:?} was not to come");
+    }
     drop(mount);
     ocifs.ok(["cache", "drop"]);
     // As a start that nobody knows.
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--profile", "new"]);
     begin(&mount);
-    let idle = |status: &Value| status["in_flight"]["others"] == 0 && status["in_flight"]["waiting"] == 0;
-    let mut before = 0;
-    eventually("what comes has come", || {
-        let status = mount.status();
-        let same = std::mem::replace(&mut before, status["fetched"].as_u64().unwrap()) == status["fetched"];
-        same && idle(&status)
-    });
+    come(&mount);
     for library in &libraries {
         assert!(!absent(&mount, library), "{library:?}");
     }

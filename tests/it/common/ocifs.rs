@@ -166,10 +166,13 @@ impl Ocifs {
     }
 
     pub fn with(options: &[&str]) -> Self {
-        Self {
-            options: options.iter().map(|&o| o.to_owned()).collect(),
-            ..Self::new()
-        }
+        Self::new().options(options)
+    }
+
+    /// With these options of all its commands.
+    pub fn options(mut self, options: &[&str]) -> Self {
+        self.options.extend(options.iter().map(|&o| o.to_owned()));
+        self
     }
 
     /// With its store in this place.
