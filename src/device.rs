@@ -1,45 +1,53 @@
-//! A layer's data device on disk: one sparse file that fills as spans are decoded, and at its end the map of which spans it
-//! holds.
-//!
-//! ```text
-//! 0 .. size        content: the layer's data device
-//! tail .. end      presence map, from the next multiple of 64 KiB on
-//! ```
-//! Content and map are one file, so that neither can be lost, replaced or left behind without the other. A file gets its name
-//! when it is complete: empty (nothing present) or whole (everything present, written by a pass that verified the layer).
+//! A layer's data device on disk: one sparse file that fills as spans are decoded, with a checksum for every block of it.
 //!
 //! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
 //!
-//! * A span is *filled* or *evicted* only while holding its open-file-description lock ([`DataDevice::try_lock`]); the evictor uses
-//!   a descriptor of its own, so it conflicts with fillers of its own process too.
-//! * Fill: write the bytes, then set the record to present. Evict: set the record to absent with the next generation, then
-//!   punch the hole.
-//! * Read: look at the record, read the bytes, look again. If it is present with the same generation both times, no hole
-//!   was punched before the bytes were read ([`DataDevice::read`]).
-//! * After a reboot, bytes may be lost whose records were not (or the other way round): all present records become
-//!   *unchecked*, and the checksum in the record decides when the span is next used ([`DataDevice::check`]).
+//! * Whoever fills a span has checked its bytes against the span's digest, and records a CRC-32C for each of its *fragments*
+//!   (blocks of 4096 bytes, cut where a span begins; see [`geometry`]). Every read compares every fragment that it touches
+//!   with what is recorded ([`DataDevice::read`]). So whatever happened to the file since, on this or any other machine, is
+//!   found before a reader sees it: a flipped bit, a write that was lost, a page of zeros, an older copy.
+//! * Fill: write the bytes, then the checksums, then set the span's record to present. Evict: set the record to absent, clear
+//!   the checksums, then punch the hole. A reader that meets either half-way finds a checksum of 0, or looks at the checksum
+//!   again and finds that it changed: the span counts as absent.
+//! * A span is filled or evicted only while holding its open-file-description lock ([`DataDevice::try_lock`]); the evictor uses
+//!   a descriptor of its own, so it conflicts with fillers of its own process too. A process that fails to keep this rule
+//!   costs a fetch and never a wrong byte.
+//! * A span whose fragment does not match is dropped ([`DataDevice::drop_span`]) and fetched again by whoever reads it.
 //!
-//! A device belongs to one span index: the record of span i is about the content bytes in the tar range of span i.
+//! A file gets its name when it is complete: empty (nothing present) or whole (everything present, written by a pass that
+//! verified the layer). A device belongs to one span index; one that cannot be written is only read.
 
 mod budget;
+mod checksum;
 mod evict;
-mod presence;
+mod file;
+mod geometry;
+mod verify;
+mod writer;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 pub use budget::CacheBudget;
-pub use evict::{Evicted, evict_to};
-pub use presence::SpanLock;
-use presence::{PresenceMap, Shape, State};
+pub use evict::{Evicted, Scope, evict_to};
+pub use file::SpanLock;
+pub use verify::{Verified, verify};
+pub use writer::DeviceWriter;
+
+use checksum::{Checksummer, recorded};
+use file::DeviceFile;
+use geometry::{Check, Fragment, Geometry};
 
 use crate::index::SpanIndex;
-use crate::store::{Draft, LayerDir, Store, gone};
+use crate::store::{LayerDir, Store, gone};
+use crate::toc::ExtentTable;
+
+/// How often one looks again before a span counts as damaged.
+const LOOKS: usize = 3;
 
 /// Why the data device cannot be used. The layer goes on without it.
 #[derive(Debug, thiserror::Error)]
@@ -61,10 +69,10 @@ impl DeviceError {
     }
 }
 
-/// A sparse file with a layer's content and its presence map.
+/// A sparse file with a layer's content and what is recorded about it.
 #[derive(Debug)]
 pub struct DataDevice {
-    presence: Arc<PresenceMap>,
+    file: Arc<DeviceFile>,
 }
 
 /// Where one run of a span's content lies: bytes `span` of the span are bytes `device..` of the device.
@@ -78,28 +86,51 @@ pub struct Piece {
     pub len: u64,
 }
 
+/// What a read of the device found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// The bytes, each of them checked.
+    Bytes,
+    /// Some of it is not on the device.
+    Absent,
+    /// This span is on the device, and is not what was written there.
+    Damaged(u32),
+}
+
 impl DataDevice {
-    /// Opens the device of a layer with this index and `size` bytes of content; makes an empty one if there is none, or one
-    /// that is not of this index.
-    pub fn open(store: &Store, dir: &LayerDir, index: &SpanIndex, size: u64) -> Result<Self, DeviceError> {
+    /// Opens the device of a layer with this index and these extents; makes an empty one if there is none, or one that is not
+    /// of this index, or is damaged as a whole. One that may not be written is opened for reading, if it is there.
+    pub fn open<B: AsRef<[u8]>>(
+        store: &Store,
+        dir: &LayerDir,
+        index: &SpanIndex,
+        extents: &ExtentTable<B>,
+    ) -> Result<Self, DeviceError> {
         let path = dir.data();
-        Self::open_or_create(store, &path, shape(index, size)).map_err(DeviceError::at(&path))
+        Self::open_or_create(store, &path, Geometry::new(index, extents)).map_err(DeviceError::at(&path))
     }
 
-    fn open_or_create(store: &Store, path: &Path, shape: Shape) -> io::Result<Self> {
+    fn open_or_create(store: &Store, path: &Path, geometry: Geometry) -> io::Result<Self> {
         loop {
-            match File::options().read(true).write(true).open(path) {
-                Ok(file) => match PresenceMap::open(file, shape)? {
-                    Some(presence) => {
-                        return Ok(Self {
-                            presence: Arc::new(presence),
-                        });
-                    }
+            let (file, writable) = match File::options().read(true).write(true).open(path) {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+                    ) =>
+                {
+                    (File::open(path), false)
+                }
+                opened => (opened, true),
+            };
+            match file {
+                Ok(file) => match DeviceFile::open(file, writable, geometry.clone())? {
+                    Some(file) => return Ok(Self { file: Arc::new(file) }),
                     None => gone(std::fs::remove_file(path))?,
                 },
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     let draft = store.draft().map_err(io::Error::other)?;
-                    PresenceMap::write(draft.file(), shape, None)?;
+                    DeviceFile::write(draft.file(), &geometry, None)?;
                     draft.publish_new(path)?;
                 }
                 Err(e) => return Err(e),
@@ -110,54 +141,129 @@ impl DataDevice {
     /// Starts a file for a pass that writes the whole layer. Nobody sees it before [`DeviceWriter::finish`].
     pub fn create(store: &Store, dir: &LayerDir) -> Result<DeviceWriter, DeviceError> {
         let path = dir.data();
-        let draft = store
-            .draft()
-            .map_err(io::Error::other)
-            .map_err(DeviceError::at(&path))?;
-        Ok(DeviceWriter {
-            draft,
-            start: 0,
-            buffer: Vec::new(),
-            path,
-        })
+        let draft = store.draft().map_err(io::Error::other);
+        Ok(DeviceWriter::new(draft.map_err(DeviceError::at(&path))?, path))
     }
 
-    /// Whether the span can be read from the device right now (an unchecked one cannot, yet).
-    pub fn is_present(&self, span: u32) -> bool {
-        self.presence.get(span).state == State::Present
+    /// Whether spans can be written to it.
+    pub fn is_writable(&self) -> bool {
+        self.file.is_writable()
     }
 
-    /// Whether the span is there but was not checked since the machine started.
-    pub fn is_unchecked(&self, span: u32) -> bool {
-        self.presence.get(span).state == State::Unchecked
+    /// Whether the span is recorded as present.
+    pub fn is_present(&self, span: u32) -> io::Result<bool> {
+        Ok(self.file.record(span)?.present)
     }
 
-    /// Whether the span is neither present nor unchecked.
-    pub fn is_absent(&self, span: u32) -> bool {
-        self.presence.get(span).state == State::Absent
+    /// For each of some spans, whether it is recorded as present.
+    pub fn present(&self, spans: Range<u32>) -> io::Result<Vec<bool>> {
+        let records = self.file.read_records(spans)?;
+        Ok(records.into_iter().map(|record| record.present).collect())
     }
 
-    /// Fills `buf` from device offset `offset` if all `spans` are present throughout; false if any is not, then `buf` is garbage.
-    pub fn read(&self, spans: Range<u32>, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
-        // Each record is loaded once in a round: state and generation belong together. Generations only grow, so an equal sum
-        // means that none changed.
-        let look = || {
-            spans.clone().try_fold(0, |sum, span| {
-                let record = self.presence.get(span);
-                (record.state == State::Present).then_some(sum + u64::from(record.generation))
+    /// Fills `buf` from device offset `offset`, with checked bytes only; unless [`Found::Bytes`] comes back, `buf` is garbage.
+    /// `has_content` says of a range of the device whether any of it is content: what is not reads as zeros.
+    pub fn read(&self, offset: u64, buf: &mut [u8], has_content: impl Fn(Range<u64>) -> bool) -> io::Result<Found> {
+        let found = self.read_unnoticed(offset, buf, &has_content)?;
+        if found == Found::Bytes {
+            for span in self.file.geometry().spans_of(offset..offset + buf.len() as u64) {
+                self.file.touch(span);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Reads like [`DataDevice::read`] without counting as a use of the spans.
+    fn read_unnoticed(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        has_content: &impl Fn(Range<u64>) -> bool,
+    ) -> io::Result<Found> {
+        let mut found = self.read_once(offset, buf, has_content)?;
+        for _ in 0..LOOKS {
+            // A span that was evicted and filled again in the meantime looks damaged once.
+            if !matches!(found, Found::Damaged(_)) {
+                break;
+            }
+            found = self.read_once(offset, buf, has_content)?;
+        }
+        Ok(found)
+    }
+
+    fn read_once(&self, offset: u64, buf: &mut [u8], has_content: &impl Fn(Range<u64>) -> bool) -> io::Result<Found> {
+        let end = offset + buf.len() as u64;
+        let geometry = self.file.geometry();
+        let fragments: Vec<Fragment> = geometry.fragments(offset..end).collect();
+        let (Some(first), Some(last)) = (fragments.first(), fragments.last()) else {
+            buf.fill(0);
+            return Ok(Found::Bytes);
+        };
+        let expected = self.expected(&fragments)?;
+        // The fragments at both ends are read as a whole, to be checked.
+        let mut before = vec![0; (offset - first.range.start) as usize];
+        let mut behind = vec![0; last.range.end.saturating_sub(end) as usize];
+        let beyond = end.saturating_sub(last.range.end) as usize;
+        let (content, rest) = buf.split_at_mut(buf.len() - beyond);
+        rest.fill(0);
+        let start = first.range.start;
+        let mut buffers = [&mut before[..], &mut *content, &mut behind[..]].map(IoSliceMut::new);
+        self.file.read_content(start, &mut buffers)?;
+        let mut bytes = Stream([&before, content, &behind]);
+        let mut gaps = Vec::new();
+        for (fragment, expected) in fragments.iter().zip(expected) {
+            let crc = recorded(bytes.checksum((fragment.range.end - fragment.range.start) as usize));
+            if expected == crc {
+                continue;
+            }
+            if expected != 0 || has_content(fragment.range.clone()) {
+                return self.mismatch(fragment, expected);
+            }
+            gaps.push(fragment.range.clone());
+        }
+        for gap in gaps {
+            let within = |address: u64| (address.clamp(offset, end) - offset) as usize;
+            buf[within(gap.start)..within(gap.end)].fill(0);
+        }
+        Ok(Found::Bytes)
+    }
+
+    /// What it means that a fragment of content is not what `expected` says. Somebody may be filling or evicting its span.
+    fn mismatch(&self, fragment: &Fragment, expected: u32) -> io::Result<Found> {
+        let owner = self.file.geometry().owner(fragment);
+        let present = self.file.record(owner)?.present;
+        // An evictor clears the record first, and a filler writes it last: so this span should be here.
+        let stays = self.file.check(fragment.check)? == expected && (present || expected != 0);
+        Ok(if stays { Found::Damaged(owner) } else { Found::Absent })
+    }
+
+    /// What is recorded for consecutive fragments.
+    fn expected(&self, fragments: &[Fragment]) -> io::Result<Vec<u32>> {
+        let blocks = || {
+            fragments.iter().filter_map(|fragment| match fragment.check {
+                Check::Block(block) => Some(block),
+                Check::Head(_) => None,
             })
         };
-        let Some(before) = look() else { return Ok(false) };
-        self.presence.file().read_exact_at(buf, offset)?;
-        // The second look must not be done before the bytes were read.
-        fence(Ordering::SeqCst);
-        if look() != Some(before) {
-            return Ok(false);
-        }
-        for span in spans {
-            self.presence.touch(span);
-        }
-        Ok(true)
+        let heads = || {
+            fragments.iter().filter_map(|fragment| match fragment.check {
+                Check::Head(span) => Some(span),
+                Check::Block(_) => None,
+            })
+        };
+        let (first_block, first_head) = (blocks().next().unwrap_or(0), heads().next().unwrap_or(0));
+        let of_blocks = self
+            .file
+            .read_checks(first_block..blocks().last().map_or(first_block, |last| last + 1))?;
+        let of_heads = match heads().last() {
+            Some(last) => self.file.read_records(first_head..last + 1)?,
+            None => Vec::new(),
+        };
+        let expected = fragments.iter().map(|fragment| match fragment.check {
+            Check::Block(block) => of_blocks[(block - first_block) as usize],
+            Check::Head(span) => of_heads[(span - first_head) as usize].head,
+        });
+        Ok(expected.collect())
     }
 
     /// Takes the locks of those of `spans` (ascending) that nobody else fills or evicts at the moment; only their holder may
@@ -170,115 +276,64 @@ impl DataDevice {
                 _ => ranges.push(span..span + 1),
             }
         }
-        let lock = self.presence.try_lock(&ranges)?;
+        let lock = self.file.try_lock(&ranges)?;
         let held = lock.spans().collect();
         Ok((lock, held))
     }
 
     /// Writes a span's content and marks it present. `bytes` are the span's uncompressed bytes, verified; `pieces` says which
-    /// of them are content, and where it goes.
-    pub fn fill(&self, _lock: &SpanLock, span: u32, pieces: &[Piece], bytes: &[u8]) -> io::Result<()> {
-        if self.presence.get(span).state == State::Present {
-            return Ok(());
+    /// of them are content, and where it goes. False if the lock is of another file, which has taken this one's place or had it.
+    pub fn fill(&self, lock: &SpanLock, span: u32, pieces: &[Piece], bytes: &[u8]) -> io::Result<bool> {
+        if !lock.is_of(&self.file) {
+            return Ok(false);
         }
-        let mut crc = crc32fast::Hasher::new();
+        if self.is_present(span)? {
+            return Ok(true);
+        }
+        let mut checks = file::Checks::default();
+        let mut head = 0;
+        let mut done = |check, crc| match check {
+            Check::Head(_) => head = crc,
+            Check::Block(_) => checks.add(check, crc),
+        };
+        let mut summer = Checksummer::default();
+        summer.span(span);
         for piece in pieces {
             let content = &bytes[piece.span as usize..(piece.span + piece.len) as usize];
-            crc.update(content);
-            self.presence.file().write_all_at(content, piece.device)?;
+            self.file.file().write_all_at(content, piece.device)?;
+            summer.content(piece.device, content, &mut done);
         }
-        self.presence.set_present(span, crc.finalize());
-        Ok(())
+        summer.close(self.file.geometry().range(span).end, &mut done);
+        for (block, run) in &checks.blocks {
+            self.file.write_checks(*block, run)?;
+        }
+        self.file.write_record(span, true, head)?;
+        Ok(true)
     }
 
-    /// Decides about an unchecked span by its checksum. Afterwards it is present or absent.
-    pub fn check(&self, span: u32, pieces: &[Piece]) -> io::Result<()> {
-        let record = self.presence.get(span);
-        if record.state != State::Unchecked {
-            return Ok(());
+    /// Marks a span absent whose bytes are not what was written, so that it is fetched again. The caller holds its lock.
+    pub fn drop_span(&self, lock: &SpanLock, span: u32) -> io::Result<()> {
+        match lock.is_of(&self.file) {
+            true => evict::clear(&self.file, span),
+            false => Ok(()),
         }
-        let mut crc = crc32fast::Hasher::new();
-        let mut buffer = Vec::new();
-        for piece in pieces {
-            buffer.resize(piece.len as usize, 0);
-            self.presence.file().read_exact_at(&mut buffer, piece.device)?;
-            crc.update(&buffer);
-        }
-        self.presence.settle(span, record, crc.finalize() == record.crc);
-        Ok(())
     }
 }
 
-/// Bytes collected before one write: large enough that a layer of small files costs few system calls.
-const WRITE_BUFFER: usize = 1 << 20;
+/// Bytes in three buffers, one behind the other.
+struct Stream<'a>([&'a [u8]; 3]);
 
-/// Writes a whole device in order, joining small files into large writes.
-#[derive(Debug)]
-pub struct DeviceWriter {
-    draft: Draft,
-    start: u64,
-    buffer: Vec<u8>,
-    path: PathBuf,
-}
-
-impl DeviceWriter {
-    /// Adds content at a device offset not below any earlier one.
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        let end = self.start + self.buffer.len() as u64;
-        let gap = offset.saturating_sub(end);
-        // Padding between two files is below a block and zero anyway; anything longer is a hole worth keeping.
-        if self.buffer.is_empty() || gap >= crate::toc::DEVICE_BLOCK {
-            self.flush()?;
-            self.start = offset;
-        } else {
-            self.buffer.resize(self.buffer.len() + gap as usize, 0);
+impl Stream<'_> {
+    /// CRC-32C of the next `count` bytes.
+    fn checksum(&mut self, mut count: usize) -> u32 {
+        let mut crc = 0;
+        for part in &mut self.0 {
+            let (now, later) = part.split_at(part.len().min(count));
+            crc = crc32c::crc32c_append(crc, now);
+            count -= now.len();
+            *part = later;
         }
-        self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() >= WRITE_BUFFER {
-            self.flush()?;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<(), DeviceError> {
-        let written = self.draft.file().write_all_at(&self.buffer, self.start);
-        written.map_err(DeviceError::at(&self.path))?;
-        self.start += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    /// Publishes a device whose every span was written; `crcs` are the checksums of the spans' content, in order. It takes the
-    /// place of an older one, which whoever has it open keeps.
-    pub fn finish(self, index: &SpanIndex, size: u64, crcs: &[u32]) -> Result<DataDevice, DeviceError> {
-        self.finish_as(shape(index, size), crcs)
-    }
-
-    fn finish_as(mut self, shape: Shape, crcs: &[u32]) -> Result<DataDevice, DeviceError> {
-        self.flush()?;
-        let path = self.path.clone();
-        let publish = || {
-            PresenceMap::write(self.draft.file(), shape, Some(crcs))?;
-            let file = self.draft.publish(&path)?;
-            PresenceMap::open(file, shape)?.ok_or_else(|| io::Error::other("it changed while it was written"))
-        };
-        let presence = Arc::new(publish().map_err(DeviceError::at(&path))?);
-        Ok(DataDevice { presence })
-    }
-}
-
-fn shape(index: &SpanIndex, size: u64) -> Shape {
-    let mut hasher = blake3::Hasher::new();
-    for span in index.spans() {
-        hasher.update(&index.tar_range(span).start.to_le_bytes());
-        hasher.update(index.digest(span));
-    }
-    let mut key = [0; 16];
-    key.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    Shape {
-        size,
-        spans: index.len() as u32,
-        key,
+        crc
     }
 }
 

@@ -13,6 +13,7 @@ mod learning;
 mod prefetch;
 mod programs;
 mod tree_file;
+mod verify;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,15 +28,17 @@ use tokio::sync::OnceCell;
 pub use early::{Early, Replay};
 pub use kept::KeptSource;
 pub use learning::{Learning, stored as stored_profile};
+pub use verify::{StoreReport, verify};
 
 use self::programs::Programs;
 use crate::blob::{BlobError, ImageSource};
+use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::Recorder;
 use crate::resolve::ResolvedImage;
-use crate::store::{FileBytes, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::toc::Toc;
 use crate::tree::{LayerIdx, Merger, TreeError};
 
@@ -58,6 +61,9 @@ pub enum ImageError {
     /// The tree could not be read from the store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A data device could not be read.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The program is shutting down.
     #[error("interrupted")]
     Interrupted,
@@ -140,11 +146,11 @@ impl Preparation {
         let manifest = self.resolved.manifest_document.digest.clone();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: HashMap<Digest, Option<Toc>> = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
-        let store = context.store.clone();
+        let (store, budget) = (context.store.clone(), context.budget.clone());
         let building = tokio::task::spawn_blocking(move || {
-            let tree = match tree_file::open(&store, &manifest, &sizes)? {
+            let tree = match tree_file::open(&store, &manifest, &sizes) {
                 Some(tree) => tree,
-                None => tree_file::build(&store, &manifest, &merge(&store, &order, &tocs)?, &sizes)?,
+                None => tree_file::build(&store, &budget, &manifest, &merge(&store, &order, &tocs)?, &sizes)?,
             };
             let programs = programs(&store, &manifest, &tree, &order);
             Ok::<_, ImageError>((tree, programs))
@@ -208,7 +214,7 @@ impl Preparation {
 }
 
 /// What the image's programs need: as it is kept, or put together now.
-fn programs(store: &Store, manifest: &Digest, tree: &Reader<FileBytes>, layers: &[Digest]) -> Option<Programs> {
+fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[Digest]) -> Option<Programs> {
     store.root()?;
     Programs::stored(store, manifest).or_else(|| {
         let start = Instant::now();
@@ -243,7 +249,7 @@ fn merge(
 #[derive(Debug)]
 pub struct Image {
     resolved: Arc<ResolvedImage>,
-    tree: Reader<FileBytes>,
+    tree: Reader<Vec<u8>>,
     layers: Vec<Arc<Layer>>,
     /// What its programs need, if that is known.
     programs: Option<Programs>,
@@ -263,7 +269,7 @@ impl Image {
     }
 
     /// The merged tree.
-    pub fn tree(&self) -> &Reader<FileBytes> {
+    pub fn tree(&self) -> &Reader<Vec<u8>> {
         &self.tree
     }
 

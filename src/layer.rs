@@ -16,6 +16,7 @@
 //! A group of spans shares one restart (a single-frame zstd layer is one group): decoding it passes over all of them, so a
 //! flight always takes the whole group and hands out each span as it passes.
 
+mod disk;
 mod first_pass;
 mod flight;
 mod memory;
@@ -28,17 +29,17 @@ mod touch;
 mod turn;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use futures::FutureExt as _;
 use tokio::runtime::Handle;
 
+use disk::{LayerDisk, Miss};
 pub use first_pass::FirstPassError;
 use flight::Run;
 pub use flight::{Flown, flown};
 pub use memory::SpanMemory;
-pub use open::{Health, LayerContext, OpenError, Opened, open, stored_toc};
+pub use open::{Health, LayerContext, OpenError, Opened, open, stored_index, stored_toc};
 pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
@@ -46,12 +47,12 @@ use stripes::Ahead;
 use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
-use crate::device::{CacheBudget, DataDevice, Piece};
+use crate::device::{DataDevice, Piece};
 use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
 use crate::index::{IndexError, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::profile::Recorder;
-use crate::store::FileBytes;
+use crate::store::{LayerDir, Store};
 use crate::toc::{Extent, ExtentTable};
 
 /// Why bytes of a layer cannot be had. Shared by all readers of a flight.
@@ -100,14 +101,11 @@ type Landing = Result<Landed, LayerError>;
 pub struct Layer {
     blob: Arc<dyn BlobSource>,
     index: SpanIndex,
-    extents: ExtentTable<FileBytes>,
-    device: Option<DataDevice>,
-    /// Reading the device failed: from then on it is left alone.
-    device_broken: AtomicBool,
-    /// The device took the last span that was to be written to it.
-    keeps: AtomicBool,
+    extents: ExtentTable,
+    disk: LayerDisk,
+    /// Where the device is kept, to make a new one when it is damaged as a whole.
+    home: Option<(Store, LayerDir)>,
     memory: Arc<SpanMemory>,
-    budget: Arc<CacheBudget>,
     health: Arc<Health>,
     lanes: Arc<Lanes>,
     ahead: Ahead,
@@ -158,12 +156,13 @@ impl Layer {
 
     /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
     pub fn keeps(&self) -> bool {
-        self.device().is_some() && self.keeps.load(Ordering::Relaxed)
+        self.disk.keeps()
     }
 
     /// Spans that need no fetch, and their compressed bytes.
     pub fn local(&self) -> (u32, u64) {
-        let here = |span: u32| self.device().is_some_and(|device| !device.is_absent(span));
+        let present = self.disk.present(self.index.count());
+        let here = |span: u32| present[span as usize];
         let (mut spans, mut bytes, mut start) = (0, 0, 0);
         // By stretches, because neighbours share a byte where one ends within it.
         for span in 0..=self.index.count() {
@@ -179,39 +178,68 @@ impl Layer {
         (spans, if whole { self.index.blob_size() } else { bytes })
     }
 
-    /// The device, if it can be used.
-    fn device(&self) -> Option<&DataDevice> {
-        let broken = self.device_broken.load(Ordering::Relaxed);
-        self.device.as_ref().filter(|_| !broken)
+    /// Whether a range of the device has any content.
+    fn has_content(&self, range: Range<u64>) -> bool {
+        self.extents.pieces_in_device(range).next().is_some()
     }
 
-    /// Reads from the device; false if not all `spans` are there.
-    fn read_device(&self, spans: Range<u32>, offset: u64, buf: &mut [u8]) -> bool {
-        let Some(device) = self.device() else { return false };
-        device.read(spans, offset, buf).unwrap_or_else(|error| {
-            self.device_broken.store(true, Ordering::Relaxed);
-            self.health
-                .store_failed(&format!("data device of layer {}: {error}", self.digest()));
-            false
+    /// The spans that have content in a range of the device.
+    fn spans_in(&self, range: Range<u64>) -> Range<u32> {
+        let pieces = self.extents.pieces_in_device(range);
+        pieces.fold(0..0, |spans, piece| {
+            let of_piece = self.spans_of(&piece);
+            match spans.is_empty() {
+                true => of_piece,
+                false => spans.start..of_piece.end,
+            }
         })
+    }
+
+    /// Reads checked bytes from the device; false if not all of them are there. What is damaged there is dropped, so that it
+    /// is fetched again.
+    fn read_device(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let range = offset..offset + buf.len() as u64;
+        let device = self.disk.device();
+        match self
+            .disk
+            .read(self.spans_in(range), offset, buf, |range| self.has_content(range))
+        {
+            Ok(()) => return true,
+            Err(Miss::Absent) => {}
+            Err(Miss::Damaged(spans)) => {
+                for span in spans {
+                    // A span that is being fetched is about to be written, and its lock is not to be taken by anybody else here.
+                    let board = self.flights.board();
+                    if !board.is_flying(span) {
+                        self.disk.drop_span(span);
+                    }
+                }
+            }
+            Err(Miss::CutShort) => self.replace_device(device.as_ref()),
+        }
+        false
+    }
+
+    /// Makes an empty device in place of one that is damaged as a whole.
+    fn replace_device(&self, damaged: Option<&Arc<DataDevice>>) {
+        let (Some(damaged), Some((store, dir))) = (damaged, &self.home) else {
+            return;
+        };
+        self.disk.replace(damaged, || {
+            let opened = DataDevice::open(store, dir, &self.index, &self.extents);
+            opened.map_err(|error| self.health.store_failed(&error)).ok()
+        });
     }
 
     /// Fills `buf` from device offset `offset` if that needs no waiting; false if it does (then `buf` is garbage).
     /// Bytes between extents read as zeros.
     pub fn read_local(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
         let range = offset..offset + buf.len() as u64;
-        let mut first = u32::MAX;
-        let mut end = 0;
-        for extent in self.extents.pieces_in_device(range.clone()) {
-            let spans = self.spans_of(&extent);
-            first = first.min(spans.start);
-            end = end.max(spans.end);
-        }
-        if end == 0 {
+        if !self.has_content(range.clone()) {
             buf.fill(0);
             return true;
         }
-        let present = self.read_device(first..end, offset, buf);
+        let present = self.read_device(offset, buf);
         if present {
             self.stats.hit(buf.len());
             for extent in self.extents.pieces_in_device(range) {
@@ -248,13 +276,7 @@ impl Layer {
 
     /// Fills `buf` from device offset `offset` if that needs no waiting, and nobody is told of it: this is not a reader.
     fn peek(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let range = offset..offset + buf.len() as u64;
-        let pieces: Vec<Extent> = self.extents.pieces_in_device(range).collect();
-        let spans = match (pieces.first(), pieces.last()) {
-            (Some(first), Some(last)) => self.spans_of(first).start..self.spans_of(last).end,
-            _ => return false,
-        };
-        self.read_device(spans, offset, buf)
+        self.read_device(offset, buf)
     }
 
     /// Tells the recorder of a read.
@@ -306,7 +328,7 @@ impl Layer {
         let target = &mut buf[(device - offset) as usize..][..(to - from) as usize];
         loop {
             // Usually from the page cache; when it is not, the runtime goes on with other things.
-            if tokio::task::block_in_place(|| self.read_device(span..span + 1, device, target)) {
+            if tokio::task::block_in_place(|| self.read_device(device, target)) {
                 return Ok(());
             }
             match self.wait(span).await? {
@@ -335,18 +357,7 @@ impl Layer {
 
     /// Whether a read of the span needs no flight.
     pub fn is_local(&self, span: u32) -> bool {
-        self.device().is_some_and(|device| device.is_present(span))
-    }
-
-    /// Decides about those of `spans` that were not checked since the machine started. Reads them, so not under a lock.
-    fn settle(&self, spans: Range<u32>) {
-        let Some(device) = self.device() else { return };
-        for span in spans.filter(|&span| device.is_unchecked(span)) {
-            let checked = tokio::task::block_in_place(|| device.check(span, &self.pieces(span)));
-            if let Err(error) = checked {
-                tracing::warn!(layer = %self.digest(), span, %error, "cannot check a span after restart");
-            }
-        }
+        self.disk.is_present(span)
     }
 
     /// The uncompressed bytes of a span wherever they are, starting a flight if need be.
@@ -383,7 +394,6 @@ impl Layer {
     /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span, or
     /// nothing if that one is local.
     fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight<Landing>> {
-        self.settle(spans.clone());
         let (runs, first) = {
             let mut board = self.flights.board();
             let runs = self.claim(&mut board, spans.clone(), Priority::Demand);

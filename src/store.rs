@@ -23,7 +23,7 @@
 //! any time, costs fetches and nothing else. What is in a store that cannot be written is used but for `data`; one that cannot
 //! even be opened is replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
 
-mod map;
+mod sealed;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -36,9 +36,10 @@ use nix::fcntl::{Flock, FlockArg};
 
 use bytes::Bytes;
 
-pub use map::{FileBytes, map_file};
+use sealed::SealingWriter;
+pub use sealed::read_sealed;
 
-use crate::oci::Digest;
+use crate::oci::{Algorithm, Digest};
 
 /// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
@@ -66,6 +67,14 @@ pub enum StoreError {
         path: PathBuf,
         /// First line of its version file.
         found: String,
+    },
+    /// A file is not what was written.
+    #[error("store: {} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How that shows.
+        reason: &'static str,
     },
     /// There is no store to write to.
     #[error("no store: nothing is kept")]
@@ -162,7 +171,8 @@ impl Store {
         Ok(Draft { file: Some(file), path })
     }
 
-    fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
+    /// Where a document is kept.
+    pub fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         Some(
             root.join("documents")
@@ -186,6 +196,28 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(StoreError::io("read", &path, e)),
         }
+    }
+
+    /// Digests of all documents.
+    pub fn documents(&self) -> Result<Vec<Digest>, StoreError> {
+        let Some(root) = &self.root else {
+            return Ok(Vec::new());
+        };
+        let mut digests = Vec::new();
+        let documents = root.join("documents");
+        for algorithm in Algorithm::ALL {
+            let path = documents.join(algorithm.name());
+            let entries = match fs::read_dir(&path) {
+                Ok(entries) => entries,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(StoreError::io("list", &path, e)),
+            };
+            let names = entries
+                .flatten()
+                .filter_map(|entry| entry.file_name().into_string().ok());
+            digests.extend(names.filter_map(|hex| format!("{}:{hex}", algorithm.name()).parse::<Digest>().ok()));
+        }
+        Ok(digests)
     }
 
     /// Keeps a document that was verified against `digest`.
@@ -237,6 +269,63 @@ impl Store {
         let path = root.join("layers");
         let entries = fs::read_dir(&path).map_err(|e| StoreError::io("list", &path, e))?;
         Ok(entries.flatten().map(|e| LayerDir { path: e.path() }).collect())
+    }
+
+    /// The merged trees, with what each takes on disk and when it was last used.
+    pub fn trees(&self) -> Result<Vec<StoredTree>, StoreError> {
+        let Some(root) = &self.root else {
+            return Ok(Vec::new());
+        };
+        let path = root.join("trees");
+        let entries = fs::read_dir(&path).map_err(|e| StoreError::io("list", &path, e))?;
+        let trees = entries.flatten().filter_map(|entry| {
+            // One that went in the meantime takes nothing.
+            let metadata = entry.metadata().ok()?;
+            Some(StoredTree {
+                path: entry.path(),
+                bytes: on_disk(&metadata),
+                last_used: metadata.modified().ok()?,
+            })
+        });
+        Ok(trees.collect())
+    }
+
+    /// Takes note that a tree was used; a hint for eviction.
+    pub fn touch_tree(&self, path: &Path) {
+        let touched = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!(path = %path.display(), %error, "cannot note the use of a tree");
+        }
+    }
+
+    /// Bytes on disk of all data devices.
+    pub fn data_usage(&self) -> Result<u64, StoreError> {
+        Ok(self.layers()?.iter().map(LayerDir::data_usage).sum())
+    }
+
+    /// Bytes on disk of everything that the limit of the cache is about: data devices, trees, and files being written.
+    pub fn cache_usage(&self) -> Result<u64, StoreError> {
+        let trees: u64 = self.trees()?.iter().map(|tree| tree.bytes).sum();
+        Ok(self.data_usage()? + trees + self.draft_usage()?)
+    }
+
+    /// Bytes on disk of files being written.
+    pub fn draft_usage(&self) -> Result<u64, StoreError> {
+        let Some(root) = &self.root else { return Ok(0) };
+        let path = root.join("tmp");
+        let entries = fs::read_dir(&path).map_err(|e| StoreError::io("list", &path, e))?;
+        let sizes = entries.flatten().filter_map(|entry| entry.metadata().ok());
+        Ok(sizes.map(|metadata| on_disk(&metadata)).sum())
+    }
+
+    /// Opens (and creates) the file whose lock the evicting process holds.
+    pub fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
+        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
+        let path = root.join("eviction.lock");
+        match File::options().create(true).truncate(false).write(true).open(&path) {
+            Ok(file) => Ok((file, path)),
+            Err(e) => Err(StoreError::io("open", &path, e)),
+        }
     }
 
     /// Where the merged tree of the image with this manifest is kept.
@@ -327,6 +416,31 @@ impl Store {
         })();
         result.map_err(|e| StoreError::io("write", target, e))
     }
+
+    /// Writes a file like [`Store::publish`], with a seal that [`read_sealed`] checks.
+    pub fn publish_sealed(
+        &self,
+        target: &Path,
+        durability: Durability,
+        write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), StoreError> {
+        self.publish(target, durability, |file| {
+            let mut sealing = SealingWriter::new(target, file);
+            write(&mut sealing)?;
+            sealing.finish()
+        })
+    }
+}
+
+/// A merged tree in the store.
+#[derive(Debug, Clone)]
+pub struct StoredTree {
+    /// The file.
+    pub path: PathBuf,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// When a mount opened it last.
+    pub last_used: SystemTime,
 }
 
 /// A file in `tmp`. It goes when it is dropped, unless it was published.
@@ -366,6 +480,12 @@ impl Drop for Draft {
         // After publishing by rename there is nothing left; what cannot be removed now is swept later.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Bytes that a file takes on disk.
+pub fn on_disk(metadata: &fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    metadata.blocks() * 512
 }
 
 /// The outcome of a removal, for whoever wants the thing gone and does not mind that it was not there.
@@ -419,6 +539,12 @@ impl LayerDir {
         &self.path
     }
 
+    /// Digest of the layer's blob; none if the directory has another name than a layer's.
+    pub fn digest(&self) -> Option<Digest> {
+        let name = self.path.file_name()?.to_str()?;
+        name.replacen('-', ":", 1).parse().ok()
+    }
+
     /// The span index.
     pub fn spans(&self) -> PathBuf {
         self.path.join("spans")
@@ -469,8 +595,7 @@ impl LayerDir {
 
     /// Bytes the data device occupies on disk; 0 if there is none.
     pub fn data_usage(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
-        fs::metadata(self.data()).map_or(0, |m| m.blocks() * 512)
+        fs::metadata(self.data()).map_or(0, |m| on_disk(&m))
     }
 }
 

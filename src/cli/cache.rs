@@ -8,9 +8,11 @@ use clap::Subcommand;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::config::Config;
-use super::say;
+use super::open::{self, Named};
 use super::units::{Size, human};
-use crate::device::evict_to;
+use super::{ImageArgs, say};
+use crate::device::{Scope, evict_to};
+use crate::image;
 use crate::store::{LayerDir, Store, gone};
 
 /// Commands of `cache`.
@@ -19,6 +21,19 @@ pub(super) enum CacheCommand {
     /// Show the layers in the store and what they take
     List {
         /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare all that the store has with its checksums; what is damaged is removed, and fetched again when it is needed
+    ///
+    /// Exits with 1 if anything was damaged.
+    Verify {
+        /// Only what belongs to this image, as it was named when it was mounted or pulled
+        image: Option<String>,
+        /// Platform of the image, as OS/ARCH[/VARIANT] [default: this machine's]
+        #[arg(long, value_name = "PLATFORM")]
+        platform: Option<String>,
+        /// Print a JSON object
         #[arg(long)]
         json: bool,
     },
@@ -41,9 +56,18 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
     match command {
         CacheCommand::List { json } => list(&store, json),
         CacheCommand::Prune { to } => {
-            let evicted = evict_to(&store, to.map_or(config.cache_size, |s| s.0))?;
-            eprintln!("{} spans deleted, {} left", evicted.spans, human(evicted.after));
+            let evicted = evict_to(&store, to.map_or(config.cache_size, |s| s.0), Scope::Cache)?;
+            eprintln!(
+                "{} spans and {} trees deleted, {} left",
+                evicted.spans,
+                evicted.trees,
+                human(evicted.after)
+            );
             Ok(())
+        }
+        CacheCommand::Verify { image, platform, json } => {
+            let image = image.map(|image| ImageArgs { image, platform });
+            verify(config, &store, image.as_ref(), json)
         }
         CacheCommand::Drop { all } => drop_cache(&store, all),
     }
@@ -82,9 +106,49 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool) -> anyhow::Result<()> {
+    let resolved = match image {
+        None => None,
+        Some(args) => {
+            let context = open::context(config)?;
+            let recalled = super::runtime()?.block_on(async {
+                let named = Named::open(config, args, &context).await?;
+                anyhow::Ok(named.recall().await)
+            })?;
+            let known = recalled.with_context(|| format!("the store does not know the image {}", args.image))?;
+            Some(known.resolved().clone())
+        }
+    };
+    let report = image::verify(store, resolved.as_deref(), |dir| {
+        tracing::info!(layer = %dir.path().display(), "checking");
+    })?;
+    if json {
+        say!("{}", serde_json::to_value(&report)?);
+    } else {
+        say!(
+            "sound: {} documents, {} trees, {} layers, {} spans of data ({})",
+            report.documents,
+            report.trees,
+            report.layers,
+            report.spans,
+            human(report.bytes)
+        );
+        for path in &report.removed {
+            say!("damaged and removed: {}", path.display());
+        }
+        if report.dropped_spans > 0 {
+            say!("damaged and dropped: {} spans of data", report.dropped_spans);
+        }
+    }
+    if !report.is_sound() {
+        bail!("some of the store was damaged; what was removed is fetched again when it is needed");
+    }
+    Ok(())
+}
+
 /// Data of mounted images goes too: whatever a mount reads next it fetches again.
 fn drop_cache(store: &Store, all: bool) -> anyhow::Result<()> {
-    let evicted = evict_to(store, 0)?;
+    let evicted = evict_to(store, 0, Scope::Data)?;
     let root = store.root().context("no store")?;
     let mut busy = 0;
     if all {

@@ -1,18 +1,17 @@
-//! Keeps the store's data devices below a size: the least recently used spans of all layers become holes again.
+//! Keeps the store below a size: the least recently used spans of all layers become holes again, and the least recently used
+//! trees are deleted.
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
-use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
-use nix::libc;
 
-use super::presence::{PresenceMap, SpanLock, State};
-use crate::index::{SpanId, SpanIndex};
-use crate::store::{FileBytes, LayerDir, Store, StoreError, gone, map_file};
-use crate::toc::{DEVICE_BLOCK, ExtentTable};
+use super::file::{DeviceFile, SpanLock};
+use crate::store::{LayerDir, Store, StoreError, StoredTree, gone, on_disk};
+use crate::toc::DEVICE_BLOCK;
 
 /// What an eviction did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -23,88 +22,148 @@ pub struct Evicted {
     pub after: u64,
     /// Spans that became holes.
     pub spans: u64,
+    /// Trees that were deleted.
+    pub trees: u64,
 }
+
+/// What may be evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Data of layers and trees, to keep [`Store::cache_usage`] below a size.
+    Cache,
+    /// Data of layers only.
+    Data,
+}
+
+/// How often one looks whether another process is done evicting, and how long.
+const LOOK: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A layer whose spans can be evicted.
 struct Victim {
     dir: LayerDir,
-    presence: Arc<PresenceMap>,
-    index: SpanIndex,
-    extents: ExtentTable<FileBytes>,
+    device: Arc<DeviceFile>,
 }
 
-/// Evicts until the data devices of all layers together take at most `target` bytes on disk, or nothing more can go.
-/// Spans that somebody is filling at the moment stay.
-pub fn evict_to(store: &Store, target: u64) -> Result<Evicted, StoreError> {
-    let layers = store.layers()?;
-    let usage = || layers.iter().map(LayerDir::data_usage).sum();
-    let before = usage();
+/// Something that can go, with the time it was last used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Candidate {
+    Span { victim: usize, span: u32 },
+    Tree(usize),
+}
+
+/// Evicts until what [`Scope`] says takes at most `target` bytes on disk, or nothing more can go. One process at a time does
+/// this in a store, and sees what those before it have freed. Spans that somebody is filling at the moment stay.
+pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, StoreError> {
+    let usage = || match scope {
+        Scope::Cache => store.cache_usage(),
+        Scope::Data => store.data_usage(),
+    };
+    let before = usage()?;
     let mut result = Evicted {
         before,
         after: before,
-        spans: 0,
+        ..Evicted::default()
     };
     if before <= target {
         return Ok(result);
     }
-    let victims: Vec<Victim> = layers.iter().filter_map(open).collect();
+    let Some(_turn) = turn(store)? else { return Ok(result) };
+    result.after = usage()?;
+    let victims: Vec<Victim> = store.layers()?.into_iter().filter_map(open).collect();
+    let trees = match scope {
+        Scope::Cache => store.trees()?,
+        Scope::Data => Vec::new(),
+    };
     // Devices that are of no use to anybody are gone by now.
-    result.after = usage();
-    let mut candidates = Vec::new();
-    for (layer, victim) in victims.iter().enumerate() {
-        for span in 0..victim.presence.len() {
-            if victim.presence.get(span).state != State::Absent {
-                candidates.push((victim.presence.last_used(span), layer, span));
-            }
-        }
-    }
-    candidates.sort_unstable();
-    for (_, layer, span) in candidates {
+    result.after = usage()?.min(result.after);
+    for (_, candidate) in candidates(&victims, &trees) {
         if result.after <= target {
             break;
         }
-        match evict_span(&victims[layer], span) {
-            Ok(0) => {}
-            Ok(freed) => {
-                result.spans += 1;
-                result.after = result.after.saturating_sub(freed);
+        let freed = match candidate {
+            Candidate::Tree(tree) => {
+                gone(std::fs::remove_file(&trees[tree].path))
+                    .map_err(|e| StoreError::io("remove", &trees[tree].path, e))?;
+                result.trees += 1;
+                trees[tree].bytes
             }
-            Err(error) => {
-                tracing::warn!(layer = %victims[layer].dir.path().display(), span, %error, "cannot evict a span");
-                if error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-                    // It would be so for every other span: all would be lost and nothing gained.
-                    break;
+            Candidate::Span { victim, span } => match evict_span(&victims[victim].device, span) {
+                Ok(freed) => {
+                    result.spans += u64::from(freed.is_some());
+                    freed.unwrap_or(0)
                 }
-            }
-        }
+                Err(error) => {
+                    tracing::warn!(layer = %victims[victim].dir.path().display(), span, %error, "cannot evict a span");
+                    if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) {
+                        // It would be so for every other span: all would be lost and nothing gained.
+                        break;
+                    }
+                    0
+                }
+            },
+        };
+        result.after = result.after.saturating_sub(freed);
     }
-    result.after = usage();
+    result.after = usage()?;
     Ok(result)
 }
 
-/// Opens what eviction needs. A device whose layer has no index is of no use to anybody, so it goes as a whole.
-fn open(dir: &LayerDir) -> Option<Victim> {
-    let file = File::options().read(true).write(true).open(dir.data()).ok()?;
-    let opened = (|| -> io::Result<_> {
-        let (spans, extents) = (map_file(&dir.spans())?, map_file(&dir.extents())?);
-        let index = SpanIndex::open(spans).map_err(io::Error::other)?;
-        let extents = ExtentTable::open(extents).map_err(io::Error::other)?;
-        let presence = PresenceMap::open(file, super::shape(&index, extents.device_size()))?;
-        Ok((index, extents, presence))
-    })();
-    match opened {
-        Ok((index, extents, Some(presence))) => Some(Victim {
-            dir: dir.clone(),
-            presence: Arc::new(presence),
-            index,
-            extents,
+/// The right to evict; none if another process has it and does not get done.
+fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
+    let deadline = Instant::now() + PATIENCE;
+    let (mut file, path) = store.eviction_lock()?;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((file, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                tracing::warn!(path = %path.display(), "another process is evicting and does not get done");
+                return Ok(None);
+            }
+            Err((_, error)) => return Err(StoreError::io("lock", &path, error.into())),
+        };
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// All that can go, least recently used first.
+fn candidates(victims: &[Victim], trees: &[StoredTree]) -> Vec<(u64, Candidate)> {
+    let mut candidates = Vec::new();
+    for (number, victim) in victims.iter().enumerate() {
+        match victim.device.read_records(0..victim.device.geometry().spans()) {
+            Ok(records) => {
+                let present = records.iter().zip(0..).filter(|(record, _)| record.present);
+                let spans = present.map(|(record, span)| (record.last_used, Candidate::Span { victim: number, span }));
+                candidates.extend(spans);
+            }
+            Err(error) => {
+                tracing::warn!(layer = %victim.dir.path().display(), %error, "cannot evict from this layer");
+            }
+        }
+    }
+    candidates.extend(trees.iter().enumerate().map(|(number, tree)| {
+        let last_used = tree.last_used.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        (last_used, Candidate::Tree(number))
+    }));
+    candidates.sort_unstable();
+    candidates
+}
+
+/// Opens what eviction needs. A device whose layer has no index, or that is damaged as a whole, is of no use to anybody: it
+/// goes.
+fn open(dir: LayerDir) -> Option<Victim> {
+    let opened = File::options().read(true).write(true).open(dir.data());
+    match opened.and_then(DeviceFile::open_unknown) {
+        Ok(Some(device)) if dir.spans().exists() => Some(Victim {
+            dir,
+            device: Arc::new(device),
         }),
-        // Of another index: whoever opens the layer replaces it.
-        Ok((_, _, None)) => None,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            remove_orphan(dir);
+        Ok(_) => {
+            remove_useless(&dir);
             None
         }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => {
             tracing::warn!(layer = %dir.path().display(), %error, "cannot evict from this layer");
             None
@@ -112,65 +171,76 @@ fn open(dir: &LayerDir) -> Option<Victim> {
     }
 }
 
-/// Removes the device of a layer that is not indexed and that nobody is indexing.
-fn remove_orphan(dir: &LayerDir) {
+/// Removes the device of a layer that nobody is indexing.
+fn remove_useless(dir: &LayerDir) {
     let Ok(file) = dir.lock_file() else { return };
-    // Held over the second look and the removal: with it, nobody can be about to finish a pass.
+    // Held over the removal: with it, nobody can be about to finish a pass.
     let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
         return;
     };
-    if !dir.spans().exists()
-        && let Err(error) = gone(std::fs::remove_file(dir.data()))
-    {
-        tracing::warn!(path = %dir.data().display(), %error, "cannot remove a data device without index");
+    if let Err(error) = gone(std::fs::remove_file(dir.data())) {
+        tracing::warn!(path = %dir.data().display(), %error, "cannot remove a useless data device");
     }
+}
+
+/// Marks a span absent and clears the checksums of its content. The caller holds its lock.
+pub(super) fn clear(device: &DeviceFile, span: u32) -> io::Result<()> {
+    device.write_record(span, false, 0)?;
+    let range = device.geometry().range(span);
+    device.clear_checks(range.start.div_ceil(DEVICE_BLOCK)..range.end.div_ceil(DEVICE_BLOCK))
 }
 
 /// The lock of a neighbouring span, if that one exists, is absent, and nobody is filling it.
-fn hold_absent(victim: &Victim, span: Option<u32>) -> Option<(u32, SpanLock)> {
-    let span = span.filter(|&span| span < victim.presence.len())?;
-    let lock = victim.presence.try_lock_one(span).ok()??;
-    (victim.presence.get(span).state == State::Absent).then_some((span, lock))
-}
-
-/// Whether all content in a range of the device is of spans that are gone.
-fn is_gone(victim: &Victim, range: Range<u64>, gone: impl Fn(u32) -> bool) -> bool {
-    let mut pieces = victim.extents.pieces_in_device(range);
-    pieces.all(|piece| {
-        let span = |offset| victim.index.span_at(offset).map(|span| span.0);
-        match (span(piece.tar), span(piece.tar + piece.len - 1)) {
-            (Some(first), Some(last)) => (first..=last).all(&gone),
-            _ => false,
-        }
-    })
-}
-
-/// Punches the holes of one span; returns the bytes on disk that came free.
-fn evict_span(victim: &Victim, span: u32) -> std::io::Result<u64> {
-    let Some(_lock) = victim.presence.try_lock_one(span)? else {
-        return Ok(0);
+fn hold_absent(device: &Arc<DeviceFile>, span: Option<u32>) -> io::Result<Option<SpanLock>> {
+    let Some(span) = span.filter(|&span| span < device.geometry().spans()) else {
+        return Ok(None);
     };
-    if !victim.presence.evict(span) {
-        return Ok(0);
+    let Some(lock) = device.try_lock_one(span)? else {
+        return Ok(None);
+    };
+    Ok((!device.record(span)?.present).then_some(lock))
+}
+
+/// Makes a span a hole; returns the bytes on disk that came free, or none if it stays.
+pub(super) fn evict_span(device: &Arc<DeviceFile>, span: u32) -> io::Result<Option<u64>> {
+    let Some(_lock) = device.try_lock_one(span)? else {
+        return Ok(None);
+    };
+    if !device.record(span)?.present {
+        return Ok(None);
     }
-    let neighbours = [span.checked_sub(1), Some(span + 1)].map(|other| hold_absent(victim, other));
-    let gone = |other: u32| other == span || neighbours.iter().flatten().any(|(held, _)| *held == other);
-    let usage = || victim.presence.file().metadata().map(|m| m.blocks() * 512);
+    clear(device, span)?;
+    let usage = || device.file().metadata().map(|m| on_disk(&m));
     let before = usage()?;
-    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    for extent in victim.extents.pieces_in_tar(victim.index.tar_range(SpanId(span))) {
-        let (mut start, mut end) = (extent.device, extent.device + extent.len);
-        // Only whole blocks come free, so the hole takes in what else its first and last block hold: padding, or content
-        // that is gone as well. A block shared with a span that is still there stays; its bytes of this span become zeros.
-        let block = start - start % DEVICE_BLOCK;
-        if is_gone(victim, block..start, gone) {
-            start = block;
+    let geometry = device.geometry();
+    let range = geometry.range(span);
+    // Only whole blocks come free. The block that is shared with a neighbour goes when both are gone; of a neighbour that
+    // shares it with one behind, only the inner part is known to be gone, so such a block stays.
+    let shares = |other: Option<u32>, address: u64| -> io::Result<(bool, Option<SpanLock>)> {
+        if address.is_multiple_of(DEVICE_BLOCK) {
+            return Ok((false, None));
         }
-        let block = end.next_multiple_of(DEVICE_BLOCK);
-        if is_gone(victim, end..block, gone) {
-            end = block;
-        }
-        fallocate(victim.presence.file(), mode, start as i64, (end - start) as i64)?;
+        let block = address - address % DEVICE_BLOCK;
+        let lock = hold_absent(device, other)?;
+        let alone = other.is_some_and(|other| {
+            let range = geometry.range(other);
+            range.start <= block || range.end >= block + DEVICE_BLOCK
+        });
+        Ok((lock.is_none() || !alone, lock))
+    };
+    let (keep_first, _first) = shares(span.checked_sub(1), range.start)?;
+    let (keep_last, _last) = shares(Some(span + 1), range.end)?;
+    let start = match keep_first {
+        true => range.start.next_multiple_of(DEVICE_BLOCK),
+        false => range.start - range.start % DEVICE_BLOCK,
+    };
+    let end = match keep_last {
+        true => range.end - range.end % DEVICE_BLOCK,
+        false => range.end.next_multiple_of(DEVICE_BLOCK),
+    };
+    if start < end {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(device.file(), mode, start as i64, (end - start) as i64)?;
     }
-    Ok(before.saturating_sub(usage()?).max(1))
+    Ok(Some(before.saturating_sub(usage()?)))
 }

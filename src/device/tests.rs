@@ -1,11 +1,10 @@
-use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::index::{BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndexBuilder, SpanStart};
 use crate::oci::{DiffId, Digest};
 use crate::store::{Durability, Store};
-use crate::toc::{Limits, TarReader};
+use crate::toc::{DEVICE_BLOCK, Limits, TarReader};
 
 const SPAN: u64 = 8192;
 
@@ -14,27 +13,33 @@ fn layer_dir(root: &Path) -> LayerDir {
     store.layer(&Digest::of(b"layer")).unwrap()
 }
 
-fn shape_of(spans: u32) -> Shape {
-    Shape {
-        size: u64::from(spans) * SPAN,
-        spans,
-        key: [9; 16],
-    }
+fn geometry_of(spans: u32) -> Geometry {
+    let heads: Vec<u64> = (0..u64::from(spans)).map(|span| span * SPAN).collect();
+    geometry::tests::geometry(u64::from(spans) * SPAN / DEVICE_BLOCK, &heads)
 }
 
 fn open(root: &Path, spans: u32) -> DataDevice {
     let store = Store::open(root).unwrap();
-    DataDevice::open_or_create(&store, &layer_dir(root).data(), shape_of(spans)).unwrap()
+    DataDevice::open_or_create(&store, &layer_dir(root).data(), geometry_of(spans)).unwrap()
 }
 
-/// The map as another process has it.
-fn map(root: &Path, spans: u32) -> Arc<PresenceMap> {
-    let file = File::options()
+/// The file as another process has it.
+fn other(root: &Path, spans: u32) -> Arc<DeviceFile> {
+    Arc::new(DeviceFile::open(raw(root), true, geometry_of(spans)).unwrap().unwrap())
+}
+
+/// The file as anybody may open it.
+fn raw(root: &Path) -> File {
+    File::options()
         .read(true)
         .write(true)
         .open(layer_dir(root).data())
-        .unwrap();
-    Arc::new(PresenceMap::open(file, shape_of(spans)).unwrap().unwrap())
+        .unwrap()
+}
+
+/// A budget that is never used up.
+fn plenty(store: &Store) -> Arc<CacheBudget> {
+    CacheBudget::new(store.clone(), 1 << 40)
 }
 
 fn piece(span: u32) -> [Piece; 1] {
@@ -57,15 +62,26 @@ fn content(span: u32) -> Vec<u8> {
 
 fn fill(device: &DataDevice, span: u32) {
     let (lock, _) = device.try_lock(&[span]).unwrap();
-    device.fill(&lock, span, &piece(span), &bytes(span)).unwrap();
+    assert!(device.fill(&lock, span, &piece(span), &bytes(span)).unwrap());
+}
+
+fn find(device: &DataDevice, span: u32, buffer: &mut [u8]) -> Found {
+    // The first 4096 bytes of each span's 8192 are content.
+    let has_content = |range: Range<u64>| range.start % SPAN < 4096;
+    device.read(u64::from(span) * SPAN, buffer, has_content).unwrap()
 }
 
 fn read(device: &DataDevice, span: u32) -> Option<Vec<u8>> {
     let mut buffer = vec![0; 4096];
-    let present = device
-        .read(span..span + 1, u64::from(span) * SPAN, &mut buffer)
-        .unwrap();
-    present.then_some(buffer)
+    match find(device, span, &mut buffer) {
+        Found::Bytes => Some(buffer),
+        Found::Absent => None,
+        Found::Damaged(span) => panic!("{span} is damaged"),
+    }
+}
+
+fn present(device: &DataDevice, span: u32) -> bool {
+    device.is_present(span).unwrap()
 }
 
 #[test]
@@ -76,7 +92,8 @@ fn what_is_filled_is_read_by_another_opener() {
     assert_eq!(read(&b, 2), None);
     fill(&a, 2);
     assert_eq!(read(&b, 2), Some(content(2)));
-    assert_eq!(((0..4).filter(|&s| !b.is_absent(s)).count(), read(&b, 3)), (1, None));
+    assert_eq!(b.present(0..4).unwrap(), [false, false, true, false]);
+    assert_eq!(read(&b, 3), None);
 }
 
 #[test]
@@ -87,9 +104,9 @@ fn a_device_of_another_index_is_replaced() {
     let new = open(root.path(), 5);
     assert_eq!((read(&new, 1), read(&old, 1)), (None, Some(content(1))));
     let store = Store::open(root.path()).unwrap();
-    let other_key = Shape {
-        key: [1; 16],
-        ..shape_of(5)
+    let other_key = Geometry {
+        key: [1; 32],
+        ..geometry_of(5)
     };
     fill(&new, 2);
     let newest = DataDevice::open_or_create(&store, &layer_dir(root.path()).data(), other_key).unwrap();
@@ -115,38 +132,130 @@ fn whatever_is_deleted_or_cut_nothing_missing_is_believed() {
 }
 
 #[test]
-fn after_a_restart_a_checksum_decides() {
+fn damage_is_found_by_the_reader_and_healed_by_filling_again() {
     let root = tempfile::tempdir().unwrap();
     let device = open(root.path(), 4);
-    fill(&device, 1);
-    fill(&device, 2);
-    drop(device);
-    // Another boot id, and a block that never reached the disk.
-    let file = File::options().write(true).open(layer_dir(root.path()).data()).unwrap();
-    file.write_all_at(&[7; 16], shape_of(4).tail() + 16).unwrap();
-    file.write_all_at(&[0; 4096], 2 * SPAN).unwrap();
-    let device = open(root.path(), 4);
-    assert!(device.is_unchecked(1) && device.is_unchecked(2) && !device.is_unchecked(3));
-    assert_eq!((read(&device, 1), read(&device, 2)), (None, None));
-    for span in [1, 2] {
-        device.check(span, &piece(span)).unwrap();
+    let file = raw(root.path());
+    let records = (64 << 10) + 128 + 4 * 8;
+    let checks = records + 4 * 16;
+    // Place, what is written there, and what it does to span 2.
+    let damages: [(u64, &[u8], bool); 6] = [
+        (2 * SPAN + 77, &[0xfe], true),
+        (2 * SPAN, &[0; 4096], true),
+        (checks + 4 * 4, &[1, 2, 3, 4], true),
+        (checks + 4 * 4, &[0; 4], true),
+        // Neither the other half of the span, which is a gap, nor the records decide about bytes.
+        (2 * SPAN + 4096, &[9; 100], false),
+        (records + 2 * 16, &[0; 16], false),
+    ];
+    for (at, damage, harms) in damages {
+        for span in 0..4 {
+            fill(&device, span);
+        }
+        file.write_all_at(damage, at).unwrap();
+        let mut buffer = vec![0; 8192];
+        let found = find(&device, 2, &mut buffer);
+        match harms {
+            true => assert_eq!(found, Found::Damaged(2), "{at}"),
+            false => {
+                assert_eq!(found, Found::Bytes, "{at}");
+                assert!(buffer[..4096] == content(2) && buffer[4096..] == [0; 4096]);
+            }
+        }
+        assert!(
+            [0, 1, 3]
+                .into_iter()
+                .all(|span| read(&device, span) == Some(content(span)))
+        );
+        let (lock, _) = device.try_lock(&[2]).unwrap();
+        device.drop_span(&lock, 2).unwrap();
+        drop(lock);
+        assert_eq!((present(&device, 2), read(&device, 2)), (false, None));
+        fill(&device, 2);
+        assert_eq!(read(&device, 2), Some(content(2)));
     }
-    assert_eq!((read(&device, 1), read(&device, 2)), (Some(content(1)), None));
+    file.set_len(2 * SPAN).unwrap();
+    let cut = device.read(2 * SPAN, &mut [0; 4096], |_| true).unwrap_err();
+    assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn parts_of_blocks_are_read_before_their_neighbours_are_there() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let path = layer_dir(root.path()).data();
+    // All of it is content; spans begin anywhere.
+    let heads = [0, 5000, 5010, 9000, 20_000];
+    let geometry = geometry::tests::geometry(8, &heads);
+    let whole: Vec<u8> = (0..geometry.size).map(|i| (i % 251) as u8 | 1).collect();
+    for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]] {
+        gone(std::fs::remove_file(&path)).unwrap();
+        let device = DataDevice::open_or_create(&store, &path, geometry.clone()).unwrap();
+        let mut there = Vec::new();
+        for span in order {
+            let range = geometry.range(span);
+            let bytes = &whole[range.start as usize..range.end as usize];
+            let piece = Piece {
+                span: 0,
+                device: range.start,
+                len: bytes.len() as u64,
+            };
+            let (lock, _) = device.try_lock(&[span]).unwrap();
+            assert!(device.fill(&lock, span, &[piece], bytes).unwrap());
+            there.push(span);
+            for (start, end) in [
+                (0, 100),
+                (4096, 4097),
+                (4999, 5000),
+                (5000, 5010),
+                (5003, 9001),
+                (8192, 8999),
+                (100, 32_768),
+            ] {
+                let mut buffer = vec![0; (end - start) as usize];
+                let found = device.read(start, &mut buffer, |_| true).unwrap();
+                let all = geometry.spans_of(start..end).all(|span| there.contains(&span));
+                assert_eq!(
+                    found,
+                    if all { Found::Bytes } else { Found::Absent },
+                    "{order:?} {start} {end}"
+                );
+                assert!(!all || buffer == whole[start as usize..end as usize]);
+            }
+        }
+    }
 }
 
 #[test]
 fn a_whole_device_written_in_order_reads_back() {
     let root = tempfile::tempdir().unwrap();
     let store = Store::open(root.path()).unwrap();
+    let budget = plenty(&store);
     let mut writer = DataDevice::create(&store, &layer_dir(root.path())).unwrap();
     for span in 0..300 {
-        writer.write(u64::from(span) * SPAN, &content(span)).unwrap();
+        writer.span(span);
+        assert!(writer.write(u64::from(span) * SPAN, &content(span), &budget).unwrap());
     }
-    let crcs: Vec<u32> = (0..300).map(|s| crc32fast::hash(&content(s))).collect();
-    let device = writer.finish_as(shape_of(300), &crcs).unwrap();
+    let device = writer.finish_as(geometry_of(300), &budget).unwrap().unwrap();
     assert!((0..300).all(|s| read(&device, s) == Some(content(s))));
     let other = open(root.path(), 300);
-    assert!((0..300).all(|s| read(&other, s) == Some(content(s))));
+    assert!((0..300).all(|s| present(&other, s) && read(&other, s) == Some(content(s))));
+}
+
+#[test]
+fn a_device_without_room_is_not_finished() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).unwrap();
+    let budget = CacheBudget::new(store.clone(), 4 << 20);
+    let mut writer = DataDevice::create(&store, &layer_dir(root.path())).unwrap();
+    let mut span = 0;
+    while writer.write(u64::from(span) * SPAN, &content(span), &budget).unwrap() {
+        span += 1;
+        assert!(span < 1500);
+    }
+    drop(writer);
+    assert!(!layer_dir(root.path()).data().exists());
+    assert_eq!(store.cache_usage().unwrap(), 0);
 }
 
 /// Readers see a span's bytes or nothing, while it is filled and evicted as fast as it goes.
@@ -154,7 +263,7 @@ fn a_whole_device_written_in_order_reads_back() {
 fn a_reader_never_sees_a_hole() {
     let root = tempfile::tempdir().unwrap();
     let device = open(root.path(), 1);
-    let evictor = map(root.path(), 1);
+    let evictor = other(root.path(), 1);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
@@ -169,11 +278,7 @@ fn a_reader_never_sees_a_hole() {
         });
         for _ in 0..3000 {
             fill(&device, 0);
-            let _lock = evictor.try_lock_one(0).unwrap().unwrap();
-            assert!(evictor.evict(0));
-            let mode =
-                nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            nix::fcntl::fallocate(evictor.file(), mode, 0, 4096).unwrap();
+            assert!(evict::evict_span(&evictor, 0).unwrap().is_some());
         }
         fill(&device, 0);
         while read(&device, 0).is_none() {}
@@ -186,7 +291,7 @@ fn a_reader_never_sees_a_hole() {
 fn a_span_that_is_being_filled_cannot_be_locked_by_another_opener() {
     let root = tempfile::tempdir().unwrap();
     let a = open(root.path(), 8);
-    let b = map(root.path(), 8);
+    let b = other(root.path(), 8);
     let lock = a.try_lock(&[1, 2, 5]).unwrap();
     let free = |span| b.try_lock_one(span).unwrap().is_some();
     assert_eq!([0, 1, 2, 3, 5, 6].map(free), [true, false, false, true, false, true]);
@@ -194,8 +299,8 @@ fn a_span_that_is_being_filled_cannot_be_locked_by_another_opener() {
     assert!([1, 2, 5].into_iter().all(free));
 }
 
-/// A layer of `count` files that fill one span each, indexed, with all spans on its device: the device and where its map is.
-fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir, u64) {
+/// A layer of `count` files that fill one span each, indexed, with all spans on its device.
+fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir) {
     let mut tar = tar::Builder::new(Vec::new());
     for file in 0..count {
         let mut header = tar::Header::new_ustar();
@@ -229,10 +334,9 @@ fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir, 
     let dir = store.layer(&blob).unwrap();
     let lazy = Durability::Lazy;
     store
-        .publish(&dir.extents(), lazy, |file| extents.encode(file))
+        .publish_sealed(&dir.spans(), lazy, |mut file| index.write(&mut file))
         .unwrap();
-    store.publish(&dir.spans(), lazy, |file| index.write(file)).unwrap();
-    let device = DataDevice::open(store, &dir, &index, extents.device_size()).unwrap();
+    let device = DataDevice::open(store, &dir, &index, &extents).unwrap();
     for span in 0..count {
         let (lock, _) = device.try_lock(&[span]).unwrap();
         let piece = Piece {
@@ -242,7 +346,7 @@ fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir, 
         };
         device.fill(&lock, span, &[piece], &bytes(span)).unwrap();
     }
-    (device, dir, shape(&index, extents.device_size()).tail())
+    (device, dir)
 }
 
 #[test]
@@ -252,33 +356,33 @@ fn the_least_recently_used_spans_of_all_layers_go_first() {
     let layers = [full_layer(&store, b"one", 6), full_layer(&store, b"two", 6)];
     // When the spans were last used, in no order; some time ago, or a read would not count as a use.
     let stamps = [[50, 10, 90, 30, 70, 110], [100, 60, 20, 120, 40, 80]];
-    for ((_, dir, tail), stamps) in layers.iter().zip(stamps) {
+    for ((_, dir), stamps) in layers.iter().zip(stamps) {
         let file = File::options().write(true).open(dir.data()).unwrap();
         for (span, stamp) in (0..).zip(stamps) {
-            file.write_all_at(&u64::to_le_bytes(stamp), tail + 64 + 16 * span + 8)
-                .unwrap();
+            let record = 64 * 1024 + 128 + 6 * 8 + 16 * span;
+            file.write_all_at(&u64::to_le_bytes(stamp), record + 8).unwrap();
         }
     }
-    let present = || {
-        let mut present = Vec::new();
-        for ((device, ..), stamps) in layers.iter().zip(stamps) {
-            present.extend((0..6).filter(|&s| device.is_present(s)).map(|s| stamps[s as usize]));
+    let left = || {
+        let mut found = Vec::new();
+        for ((device, _), stamps) in layers.iter().zip(stamps) {
+            found.extend((0..6).filter(|&s| present(device, s)).map(|s| stamps[s as usize]));
         }
-        present.sort_unstable();
-        present
+        found.sort_unstable();
+        found
     };
-    let usage = || layers.iter().map(|(_, dir, _)| dir.data_usage()).sum::<u64>();
-    assert_eq!(present().len(), 12);
-    let evicted = evict_to(&store, usage() - 5 * SPAN).unwrap();
+    let usage = || layers.iter().map(|(_, dir)| dir.data_usage()).sum::<u64>();
+    assert_eq!(left().len(), 12);
+    let evicted = evict_to(&store, usage() - 5 * SPAN, Scope::Data).unwrap();
     assert_eq!((evicted.spans, evicted.before - evicted.after), (5, 5 * SPAN));
-    assert_eq!(present(), [60, 70, 80, 90, 100, 110, 120]);
+    assert_eq!(left(), [60, 70, 80, 90, 100, 110, 120]);
     // A use counts: the oldest one that is left becomes the youngest.
     assert!(read(&layers[1].0, 1).is_some());
-    evict_to(&store, usage() - 2 * SPAN).unwrap();
-    assert_eq!(present(), [60, 90, 100, 110, 120]);
-    for ((device, ..), stamps) in layers.iter().zip(stamps) {
+    evict_to(&store, usage() - 2 * SPAN, Scope::Data).unwrap();
+    assert_eq!(left(), [60, 90, 100, 110, 120]);
+    for ((device, _), stamps) in layers.iter().zip(stamps) {
         for (span, stamp) in (0..6).zip(stamps) {
-            let kept = present().contains(&stamp);
+            let kept = left().contains(&stamp);
             assert_eq!(read(device, span), kept.then(|| content(span)), "{stamp}");
         }
     }

@@ -79,7 +79,7 @@ impl Image {
     fn missing(&self) -> impl Stream<Item = (usize, Range<u32>)> + Send {
         futures::stream::iter(self.layers.iter().enumerate()).flat_map(move |(position, layer)| {
             futures::stream::unfold(0, move |from| async move {
-                let run = layer.next_missing(from, self.policy().background_request()).await?;
+                let run = layer.next_missing(from, self.policy().background_request())?;
                 let end = run.end;
                 Some(((position, run), end))
             })

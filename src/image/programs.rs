@@ -21,7 +21,7 @@ use crate::erofs::{ErofsError, FileType, Mapping, Nid, Reader};
 use crate::layer::{self, stored_programs};
 use crate::oci::Digest;
 use crate::program::Program;
-use crate::store::{Durability, FileBytes, Store, StoreError};
+use crate::store::{Durability, Store, StoreError, read_sealed};
 
 const VERSION: u32 = 1;
 /// A larger file is not read; one of a million programs is smaller.
@@ -104,7 +104,7 @@ impl Programs {
         if size > LARGEST_FILE {
             return None;
         }
-        let file: File = serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
+        let file: File = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
         let count = file.programs.len();
         let sound = |record: &Record| record.needs.iter().all(|&at| (at as usize) < count);
         (file.version == VERSION && file.programs.iter().all(sound)).then(|| Self::new(file.programs))
@@ -122,7 +122,7 @@ impl Programs {
             programs: records.collect(),
         };
         let encoded = serde_json::to_vec(&file).map_err(|e| StoreError::io("encode", &path, io::Error::other(e)))?;
-        store.publish(&path, Durability::Lazy, |file| io::Write::write_all(file, &encoded))
+        store.publish_sealed(&path, Durability::Lazy, |file| file.write_all(&encoded))
     }
 
     /// The first bytes of a file are read: what is loaded with it and was not said before, itself included.
@@ -154,7 +154,7 @@ impl Programs {
 pub(super) fn link(
     store: &Store,
     manifest: &Digest,
-    tree: &Reader<FileBytes>,
+    tree: &Reader<Vec<u8>>,
     layers: &[Digest],
 ) -> Result<Programs, ProgramsError> {
     let mut room = MOST_KNOWN;
@@ -173,7 +173,7 @@ pub(super) fn link(
 }
 
 /// All programs and libraries that the tree shows.
-fn find(tree: &Reader<FileBytes>, layers: &[Option<layer::Programs>]) -> Result<Vec<Found>, ErofsError> {
+fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<Found>, ErofsError> {
     let mut found = Vec::new();
     let mut directories = vec![(tree.root(), 0)];
     let mut seen = HashSet::new();
@@ -274,7 +274,7 @@ struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn new(tree: &'a Reader<FileBytes>, found: &[Found]) -> Self {
+    fn new(tree: &'a Reader<Vec<u8>>, found: &[Found]) -> Self {
         let mut directories = Vec::new();
         let mut paths = Paths::new(tree);
         for path in LIBRARY_DIRECTORIES {
@@ -379,12 +379,12 @@ impl<'a> Linker<'a> {
 
 /// Follows paths in a tree, until it has looked up too much.
 struct Paths<'a> {
-    tree: &'a Reader<FileBytes>,
+    tree: &'a Reader<Vec<u8>>,
     lookups: usize,
 }
 
 impl<'a> Paths<'a> {
-    fn new(tree: &'a Reader<FileBytes>) -> Self {
+    fn new(tree: &'a Reader<Vec<u8>>) -> Self {
         Self { tree, lookups: 0 }
     }
 

@@ -1,54 +1,43 @@
 //! The merged tree as an EROFS image in the store (or, without a store, in memory).
-
-use std::io::{self, Write as _};
+//!
+//! The file is sealed: it is checked as a whole whenever it is opened, and made again from the layers' tables if it is damaged.
 
 use super::ImageError;
+use crate::device::CacheBudget;
 use crate::erofs::{self, Reader};
 use crate::oci::Digest;
-use crate::store::{Durability, FileBytes, Store, StoreError, map_file};
+use crate::store::{Durability, Store, StoreError, read_sealed};
 use crate::tree::Tree;
 
 /// The stored tree of a manifest, if there is a good one.
-pub(super) fn open(store: &Store, manifest: &Digest, sizes: &[u64]) -> Result<Option<Reader<FileBytes>>, ImageError> {
-    let Some(path) = store.tree_path(manifest) else {
-        return Ok(None);
+pub(super) fn open(store: &Store, manifest: &Digest, sizes: &[u64]) -> Option<Reader<Vec<u8>>> {
+    let path = store.tree_path(manifest)?;
+    let unusable = |error: &dyn std::fmt::Display| {
+        tracing::warn!(path = %path.display(), %error, "cannot use the stored tree, making it again");
     };
-    let map = match map_file(&path) {
-        Ok(map) => map,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "cannot read the stored tree, making it again");
-            return Ok(None);
-        }
-    };
-    match Reader::open(map, sizes) {
-        Ok(reader) => Ok(Some(reader)),
-        Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the stored tree is damaged, making it again");
-            Ok(None)
-        }
-    }
+    let image = read_sealed(&path).map_err(|error| unusable(&error)).ok()??;
+    let reader = Reader::open(image, sizes).map_err(|error| unusable(&error)).ok()?;
+    store.touch_tree(&path);
+    Some(reader)
 }
 
-/// Writes the tree and opens it. It goes to the store if that can be written.
+/// Writes the tree and opens it. It goes to the store if that can be written, and has room for it.
 pub(super) fn build(
     store: &Store,
+    budget: &CacheBudget,
     manifest: &Digest,
     tree: &Tree,
     sizes: &[u64],
-) -> Result<Reader<FileBytes>, ImageError> {
-    if let Some(path) = store.tree_path(manifest) {
-        // Lookups do not check a digest over the whole tree, so it must not be torn by a power cut.
-        let written = store.publish(&path, Durability::Synced, |file| {
-            erofs::write(tree, sizes, manifest, &mut *file).map_err(io::Error::other)?;
-            file.flush()
-        });
-        match written.and_then(|()| map_file(&path).map_err(|source| StoreError::io("map", &path, source))) {
-            Ok(map) => return Ok(Reader::open(map, sizes)?),
+) -> Result<Reader<Vec<u8>>, ImageError> {
+    let mut image = Vec::new();
+    erofs::write(tree, sizes, manifest, &mut image)?;
+    if let Some(path) = store.tree_path(manifest)
+        && budget.reserve(image.len() as u64)
+    {
+        match store.publish_sealed(&path, Durability::Lazy, |file| file.write_all(&image)) {
+            Ok(()) | Err(StoreError::Unavailable) => {}
             Err(error) => tracing::warn!(%error, "cannot keep the tree, holding it in memory"),
         }
     }
-    let mut image = Vec::new();
-    erofs::write(tree, sizes, manifest, &mut image)?;
-    Ok(Reader::open(FileBytes::Owned(image), sizes)?)
+    Ok(Reader::open(image, sizes)?)
 }

@@ -23,14 +23,14 @@ use tokio::sync::mpsc;
 use super::LayerStats;
 use super::stripes::{self, Ahead};
 use crate::blob::{BlobError, BlobSource, ByteStream};
-use crate::device::{DataDevice, DeviceError, DeviceWriter};
+use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
     Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
     SpanStart, sniff,
 };
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Store};
-use crate::toc::{Limits, TarReader, Toc, TocError};
+use crate::toc::{ExtentTable, Limits, TarReader, Toc, TocError};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
 const QUEUE: usize = 32;
@@ -109,6 +109,8 @@ impl FirstPassError {
 pub(super) struct Indexed {
     pub(super) index: SpanIndex,
     pub(super) toc: Toc,
+    /// The extents of `toc`.
+    pub(super) extents: ExtentTable,
     pub(super) device: Option<DataDevice>,
     /// Why there is no device although there is a store.
     pub(super) device_error: Option<DeviceError>,
@@ -119,8 +121,8 @@ pub(super) struct Indexed {
 pub(super) struct Destination {
     pub(super) store: Store,
     pub(super) dir: LayerDir,
-    /// A layer with more content than this many bytes is only indexed.
-    pub(super) limit: u64,
+    /// A layer whose content has no room in this is only indexed.
+    pub(super) budget: Arc<CacheBudget>,
 }
 
 /// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
@@ -323,13 +325,10 @@ struct Table {
     device_error: Option<DeviceError>,
 }
 
-/// A data device being written, with the checksum of each span's content.
+/// A data device being written.
 struct Filling {
-    /// Bytes of content that may still come.
-    room: u64,
+    budget: Arc<CacheBudget>,
     writer: DeviceWriter,
-    crcs: Vec<u32>,
-    crc: crc32fast::Hasher,
 }
 
 /// The table thread: from batches to everything else.
@@ -346,10 +345,8 @@ fn tabulate(
             Err(error) => (None, Some(error)),
             Ok(writer) => {
                 let filling = Filling {
-                    room: destination.limit,
+                    budget: destination.budget,
                     writer,
-                    crcs: Vec::new(),
-                    crc: crc32fast::Hasher::new(),
                 };
                 (Some(filling), None)
             }
@@ -387,10 +384,8 @@ fn tabulate(
 impl Table {
     fn span(&mut self, start: SpanStart) {
         self.spans.span(start);
-        if let Some(filling) = &mut self.device
-            && start.span.0 > 0
-        {
-            filling.next_span();
+        if let Some(filling) = &mut self.device {
+            filling.writer.span(start.span.0);
         }
     }
 
@@ -402,15 +397,13 @@ impl Table {
         let mut failed = None;
         let pushed = self.tar.push(bytes, &mut |offset, content| {
             let Some(filling) = &mut self.device else { return };
-            let Some(room) = filling.room.checked_sub(content.len() as u64) else {
-                self.device = None;
-                return;
-            };
-            filling.room = room;
-            filling.crc.update(content);
-            if let Err(error) = filling.writer.write(offset, content) {
-                failed = Some(error);
-                self.device = None;
+            match filling.writer.write(offset, content, &filling.budget) {
+                Ok(true) => {}
+                Ok(false) => self.device = None,
+                Err(error) => {
+                    failed = Some(error);
+                    self.device = None;
+                }
             }
         });
         if let Some(error) = failed {
@@ -436,32 +429,20 @@ impl Table {
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
+        let extents = toc.extent_table();
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.finish(&index, toc.device_size) {
-                Ok(device) => (Some(device), None),
+            Some(filling) => match filling.writer.finish(&index, &extents, &filling.budget) {
+                Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
         };
         Ok(Indexed {
             index,
             toc,
+            extents,
             device,
             device_error,
         })
-    }
-}
-
-impl Filling {
-    fn next_span(&mut self) {
-        let crc = std::mem::take(&mut self.crc);
-        self.crcs.push(crc.finalize());
-    }
-
-    fn finish(mut self, index: &SpanIndex, size: u64) -> Result<DataDevice, DeviceError> {
-        if !index.is_empty() {
-            self.next_span();
-        }
-        self.writer.finish(index, size, &self.crcs)
     }
 }

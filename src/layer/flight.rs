@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
@@ -131,9 +130,6 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start:
             tracing::warn!(layer = %layer.digest(), spans = ?run.spans, "another process does not get on with these, fetching them here too");
             (lock, mine) = (None, theirs);
         }
-        for &span in &mine {
-            layer.settle(span..span + 1);
-        }
         // What came between the claim and the lock.
         let (here, left): (Vec<u32>, Vec<u32>) = mine.into_iter().partition(|&span| layer.is_local(span));
         for span in here {
@@ -150,11 +146,16 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start:
 /// The locks of those spans that are free, and which these are. Without locks (there is no device, or it fails) all of the
 /// spans are ours, and not kept on disk.
 fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
-    match layer.device().map(|device| device.try_lock(spans)) {
+    match layer
+        .disk
+        .device()
+        .filter(|device| device.is_writable())
+        .map(|device| device.try_lock(spans))
+    {
         Some(Ok((lock, held))) => (Some(lock), held),
         Some(Err(error)) => {
             tracing::warn!(layer = %layer.digest(), %error, "cannot lock spans, keeping them in memory only");
-            layer.keeps.store(false, Ordering::Relaxed);
+            layer.disk.cannot_keep();
             (None, spans.to_vec())
         }
         None => (None, spans.to_vec()),
@@ -327,18 +328,8 @@ impl Delivery<'_> {
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
         run.claim.announce(span, landed.clone());
-        let kept = match (layer.device(), &*lock) {
-            (Some(device), Some(lock)) => {
-                let filled = tokio::task::block_in_place(|| device.fill(lock, span, &layer.pieces(span), &bytes));
-                let filled = filled.map_err(|error| layer.health.store_failed(&error)).is_ok();
-                layer.keeps.store(filled, Ordering::Relaxed);
-                filled
-            }
-            _ => false,
-        };
-        if kept {
-            layer.budget.wrote(bytes.len() as u64);
-        } else {
+        let kept = tokio::task::block_in_place(|| layer.disk.fill(lock.as_ref(), span, &layer.pieces(span), &bytes));
+        if !kept {
             // From here on nothing of this run goes to the device, and whoever flies for these spans next locks them anew.
             *lock = None;
             layer.memory.insert(layer.digest(), span, bytes);

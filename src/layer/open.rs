@@ -1,12 +1,11 @@
 //! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
 
-use std::io;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::programs;
 use super::stripes::Ahead;
@@ -17,7 +16,7 @@ use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
 use crate::index::SpanIndex;
 use crate::oci::{DiffId, Digest};
-use crate::store::{Durability, FileBytes, LayerDir, Store, StoreError, map_file};
+use crate::store::{Durability, LayerDir, Store, StoreError, read_sealed};
 use crate::toc::{ExtentTable, Toc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
@@ -151,7 +150,7 @@ async fn stream(
         dir.clone().map(|dir| Destination {
             store: context.store.clone(),
             dir,
-            limit: context.budget.limit(),
+            budget: context.budget.clone(),
         })
     };
     let ahead = &context.ahead;
@@ -167,23 +166,30 @@ async fn stream(
     stats.set_source(IndexSource::Streamed);
     let context = context.clone();
     let keeping = tokio::task::spawn_blocking(move || {
-        let extents = indexed.toc.extent_table();
+        let extents = &indexed.extents;
         if let Some(dir) = &dir {
-            if let Err(error) = keep(&context.store, dir, &indexed, &extents) {
+            if let Err(error) = keep(&context.store, dir, &indexed) {
                 context.health.store_failed(&error);
             }
             match indexed.device_error.take() {
                 Some(error) => context.health.store_failed(&error),
                 // The layer is larger than the cache may be: it fills with what is read.
                 None if indexed.device.is_none() => {
-                    let opened = DataDevice::open(&context.store, dir, &indexed.index, indexed.toc.device_size);
+                    let opened = DataDevice::open(&context.store, dir, &indexed.index, extents);
                     indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
                 }
-                None => context.budget.wrote(dir.data_usage()),
+                None => {}
             }
         }
-        let extents = extents.map_bytes(FileBytes::Owned);
-        let layer = layer(&context, blob, indexed.index, extents, indexed.device, stats);
+        let layer = layer(
+            &context,
+            &dir,
+            blob,
+            indexed.index,
+            indexed.extents,
+            indexed.device,
+            stats,
+        );
         if dir.is_some() && layer.keeps() {
             let found = programs::look(&indexed.toc, &layer);
             if let Err(error) = programs::keep(&context.store, layer.digest(), found) {
@@ -200,22 +206,23 @@ async fn stream(
 
 fn layer(
     context: &LayerContext,
+    dir: &Option<LayerDir>,
     blob: Arc<dyn BlobSource>,
     index: SpanIndex,
-    extents: ExtentTable<FileBytes>,
+    extents: ExtentTable,
     device: Option<DataDevice>,
     stats: Arc<LayerStats>,
 ) -> Arc<Layer> {
     let touches = Touches::new(index.len());
+    let (budget, health) = (context.budget.clone(), context.health.clone());
+    let disk = LayerDisk::new(blob.digest().clone(), device, budget, health, stats.clone());
     Arc::new(Layer {
         blob,
         index,
         extents,
-        device,
-        device_broken: AtomicBool::new(false),
-        keeps: AtomicBool::new(true),
+        disk,
+        home: dir.clone().map(|dir| (context.store.clone(), dir)),
         memory: context.memory.clone(),
-        budget: context.budget.clone(),
         health: context.health.clone(),
         lanes: context.lanes.clone(),
         ahead: context.ahead.clone(),
@@ -265,7 +272,7 @@ fn load(
             actual: index.diff_id().0.clone(),
         }));
     }
-    let device = match DataDevice::open(&context.store, dir, &index, extents.device_size()) {
+    let device = match DataDevice::open(&context.store, dir, &index, &extents) {
         Ok(device) => Some(device),
         Err(error) => {
             context.health.store_failed(&error);
@@ -273,26 +280,24 @@ fn load(
         }
     };
     stats.set_source(IndexSource::Store);
-    let layer = layer(context, blob, index, extents, device, stats);
+    let dir = Some(dir.clone());
+    let layer = layer(context, &dir, blob, index, extents, device, stats);
     Ok(Some(Opened { layer, toc: None }))
 }
 
-fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTable<FileBytes>)> {
+/// The index of a layer as it is stored, if all of that is there and sound.
+pub fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTable)> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
     };
-    let map = |path: std::path::PathBuf| match map_file(&path) {
-        Ok(map) => Some(map),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => {
-            unusable("index", &error);
-            None
-        }
+    let read = |path: std::path::PathBuf| {
+        let read = read_sealed(&path).map_err(|error| unusable("index", &error));
+        read.ok().flatten()
     };
-    let index = SpanIndex::open(map(dir.spans())?)
+    let index = SpanIndex::open(read(dir.spans())?)
         .map_err(|e| unusable("span index", &e))
         .ok()?;
-    let extents = ExtentTable::open(map(dir.extents())?)
+    let extents = ExtentTable::open(read(dir.extents())?)
         .map_err(|e| unusable("extent table", &e))
         .ok()?;
     // A table of another layer might name bytes that this one does not have.
@@ -301,10 +306,11 @@ fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTabl
 }
 
 /// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
-fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed, extents: &ExtentTable<Vec<u8>>) -> Result<(), StoreError> {
-    store.publish(&dir.toc(), Durability::Lazy, |file| indexed.toc.encode(file))?;
-    store.publish(&dir.extents(), Durability::Lazy, |file| extents.encode(file))?;
-    store.publish(&dir.spans(), Durability::Lazy, |file| indexed.index.write(file))
+fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
+    let lazy = Durability::Lazy;
+    store.publish_sealed(&dir.toc(), lazy, |mut file| indexed.toc.encode(&mut file))?;
+    store.publish_sealed(&dir.extents(), lazy, |mut file| indexed.extents.encode(&mut file))?;
+    store.publish_sealed(&dir.spans(), lazy, |mut file| indexed.index.write(&mut file))
 }
 
 /// The table of contents of a layer that was indexed before.
@@ -316,6 +322,7 @@ pub fn stored_toc(store: &Store, digest: &Digest) -> Result<Toc, OpenError> {
     let dir = store
         .layer(digest)
         .ok_or_else(|| lost("there is no store".to_owned()))?;
-    let map = map_file(&dir.toc()).map_err(|e| lost(e.to_string()))?;
-    Toc::decode(map.as_ref()).map_err(|e| lost(e.to_string()))
+    let bytes = read_sealed(&dir.toc()).map_err(|e| lost(e.to_string()))?;
+    let bytes = bytes.ok_or_else(|| lost("it is gone".to_owned()))?;
+    Toc::decode(&bytes).map_err(|e| lost(e.to_string()))
 }

@@ -102,12 +102,11 @@ impl Layer {
         let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
         let bytes = spans.clone().filter(missing);
         let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
-        if bytes == 0 && !spans.clone().any(|span| self.is_unchecked(span)) {
+        if bytes == 0 {
             return Begun::default();
         }
         self.lanes.rest(priority).await;
         let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
-        self.settle(spans.clone());
         let (runs, flying) = {
             let mut board = self.flights.board();
             let flying = spans.clone().filter(|&span| board.is_flying(span)).collect();
@@ -121,15 +120,11 @@ impl Layer {
     }
 
     /// The next run of spans from `from` on that are not local, of at most `batch` compressed bytes (or one span); none if
-    /// they could not be kept. Can be dropped soon, even where many spans have to be read to know.
-    pub async fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
+    /// they could not be kept.
+    pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
         let mut run = from..from;
         while self.keeps() && run.end < self.index.count() {
             let span = run.end;
-            if self.is_unchecked(span) {
-                self.settle(span..span + 1);
-                tokio::task::yield_now().await;
-            }
             let absent = !self.is_local(span);
             if !run.is_empty() && (!absent || self.index.bytes(run.start..span + 1) > batch) {
                 break;
@@ -144,7 +139,8 @@ impl Layer {
 
     /// How many spans are not local.
     pub fn absent(&self) -> usize {
-        (0..self.index.count()).filter(|&span| !self.is_local(span)).count()
+        let present = self.disk.present(self.index.count());
+        present.into_iter().filter(|present| !present).count()
     }
 
     /// Waits until a span is here, whoever fetches it.
@@ -159,9 +155,5 @@ impl Layer {
             }
         }
         Ok(())
-    }
-
-    fn is_unchecked(&self, span: u32) -> bool {
-        self.device().is_some_and(|device| device.is_unchecked(span))
     }
 }

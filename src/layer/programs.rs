@@ -1,14 +1,13 @@
 //! What the programs of a layer need, looked up once while all of the layer is here, right after the first pass.
 
 use std::collections::HashMap;
-use std::io::Write as _;
 
 use serde::{Deserialize, Serialize};
 
 use super::Layer;
 use crate::oci::Digest;
 use crate::program::Program;
-use crate::store::{Durability, Store, StoreError};
+use crate::store::{Durability, Store, StoreError, read_sealed};
 use crate::toc::{DataLayout, EntryKind, Toc, TocEntry};
 
 const VERSION: u32 = 1;
@@ -68,7 +67,7 @@ pub(super) fn keep(store: &Store, layer: &Digest, programs: Programs) -> Result<
         programs,
     };
     let encoded = serde_json::to_vec(&file).expect("numbers and strings");
-    store.publish(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
+    store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
 }
 
 /// What the store has of a layer; nothing if that was not looked up, or cannot be read.
@@ -78,6 +77,6 @@ pub fn stored_programs(store: &Store, layer: &Digest) -> Option<Programs> {
     if size > LARGEST_FILE {
         return None;
     }
-    let file: File = serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
+    let file: File = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
     (file.version == VERSION).then_some(file.programs)
 }

@@ -28,6 +28,7 @@ pub struct LayerStats {
     hits: AtomicU64,
     misses: AtomicU64,
     requests: AtomicU64,
+    healed: AtomicU64,
     source: Mutex<IndexSource>,
 }
 
@@ -50,6 +51,9 @@ pub struct LayerStatus {
     pub misses: u64,
     /// Ranged or whole requests made for the blob.
     pub requests: u64,
+    /// Spans that were damaged on the local device and were fetched again; a device that was made anew counts as one.
+    #[serde(default)]
+    pub healed: u64,
     /// Spans in the layer; 0 until the index is there.
     pub spans: u32,
     /// Spans on the local device.
@@ -79,6 +83,7 @@ impl LayerStats {
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             requests: AtomicU64::new(0),
+            healed: AtomicU64::new(0),
             source: Mutex::new(IndexSource::Pending),
         }
     }
@@ -103,6 +108,10 @@ impl LayerStats {
 
     pub(super) fn request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn healed(&self) {
+        self.healed.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn hit(&self, bytes: usize) {
@@ -135,6 +144,7 @@ impl LayerStats {
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
             requests: self.requests(),
+            healed: self.healed.load(Ordering::Relaxed),
             spans,
             local_spans,
             local,

@@ -51,13 +51,6 @@ impl Toc {
 }
 
 impl<B: AsRef<[u8]>> ExtentTable<B> {
-    /// The same table in another container, which must keep the bytes as they are.
-    pub fn map_bytes<C: AsRef<[u8]>>(self, container: impl FnOnce(B) -> C) -> ExtentTable<C> {
-        ExtentTable {
-            bytes: container(self.bytes),
-        }
-    }
-
     /// Checks the bytes of [`ExtentTable::encode`] (whole: hash and order) and uses them in place.
     pub fn open(bytes: B) -> Result<Self, TocError> {
         let all = bytes.as_ref();

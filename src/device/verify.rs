@@ -1,0 +1,74 @@
+//! Checking a whole device.
+
+use std::fs::File;
+use std::io;
+
+use super::evict::clear;
+use super::file::DeviceFile;
+use super::geometry::Geometry;
+use super::{DataDevice, DeviceError, Found};
+use crate::index::SpanIndex;
+use crate::store::{LayerDir, gone};
+use crate::toc::ExtentTable;
+
+/// What a check of a device found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Spans that are present and as they were written.
+    pub good: u64,
+    /// Spans that were not, and were dropped: whoever reads them next fetches them again.
+    pub dropped: u64,
+    /// Bytes of content that were read and compared.
+    pub bytes: u64,
+}
+
+/// Compares every span that is present in a layer's device with its checksums, and drops those that are damaged. A device that
+/// is damaged as a whole is removed, and counts as one span. Spans that somebody is filling at the moment are left out.
+pub fn verify<B: AsRef<[u8]>>(
+    dir: &LayerDir,
+    index: &SpanIndex,
+    extents: &ExtentTable<B>,
+) -> Result<Verified, DeviceError> {
+    let path = dir.data();
+    verify_file(dir, Geometry::new(index, extents), extents).map_err(DeviceError::at(&path))
+}
+
+fn verify_file<B: AsRef<[u8]>>(dir: &LayerDir, geometry: Geometry, extents: &ExtentTable<B>) -> io::Result<Verified> {
+    let mut verified = Verified::default();
+    let file = match File::options().read(true).write(true).open(dir.data()) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(verified),
+        Err(e) => return Err(e),
+    };
+    let Some(file) = DeviceFile::open(file, true, geometry)? else {
+        gone(std::fs::remove_file(dir.data()))?;
+        verified.dropped = 1;
+        return Ok(verified);
+    };
+    let device = DataDevice { file: file.into() };
+    let mut buffer = Vec::new();
+    for span in 0..device.file.geometry().spans() {
+        let Some(_lock) = device.file.try_lock_one(span)? else {
+            continue;
+        };
+        if !device.is_present(span)? {
+            continue;
+        }
+        let mut bytes = 0;
+        let mut good = true;
+        for piece in extents.pieces_in_device(device.file.geometry().range(span)) {
+            // A piece is no longer than its span.
+            buffer.resize(piece.len as usize, 0);
+            good &= device.read_unnoticed(piece.device, &mut buffer, &|_| true)? == Found::Bytes;
+            bytes += piece.len;
+        }
+        if good {
+            verified.good += 1;
+            verified.bytes += bytes;
+        } else {
+            clear(&device.file, span)?;
+            verified.dropped += 1;
+        }
+    }
+    Ok(verified)
+}

@@ -1,0 +1,111 @@
+//! Writing a whole device in order.
+
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::checksum::Checksummer;
+use super::file::{Checks, DeviceFile};
+use super::geometry::Geometry;
+use super::{CacheBudget, DataDevice, DeviceError};
+use crate::index::SpanIndex;
+use crate::store::Draft;
+use crate::toc::ExtentTable;
+
+/// Bytes collected before one write: large enough that a layer of small files costs few system calls.
+const WRITE_BUFFER: usize = 1 << 20;
+
+/// Writes a whole device in order, joining small files into large writes.
+#[derive(Debug)]
+pub struct DeviceWriter {
+    draft: Draft,
+    /// Device offset of the first byte of `buffer`.
+    start: u64,
+    buffer: Vec<u8>,
+    summer: Checksummer,
+    checks: Checks,
+    path: PathBuf,
+}
+
+impl DeviceWriter {
+    pub(super) fn new(draft: Draft, path: PathBuf) -> Self {
+        Self {
+            draft,
+            start: 0,
+            buffer: Vec::new(),
+            summer: Checksummer::default(),
+            checks: Checks::default(),
+            path,
+        }
+    }
+
+    /// The content that comes next belongs to this span, by its number.
+    pub fn span(&mut self, span: u32) {
+        self.summer.span(span);
+    }
+
+    /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it: then the device cannot
+    /// be finished.
+    pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
+        let checks = &mut self.checks;
+        self.summer
+            .content(offset, bytes, &mut |check, crc| checks.add(check, crc));
+        let end = self.start + self.buffer.len() as u64;
+        let gap = offset.saturating_sub(end);
+        // Padding between two files is below a block and zero anyway; anything longer is a hole worth keeping.
+        if self.buffer.is_empty() || gap >= crate::toc::DEVICE_BLOCK {
+            if !self.flush(budget)? {
+                return Ok(false);
+            }
+            self.start = offset;
+        } else {
+            self.buffer.resize(self.buffer.len() + gap as usize, 0);
+        }
+        self.buffer.extend_from_slice(bytes);
+        Ok(self.buffer.len() < WRITE_BUFFER || self.flush(budget)?)
+    }
+
+    fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
+        if !budget.reserve(self.buffer.len() as u64) {
+            return Ok(false);
+        }
+        let written = self.draft.file().write_all_at(&self.buffer, self.start);
+        written.map_err(DeviceError::at(&self.path))?;
+        self.start += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(true)
+    }
+
+    /// Publishes a device whose every span was written; none if `budget` has no room for the rest. It takes the place of an
+    /// older one, which whoever has it open keeps.
+    pub fn finish<B: AsRef<[u8]>>(
+        self,
+        index: &SpanIndex,
+        extents: &ExtentTable<B>,
+        budget: &CacheBudget,
+    ) -> Result<Option<DataDevice>, DeviceError> {
+        self.finish_as(Geometry::new(index, extents), budget)
+    }
+
+    pub(super) fn finish_as(
+        mut self,
+        geometry: Geometry,
+        budget: &CacheBudget,
+    ) -> Result<Option<DataDevice>, DeviceError> {
+        if !self.flush(budget)? {
+            return Ok(None);
+        }
+        let checks = &mut self.checks;
+        self.summer
+            .close(geometry.size, &mut |check, crc| checks.add(check, crc));
+        let path = self.path.clone();
+        let publish = || {
+            DeviceFile::write(self.draft.file(), &geometry, Some(&self.checks))?;
+            let file = self.draft.publish(&path)?;
+            DeviceFile::open(file, true, geometry)?
+                .ok_or_else(|| std::io::Error::other("it changed while it was written"))
+        };
+        let file = Arc::new(publish().map_err(DeviceError::at(&path))?);
+        Ok(Some(DataDevice { file }))
+    }
+}

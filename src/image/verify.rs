@@ -1,0 +1,135 @@
+//! Checking what the store has of an image, or all that it has.
+//!
+//! What is damaged is removed: it is made or fetched again by whoever needs it next, and a mount that uses it now is not
+//! disturbed. Hints (profiles, what names meant) are checked when they are used.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+
+use super::ImageError;
+use crate::device;
+use crate::layer::{stored_index, stored_toc};
+use crate::oci::Digest;
+use crate::resolve::ResolvedImage;
+use crate::store::{LayerDir, Store, StoreError, gone, read_sealed};
+
+/// What a check of the store found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct StoreReport {
+    /// Documents that match their digests.
+    pub documents: u64,
+    /// Merged trees that are as they were written.
+    pub trees: u64,
+    /// Layers whose indexes are as they were written.
+    pub layers: u64,
+    /// Spans of data that are as they were written.
+    pub spans: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Spans that were not, and were dropped.
+    pub dropped_spans: u64,
+    /// Files that were not, and were removed.
+    pub removed: Vec<PathBuf>,
+}
+
+impl StoreReport {
+    /// Whether all of it was as it should be.
+    pub fn is_sound(&self) -> bool {
+        self.dropped_spans == 0 && self.removed.is_empty()
+    }
+
+    fn remove(&mut self, path: PathBuf) -> Result<(), StoreError> {
+        gone(std::fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))?;
+        self.removed.push(path);
+        Ok(())
+    }
+
+    /// Checks a sealed file; whether it is there and sound.
+    fn sealed(&mut self, path: &Path) -> Result<bool, StoreError> {
+        match read_sealed(path) {
+            Ok(content) => Ok(content.is_some()),
+            Err(StoreError::Damaged { .. }) => self.remove(path.to_owned()).map(|()| false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Checks what `store` has of `image`, or all that it has. `progress` hears of each layer before it is checked.
+pub fn verify(
+    store: &Store,
+    image: Option<&ResolvedImage>,
+    progress: impl Fn(&LayerDir),
+) -> Result<StoreReport, ImageError> {
+    let mut report = StoreReport::default();
+    let (documents, trees, layers) = match image {
+        None => (store.documents()?, store.trees()?, store.layers()?),
+        Some(image) => {
+            let manifest = &image.manifest_document.digest;
+            let tree = store.tree_path(manifest);
+            let trees = store.trees()?.into_iter();
+            let of_image = |path: &Path| {
+                tree.as_ref()
+                    .is_some_and(|tree| path.with_extension("") == tree.with_extension(""))
+            };
+            let layers: HashSet<&Digest> = image.layers().iter().map(|layer| &layer.digest).collect();
+            (
+                vec![manifest.clone(), image.config_document.digest.clone()],
+                trees.filter(|tree| of_image(&tree.path)).collect(),
+                layers.into_iter().filter_map(|digest| store.layer(digest)).collect(),
+            )
+        }
+    };
+    for digest in documents {
+        let Some(path) = store.document_path(&digest).filter(|path| path.exists()) else {
+            continue;
+        };
+        match store.document(&digest)? {
+            Some(_) => report.documents += 1,
+            None => report.removed.push(path),
+        }
+    }
+    for tree in trees {
+        if report.sealed(&tree.path)? && tree.path.extension().is_some_and(|extension| extension == "erofs") {
+            report.trees += 1;
+        }
+    }
+    for dir in layers {
+        progress(&dir);
+        verify_layer(store, &dir, &mut report)?;
+    }
+    Ok(report)
+}
+
+fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) -> Result<(), ImageError> {
+    let lock = dir.lock_file()?;
+    let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
+        tracing::info!(layer = %dir.path().display(), "a layer that is being indexed is not checked");
+        return Ok(());
+    };
+    report.sealed(&dir.programs())?;
+    let files = [dir.spans(), dir.extents(), dir.toc()];
+    let mut sound = true;
+    for path in &files {
+        sound &= report.sealed(path)?;
+    }
+    let index = dir.digest().filter(|_| sound).and_then(|digest| {
+        stored_toc(store, &digest).ok()?;
+        stored_index(dir, &digest)
+    });
+    let Some((index, extents)) = index else {
+        // Without all of its index the layer is streamed again, and its device is of no use.
+        for path in files.into_iter().chain([dir.data()]).filter(|path| path.exists()) {
+            report.remove(path)?;
+        }
+        return Ok(());
+    };
+    report.layers += 1;
+    let verified = device::verify(dir, &index, &extents)?;
+    report.spans += verified.good;
+    report.bytes += verified.bytes;
+    report.dropped_spans += verified.dropped;
+    Ok(())
+}

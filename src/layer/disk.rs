@@ -1,0 +1,191 @@
+//! A layer's data device, and what becomes of it: damage is found by whoever reads, and healed by fetching again.
+//!
+//! A span that is not what was written is dropped from the device, so that its reader fetches it like any other that is absent.
+//! A span that keeps being damaged, or that cannot be dropped, is distrusted: this process does not use the device for it any
+//! more. A file that was cut short is replaced by an empty one.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use super::{Health, LayerStats};
+use crate::device::{CacheBudget, DataDevice, Found, Piece, SpanLock};
+use crate::oci::Digest;
+
+/// A span that was damaged so often is not kept on the device any more.
+const MOST_HEALS: u32 = 3;
+
+/// How a damaged span fares.
+#[derive(Debug, Clone, Copy, Default)]
+struct Damage {
+    times: u32,
+    /// It was dropped and has not been written again.
+    dropped: bool,
+    distrusted: bool,
+}
+
+/// The device of one layer, if there is one.
+#[derive(Debug)]
+pub(super) struct LayerDisk {
+    layer: Digest,
+    device: RwLock<Option<Arc<DataDevice>>>,
+    damage: Mutex<HashMap<u32, Damage>>,
+    /// The device took the last span that was to be written to it.
+    keeps: AtomicBool,
+    budget: Arc<CacheBudget>,
+    health: Arc<Health>,
+    stats: Arc<LayerStats>,
+}
+
+/// What a read found that did not get its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Miss {
+    /// They are not on the device.
+    Absent,
+    /// These spans are damaged.
+    Damaged(Range<u32>),
+    /// The file is cut short.
+    CutShort,
+}
+
+impl LayerDisk {
+    pub(super) fn new(
+        layer: Digest,
+        device: Option<DataDevice>,
+        budget: Arc<CacheBudget>,
+        health: Arc<Health>,
+        stats: Arc<LayerStats>,
+    ) -> Self {
+        Self {
+            layer,
+            keeps: AtomicBool::new(device.as_ref().is_some_and(DataDevice::is_writable)),
+            device: RwLock::new(device.map(Arc::new)),
+            damage: Mutex::default(),
+            budget,
+            health,
+            stats,
+        }
+    }
+
+    /// The device, if it can be used.
+    pub(super) fn device(&self) -> Option<Arc<DataDevice>> {
+        self.device.read().expect("no panic while locked").clone()
+    }
+
+    /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
+    pub(super) fn keeps(&self) -> bool {
+        self.keeps.load(Ordering::Relaxed) && self.device().is_some()
+    }
+
+    /// What is fetched now cannot be kept.
+    pub(super) fn cannot_keep(&self) {
+        self.keeps.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the span is on the device, as it was written for all that is known.
+    pub(super) fn is_present(&self, span: u32) -> bool {
+        let present = self
+            .device()
+            .is_some_and(|device| device.is_present(span).unwrap_or(false));
+        present && !self.is_distrusted(span)
+    }
+
+    /// For each span of the layer whether it is on the device.
+    pub(super) fn present(&self, count: u32) -> Vec<bool> {
+        let records = self.device().and_then(|device| device.present(0..count).ok());
+        let mut present = records.unwrap_or_else(|| vec![false; count as usize]);
+        for (&span, damage) in &*self.damage.lock().expect("no panic while locked") {
+            present[span as usize] &= !damage.distrusted;
+        }
+        present
+    }
+
+    fn is_distrusted(&self, span: u32) -> bool {
+        let damage = self.damage.lock().expect("no panic while locked");
+        damage.get(&span).is_some_and(|damage| damage.distrusted)
+    }
+
+    /// Fills `buf` from the device; `spans` are those that have bytes of the range.
+    pub(super) fn read(
+        &self,
+        spans: Range<u32>,
+        offset: u64,
+        buf: &mut [u8],
+        has_content: impl Fn(Range<u64>) -> bool,
+    ) -> Result<(), Miss> {
+        let device = self.device().ok_or(Miss::Absent)?;
+        match device.read(offset, buf, has_content) {
+            Ok(Found::Bytes) => Ok(()),
+            Ok(Found::Absent) => Err(Miss::Absent),
+            Ok(Found::Damaged(span)) => {
+                tracing::warn!(layer = %self.layer, span, "a span on the data device is not what was written, fetching it again");
+                Err(Miss::Damaged(span..span + 1))
+            }
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                tracing::warn!(layer = %self.layer, "the data device is cut short, making a new one");
+                Err(Miss::CutShort)
+            }
+            Err(error) => {
+                tracing::warn!(layer = %self.layer, ?spans, %error, "cannot read the data device, fetching these spans again");
+                Err(Miss::Damaged(spans))
+            }
+        }
+    }
+
+    /// Drops a damaged span from the device. The caller makes sure that no flight of this process has its lock.
+    pub(super) fn drop_span(&self, span: u32) {
+        let Some(device) = self.device() else { return };
+        let dropped = device.try_lock(&[span]).and_then(|(lock, held)| {
+            // Whoever has the lock writes or drops it.
+            match held.is_empty() {
+                true => Ok(()),
+                false => device.drop_span(&lock, span),
+            }
+        });
+        let mut all = self.damage.lock().expect("no panic while locked");
+        let damage = all.entry(span).or_default();
+        damage.times += 1;
+        damage.dropped = true;
+        damage.distrusted |= damage.times > MOST_HEALS;
+        if let Err(error) = dropped {
+            tracing::warn!(layer = %self.layer, span, %error, "cannot drop a damaged span, going on without it");
+            damage.distrusted = true;
+        }
+    }
+
+    /// Puts another device in place of `old`, unless that has happened already.
+    pub(super) fn replace(&self, old: &Arc<DataDevice>, open: impl FnOnce() -> Option<DataDevice>) {
+        let mut device = self.device.write().expect("no panic while locked");
+        if device.as_ref().is_some_and(|device| Arc::ptr_eq(device, old)) {
+            *device = open().map(Arc::new);
+            self.stats.healed();
+        }
+    }
+
+    /// Writes a verified span; whether the device has it now.
+    pub(super) fn fill(&self, lock: Option<&SpanLock>, span: u32, pieces: &[Piece], bytes: &[u8]) -> bool {
+        let (Some(device), Some(lock)) = (self.device(), lock) else {
+            return false;
+        };
+        if self.is_distrusted(span) {
+            return false;
+        }
+        let filled = self.budget.reserve(bytes.len() as u64)
+            && device.fill(lock, span, pieces, bytes).unwrap_or_else(|error| {
+                self.health
+                    .store_failed(&format!("data device of layer {}: {error}", self.layer));
+                false
+            });
+        self.keeps.store(filled, Ordering::Relaxed);
+        let mut damage = self.damage.lock().expect("no panic while locked");
+        if filled
+            && let Some(damage) = damage.get_mut(&span)
+            && std::mem::take(&mut damage.dropped)
+        {
+            self.stats.healed();
+        }
+        filled
+    }
+}

@@ -1,0 +1,158 @@
+//! Sealed files: store files that are checked as a whole whenever they are read.
+//!
+//! ```text
+//! 0 .. n        content
+//! n .. n + 8    magic "ocifsSEA"
+//! n + 8 .. end  BLAKE3 of the file's place in the store, a zero byte, and the content
+//! ```
+//! The place is the name of the file and of its directory, such as `trees/sha256-HEX.erofs`. It is part of the hash, so that a
+//! file which was copied or moved to another layer's or image's place is found as well.
+//!
+//! A sealed file is read into memory, not mapped: what was checked stays as it was, whatever happens to the file afterwards,
+//! and a file that is cut short below a mapping cannot kill the process.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use super::StoreError;
+
+const MAGIC: &[u8; 8] = b"ocifsSEA";
+const HASH: usize = 32;
+const TRAILER: usize = MAGIC.len() + HASH;
+/// A longer file is not read. The tree of ten million files is about half as long.
+const LONGEST: u64 = 4 << 30;
+
+/// What a file at `path` hashes before its content.
+fn hasher(path: &Path) -> blake3::Hasher {
+    let mut hasher = blake3::Hasher::new();
+    let directory = path.parent().and_then(Path::file_name).unwrap_or_default();
+    let name = path.file_name().unwrap_or_default();
+    hasher.update(directory.as_encoded_bytes());
+    hasher.update(b"/");
+    hasher.update(name.as_encoded_bytes());
+    hasher.update(&[0]);
+    hasher
+}
+
+/// Passes content on while hashing it.
+pub(super) struct SealingWriter<'a, W> {
+    out: &'a mut W,
+    hasher: blake3::Hasher,
+}
+
+impl<'a, W: Write> SealingWriter<'a, W> {
+    /// Begins the file that will be at `path`.
+    pub(super) fn new(path: &Path, out: &'a mut W) -> Self {
+        Self {
+            out,
+            hasher: hasher(path),
+        }
+    }
+
+    /// Writes the seal behind the content.
+    pub(super) fn finish(self) -> io::Result<()> {
+        self.out.write_all(MAGIC)?;
+        self.out.write_all(self.hasher.finalize().as_bytes())
+    }
+}
+
+impl<W: Write> Write for SealingWriter<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The content of the sealed file at `path`; none if there is no file. A file that is damaged, or is not sealed, is
+/// [`StoreError::Damaged`].
+pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+    let damaged = |reason| StoreError::Damaged {
+        path: path.to_owned(),
+        reason,
+    };
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(StoreError::io("open", path, e)),
+    };
+    let io = |e| StoreError::io("read", path, e);
+    let length = file.metadata().map_err(io)?.len();
+    if length > LONGEST {
+        return Err(damaged("it is longer than any such file"));
+    }
+    let mut bytes = Vec::new();
+    bytes
+        .try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX))
+        .map_err(|e| io(io::Error::other(e)))?;
+    Read::by_ref(&mut file)
+        .take(length)
+        .read_to_end(&mut bytes)
+        .map_err(io)?;
+    let content = bytes.len().checked_sub(TRAILER).ok_or(damaged("it is cut short"))?;
+    let (magic, hash) = bytes[content..].split_at(MAGIC.len());
+    if magic != MAGIC {
+        return Err(damaged("it does not end with a seal"));
+    }
+    if hasher(path).update(&bytes[..content]).finalize() != *hash {
+        return Err(damaged("its content does not match its seal"));
+    }
+    bytes.truncate(content);
+    Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::{Durability, Store};
+    use super::*;
+
+    fn damage(path: &Path) -> Option<&'static str> {
+        match read_sealed(path) {
+            Err(StoreError::Damaged { reason, .. }) => Some(reason),
+            Ok(_) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn content_comes_back_and_any_other_bit_or_place_is_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let path = dir.path().join("trees/a");
+        assert!(read_sealed(&path).unwrap().is_none());
+        store
+            .publish_sealed(&path, Durability::Lazy, |out| out.write_all(b"content"))
+            .unwrap();
+        assert_eq!(read_sealed(&path).unwrap().unwrap(), b"content");
+        let whole = fs::read(&path).unwrap();
+        for byte in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[byte] ^= 0x10;
+            fs::write(&path, bytes).unwrap();
+            assert!(damage(&path).is_some(), "{byte}");
+        }
+        for length in 0..whole.len() {
+            fs::write(&path, &whole[..length]).unwrap();
+            assert!(damage(&path).is_some(), "{length}");
+        }
+        let elsewhere = dir.path().join("trees/b");
+        fs::write(&elsewhere, &whole).unwrap();
+        assert_eq!(damage(&elsewhere), Some("its content does not match its seal"));
+        fs::write(&path, &whole).unwrap();
+        assert_eq!(damage(&path), None);
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(LONGEST + 1)
+            .unwrap();
+        assert_eq!(damage(&path), Some("it is longer than any such file"));
+    }
+}
