@@ -43,7 +43,7 @@ use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
 
 use crate::index::SpanIndex;
-use crate::store::{LayerDir, Store, gone};
+use crate::store::{LayerDir, Store, gone, is_denied};
 use crate::toc::ExtentTable;
 
 /// How often one looks again before a span counts as damaged.
@@ -113,14 +113,7 @@ impl DataDevice {
     fn open_or_create(store: &Store, path: &Path, geometry: Geometry) -> io::Result<Self> {
         loop {
             let (file, writable) = match File::options().read(true).write(true).open(path) {
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
-                    ) =>
-                {
-                    (File::open(path), false)
-                }
+                Err(e) if is_denied(&e) => (File::open(path), false),
                 opened => (opened, true),
             };
             match file {

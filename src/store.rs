@@ -28,11 +28,12 @@ mod sealed;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::{AccessFlags, access};
 
 use bytes::Bytes;
 
@@ -79,9 +80,20 @@ pub enum StoreError {
     /// There is no store to write to.
     #[error("no store: nothing is kept")]
     Unavailable,
+    /// The store may only be read.
+    #[error("store {} is read-only: nothing new is kept", path.display())]
+    ReadOnly {
+        /// The store directory.
+        path: PathBuf,
+    },
 }
 
 impl StoreError {
+    /// Whether nothing can be kept because that is how the store is, and not because something failed.
+    pub fn is_by_design(&self) -> bool {
+        matches!(self, Self::Unavailable | Self::ReadOnly { .. })
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io {
             action,
@@ -95,43 +107,75 @@ impl StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     root: Option<PathBuf>,
+    writable: bool,
 }
 
 impl Store {
     /// Opens the store at `root`, creating it if need be, and removes what dead writers left in `tmp`. The directory is
-    /// for its owner alone: images may be private.
+    /// for its owner alone: images may be private. A store that is there and may not be written is only read.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root);
-        made.map_err(|e| StoreError::io("create", root, e))?;
+        create_directory(root).map_err(|e| StoreError::io("create", root, e))?;
+        let mut writable = true;
         for directory in ["documents", "layers", "profiles", "trees", "uppers", "tmp"] {
             let path = root.join(directory);
-            fs::create_dir_all(&path).map_err(|e| StoreError::io("create", &path, e))?;
+            match create_directory(&path) {
+                Ok(()) => writable &= access(&path, AccessFlags::W_OK).is_ok(),
+                // An older ocifs may have made it without this one.
+                Err(e) if is_denied(&e) && root.join("version").exists() => writable = false,
+                Err(e) => return Err(StoreError::io("create", &path, e)),
+            }
         }
         let store = Self {
             root: Some(root.to_owned()),
+            writable,
         };
         let version = root.join("version");
         match fs::read_to_string(&version) {
             Ok(text) if text == VERSION => {}
-            Ok(text) => {
+            Ok(text) if text.starts_with("ocifs store ") => {
                 return Err(StoreError::Version {
                     path: root.to_owned(),
                     found: text.lines().next().unwrap_or_default().chars().take(80).collect(),
                 });
             }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                // Whole or not at all: others may be opening the new store at the same time.
-                store.publish(&version, Durability::Synced, |file| file.write_all(VERSION.as_bytes()))?;
+            // Missing, or damaged: whatever is in the store is checked when it is used.
+            Ok(_) => store.write_version(&version)?,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => {
+                store.write_version(&version)?;
             }
             Err(e) => return Err(StoreError::io("read", &version, e)),
         }
-        store.sweep_tmp();
+        if store.writable {
+            store.sweep_tmp();
+        }
         Ok(store)
+    }
+
+    /// Whole or not at all: others may be opening the new store at the same time.
+    fn write_version(&self, path: &Path) -> Result<(), StoreError> {
+        self.publish(path, Durability::Synced, |file| file.write_all(VERSION.as_bytes()))
     }
 
     /// A store that keeps nothing.
     pub fn unavailable() -> Self {
-        Self { root: None }
+        Self {
+            root: None,
+            writable: false,
+        }
+    }
+
+    /// Whether anything can be kept.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The directory, if it can be written.
+    fn writable_root(&self) -> Result<&Path, StoreError> {
+        let root = self.root.as_deref().ok_or(StoreError::Unavailable)?;
+        match self.writable {
+            true => Ok(root),
+            false => Err(StoreError::ReadOnly { path: root.to_owned() }),
+        }
     }
 
     /// The directory, if there is one.
@@ -162,9 +206,11 @@ impl Store {
 
     /// A file that is being written and has no name of its own yet.
     pub fn draft(&self) -> Result<Draft, StoreError> {
-        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
-        let path = root.join("tmp").join(format!("{:016x}", fastrand::u64(..)));
-        let create = File::options().read(true).write(true).create_new(true).open(&path);
+        let path = self
+            .writable_root()?
+            .join("tmp")
+            .join(format!("{:016x}", fastrand::u64(..)));
+        let create = private().read(true).create_new(true).open(&path);
         let file =
             create.and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e)));
         let file = file.map_err(|e| StoreError::io("write", &path, e))?;
@@ -320,9 +366,8 @@ impl Store {
 
     /// Opens (and creates) the file whose lock the evicting process holds.
     pub fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
-        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
-        let path = root.join("eviction.lock");
-        match File::options().create(true).truncate(false).write(true).open(&path) {
+        let path = self.writable_root()?.join("eviction.lock");
+        match private().create(true).truncate(false).open(&path) {
             Ok(file) => Ok((file, path)),
             Err(e) => Err(StoreError::io("open", &path, e)),
         }
@@ -393,8 +438,7 @@ impl Store {
 
     /// Where the private directory of a writable mount is to be.
     pub fn upper_dir(&self, id: &str) -> Result<PathBuf, StoreError> {
-        let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
-        Ok(root.join("uppers").join(id))
+        Ok(self.writable_root()?.join("uppers").join(id))
     }
 
     /// Writes a file under a temporary name and renames it to `target` when it is complete.
@@ -515,7 +559,27 @@ fn repository_dir(root: &Path, repository: &str) -> PathBuf {
 }
 
 fn create_parent(target: &Path) -> io::Result<()> {
-    target.parent().map_or(Ok(()), fs::create_dir_all)
+    target.parent().map_or(Ok(()), create_directory)
+}
+
+/// Creates a directory, and those above it, for this user alone.
+fn create_directory(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Whether something may not be written.
+pub fn is_denied(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+    )
+}
+
+/// How files are created and opened for writing: for this user alone.
+fn private() -> fs::OpenOptions {
+    let mut options = File::options();
+    options.write(true).mode(0o600);
+    options
 }
 
 /// Whether a published file must survive a power cut whole.
@@ -573,11 +637,10 @@ impl LayerDir {
     /// Opens (and creates) the file whose lock the indexing process holds.
     pub fn lock_file(&self) -> Result<File, StoreError> {
         let path = self.path.join("lock");
-        fs::create_dir_all(&self.path).map_err(|e| StoreError::io("create", &self.path, e))?;
-        File::options()
+        create_directory(&self.path).map_err(|e| StoreError::io("create", &self.path, e))?;
+        private()
             .create(true)
             .truncate(false)
-            .write(true)
             .open(&path)
             .map_err(|e| StoreError::io("open", &path, e))
     }

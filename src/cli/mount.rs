@@ -24,7 +24,7 @@ use super::{ImageArgs, explain, open, progress, runtime};
 use crate::image::Early;
 use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, Upper};
 use crate::profile::Label;
-use crate::store::{StoreError, gone};
+use crate::store::gone;
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -368,7 +368,7 @@ fn upper(args: &MountArgs, context: &crate::layer::LayerContext, mountpoint: &Pa
     let id = format!("{}-{}", &hash[..16], std::process::id());
     let scratch = match context.store.upper_dir(&id) {
         Ok(scratch) => scratch,
-        Err(StoreError::Unavailable) => RunDir::open()?.upper_dir(&id),
+        Err(error) if error.is_by_design() => RunDir::open()?.upper_dir(&id),
         Err(error) => return Err(error.into()),
     };
     Ok(Some(Upper::Private(scratch)))

@@ -39,6 +39,10 @@ pub enum Scope {
 const LOOK: Duration = Duration::from_millis(5);
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// A tree counts as used this much later than it was: it takes a hundredth of its image's data, and without it the next mount
+/// has to merge all layers again.
+const TREE_BONUS: u64 = 7 * 24 * 3600;
+
 /// A layer whose spans can be evicted.
 struct Victim {
     dir: LayerDir,
@@ -144,7 +148,7 @@ fn candidates(victims: &[Victim], trees: &[StoredTree]) -> Vec<(u64, Candidate)>
     }
     candidates.extend(trees.iter().enumerate().map(|(number, tree)| {
         let last_used = tree.last_used.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        (last_used, Candidate::Tree(number))
+        (last_used.saturating_add(TREE_BONUS), Candidate::Tree(number))
     }));
     candidates.sort_unstable();
     candidates

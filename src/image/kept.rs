@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest};
-use crate::store::{Store, StoreError};
+use crate::store::Store;
 
 /// Answers for manifests and configs from the store where it can, and keeps those it had to ask for.
 #[derive(Debug)]
@@ -67,7 +67,8 @@ impl KeptSource {
 
     fn keep(&self, document: Document) -> Document {
         match self.store.put_document(&document.digest, &document.bytes) {
-            Ok(()) | Err(StoreError::Unavailable) => {}
+            Ok(()) => {}
+            Err(error) if error.is_by_design() => {}
             Err(error) => tracing::warn!(digest = %document.digest, %error, "cannot keep a document"),
         }
         document
@@ -82,7 +83,8 @@ impl ImageSource for KeptSource {
         }
         let document = self.ask()?.root().await.map(|d| self.keep(d))?;
         match self.store.set_root_document(&self.inner.describe(), &document.digest) {
-            Ok(()) | Err(StoreError::Unavailable) => {}
+            Ok(()) => {}
+            Err(error) if error.is_by_design() => {}
             Err(error) => tracing::warn!(%error, "cannot keep what the image's name means"),
         }
         Ok(document)

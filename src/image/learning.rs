@@ -118,7 +118,8 @@ impl Drop for Kept {
         }
         profile.learn(&run);
         match learning.save() {
-            Ok(()) | Err(StoreError::Unavailable) => {}
+            Ok(()) => {}
+            Err(error) if error.is_by_design() => {}
             Err(error) => tracing::warn!(%error, "cannot keep the profile of this start"),
         }
     }

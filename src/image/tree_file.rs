@@ -6,7 +6,7 @@ use super::ImageError;
 use crate::device::CacheBudget;
 use crate::erofs::{self, Reader};
 use crate::oci::Digest;
-use crate::store::{Durability, Store, StoreError, read_sealed};
+use crate::store::{Durability, Store, read_sealed};
 use crate::tree::Tree;
 
 /// The stored tree of a manifest, if there is a good one.
@@ -35,7 +35,8 @@ pub(super) fn build(
         && budget.reserve(image.len() as u64)
     {
         match store.publish_sealed(&path, Durability::Lazy, |file| file.write_all(&image)) {
-            Ok(()) | Err(StoreError::Unavailable) => {}
+            Ok(()) => {}
+            Err(error) if error.is_by_design() => {}
             Err(error) => tracing::warn!(%error, "cannot keep the tree, holding it in memory"),
         }
     }

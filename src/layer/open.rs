@@ -116,7 +116,7 @@ pub async fn open(
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
     }
-    let (dir, turn) = match dir {
+    let (dir, turn) = match dir.filter(|_| context.store.is_writable()) {
         None => (None, None),
         Some(dir) => match Turn::wait(&dir).await {
             Ok(turn) => (Some(dir), turn),

@@ -7,6 +7,7 @@ mod cli;
 mod commands;
 mod common;
 mod content;
+mod damage;
 mod erofs;
 mod failures;
 mod fuzz_seeds;

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 
 use super::{big_layer, hello};
 use crate::common::layers::{noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, send};
+use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, send, tool};
 use crate::common::registry::{Fault, TestRegistry};
 
 /// Mounts `count` times at once and checks every mount.
@@ -121,4 +121,144 @@ fn a_full_store_does_not_keep_an_image_from_being_read() {
         assert_eq!(mount.read("hello"), b"hello, world\n");
         assert!(mount.read("f5") == noise(45, 512 << 10), "{size}");
     }
+}
+
+/// Something mounted on a directory, unmounted when dropped.
+struct Bound(std::path::PathBuf);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        crate::common::ocifs::bounded(std::process::Command::new("umount").arg("--lazy").arg(&self.0));
+    }
+}
+
+/// Makes what is at `path` read-only.
+fn read_only(path: &Path) -> Bound {
+    let path_text = path.to_str().unwrap();
+    tool("mount", ["--bind", path_text, path_text]);
+    let bound = Bound(path.to_owned());
+    tool("mount", ["-o", "remount,bind,ro", path_text]);
+    bound
+}
+
+#[test]
+fn a_complete_store_that_is_read_only_serves_without_fetching() {
+    let registry = TestRegistry::start();
+    let layer = big_layer(50, 6);
+    push(&registry, "app", "1", &[layer.clone(), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::new();
+    ocifs.ok(["pull", &image]);
+    let before = std::fs::read_dir(ocifs.store()).unwrap().count();
+    let _bound = read_only(ocifs.store());
+    registry.clear_log();
+    for options in [&["--wait", "ready"][..], &["--writable"]] {
+        let mount = ocifs.mount_with(&image, options);
+        assert_eq!(mount.read("hello"), b"hello, world\n");
+        for i in 0..6 {
+            assert!(mount.read(&format!("f{i}")) == noise(50 + i, 512 << 10), "f{i}");
+        }
+        if options.contains(&"--writable") {
+            std::fs::write(mount.join("new"), b"new").unwrap();
+            assert_eq!(mount.read("new"), b"new");
+        }
+        assert_eq!(mount.status()["problem"], serde_json::Value::Null);
+    }
+    assert_eq!(registry.count(&layer.path()), 0);
+    assert_eq!(std::fs::read_dir(ocifs.store()).unwrap().count(), before);
+}
+
+#[test]
+fn a_read_only_store_without_the_data_is_read_from_the_registry() {
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(50, 6), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    let ocifs = Ocifs::knowing(&image);
+    let _bound = read_only(ocifs.store());
+    let mount = ocifs.mount(&image);
+    for _ in 0..2 {
+        for i in 0..6 {
+            let name = format!("f{i}");
+            mount.forget(&name);
+            assert!(mount.read(&name) == noise(50 + i, 512 << 10), "{name}");
+        }
+    }
+    push(&registry, "other", "1", &[big_layer(60, 2)]);
+    let other = ocifs.mount(&format!("{}/other:1", registry.host()));
+    assert!(other.read("f1") == noise(61, 512 << 10));
+}
+
+/// A write to a file of a full copy-on-write file system fails even where the file has blocks: so does noting that a span was
+/// used.
+#[test]
+fn a_full_copy_on_write_file_system_harms_no_mount() {
+    if !std::fs::read_to_string("/proc/filesystems").unwrap().contains("btrfs") {
+        eprintln!("SKIPPED: this kernel has no btrfs");
+        return;
+    }
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(70, 6), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, path) = (directory.path().join("disk"), directory.path().join("mnt"));
+    std::fs::create_dir(&path).unwrap();
+    std::fs::File::create(&disk).unwrap().set_len(200 << 20).unwrap();
+    tool("mkfs.btrfs", ["-q", disk.to_str().unwrap()]);
+    tool("mount", ["-o", "loop", disk.to_str().unwrap(), path.to_str().unwrap()]);
+    let _bound = Bound(path.clone());
+    let ocifs = Ocifs::at(&path.join("store"));
+    ocifs.ok(["pull", &image]);
+    // Full to the last block.
+    for size in [1 << 20, 4096] {
+        let mut fill = std::fs::File::create(path.join(format!("fill{size}"))).unwrap();
+        while std::io::Write::write_all(&mut fill, &vec![1; size]).is_ok() {}
+        let _ = fill.sync_all();
+    }
+    let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
+    for round in 0..2 {
+        for i in 0..6 {
+            let name = format!("f{i}");
+            mount.forget(&name);
+            assert!(mount.read(&name) == noise(70 + i, 512 << 10), "{round} {name}");
+        }
+        // What is damaged on it cannot be written again, and is right all the same.
+        let layers = (round == 0).then(|| std::fs::read_dir(ocifs.store().join("layers")).unwrap());
+        for layer in layers.into_iter().flatten() {
+            let data = layer.unwrap().path().join("data");
+            let file = std::fs::File::options().write(true).open(data).unwrap();
+            file.set_len(1 << 20).unwrap();
+        }
+    }
+    assert!(alive(mount.pid));
+}
+
+#[test]
+fn what_the_store_has_is_for_its_owner_alone_whoever_made_the_directory() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &[big_layer(80, 2), hello()]);
+    let image = format!("{}/app:1", registry.host());
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let ocifs = Ocifs::at(directory.path());
+    let mut command = std::process::Command::new("sh");
+    let pull = ocifs.command(["pull", &image]);
+    command
+        .args(["-c", "umask 0; exec \"$@\"", "sh"])
+        .arg(pull.get_program())
+        .args(pull.get_args());
+    assert_eq!(crate::common::ocifs::bounded(&mut command).code, Some(0));
+    let mut directories = vec![directory.path().to_owned()];
+    let mut seen = 0;
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let entry = entry.unwrap();
+            let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
+            let wanted = if entry.path().is_dir() { 0o700 } else { 0o600 };
+            assert_eq!(mode, wanted, "{mode:o} {}", entry.path().display());
+            directories.extend(entry.path().is_dir().then(|| entry.path()));
+            seen += 1;
+        }
+    }
+    assert!(seen > 15, "{seen}");
 }

@@ -1,0 +1,246 @@
+//! Damage to the store: whatever happens to any of its files, before a mount or under one, every byte, name and mode that is
+//! served is right, and everything can be read in the end.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::ocifs::{Mounted, Ocifs};
+use crate::common::registry::TestRegistry;
+
+const FILES: u64 = 6;
+
+/// An image of two layers: large files, small ones, a symlink.
+struct Scene {
+    registry: TestRegistry,
+    image: String,
+    ocifs: Ocifs,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let registry = TestRegistry::start();
+        let image = format!("{}/app:1", registry.host());
+        push(&registry, "app", "1", &[Blob::gzip(&layer(0)), Blob::zstd(&layer(1))]);
+        Self {
+            registry,
+            image,
+            ocifs: Ocifs::new(),
+        }
+    }
+
+    /// One whose store has everything of the image, of one start of it, and what it means.
+    fn full() -> Self {
+        let scene = Self::new();
+        drop(scene.ocifs.mount(&scene.image));
+        scene.ocifs.ok(["pull", &scene.image]);
+        scene
+    }
+
+    fn mount(&self) -> Mounted {
+        self.ocifs
+            .mount_with(&self.image, &["--wait", "ready", "--prefetch", "none"])
+    }
+}
+
+fn layer(number: u64) -> Vec<u8> {
+    let large = (0..FILES).fold(Tar::new(), |tar, i| {
+        tar.file(large_name(number, i), noise(10 * number + i, large_size(i)))
+    });
+    let small = (0..100).fold(large, |tar, i| {
+        tar.file(format!("s{number}-{i}"), format!("{number} {i}\n"))
+    });
+    small
+        .link(tar::EntryType::Symlink, &format!("l{number}"), "s0-1")
+        .finish()
+}
+
+fn large_name(layer: u64, i: u64) -> String {
+    format!("f{layer}-{i}")
+}
+
+fn large_size(i: u64) -> usize {
+    300_000 + 1000 * i as usize
+}
+
+/// Reads all files past the page cache and compares content, modes and links.
+fn check(mount: &Mounted, what: &str) {
+    for layer in 0..2 {
+        for i in 0..FILES {
+            let name = large_name(layer, i);
+            mount.forget(&name);
+            assert!(
+                mount.read(&name) == noise(10 * layer + i, large_size(i)),
+                "{what}: {name}"
+            );
+            let mode = fs::metadata(mount.join(&name)).unwrap().permissions().mode();
+            assert_eq!(mode, 0o100_644, "{what}: {name}");
+        }
+        for i in 0..100 {
+            let name = format!("s{layer}-{i}");
+            mount.forget(&name);
+            assert_eq!(mount.read(&name), format!("{layer} {i}\n").as_bytes(), "{what}: {name}");
+        }
+        assert_eq!(
+            fs::read_link(mount.join(format!("l{layer}"))).unwrap(),
+            Path::new("s0-1"),
+            "{what}"
+        );
+    }
+    assert_eq!(
+        fs::read_dir(mount.path()).unwrap().count(),
+        2 * (FILES as usize + 101),
+        "{what}"
+    );
+}
+
+/// All files below a directory of the store.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(files(&path)),
+            false => found.push(path),
+        }
+    }
+    found.sort();
+    found
+}
+
+/// What can happen to a file.
+#[derive(Debug, Clone, Copy)]
+enum Damage {
+    /// One bit flipped, at this share of the file.
+    Flip(f64),
+    /// A page of zeros, at this share of the file.
+    Zeros(f64),
+    /// Cut to this share.
+    Cut(f64),
+    Removed,
+    /// The content that it had before, or that another file of its kind has, written over it in place.
+    Older,
+    /// The same, put in its place by rename.
+    Replaced,
+}
+
+const DAMAGES: [Damage; 11] = [
+    Damage::Flip(0.0),
+    Damage::Flip(0.3),
+    Damage::Flip(0.7),
+    Damage::Flip(0.999),
+    Damage::Zeros(0.0),
+    Damage::Zeros(0.5),
+    Damage::Zeros(0.99),
+    Damage::Cut(0.0),
+    Damage::Cut(0.6),
+    Damage::Removed,
+    Damage::Older,
+];
+
+impl Damage {
+    fn inflict(self, path: &Path, older: &[u8]) {
+        let open = || File::options().read(true).write(true).open(path).unwrap();
+        let length = fs::metadata(path).map_or(0, |m| m.len());
+        let at = |share: f64| ((length as f64 * share) as u64).min(length.saturating_sub(1));
+        match self {
+            _ if length == 0 => {}
+            Self::Flip(share) => {
+                let mut byte = [0];
+                open().read_exact_at(&mut byte, at(share)).unwrap();
+                open().write_all_at(&[byte[0] ^ 0x10], at(share)).unwrap();
+            }
+            Self::Zeros(share) => {
+                let start = at(share) / 4096 * 4096;
+                let end = (start + 4096).min(length);
+                open().write_all_at(&vec![0; (end - start) as usize], start).unwrap();
+            }
+            Self::Cut(share) => open().set_len(at(share)).unwrap(),
+            Self::Removed => fs::remove_file(path).unwrap(),
+            Self::Older => fs::write(path, older).unwrap(),
+            Self::Replaced => {
+                let new = path.with_extension("new");
+                fs::write(&new, older).unwrap();
+                fs::rename(new, path).unwrap();
+            }
+        }
+    }
+}
+
+/// Files of the store that mounts use. What belongs to nobody while it lies there (locks, drafts) is left out.
+fn victims(store: &Path) -> Vec<PathBuf> {
+    let all = ["documents", "layers", "trees", "profiles"].map(|name| files(&store.join(name)));
+    let all = all.into_iter().flatten();
+    all.filter(|path| path.file_name().unwrap() != "lock").collect()
+}
+
+/// For each file the content it has in `old`, or that of another file of the same name or kind.
+fn older(path: &Path, store: &Path, old: &Path) -> Vec<u8> {
+    let same = old.join(path.strip_prefix(store).unwrap());
+    if let Ok(bytes) = fs::read(&same)
+        && fs::read(path).ok().as_ref() != Some(&bytes)
+    {
+        return bytes;
+    }
+    let kind = |path: &Path| {
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        name.split_once('.')
+            .map_or(name.clone(), |(_, extension)| extension.to_owned())
+    };
+    let mut others = files(old)
+        .into_iter()
+        .filter(|other| kind(other) == kind(path) && *other != same);
+    others.next().map(|other| fs::read(other).unwrap()).unwrap_or_default()
+}
+
+/// Every file of the store with every damage, each before a mount and under one that goes on.
+#[test]
+fn no_damage_to_any_file_is_served_and_all_of_it_heals() {
+    let scene = Scene::full();
+    let store = scene.ocifs.store().to_owned();
+    // The store as it was with less in it, and of another image.
+    let other = Scene::new();
+    let old = tempfile::tempdir().unwrap();
+    {
+        let mount = other.mount();
+        assert_eq!(mount.read("s0-1"), b"0 1\n");
+    }
+    other.ocifs.ok(["cache", "drop"]);
+    copy(other.ocifs.store(), old.path());
+    let names: Vec<PathBuf> = victims(&store);
+    let kinds = ["spans", "toc", "extents", "programs", "data"];
+    for kind in kinds {
+        assert_eq!(
+            names.iter().filter(|path| path.ends_with(kind)).count(),
+            2,
+            "{kind}: {names:?}"
+        );
+    }
+    for path in &names {
+        for damage in DAMAGES.into_iter().chain([Damage::Replaced]) {
+            let what = format!("{damage:?} of {}", path.strip_prefix(&store).unwrap().display());
+            let older = older(path, &store, old.path());
+            {
+                let mount = scene.mount();
+                check(&mount, &what);
+                damage.inflict(path, &older);
+                check(&mount, &format!("{what} under a mount"));
+            }
+            let mount = scene.mount();
+            check(&mount, &format!("{what} before a mount"));
+            drop(mount);
+            // Whatever was damaged is as it was, for the next round.
+            scene.ocifs.ok(["pull", &scene.image]);
+        }
+    }
+    drop(scene.registry);
+}
+
+fn copy(from: &Path, to: &Path) {
+    for path in files(from) {
+        let target = to.join(path.strip_prefix(from).unwrap());
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::copy(path, target).unwrap();
+    }
+}
