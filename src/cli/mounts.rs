@@ -166,6 +166,10 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
         human(status.used)
     );
     say!("local       {}", share(status.local, status.size));
+    let healed: u64 = status.layers.iter().map(|layer| layer.healed).sum();
+    if healed > 0 {
+        say!("healed      {healed} spans were damaged on disk and fetched again");
+    }
     if let (Some(rate), Some(left)) = (status.rate, status.remaining_seconds) {
         say!("rate        {}/s, about {left:.0} s left", human(rate as u64));
     }
