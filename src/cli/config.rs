@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::StoreArgs;
 use super::mount::PrefetchMode;
 use super::units::{Deadline, Size};
+use crate::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;
 const DEFAULT_MEMORY: u64 = 64 << 20;
@@ -27,9 +28,12 @@ pub(super) struct Globals {
     /// Longest that a read, or a wait for the registry, may take: 30s, 2m, never [default: 30s]
     #[arg(long, global = true, value_name = "TIME")]
     timeout: Option<Deadline>,
-    /// Speak HTTP without TLS to the registry (loopback registries get it anyway)
+    /// Speak HTTP without TLS to the registry (on loopback this is tried anyway if there is no TLS)
     #[arg(long, global = true)]
     plain_http: bool,
+    /// Speak only HTTPS, also on loopback and to the hosts that the configuration file lists under plain-http
+    #[arg(long, global = true, conflicts_with = "plain_http")]
+    no_plain_http: bool,
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
@@ -80,10 +84,8 @@ pub(super) struct Config {
     pub(super) timeout: Option<Duration>,
     /// What mounts fetch that nobody asked for, if the file says so.
     pub(super) prefetch: Option<PrefetchMode>,
-    /// Speak plain HTTP to whatever registry is named.
-    pub(super) plain_http: bool,
-    /// Hosts (with port, if not the default) that speak plain HTTP.
-    pub(super) plain_http_hosts: Vec<String>,
+    /// Which registries are spoken to without TLS.
+    pub(super) plain_http: PlainHttp,
     pub(super) ca: Vec<PathBuf>,
     pub(super) log_format: LogFormat,
     pub(super) verbose: u8,
@@ -108,8 +110,11 @@ impl Config {
             memory: usize::try_from(size(globals.memory, file.memory, DEFAULT_MEMORY))?,
             timeout: timeout.map_or(Some(DEFAULT_TIMEOUT), |d| d.0),
             prefetch: file.prefetch,
-            plain_http: globals.plain_http,
-            plain_http_hosts: file.plain_http,
+            plain_http: match (globals.plain_http, globals.no_plain_http) {
+                (true, _) => PlainHttp::Everywhere,
+                (false, true) => PlainHttp::Nowhere,
+                (false, false) => PlainHttp::Hosts(file.plain_http.into_iter().collect()),
+            },
             ca: [globals.ca, file.ca].concat(),
             log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             verbose: globals.verbose,

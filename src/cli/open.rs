@@ -16,7 +16,7 @@ use crate::image::{Image, KeptSource, Preparation};
 use crate::layer::{Health, LayerContext};
 use crate::layout::OciLayout;
 use crate::oci::{Digest, ImageRef, Platform};
-use crate::registry::{PlainHttp, RegistryClient, RegistryConfig};
+use crate::registry::{RegistryClient, RegistryConfig};
 use crate::resolve::resolve;
 use crate::store::{Store, StoreError};
 
@@ -94,13 +94,8 @@ async fn open(config: &Config, image: &ImageRef) -> anyhow::Result<(Arc<dyn Imag
 }
 
 fn registry_config(config: &Config) -> RegistryConfig {
-    let plain_http = if config.plain_http {
-        PlainHttp::Everywhere
-    } else {
-        PlainHttp::Hosts(config.plain_http_hosts.iter().cloned().collect())
-    };
     RegistryConfig {
-        plain_http,
+        plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),
         timeout: config.timeout.unwrap_or(Duration::MAX),
         ..RegistryConfig::default()

@@ -88,6 +88,7 @@ impl RegistryClient {
     /// A repository as this client would address it.
     pub(super) fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
         let endpoint = Endpoint::new(registry, &self.inner.transport.config().plain_http)?;
+        self.inner.transport.meet(&endpoint);
         Repository::new(endpoint, repository)
     }
 

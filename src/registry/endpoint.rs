@@ -1,7 +1,8 @@
 //! A registry as named by people and the repository inside it, turned into URLs.
 //!
-//! `docker.io` is served by `registry-1.docker.io`. Loopback registries speak plain HTTP unless their port is absent or 443,
-//! as Docker and containerd have it; every other registry speaks TLS unless [`PlainHttp`] says otherwise.
+//! `docker.io` is served by `registry-1.docker.io`. Registries speak TLS unless [`PlainHttp`] says otherwise. A loopback
+//! registry is tried with TLS first and spoken to in plain HTTP if it knows no TLS, as Docker has it; so its scheme is left
+//! open until it is first asked.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -17,10 +18,10 @@ const MAX_NAME: usize = 255;
 /// Which registries are spoken to without TLS.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PlainHttp {
-    /// Loopback ones only.
+    /// Loopback ones that know no TLS.
     #[default]
     Loopback,
-    /// Loopback ones and these (`host` or `host:port`, as in references).
+    /// Loopback ones that know no TLS, and these (`host` or `host:port`, as in references).
     Hosts(BTreeSet<String>),
     /// All.
     Everywhere,
@@ -33,6 +34,8 @@ pub enum PlainHttp {
 pub struct Endpoint {
     name: String,
     base: Url,
+    /// Whether the scheme of `base` is only the first to try.
+    is_open: bool,
 }
 
 impl Endpoint {
@@ -60,13 +63,15 @@ impl Endpoint {
         {
             return Err(invalid("want host or host:port"));
         }
-        let loopback_plain = is_loopback(&host) && !matches!(parsed.port(), None | Some(443));
+        // The ports of HTTP and HTTPS leave nothing to find out.
+        let loopback_port_80 = is_loopback(&host) && parsed.port() == Some(80);
         let is_plain = match plain {
-            PlainHttp::Loopback => loopback_plain,
-            PlainHttp::Hosts(hosts) => loopback_plain || hosts.contains(registry) || hosts.contains(name),
+            PlainHttp::Loopback => loopback_port_80,
+            PlainHttp::Hosts(hosts) => loopback_port_80 || hosts.contains(registry) || hosts.contains(name),
             PlainHttp::Everywhere => true,
             PlainHttp::Nowhere => false,
         };
+        let is_open = !is_plain && *plain != PlainHttp::Nowhere && is_loopback(&host) && !api.ends_with(":443");
         let base = match is_plain {
             true => Url::parse(&format!("http://{api}/v2/")).map_err(|e| invalid(&e.to_string()))?,
             false => parsed,
@@ -74,6 +79,7 @@ impl Endpoint {
         Ok(Self {
             name: name.to_owned(),
             base,
+            is_open,
         })
     }
 
@@ -82,9 +88,14 @@ impl Endpoint {
         &self.name
     }
 
-    /// Whether it is spoken to without TLS.
+    /// Whether it was said to be spoken to without TLS.
     pub fn is_plain(&self) -> bool {
         self.base.scheme() == "http"
+    }
+
+    /// Whether it speaks TLS or not is found out when it is first asked.
+    pub(super) fn is_open(&self) -> bool {
+        self.is_open
     }
 
     /// `/v2/`, the base of the API.
@@ -210,21 +221,25 @@ mod tests {
     }
 
     #[test]
-    fn loopback_is_plain_and_the_rest_is_not() {
+    fn tls_comes_first_and_loopback_need_not_have_it() {
         let auto = PlainHttp::Loopback;
-        for (registry, want) in [
-            ("docker.io", "https://registry-1.docker.io/v2/"),
-            ("index.docker.io", "https://registry-1.docker.io/v2/"),
-            ("quay.io", "https://quay.io/v2/"),
-            ("localhost:5000", "http://localhost:5000/v2/"),
-            ("127.1.2.3:5000", "http://127.1.2.3:5000/v2/"),
-            ("[::1]:5000", "http://[::1]:5000/v2/"),
-            ("localhost:80", "http://localhost/v2/"),
-            ("localhost:443", "https://localhost/v2/"),
-            ("localhost", "https://localhost/v2/"),
-            ("10.0.0.1:5000", "https://10.0.0.1:5000/v2/"),
+        for (registry, want, open) in [
+            ("docker.io", "https://registry-1.docker.io/v2/", false),
+            ("index.docker.io", "https://registry-1.docker.io/v2/", false),
+            ("quay.io", "https://quay.io/v2/", false),
+            ("localhost:5000", "https://localhost:5000/v2/", true),
+            ("127.1.2.3:5000", "https://127.1.2.3:5000/v2/", true),
+            ("[::1]:5000", "https://[::1]:5000/v2/", true),
+            ("localhost:80", "http://localhost/v2/", false),
+            ("localhost:443", "https://localhost/v2/", false),
+            ("localhost", "https://localhost/v2/", true),
+            ("10.0.0.1:5000", "https://10.0.0.1:5000/v2/", false),
         ] {
             assert_eq!(base(registry, &auto), want);
+            assert_eq!(Endpoint::new(registry, &auto).unwrap().is_open(), open, "{registry}");
+            for forced in [PlainHttp::Nowhere, PlainHttp::Everywhere] {
+                assert!(!Endpoint::new(registry, &forced).unwrap().is_open());
+            }
         }
         assert_eq!(
             base("localhost:5000", &PlainHttp::Nowhere),

@@ -255,7 +255,7 @@ mod tests {
     #[tokio::test]
     async fn tls_trouble_after_the_handshake_is_a_lost_connection() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+        let config = rustls::ClientConfig::builder_with_provider(rustls::crypto::aws_lc_rs::default_provider().into())
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(rustls::RootCertStore::empty())

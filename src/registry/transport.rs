@@ -4,6 +4,8 @@
 //! host or port change (presigned URLs fail with it, and it would leak), `Range` must stay, and the final URL is worth keeping.
 
 mod pools;
+mod schemes;
+mod tls;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +16,9 @@ use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, HeaderMap,
 use reqwest::{StatusCode, Url};
 
 use self::pools::Pools;
+use self::schemes::Schemes;
 use super::config::RegistryConfig;
+use super::endpoint::Endpoint;
 use super::failure;
 use super::secret::Secret;
 use super::stats::{HostMeter, HostStats};
@@ -30,6 +34,7 @@ const SLOWEST: f64 = 512.0;
 pub(super) struct Transport {
     config: RegistryConfig,
     pools: Pools,
+    schemes: Schemes,
     hosts: Mutex<HashMap<String, Arc<HostMeter>>>,
 }
 
@@ -104,6 +109,7 @@ impl Transport {
     pub(super) fn new(config: RegistryConfig) -> Result<Self, BlobError> {
         Ok(Self {
             pools: Pools::new(&config)?,
+            schemes: Schemes::default(),
             config,
             hosts: Mutex::default(),
         })
@@ -111,6 +117,18 @@ impl Transport {
 
     pub(super) fn config(&self) -> &RegistryConfig {
         &self.config
+    }
+
+    /// Takes note of a registry before it is asked for the first time.
+    pub(super) fn meet(&self, endpoint: &Endpoint) {
+        if endpoint.is_open() {
+            self.schemes.leave_open(endpoint.base());
+        }
+    }
+
+    /// Whether a registry is spoken to without TLS, as far as that is known.
+    pub(super) fn is_plain(&self, endpoint: &Endpoint) -> bool {
+        endpoint.is_plain() || self.schemes.is_plain(endpoint.base())
     }
 
     /// What is known about every host spoken to.
@@ -143,7 +161,7 @@ impl Transport {
     }
 
     async fn follow(&self, ask: &Ask) -> Result<Reply, BlobError> {
-        let mut url = ask.url.clone();
+        let mut url = self.schemes.settle(ask.url.clone()).await?;
         let mut crossed = false;
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);

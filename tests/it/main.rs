@@ -27,6 +27,7 @@ mod registry;
 mod single_flight;
 mod status;
 mod structure;
+mod tls;
 mod toc;
 mod tree;
 mod unprivileged;

@@ -1,16 +1,17 @@
-//! Connection pools and TLS.
+//! Connection pools.
 //!
-//! TLS uses the ring provider, given explicitly to each configuration; no process-wide provider is installed. Pools are made
-//! when first needed: a plain-HTTP mount never reads the system's certificates. Loopback hosts are never asked through a proxy.
+//! Pools are made when first needed: a plain-HTTP mount never reads the system's certificates. Loopback hosts are never asked
+//! through a proxy. Each TLS configuration names its provider of cryptography; no process-wide provider is installed.
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use reqwest::{Client, Url};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
+use super::tls;
 use crate::blob::BlobError;
 use crate::registry::config::RegistryConfig;
 use crate::registry::endpoint::is_loopback;
@@ -97,7 +98,7 @@ impl Pools {
 
     /// The system's authorities and the configured ones. Without TLS an empty set does: it is never used.
     fn tls_config(&self, tls: bool) -> Result<rustls::ClientConfig, BlobError> {
-        let mut roots = rustls::RootCertStore::empty();
+        let mut trusted = Vec::new();
         if tls {
             // A system without certificates is no error by itself: the configured authorities may suffice, and if not, the
             // handshake says that the issuer is unknown.
@@ -105,18 +106,12 @@ impl Pools {
             for error in &native.errors {
                 tracing::debug!(%error, "a system certificate could not be read");
             }
-            roots.add_parsable_certificates(native.certs);
-            roots.add_parsable_certificates(self.authorities.iter().cloned());
+            trusted = [native.certs, self.authorities.clone()].concat();
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let versions = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let mut config = versions
-            .map_err(|error| BlobError::Tls {
-                host: "this machine".to_owned(),
-                reason: error.to_string(),
-            })?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let mut config = tls::config(trusted).map_err(|error| BlobError::Tls {
+            host: "this machine".to_owned(),
+            reason: error.to_string(),
+        })?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(config)
     }

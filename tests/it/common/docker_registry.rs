@@ -82,7 +82,7 @@ impl Drop for DockerRegistry {
 }
 
 /// The TCP port a process listens on.
-fn listening_port(pid: u32) -> Option<u16> {
+pub fn listening_port(pid: u32) -> Option<u16> {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     // `socket:[INODE]`
     let sockets: Vec<String> = descriptors

@@ -12,7 +12,7 @@ mod wire;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -87,6 +87,8 @@ pub type Issuer = Box<dyn Fn(&str) -> String + Send + Sync>;
 struct Shared {
     state: Mutex<State>,
     connections: AtomicUsize,
+    /// Whether a TLS hello gets no answer but the end of the connection.
+    hangs_up_on_tls: AtomicBool,
     /// Texts in the targets of requests that get no answer for now.
     held: watch::Sender<Vec<String>>,
 }
@@ -105,6 +107,7 @@ impl TestRegistry {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             connections: AtomicUsize::new(0),
+            hangs_up_on_tls: AtomicBool::new(false),
             held: watch::Sender::default(),
         });
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -203,6 +206,11 @@ impl TestRegistry {
         self.shared.held.send_modify(Vec::clear);
     }
 
+    /// Closes connections that begin with TLS, instead of answering in plain text.
+    pub fn hang_up_on_tls(&self) {
+        self.shared.hangs_up_on_tls.store(true, Ordering::Relaxed);
+    }
+
     pub fn guard(&self, guard: Guard) {
         self.state(|state| state.guard = guard);
     }
@@ -265,19 +273,22 @@ impl Drop for TestRegistry {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     loop {
         if let Ok((stream, _)) = listener.accept().await {
-            let number = shared.connections.fetch_add(1, Ordering::Relaxed);
-            tokio::spawn(serve(stream, Arc::clone(&shared), number));
+            tokio::spawn(serve(stream, Arc::clone(&shared)));
         }
     }
 }
 
-async fn serve(mut stream: TcpStream, shared: Arc<Shared>, connection: usize) {
+async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
     stream.set_nodelay(true).unwrap();
     let mut first = [0];
     // A TLS hello is answered as web servers do: in plain text.
     if matches!(stream.peek(&mut first).await, Ok(1) if first[0] == 0x16) {
+        if shared.hangs_up_on_tls.load(Ordering::Relaxed) {
+            return;
+        }
         return wire::refuse_tls(&mut stream).await;
     }
+    let connection = shared.connections.fetch_add(1, Ordering::Relaxed);
     let mut reader = BufReader::new(stream);
     while let Some(request) = wire::read_request(&mut reader).await {
         let (faults, answer, latency) = {

@@ -1,0 +1,129 @@
+//! Whether a registry on this machine speaks TLS: found out when it is first asked.
+//!
+//! One connection is spent on it: the first message of a TLS handshake is sent, and the first byte of the answer tells. A
+//! TLS server answers with a TLS record, if only to refuse. An HTTP server answers in text: the random field of the message
+//! ends with two line ends, so that a server that reads lines takes it for a complete request. A server that closes
+//! the connection is asked in plain HTTP before it is believed to speak that. Silence decides nothing: a slow server is
+//! waited for.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use reqwest::Url;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
+
+use super::{authority, tls};
+use crate::blob::BlobError;
+
+/// Where the last four bytes of the random field lie in a TLS handshake's first message: behind the headers of the record
+/// (5 bytes) and of the message (4), the version (2) and the rest of the field (28).
+const END_OF_RANDOM: std::ops::Range<usize> = 39..43;
+/// First bytes of TLS records: alert and handshake.
+const TLS_RECORDS: [u8; 2] = [0x15, 0x16];
+
+/// What is known of the registries whose scheme was left open.
+#[derive(Debug, Default)]
+pub(super) struct Schemes {
+    open: Mutex<HashMap<String, Arc<OnceCell<Spoken>>>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spoken {
+    Tls,
+    Plain,
+}
+
+impl Schemes {
+    /// Leaves the scheme open for this server.
+    pub(super) fn leave_open(&self, base: &Url) {
+        self.servers().entry(authority(base)).or_default();
+    }
+
+    /// Whether a server whose scheme was left open turned out to speak no TLS.
+    pub(super) fn is_plain(&self, base: &Url) -> bool {
+        let servers = self.servers();
+        let cell = servers.get(&authority(base));
+        cell.and_then(|cell| cell.get()) == Some(&Spoken::Plain)
+    }
+
+    /// The URL with the scheme that its server speaks.
+    ///
+    /// Cancel safe: the next caller asks the server anew.
+    pub(super) async fn settle(&self, mut url: Url) -> Result<Url, BlobError> {
+        let cell = self.servers().get(&authority(&url)).cloned();
+        let Some(cell) = cell else { return Ok(url) };
+        let spoken = cell
+            .get_or_try_init(|| ask(&url))
+            .await
+            .map_err(|reason| unreachable(&url, &reason))?;
+        if *spoken == Spoken::Plain {
+            // Of the schemes http and https, either can be put in the place of the other.
+            let _ = url.set_scheme("http");
+        }
+        Ok(url)
+    }
+
+    fn servers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<OnceCell<Spoken>>>> {
+        // Every state of the map is a good one.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unreachable(url: &Url, reason: &io::Error) -> BlobError {
+    BlobError::Unreachable {
+        host: authority(url),
+        reason: reason.to_string(),
+    }
+}
+
+async fn ask(url: &Url) -> io::Result<Spoken> {
+    let host = url.host_str().unwrap_or_default();
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let stream = match (TcpStream::connect((host, url.port().unwrap_or(443))).await, url.port()) {
+        (Ok(stream), _) => stream,
+        // No port was named, and there is nobody at the one for HTTPS.
+        (Err(error), None) => return plain(host, 80).await.map_err(|_| error),
+        (Err(error), Some(_)) => return Err(error),
+    };
+    match first_byte(stream, &hello(host)?).await {
+        Ok(Some(byte)) if TLS_RECORDS.contains(&byte) => Ok(Spoken::Tls),
+        Ok(Some(_)) => Ok(Spoken::Plain),
+        Ok(None) | Err(_) => plain(host, url.port().unwrap_or(443)).await,
+    }
+}
+
+/// The first message of a TLS handshake that will not go on.
+fn hello(host: &str) -> io::Result<Vec<u8>> {
+    let config = tls::config(Vec::new()).map_err(io::Error::other)?;
+    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+    let mut handshake = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+    let mut hello = Vec::new();
+    handshake.write_tls(&mut hello)?;
+    if let Some(end) = hello.get_mut(END_OF_RANDOM) {
+        end.copy_from_slice(b"\r\n\r\n");
+    }
+    Ok(hello)
+}
+
+async fn first_byte(mut stream: TcpStream, message: &[u8]) -> io::Result<Option<u8>> {
+    stream.write_all(message).await?;
+    let mut byte = [0];
+    Ok((stream.read(&mut byte).await? == 1).then_some(byte[0]))
+}
+
+/// Asks in plain HTTP. Servers with TLS answer that with a 400, in plain text.
+async fn plain(host: &str, port: u16) -> io::Result<Spoken> {
+    let mut stream = TcpStream::connect((host, port)).await?;
+    let request = format!("GET /v2/ HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut line = [0; "HTTP/1.1 200".len()];
+    stream.read_exact(&mut line).await?;
+    match line.starts_with(b"HTTP/1.") && !line.ends_with(b" 400") {
+        true => Ok(Spoken::Plain),
+        false => Err(io::Error::other("the server neither takes TLS nor plain HTTP")),
+    }
+}

@@ -1,0 +1,168 @@
+//! Whom a TLS connection is trusted to lead to.
+//!
+//! Certificates are checked as webpki does it, with one addition. A server's own certificate may be among the trusted ones,
+//! as the documentation of registries has it: `openssl req -x509` makes a self-signed certificate that is marked as an
+//! authority, and the client is given a copy. webpki refuses an authority that acts as a server. OpenSSL and Go accept a
+//! certificate that was trusted itself, and so does this verifier. Its dates and its names are checked like any other's.
+//!
+//! The cryptography is aws-lc's. It knows the curve P-521 and the mixed hashes (P-384 with SHA-512) that OpenSSL and Go accept.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use aws_lc_rs::agreement;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{ActiveKeyExchange, CryptoProvider, SharedSecret, SupportedKxGroup, aws_lc_rs as provider};
+use rustls::ffdhe_groups::FfdheGroup;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, NamedGroup, PeerMisbehaved, RootCertStore,
+    SignatureScheme,
+};
+
+/// A configuration that trusts these certificates; nothing of this machine is trusted besides.
+pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConfig, Error> {
+    let provider = provider();
+    let versions = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(trusted.iter().cloned());
+    if roots.is_empty() {
+        // Every certificate is of an unknown issuer then.
+        return Ok(versions.with_root_certificates(roots).with_no_client_auth());
+    }
+    let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .map_err(|error| Error::General(error.to_string()))?;
+    let verifier = Verifier {
+        chains,
+        trusted: trusted.into_iter().collect(),
+    };
+    let builder = versions
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    Ok(builder.with_no_client_auth())
+}
+
+/// The algorithms of aws-lc, and key exchange over P-521 for servers that offer nothing else.
+pub(super) fn provider() -> Arc<CryptoProvider> {
+    let mut provider = provider::default_provider();
+    provider.kx_groups.push(&P521);
+    Arc::new(provider)
+}
+
+#[derive(Debug)]
+struct Verifier {
+    chains: Arc<WebPkiServerVerifier>,
+    trusted: HashSet<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let verified = self
+            .chains
+            .verify_server_cert(certificate, intermediates, name, ocsp, now);
+        match verified {
+            Err(error) if is_about_the_issuer(&error) && self.trusted.contains(certificate) => {
+                rustls::client::verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            verified => verified,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chains.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chains.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chains.supported_verify_schemes()
+    }
+}
+
+/// Whether a certificate was refused for who vouches for it. webpki looks at the dates first, so they are good then.
+fn is_about_the_issuer(error: &Error) -> bool {
+    let Error::InvalidCertificate(error) = error else {
+        return false;
+    };
+    match error {
+        CertificateError::UnknownIssuer => true,
+        CertificateError::Other(other) => {
+            let webpki = other.0.downcast_ref::<webpki::Error>();
+            matches!(webpki, Some(webpki::Error::CaUsedAsEndEntity))
+        }
+        _ => false,
+    }
+}
+
+/// Elliptic-curve key exchange over P-521, which the provider has no group for.
+#[derive(Debug)]
+struct P521;
+
+impl SupportedKxGroup for P521 {
+    fn start(&self) -> Result<Box<dyn ActiveKeyExchange>, Error> {
+        let failed = |_| Error::FailedToGetRandomBytes;
+        let private = agreement::PrivateKey::generate(&agreement::ECDH_P521).map_err(failed)?;
+        let public = private.compute_public_key().map_err(failed)?;
+        Ok(Box::new(Exchange { private, public }))
+    }
+
+    fn ffdhe_group(&self) -> Option<FfdheGroup<'static>> {
+        None
+    }
+
+    fn name(&self) -> NamedGroup {
+        NamedGroup::secp521r1
+    }
+}
+
+struct Exchange {
+    private: agreement::PrivateKey,
+    public: agreement::PublicKey,
+}
+
+impl ActiveKeyExchange for Exchange {
+    fn complete(self: Box<Self>, peer: &[u8]) -> Result<SharedSecret, Error> {
+        let invalid = Error::PeerMisbehaved(PeerMisbehaved::InvalidKeyShare);
+        // TLS knows uncompressed points only (RFC 8446 section 4.2.8.2).
+        if peer.first() != Some(&4) {
+            return Err(invalid);
+        }
+        let peer = agreement::UnparsedPublicKey::new(&agreement::ECDH_P521, peer);
+        agreement::agree(&self.private, peer, invalid, |secret| Ok(SharedSecret::from(secret)))
+    }
+
+    fn ffdhe_group(&self) -> Option<FfdheGroup<'static>> {
+        None
+    }
+
+    fn pub_key(&self) -> &[u8] {
+        self.public.as_ref()
+    }
+
+    fn group(&self) -> NamedGroup {
+        NamedGroup::secp521r1
+    }
+}
