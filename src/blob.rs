@@ -73,10 +73,23 @@ pub trait BlobSource: Send + Sync + Debug {
     /// An empty range is an empty stream.
     async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError>;
 
+    /// Takes the verdict of a reader who compared bytes of this blob with a digest: answers that did not say clearly what
+    /// they brought are read in another way from then on.
+    fn judged(&self, _verdict: Verdict) {}
+
     /// What is known about the way to the bytes.
     fn link(&self) -> Link {
         Link::LOCAL
     }
+}
+
+/// What a reader found out about bytes of a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// They were not the blob's.
+    Wrong,
+    /// Those of parts were not, and those of the whole blob were.
+    OnlyPartsAreWrong,
 }
 
 /// The way to a blob, as far as it was measured.

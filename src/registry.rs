@@ -21,7 +21,7 @@
 //! - A body is never held whole, documents (at most 16 MiB) apart.
 //!
 //! The parsers of what servers send are pure: [`challenge::parse`], [`content_range::ContentRange::parse`],
-//! [`expiry::url_lifetime`], [`token::parse`], [`failure::message`], [`credentials::AuthFile::parse`].
+//! [`encoding::decode`], [`expiry::url_lifetime`], [`token::parse`], [`failure::message`], [`credentials::AuthFile::parse`].
 
 mod auth;
 mod blob;
@@ -30,6 +30,7 @@ mod client;
 mod config;
 pub mod content_range;
 pub mod credentials;
+pub mod encoding;
 mod endpoint;
 pub mod expiry;
 pub mod failure;

@@ -96,7 +96,7 @@ impl FirstPassError {
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
-            Self::BlobDigest { .. } | Self::Decode { .. } => true,
+            Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
             Self::Tar { verified, .. } => !verified,
             // A diffID is compared when the blob is known to be right.
             Self::DiffId { .. } | Self::Blob(_) | Self::Interrupted { .. } => false,

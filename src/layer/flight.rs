@@ -8,7 +8,7 @@ use futures::StreamExt as _;
 use tokio::task::JoinHandle;
 
 use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
-use crate::blob::BlobError;
+use crate::blob::{BlobError, Verdict};
 use crate::device::SpanLock;
 use crate::fetch::Pass;
 use crate::index::{IndexError, SpanId};
@@ -82,12 +82,14 @@ pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'st
 async fn fly(mut run: Run, pass: &Pass) -> Result<Vec<u32>, LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
-    let mut from_start = false;
+    let (mut from_start, mut failed_checks) = (false, 0);
     for attempt in 1..=ATTEMPTS {
         outcome = attempt_run(&layer, &mut run, pass, from_start || attempt == ATTEMPTS).await;
         match &outcome {
             Err(error @ LayerError::Corrupt { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "span failed its check, fetching it again");
+                layer.blob.judged(Verdict::Wrong);
+                failed_checks += u32::from(!from_start);
             }
             Err(LayerError::Blob {
                 source: error @ BlobError::RangeUnsupported { .. },
@@ -95,6 +97,10 @@ async fn fly(mut run: Run, pass: &Pass) -> Result<Vec<u32>, LayerError> {
             }) if !from_start => {
                 tracing::warn!(%error, "fetching the layer from its start");
                 from_start = true;
+            }
+            Ok(()) if failed_checks + 1 == ATTEMPTS => {
+                layer.blob.judged(Verdict::OnlyPartsAreWrong);
+                break;
             }
             _ => break,
         }

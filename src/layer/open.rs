@@ -11,7 +11,7 @@ use super::programs;
 use super::stripes::Ahead;
 use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
-use crate::blob::BlobSource;
+use crate::blob::{BlobSource, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
 use crate::index::SpanIndex;
@@ -159,6 +159,7 @@ async fn stream(
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
         Err(error) if error.is_corruption() => {
             tracing::warn!(%error, "streaming the layer once more");
+            blob.judged(Verdict::Wrong);
             pass().await?
         }
         result => result?,

@@ -9,36 +9,36 @@
 //!                          chunks … failure at c ─▶ wait ─▶ read(c..b)
 //! ```
 //!
-//! A part is asked for with one `Range`, a whole blob without. A 206 counts only with a `Content-Range` that fits; a 200 is a
-//! server that ignores ranges, which is fine if little has to be skipped.
+//! A part is asked for with one `Range`, a whole blob without. What comes is judged by its headers ([`answer`]) and, where
+//! those are odd, by whoever reads it ([`belief`]). A server that sends no parts, or wrong ones, is asked for the whole blob
+//! if little has to be skipped or all of it is wanted; otherwise the reader is told that there are no ranges.
 
+mod answer;
+mod belief;
 mod reading;
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderValue, RANGE};
+use reqwest::header::{HeaderValue, RANGE};
 
+use self::answer::{Content, MAX_SKIP, Place, place};
+use self::belief::Belief;
 use self::reading::{Body, Reading};
 use super::client::{Answer, RegistryClient, refusal};
 use super::content_range::ContentRange;
+use super::encoding::Encoding;
 use super::endpoint::Repository;
 use super::redirects::BlobKey;
 use super::stats::{BlobMeter, BlobStats, HostStats};
 use super::transport::{Ask, Reply};
-use crate::blob::{BlobError, BlobSource, ByteStream, Link};
+use crate::blob::{BlobError, BlobSource, ByteStream, Link, Verdict};
 use crate::oci::Digest;
-
-/// Bytes worth receiving for nothing to reach an offset at a server that ignores ranges: about a round trip's worth.
-const MAX_SKIP: u64 = 1 << 20;
-/// How long a blob is believed to be served without ranges. Content delivery networks do so for objects they have not cached
-/// yet, so it says nothing about other blobs of the host.
-const NO_RANGES_FOR: Duration = Duration::from_secs(300);
 
 /// A blob in a registry.
 #[derive(Debug, Clone)]
@@ -54,24 +54,20 @@ struct Core {
     size: u64,
     inline: Option<Bytes>,
     meter: BlobMeter,
-    no_ranges: NoRanges,
+    belief: Belief,
+    kind: Kind,
 }
 
-/// Whether a blob is believed to be served without ranges.
-#[derive(Debug, Default)]
-struct NoRanges(Mutex<Option<Instant>>);
-
-impl NoRanges {
-    /// Believes it from now on for `time`; no longer if `None`.
-    fn set(&self, time: Option<Duration>) {
-        let until = time.and_then(|time| Instant::now().checked_add(time));
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = until;
-    }
-
-    fn holds(&self) -> bool {
-        let until = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        until.is_some_and(|until| Instant::now() < until)
-    }
+/// What a blob is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A layer, compressed by itself or not. Whoever reads it checks every byte.
+    Layer {
+        /// Whether it is compressed.
+        is_compressed: bool,
+    },
+    /// Anything, handed out as it comes: only what is proven to be the bytes asked for will do.
+    Unchecked,
 }
 
 impl RegistryBlob {
@@ -81,6 +77,7 @@ impl RegistryBlob {
         digest: Digest,
         size: u64,
         inline: Option<Bytes>,
+        kind: Kind,
     ) -> Self {
         let key = BlobKey {
             repository: repository.to_string(),
@@ -94,7 +91,8 @@ impl RegistryBlob {
                 size,
                 inline,
                 meter: BlobMeter::default(),
-                no_ranges: NoRanges::default(),
+                belief: Belief::default(),
+                kind,
             }),
         }
     }
@@ -107,7 +105,14 @@ impl RegistryBlob {
         repository: &Arc<Repository>,
         digest: &Digest,
     ) -> Result<u64, BlobError> {
-        let blob = Self::new(client.clone(), Arc::clone(repository), digest.clone(), 0, None);
+        let blob = Self::new(
+            client.clone(),
+            Arc::clone(repository),
+            digest.clone(),
+            0,
+            None,
+            Kind::Unchecked,
+        );
         let core = &blob.core;
         let attempt = |wait| core.probe(wait);
         client
@@ -159,6 +164,13 @@ impl BlobSource for RegistryBlob {
         Ok(reading.into_stream())
     }
 
+    fn judged(&self, verdict: Verdict) {
+        match verdict {
+            Verdict::Wrong => self.core.belief.bytes_were_wrong(),
+            Verdict::OnlyPartsAreWrong => self.core.belief.parts_are_wrong(),
+        }
+    }
+
     fn link(&self) -> Link {
         if self.core.inline.is_some() {
             return Link::LOCAL;
@@ -180,43 +192,73 @@ impl Core {
     /// One attempt at an answer with the bytes `wanted` (not empty).
     async fn open(&self, wanted: &Range<u64>, whole: bool, wait: Duration) -> Result<Body, BlobError> {
         let can_skip = wanted.start <= MAX_SKIP || whole;
-        if !can_skip && self.no_ranges.holds() {
+        if !can_skip && !self.belief.has_ranges() {
             return Err(self.range_unsupported(self.repository.endpoint.name().to_owned()));
         }
-        let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
-        let ranged = *wanted != (0..self.size);
-        if ranged {
-            let range = format!("bytes={}-{}", wanted.start, wanted.end - 1);
-            let value = HeaderValue::try_from(range).map_err(|_| self.protocol("this machine", "a bad range"))?;
-            ask.headers.insert(RANGE, value);
+        if *wanted != (0..self.size) && self.belief.may_ask_for_parts() {
+            match self.open_part(wanted, can_skip, wait).await {
+                // Asked for without a range below.
+                Err(BlobError::RangeUnsupported { .. }) if can_skip => {}
+                result => return result,
+            }
         }
-        let Answer { reply, tried } = match self.ask_storage(&ask, wait).await? {
-            Some(reply) => Answer {
-                reply,
-                tried: String::new(),
-            },
-            None => self.ask_registry(&ask, wait).await?,
-        };
+        let Answer { reply, tried } = self.ask(None, wait).await?;
         let from = reply.url.clone();
         let result = match reply.status() {
-            StatusCode::PARTIAL_CONTENT if ranged => {
-                self.no_ranges.set(None);
-                self.accept_part(reply, wanted)
-            }
-            StatusCode::OK => {
-                if ranged {
-                    self.no_ranges.set(Some(NO_RANGES_FOR));
+            StatusCode::OK => self.accept_whole(reply, wanted).await,
+            StatusCode::PARTIAL_CONTENT => {
+                match place(answer::label(&reply), reply.length(), &(0..self.size), self.size) {
+                    Place::Part { skip: 0, take, .. } if take == self.size => self.accept_whole(reply, wanted).await,
+                    _ => Err(self.protocol(&reply.host(), "a part although the whole was asked for")),
                 }
-                self.accept_whole(reply, wanted, can_skip)
+            }
+            _ => Err(refusal(reply, &self.what(), &tried).await),
+        };
+        self.forget_if_failed(&from, result)
+    }
+
+    /// Asks for a part. [`BlobError::RangeUnsupported`] if that is not what comes, or the whole if that will do.
+    async fn open_part(&self, wanted: &Range<u64>, can_skip: bool, wait: Duration) -> Result<Body, BlobError> {
+        let Answer { reply, tried } = self.ask(Some(wanted), wait).await?;
+        let from = reply.url.clone();
+        let result = match reply.status() {
+            StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
+            StatusCode::OK => {
+                self.belief.ranges_were_ignored();
+                match can_skip {
+                    true => self.accept_whole(reply, wanted).await,
+                    false => Err(self
+                        .check_length(&reply)
+                        .err()
+                        .unwrap_or_else(|| self.range_unsupported(reply.host()))),
+                }
             }
             StatusCode::RANGE_NOT_SATISFIABLE => Err(self.unsatisfied(&reply, wanted)),
             _ => Err(refusal(reply, &self.what(), &tried).await),
         };
+        self.forget_if_failed(&from, result)
+    }
+
+    /// Another copy may be healthier than one that failed.
+    fn forget_if_failed(&self, from: &reqwest::Url, result: Result<Body, BlobError>) -> Result<Body, BlobError> {
         if result.is_err() {
-            // Another copy may be healthier than this one.
-            self.client.redirects().forget(&self.key, &from);
+            self.client.redirects().forget(&self.key, from);
         }
         result
+    }
+
+    /// Asks where the blob was found the last time, and the registry if it is not there any more.
+    async fn ask(&self, range: Option<&Range<u64>>, wait: Duration) -> Result<Answer, BlobError> {
+        let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
+        if let Some(range) = range {
+            let range = format!("bytes={}-{}", range.start, range.end - 1);
+            let value = HeaderValue::try_from(range).map_err(|_| self.protocol("this machine", "a bad range"))?;
+            ask.headers.insert(RANGE, value);
+        }
+        match self.ask_storage(&ask, wait).await? {
+            Some(answer) => Ok(answer),
+            None => self.ask_registry(&ask, wait).await,
+        }
     }
 
     /// The size as stated in the answer to a request for the first byte.
@@ -224,12 +266,11 @@ impl Core {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
         let Answer { reply, tried } = self.ask_registry(&ask, wait).await?;
-        let range = reply.header(CONTENT_RANGE).and_then(ContentRange::parse);
-        let size = match (reply.status(), range) {
+        let size = match (reply.status(), answer::label(&reply)) {
             (StatusCode::PARTIAL_CONTENT, Some(ContentRange::Part { total, .. })) => total,
             // The first byte of nothing.
             (StatusCode::RANGE_NOT_SATISFIABLE, Some(ContentRange::Unsatisfied { total: 0 })) => Some(0),
-            (StatusCode::OK, _) if !is_encoded(&reply) => reply.length(),
+            (StatusCode::OK, _) if answer::encoding(&reply) == Encoding::Identity => reply.length(),
             (status, _) if !status.is_success() => return Err(refusal(reply, &self.what(), &tried).await),
             _ => None,
         };
@@ -237,7 +278,7 @@ impl Core {
     }
 
     /// Asks where the blob was last found; `None` if there is no such place or it does not know the blob (any more).
-    async fn ask_storage(&self, ask: &Ask, wait: Duration) -> Result<Option<Reply>, BlobError> {
+    async fn ask_storage(&self, ask: &Ask, wait: Duration) -> Result<Option<Answer>, BlobError> {
         let Some(url) = self.client.redirects().get(&self.key) else {
             return Ok(None);
         };
@@ -250,7 +291,10 @@ impl Core {
                 self.client.redirects().forget(&self.key, &url);
                 Ok(None)
             }
-            Ok(reply) => Ok(Some(reply)),
+            Ok(reply) => Ok(Some(Answer {
+                reply,
+                tried: String::new(),
+            })),
             Err(error) => {
                 // The next attempt may be sent to a healthier place.
                 self.client.redirects().forget(&self.key, &url);
@@ -270,40 +314,81 @@ impl Core {
         Ok(answer)
     }
 
-    fn accept_part(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
-        if is_encoded(&reply) {
-            return Err(self.protocol(&reply.host(), "a range of a re-encoded blob"));
+    async fn accept_part(&self, reply: Reply, wanted: &Range<u64>, can_skip: bool) -> Result<Body, BlobError> {
+        let is_encoded = answer::encoding(&reply) != Encoding::Identity;
+        let (mut label, mut length) = (answer::label(&reply), reply.length());
+        let is_multipart = answer::is_multipart(&reply);
+        let host = reply.host();
+        let mut content = Content::new(reply);
+        if is_multipart {
+            (label, length) = (content.enter_part().await?, None);
+            if label.is_none() {
+                self.belief.parts_are_wrong();
+                return Err(self.range_unsupported(host));
+            }
         }
-        let stated = reply.header(CONTENT_RANGE).and_then(ContentRange::parse);
-        let stated = stated.ok_or_else(|| self.protocol(&reply.host(), "a part without a valid Content-Range"))?;
-        let end = stated
-            .check(wanted, self.size)
-            .map_err(|detail| self.protocol(&reply.host(), &detail))?;
-        Ok(Body::new(reply, 0, end - wanted.start))
+        match place(label, length, wanted, self.size) {
+            Place::Part { skip, take, proven } => {
+                let proven = proven && !is_encoded;
+                self.belief.part_came(proven);
+                if !proven && self.kind == Kind::Unchecked {
+                    return Err(self.range_unsupported(host));
+                }
+                Ok(Body::new(content, skip, take))
+            }
+            Place::Whole if can_skip && !is_encoded => {
+                self.belief.ranges_were_ignored();
+                Ok(Body::new(content, wanted.start, wanted.end - wanted.start))
+            }
+            Place::Whole | Place::Elsewhere => {
+                self.belief.parts_are_wrong();
+                Err(self.range_unsupported(host))
+            }
+        }
     }
 
-    fn accept_whole(&self, reply: Reply, wanted: &Range<u64>, can_skip: bool) -> Result<Body, BlobError> {
-        let length = reply.length();
-        // Storage that labels a gzip layer as gzip-encoded still sends its own bytes, which their number proves.
-        if is_encoded(&reply) && length != Some(self.size) {
-            return Err(self.protocol(&reply.host(), "the blob re-encoded"));
+    /// Takes an answer for the whole blob, of which `wanted` is passed on.
+    async fn accept_whole(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
+        self.check_length(&reply)?;
+        let (encoding, length) = (answer::encoding(&reply), reply.length());
+        let mut content = Content::new(reply);
+        if let Encoding::Compressed(coding) = encoding {
+            let guess = match (length, self.kind) {
+                // Storage that labels a gzip layer as gzip-encoded still sends its own bytes, which their number proves.
+                (Some(length), _) => length != self.size,
+                (None, Kind::Layer { is_compressed }) => content.looks_encoded(coding, is_compressed).await?,
+                (None, Kind::Unchecked) => return Err(self.protocol(&content.host(), "the blob re-encoded")),
+            };
+            let is_guessed = length.is_none();
+            let decode = if is_guessed { self.belief.decode(guess) } else { guess };
+            if decode {
+                content.decode(coding)?;
+            }
+            let body = Body::new(content, wanted.start, wanted.end - wanted.start);
+            return Ok(if is_guessed { body.guessed() } else { body });
         }
-        if let Some(length) = length.filter(|length| *length != self.size) {
-            return Err(BlobError::Corrupt {
+        Ok(Body::new(content, wanted.start, wanted.end - wanted.start))
+    }
+
+    /// What the length of an answer for the whole blob says against it.
+    fn check_length(&self, reply: &Reply) -> Result<(), BlobError> {
+        let Some(length) = reply.length().filter(|length| *length != self.size) else {
+            return Ok(());
+        };
+        match answer::encoding(reply) {
+            Encoding::Compressed(_) if self.kind != Kind::Unchecked => Ok(()),
+            Encoding::Compressed(_) | Encoding::Unknown => Err(self.protocol(&reply.host(), "the blob re-encoded")),
+            Encoding::Identity => Err(BlobError::Corrupt {
                 what: format!("{} from {}", self.what(), reply.host()),
                 expected: format!("{} bytes", self.size),
                 actual: format!("{length} bytes"),
-            });
+            }),
         }
-        if !can_skip {
-            return Err(self.range_unsupported(reply.host()));
-        }
-        Ok(Body::new(reply, wanted.start, wanted.end - wanted.start))
     }
 
     /// 416: the blob is shorter than promised, or the server takes no ranges.
     fn unsatisfied(&self, reply: &Reply, wanted: &Range<u64>) -> BlobError {
-        match reply.header(CONTENT_RANGE).and_then(ContentRange::parse) {
+        match answer::label(reply) {
             Some(ContentRange::Unsatisfied { total }) if total < wanted.end => BlobError::Corrupt {
                 what: format!("{} from {}", self.what(), reply.host()),
                 expected: format!("{} bytes", self.size),
@@ -327,29 +412,5 @@ impl Core {
             detail: detail.to_owned(),
             transient: false,
         }
-    }
-}
-
-fn is_encoded(reply: &Reply) -> bool {
-    reply
-        .header(CONTENT_ENCODING)
-        .is_some_and(|encoding| !encoding.trim().is_empty() && !encoding.trim().eq_ignore_ascii_case("identity"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_memory_of_missing_ranges_ends() {
-        let no_ranges = NoRanges::default();
-        assert!(!no_ranges.holds());
-        no_ranges.set(Some(Duration::from_secs(60)));
-        assert!(no_ranges.holds());
-        no_ranges.set(Some(Duration::ZERO));
-        assert!(!no_ranges.holds());
-        no_ranges.set(Some(Duration::from_secs(60)));
-        no_ranges.set(None);
-        assert!(!no_ranges.holds());
     }
 }

@@ -9,6 +9,7 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use super::auth::{self, Auth, Scheme, Ticket};
 use super::config::RegistryConfig;
+use super::encoding::{self, Encoding};
 use super::endpoint::{Endpoint, Repository};
 use super::failure::{self, Context};
 use super::redirects::Redirects;
@@ -211,7 +212,11 @@ impl RegistryClient {
             detail: format!("more than {cap} bytes, which no such document has"),
             transient: false,
         })?;
-        let digest = check_digest(&bytes, wanted, &reply, &format!("{what} from {host}"))?;
+        let claimed = || claimed_digest(reply.headers());
+        let expected = wanted.cloned().or_else(claimed);
+        let encoding = Encoding::of(reply.headers());
+        let bytes = plain(bytes, encoding, expected.as_ref(), cap);
+        let digest = check_digest(&bytes, expected, &format!("{what} from {host}"))?;
         let media_type = reply.header(CONTENT_TYPE).unwrap_or_default();
         let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
         Ok(Document {
@@ -338,10 +343,26 @@ pub(super) async fn refusal(mut reply: Reply, what: &str, tried: &str) -> BlobEr
     failure::status(context, reply.status(), reply.headers(), &body)
 }
 
+/// A document without the compression that its answer states. Some servers label what they have not compressed, so bytes
+/// that have the digest as they are stay as they are, and so does a JSON text.
+fn plain(bytes: Bytes, encoding: Encoding, expected: Option<&Digest>, cap: usize) -> Bytes {
+    let Encoding::Compressed(coding) = encoding else {
+        return bytes;
+    };
+    let good = match expected {
+        Some(expected) => expected.verify(&bytes).is_ok(),
+        None => bytes.trim_ascii_start().starts_with(b"{"),
+    };
+    match good {
+        true => bytes,
+        // What cannot be decoded fails its check, or is no document.
+        false => encoding::decode(coding, bytes.clone(), cap).unwrap_or(bytes),
+    }
+}
+
 /// The digest of a document: checked against the one asked for, or, for a tag, against what the server claims.
-fn check_digest(bytes: &Bytes, wanted: Option<&Digest>, reply: &Reply, what: &str) -> Result<Digest, BlobError> {
-    let claimed = || claimed_digest(reply.headers());
-    let Some(expected) = wanted.cloned().or_else(claimed) else {
+fn check_digest(bytes: &Bytes, expected: Option<Digest>, what: &str) -> Result<Digest, BlobError> {
+    let Some(expected) = expected else {
         return Ok(Digest::of(bytes));
     };
     match expected.verify(bytes) {

@@ -49,7 +49,7 @@ use std::sync::Arc;
 
 use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
 
-use super::blob::RegistryBlob;
+use super::blob::{Kind, RegistryBlob};
 use super::client::RegistryClient;
 use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
 use crate::oci::{
@@ -156,7 +156,7 @@ impl Puller {
         let target = Arc::new(self.client.repository(&self.registry, repository)?);
         let size = RegistryBlob::find_size(&self.client, &target, digest).await?;
         let range = normalise(bounds, size);
-        RegistryBlob::new(self.client.clone(), target, digest.clone(), size, None)
+        RegistryBlob::new(self.client.clone(), target, digest.clone(), size, None, Kind::Unchecked)
             .read(range)
             .await
     }

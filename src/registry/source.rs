@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::blob::RegistryBlob;
+use super::blob::{Kind, RegistryBlob};
 use super::client::{MAX_CONFIG, RegistryClient};
 use super::endpoint::Repository;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
@@ -39,12 +39,15 @@ impl RegistrySource {
             what: format!("the descriptor of {} in {}", descriptor.digest, self.describe()),
             reason: format!("its size is {}", descriptor.size),
         })?;
+        let kind = &descriptor.media_type;
+        let is_compressed = kind.ends_with("gzip") || kind.ends_with("zstd");
         Ok(RegistryBlob::new(
             self.client.clone(),
             Arc::clone(&self.repository),
             descriptor.digest.clone(),
             size,
             descriptor.embedded().map(Into::into),
+            Kind::Layer { is_compressed },
         ))
     }
 }

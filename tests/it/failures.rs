@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, eventually};
+use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, bounded, eventually};
 use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
 
 const FILE: usize = 256 << 10;
@@ -139,6 +139,133 @@ fn a_registry_without_ranges_is_served_from_the_whole_layer() {
 }
 
 #[test]
+fn parts_with_odd_headers_are_judged_by_their_bytes() {
+    let scene = Scene::new(&[]);
+    let label = |text: &str| Fault::ContentRange(text.to_owned());
+    let encoding = |text: &str| Fault::Header("Content-Encoding".to_owned(), text.to_owned());
+    for faults in [
+        vec![encoding("gzip")],
+        vec![encoding("x-gzip")],
+        vec![encoding("aws-chunked")],
+        vec![label("")],
+        vec![label("bytes 0-99/100")],
+        vec![label("bytes 7-999/1000000")],
+        vec![label("nonsense")],
+        vec![label(""), Fault::Chunked],
+        vec![Fault::Wide(64 << 10)],
+        vec![Fault::Multipart],
+    ] {
+        let mount = scene.mount();
+        for fault in faults.clone() {
+            scene.fault(usize::MAX, fault);
+        }
+        for i in [3, 11, 0] {
+            assert!(good(&mount, i), "{faults:?}");
+        }
+        assert!(!scene.sent_whole(), "{faults:?}");
+        scene.registry.clear_faults();
+    }
+}
+
+#[test]
+fn parts_with_wrong_bytes_are_taken_from_the_whole_layer_from_then_on() {
+    let scene = Scene::new(&[]);
+    for fault in [Fault::OtherBytes, Fault::WholeAsPart, Fault::Compress("gzip")] {
+        let mount = scene.mount();
+        // Answers without a range are as they should be.
+        let path = scene.layer.path();
+        scene.registry.fault_ranges(&path, fault.clone());
+        assert!(good(&mount, 11), "{fault:?}");
+        assert!(scene.sent_whole(), "{fault:?}");
+        scene.registry.clear_log();
+        assert!(good(&mount, 3), "{fault:?}");
+        let log = scene.registry.log();
+        let mut of_layer = log.iter().filter(|logged| logged.target.contains(&path));
+        assert!(
+            of_layer.all(|logged| !logged.headers.contains_key("range")),
+            "{fault:?}"
+        );
+        assert_eq!(mount.status()["problem"], serde_json::Value::Null, "{fault:?}");
+        scene.registry.clear_faults();
+    }
+}
+
+#[test]
+fn whole_layers_are_read_whatever_their_encoding_says() {
+    let tar = (0..3).fold(Tar::new(), |tar, i| tar.file(format!("a{i}"), noise(100 + i, FILE)));
+    let tar = tar.file("zeros", vec![0; FILE]).finish();
+    let label = |text: &str| Fault::Header("Content-Encoding".to_owned(), text.to_owned());
+    for (kind, layer) in [
+        ("gzip", Blob::gzip(&tar)),
+        ("zstd", Blob::zstd(&tar)),
+        ("plain", Blob::plain(tar)),
+    ] {
+        for faults in [
+            vec![label("gzip")],
+            vec![label("zstd")],
+            vec![label("aws-chunked")],
+            vec![label("gzip"), Fault::Chunked],
+            vec![label("zstd"), Fault::Chunked],
+            vec![Fault::Compress("gzip")],
+            vec![Fault::Compress("gzip"), Fault::Chunked],
+            vec![Fault::Compress("deflate"), Fault::NoLength],
+            vec![Fault::Compress("zstd")],
+            vec![Fault::Compress("zstd"), Fault::Chunked],
+        ] {
+            let registry = TestRegistry::start();
+            push(&registry, "app", "1", std::slice::from_ref(&layer));
+            for fault in faults.clone() {
+                registry.fault(&layer.path(), usize::MAX, fault);
+            }
+            let said = Ocifs::new().run(["cat", &format!("{}/app:1", registry.host()), "a2"]);
+            assert_eq!(said.code, Some(0), "{kind} {faults:?}: {}", said.stderr);
+            assert!(said.stdout == noise(102, FILE), "{kind} {faults:?}");
+        }
+    }
+}
+
+#[test]
+fn documents_are_decoded_within_their_limits() {
+    let label = || Fault::Header("Content-Encoding".to_owned(), "gzip".to_owned());
+    let layer = Blob::gzip(&Tar::new().file("f", noise(1, FILE)).finish());
+    for fault in [
+        Fault::Compress("gzip"),
+        Fault::Compress("deflate"),
+        Fault::Compress("zstd"),
+        // Said and not done.
+        label(),
+    ] {
+        let registry = TestRegistry::start();
+        push(&registry, "app", "1", std::slice::from_ref(&layer));
+        for path in ["/manifests/", "/blobs/"] {
+            registry.fault(path, usize::MAX, fault.clone());
+        }
+        let said = Ocifs::new().run(["cat", &format!("{}/app:1", registry.host()), "f"]);
+        assert_eq!(said.code, Some(0), "{fault:?}: {}", said.stderr);
+        assert!(said.stdout == noise(1, FILE), "{fault:?}");
+    }
+    // A few kilobytes that unpack to a gigabyte.
+    let registry = TestRegistry::start();
+    registry.add_manifest(
+        "bomb",
+        Some("1"),
+        "application/vnd.oci.image.manifest.v1+json",
+        vec![b' '; 1 << 30],
+    );
+    registry.fault("/manifests/", usize::MAX, Fault::Compress("gzip"));
+    let ocifs = Ocifs::new();
+    let inspect = ocifs.command(["inspect", &format!("{}/bomb:1", registry.host())]);
+    let mut limited = std::process::Command::new("prlimit");
+    limited
+        .arg("--as=600000000")
+        .arg(inspect.get_program())
+        .args(inspect.get_args());
+    let said = bounded(&mut limited);
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stderr.starts_with("ocifs: "), "{said:?}");
+}
+
+#[test]
 fn refused_requests_for_a_layer_do_not_hurt_the_others() {
     let scene = Scene::new(&[]);
     let mount = scene.mount();
@@ -148,22 +275,6 @@ fn refused_requests_for_a_layer_do_not_hurt_the_others() {
     assert!(mount.read("b0") == noise(200, FILE));
     scene.registry.clear_faults();
     assert!(good(&mount, 3));
-}
-
-#[test]
-fn wrong_content_ranges_are_not_believed() {
-    let scene = Scene::new(&[]);
-    for range in ["bytes 0-99/100", "", "bytes 7-999/1000000", "nonsense"] {
-        let mount = scene.mount();
-        scene.fault(usize::MAX, Fault::ContentRange(range.to_owned()));
-        // An answer that makes no sense ends the read, and the next one works.
-        assert_eq!(mount.read_error("a3"), Errno::EIO as i32, "{range}");
-        assert!(scene.layer_requests() > 0, "{range}");
-        scene.registry.clear_faults();
-        scene.registry.clear_log();
-        assert!(good(&mount, 3), "{range}");
-        assert!(scene.layer_requests() > 0, "{range}");
-    }
 }
 
 #[test]

@@ -8,16 +8,18 @@ use bytes::{Buf as _, Bytes};
 use futures::stream::{self, StreamExt as _};
 
 use super::Core;
+use super::answer::Content;
 use crate::blob::retry::Retry;
 use crate::blob::{BlobError, ByteStream};
-use crate::registry::transport::Reply;
 
 /// A stretch of a blob as it arrives.
 #[derive(Debug)]
 pub(super) struct Body {
-    reply: Reply,
+    content: Content,
     skip: u64,
     left: u64,
+    /// Whether it was guessed how to read the answer. Then an early end may be the end of bytes read in the wrong way.
+    is_guessed: bool,
 }
 
 /// The state of one [`BlobSource::read`].
@@ -96,6 +98,10 @@ impl Reading {
                 }
                 // A shorter range than asked for is legal; the next request asks for the rest.
                 Ok(None) => self.body = None,
+                Err(error @ BlobError::Corrupt { .. }) => {
+                    self.core.belief.bytes_were_wrong();
+                    return Err(error);
+                }
                 Err(error) => {
                     self.body = None;
                     let core = &self.core;
@@ -111,16 +117,36 @@ impl Reading {
 
 impl Body {
     /// `left` bytes after `skip` unwanted ones.
-    pub(super) fn new(reply: Reply, skip: u64, left: u64) -> Self {
-        Self { reply, skip, left }
+    pub(super) fn new(content: Content, skip: u64, left: u64) -> Self {
+        Self {
+            content,
+            skip,
+            left,
+            is_guessed: false,
+        }
+    }
+
+    /// The same, of an answer of which it was guessed how to read it.
+    pub(super) fn guessed(self) -> Self {
+        Self {
+            is_guessed: true,
+            ..self
+        }
     }
 
     /// The next bytes of the stretch; `None` when all of it was delivered.
     async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
         while self.left > 0 {
-            let Some(mut chunk) = self.reply.chunk().await? else {
+            let Some(mut chunk) = self.content.chunk().await? else {
+                if self.is_guessed {
+                    return Err(BlobError::Corrupt {
+                        what: format!("a blob from {}", self.content.host()),
+                        expected: format!("{} more bytes", self.skip + self.left),
+                        actual: "the end of the answer".to_owned(),
+                    });
+                }
                 return Err(BlobError::Unreachable {
-                    host: self.reply.host(),
+                    host: self.content.host(),
                     reason: format!(
                         "connection lost: the answer ended {} bytes early",
                         self.skip + self.left

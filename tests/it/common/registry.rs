@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 use self::answers::{State, Storage};
 pub use self::faults::Fault;
-use self::faults::{distort, take_faults};
+use self::faults::{Ranging, distort, take_faults};
 pub use self::images::{INDEX, MANIFEST, architecture, image};
 
 /// What a client must show.
@@ -186,6 +186,11 @@ impl TestRegistry {
         self.state(|state| state.rules.push((part.to_owned(), times, fault)));
     }
 
+    /// Applies a fault to all requests for a range whose target contains `part`.
+    pub fn fault_ranges(&self, part: &str, fault: Fault) {
+        self.fault(part, usize::MAX, Fault::OnRanges(Box::new(fault)));
+    }
+
     /// Requests that will still have a fault.
     pub fn faults_left(&self) -> usize {
         self.state(|state| state.rules.iter().map(|(_, times, _)| times).sum())
@@ -293,9 +298,8 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
     while let Some(request) = wire::read_request(&mut reader).await {
         let (faults, answer, latency) = {
             let mut state = shared.state.lock().unwrap();
-            let faults = take_faults(&mut state, &request.target);
-            let ignore_range = faults.iter().any(|fault| matches!(fault, Fault::IgnoreRange));
-            let answer = state.answer(&request, ignore_range);
+            let faults = take_faults(&mut state, &request);
+            let answer = state.answer(&request, &Ranging::of(&faults));
             (faults, answer, state.latency)
         };
         if !latency.is_zero() {

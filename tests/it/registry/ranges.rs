@@ -2,8 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use ocifs::blob::{BlobError, BlobSource as _};
-use ocifs::registry::{Credential, Fixed, Secret};
+use futures::TryStreamExt as _;
+use ocifs::blob::{BlobError, BlobSource as _, Verdict};
+use ocifs::registry::{Credential, Fixed, Puller, Secret};
 
 use super::{blob, client, client_with, descriptor, ranges, read, source};
 use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
@@ -46,26 +47,97 @@ async fn short_answers_are_continued() {
 }
 
 #[tokio::test]
-async fn answers_with_other_bytes_are_refused() {
+async fn parts_are_taken_as_far_as_their_headers_allow() {
     let registry = TestRegistry::start();
-    let (_, blob) = blob(&client(), &registry, 1000);
-    let faults = [
-        Fault::ContentRange("bytes 0-99/1000".to_owned()),
-        Fault::ContentRange("bytes 100-200/1000".to_owned()),
-        Fault::ContentRange("bytes 100-199/999".to_owned()),
-        Fault::ContentRange("garbage".to_owned()),
-        Fault::ContentRange(String::new()),
-        Fault::Header("Content-Encoding".to_owned(), "gzip".to_owned()),
-    ];
-    for fault in faults {
+    let client = client();
+    let (bytes, blob) = blob(&client, &registry, 1000);
+    let label = |text: &str| Fault::ContentRange(text.to_owned());
+    let encoding = |text: &str| Fault::Header("Content-Encoding".to_owned(), text.to_owned());
+    for faults in [
+        vec![label("bytes 100-199/*")],
+        vec![label("bytes 100-199/999")],
+        vec![label("bytes 100-200/1000")],
+        vec![label("garbage")],
+        vec![label("bytes=100-199/1000")],
+        vec![label("")],
+        vec![label(""), Fault::Chunked],
+        vec![label(""), Fault::NoLength],
+        vec![encoding("gzip")],
+        vec![encoding("aws-chunked")],
+        vec![encoding("br")],
+        vec![encoding("x-gzip"), label("")],
+        vec![Fault::Wide(64)],
+        vec![Fault::Wide(64), Fault::Chunked],
+        vec![Fault::Wide(1000)],
+        vec![Fault::Multipart],
+        vec![Fault::Multipart, Fault::Chunked],
+        vec![Fault::Multipart, Fault::Wide(64)],
+    ] {
         registry.clear_log();
-        registry.fault("/blobs/", 1, fault.clone());
-        let error = read(&blob, 100..200).await.unwrap_err();
-        assert!(matches!(error, BlobError::Protocol { .. }), "{fault:?}: {error}");
-        assert_eq!(registry.log().len(), 1, "{fault:?}");
+        for fault in faults.clone() {
+            registry.fault("/blobs/", 1, fault);
+        }
+        let read = read(&blob, 100..200).await;
+        assert!(
+            read.as_ref().is_ok_and(|read| read[..] == bytes[100..200]),
+            "{faults:?}: {read:?}"
+        );
+        assert_eq!(registry.log().len(), 1, "{faults:?}");
     }
-    registry.fault("/blobs/", 1, Fault::ContentRange("bytes 100-199/*".to_owned()));
-    assert!(read(&blob, 100..200).await.is_ok());
+}
+
+#[tokio::test]
+async fn parts_that_are_wrong_are_not_asked_for_again() {
+    let label = |text: &str| Fault::ContentRange(text.to_owned());
+    for (fault, told) in [
+        (label("bytes 0-99/1000"), false),
+        (label("bytes 101-200/1000"), false),
+        (Fault::WholeAsPart, false),
+        // What does not show has to be told by whoever compares the bytes with a digest.
+        (Fault::OtherBytes, true),
+        (Fault::Compress("gzip"), false),
+    ] {
+        let registry = TestRegistry::start();
+        let (bytes, blob) = blob(&client(), &registry, 1000);
+        registry.fault("/blobs/", usize::MAX, fault.clone());
+        if told {
+            let wrong = read(&blob, 100..200).await;
+            assert!(!wrong.is_ok_and(|read| read == bytes[100..200]), "{fault:?}");
+            blob.judged(Verdict::OnlyPartsAreWrong);
+        }
+        registry.clear_log();
+        registry.clear_faults();
+        if !told {
+            registry.fault("/blobs/", 1, fault.clone());
+        }
+        assert_eq!(read(&blob, 100..200).await.unwrap(), bytes[100..200], "{fault:?}");
+        let asked = ranges(&registry);
+        assert_eq!(asked.last().unwrap(), "", "{fault:?}: {asked:?}");
+        registry.clear_log();
+        assert_eq!(read(&blob, 300..400).await.unwrap(), bytes[300..400]);
+        assert_eq!(ranges(&registry), [""], "{fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_nobody_checks_is_taken_only_when_it_is_proven() {
+    let registry = TestRegistry::start();
+    let (bytes, _) = blob(&client(), &registry, 3 << 20);
+    let puller = Puller::new(client(), &registry.host());
+    let digest = ocifs::oci::Digest::of(&bytes);
+    let range = 2 * MIB..2 * MIB + 100;
+    let read = async || {
+        let stream = puller.fetch_image_blob("org/app", &digest, range.clone()).await?;
+        Ok::<_, BlobError>(stream.try_collect::<Vec<_>>().await?.concat())
+    };
+    assert_eq!(read().await.unwrap(), bytes[2 << 20..][..100]);
+    registry.fault(
+        "/blobs/",
+        usize::MAX,
+        Fault::Header("Content-Encoding".to_owned(), "gzip".to_owned()),
+    );
+    let error = read().await.unwrap_err();
+    assert!(matches!(error, BlobError::RangeUnsupported { .. }), "{error}");
 }
 
 #[tokio::test]

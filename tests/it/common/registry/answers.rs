@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use ocifs::oci::Digest;
 
+use super::faults::{Fault, Ranging};
 use super::wire::{Answer, Request};
-use super::{Fault, Guard, Issuer, Logged, Shared};
+use super::{Guard, Issuer, Logged, Shared};
 
 #[derive(Default)]
 pub(super) struct State {
@@ -39,12 +40,12 @@ pub(super) struct Storage {
 }
 
 impl State {
-    pub(super) fn answer(&mut self, request: &Request, ignore_range: bool) -> Answer {
+    pub(super) fn answer(&mut self, request: &Request, ranging: &Ranging) -> Answer {
         if request.path() == "/token" {
             return self.token(request);
         }
         if let Some(rest) = request.path().strip_prefix("/storage/") {
-            return self.stored(request, rest, ignore_range);
+            return self.stored(request, rest, ranging);
         }
         let Some(rest) = request.path().strip_prefix("/v2/") else {
             return Answer::error(404, "NAME_UNKNOWN");
@@ -72,17 +73,17 @@ impl State {
             };
         }
         match rest.split_once("/blobs/") {
-            Some((_, digest)) => self.blob(request, digest, ignore_range),
+            Some((_, digest)) => self.blob(request, digest, ranging),
             None => Answer::error(404, "NAME_UNKNOWN"),
         }
     }
 
-    fn blob(&mut self, request: &Request, digest: &str, ignore_range: bool) -> Answer {
+    fn blob(&mut self, request: &Request, digest: &str, ranging: &Ranging) -> Answer {
         let Some(bytes) = self.blobs.get(digest) else {
             return Answer::error(404, "BLOB_UNKNOWN");
         };
         let Some(storage) = &self.storage else {
-            return ranged(request, bytes, ignore_range);
+            return ranged(request, bytes, ranging);
         };
         let mut target = storage.shared.state.lock().unwrap();
         target.blobs.insert(digest.to_owned(), bytes.clone());
@@ -95,7 +96,7 @@ impl State {
         )
     }
 
-    fn stored(&mut self, request: &Request, digest: &str, ignore_range: bool) -> Answer {
+    fn stored(&mut self, request: &Request, digest: &str, ranging: &Ranging) -> Answer {
         let hops: usize = request.query("hops").unwrap_or_default().parse().unwrap_or(0);
         if hops > 1 {
             let next = request
@@ -110,7 +111,7 @@ impl State {
         match (uses, self.blobs.get(digest)) {
             (Some(uses), Some(bytes)) if *uses > 0 => {
                 *uses -= 1;
-                ranged(request, bytes, ignore_range)
+                ranged(request, bytes, ranging)
             }
             _ => {
                 Answer::new(403).body("<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
@@ -187,18 +188,28 @@ fn basic(user: &str, password: &str) -> String {
     format!("Basic {encoded}")
 }
 
-fn ranged(request: &Request, bytes: &[u8], ignore_range: bool) -> Answer {
+fn ranged(request: &Request, bytes: &[u8], ranging: &Ranging) -> Answer {
     let whole = Answer::new(200).header("Content-Type", "application/octet-stream");
-    let Some(range) = request.headers.get("range").filter(|_| !ignore_range) else {
+    let range = request.headers.get("range").filter(|_| *ranging != Ranging::Ignored);
+    let Some(range) = range else {
         return whole.body(bytes);
     };
     let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
-    let first: usize = first.parse().unwrap();
-    let last: usize = last.parse().unwrap_or(usize::MAX).min(bytes.len().saturating_sub(1));
+    let mut first: usize = first.parse().unwrap();
+    let mut last: usize = last.parse().unwrap_or(usize::MAX).min(bytes.len().saturating_sub(1));
     if first >= bytes.len() {
         return Answer::new(416).header("Content-Range", format!("bytes */{}", bytes.len()));
     }
+    if let Ranging::Wide(block) = ranging {
+        first = first / block * block;
+        last = ((last / block + 1) * block).min(bytes.len()) - 1;
+    }
+    let body = match ranging {
+        Ranging::Other => bytes[first..=last].iter().map(|byte| byte.wrapping_add(1)).collect(),
+        Ranging::Whole => bytes.to_vec(),
+        _ => bytes[first..=last].to_vec(),
+    };
     Answer::new(206)
         .header("Content-Range", format!("bytes {first}-{last}/{}", bytes.len()))
-        .body(&bytes[first..=last])
+        .body(body)
 }

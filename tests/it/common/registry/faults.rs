@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::answers::State;
-use super::wire::Answer;
+use super::wire::{Answer, Request};
 
 /// What goes wrong with an answer.
 #[derive(Debug, Clone)]
@@ -16,6 +16,16 @@ pub enum Fault {
     },
     /// The whole blob with 200, whatever was asked.
     IgnoreRange,
+    /// To a range the bytes of all blocks of that size which it touches, correctly labelled.
+    Wide(usize),
+    /// To a range other bytes, labelled as those asked for.
+    OtherBytes,
+    /// To a range the whole blob, labelled as what was asked for.
+    WholeAsPart,
+    /// A 206 as `multipart/byteranges` of one part.
+    Multipart,
+    /// The body compressed (`gzip`, `deflate` or `zstd`) and labelled so.
+    Compress(&'static str),
     /// This `Content-Range` (none if empty) on a 206.
     ContentRange(String),
     /// This header added.
@@ -36,6 +46,10 @@ pub enum Fault {
     Slow(usize, Duration),
     /// No `Content-Length`; the body ends with the connection.
     NoLength,
+    /// No `Content-Length`; the body comes in chunks.
+    Chunked,
+    /// This, if a range was asked for.
+    OnRanges(Box<Fault>),
 }
 
 impl Fault {
@@ -49,18 +63,63 @@ impl Fault {
     }
 }
 
-pub(super) fn take_faults(state: &mut State, target: &str) -> Vec<Fault> {
+pub(super) fn take_faults(state: &mut State, request: &Request) -> Vec<Fault> {
+    let (target, is_range) = (&request.target, request.headers.contains_key("range"));
     let mut faults = Vec::new();
     for (part, times, fault) in &mut state.rules {
         // Rules of one kind form a queue; one of each kind applies to a request.
         let kind = std::mem::discriminant(fault);
         let queued = faults.iter().any(|taken| std::mem::discriminant(taken) == kind);
         if *times > 0 && !queued && target.contains(part.as_str()) {
+            match fault {
+                Fault::OnRanges(_) if !is_range => continue,
+                Fault::OnRanges(fault) => faults.push(Fault::clone(fault)),
+                fault => faults.push(fault.clone()),
+            }
             *times -= 1;
-            faults.push(fault.clone());
         }
     }
     faults
+}
+
+/// Which bytes are sent to a range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ranging {
+    Exact,
+    Ignored,
+    Wide(usize),
+    Other,
+    Whole,
+}
+
+impl Ranging {
+    pub(super) fn of(faults: &[Fault]) -> Self {
+        let found = faults.iter().find_map(|fault| match fault {
+            Fault::IgnoreRange => Some(Self::Ignored),
+            Fault::Wide(block) => Some(Self::Wide(*block)),
+            Fault::OtherBytes => Some(Self::Other),
+            Fault::WholeAsPart => Some(Self::Whole),
+            _ => None,
+        });
+        found.unwrap_or(Self::Exact)
+    }
+}
+
+fn compress(coding: &str, body: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let level = flate2::Compression::fast();
+    let mut packed = Vec::new();
+    match coding {
+        "gzip" => flate2::write::GzEncoder::new(&mut packed, level)
+            .write_all(body)
+            .unwrap(),
+        "deflate" => flate2::write::ZlibEncoder::new(&mut packed, level)
+            .write_all(body)
+            .unwrap(),
+        "zstd" => packed = zstd::encode_all(body, 1).unwrap(),
+        other => panic!("no coding called {other}"),
+    }
+    packed
 }
 
 /// How the bytes leave.
@@ -72,6 +131,7 @@ pub(super) struct Sending {
     pub(super) hangup: bool,
     pub(super) pace: Option<(usize, Duration)>,
     pub(super) no_length: bool,
+    pub(super) chunked: bool,
 }
 
 pub(super) fn distort(mut answer: Answer, faults: &[Fault]) -> (Answer, Sending) {
@@ -82,6 +142,7 @@ pub(super) fn distort(mut answer: Answer, faults: &[Fault]) -> (Answer, Sending)
         hangup: false,
         pace: None,
         no_length: false,
+        chunked: false,
     };
     for fault in faults {
         match fault.clone() {
@@ -92,7 +153,25 @@ pub(super) fn distort(mut answer: Answer, faults: &[Fault]) -> (Answer, Sending)
                     body: body.into(),
                 };
             }
-            Fault::IgnoreRange => {}
+            Fault::IgnoreRange | Fault::Wide(_) | Fault::OtherBytes | Fault::WholeAsPart => {}
+            Fault::Multipart if answer.status == 206 => {
+                let is_label = |header: &(String, String)| header.0 == "Content-Range";
+                let label = answer.headers.iter().find(|header| is_label(header)).cloned();
+                let label = label.map(|(name, value)| format!("{name}: {value}\r\n"));
+                answer.headers.retain(|header| !is_label(header));
+                let head = format!(
+                    "\r\n--part\r\nContent-Type: application/octet-stream\r\n{}\r\n",
+                    label.unwrap_or_default()
+                );
+                answer.body = [head.as_bytes(), &answer.body, b"\r\n--part--\r\n"].concat();
+                answer = answer.header("Content-Type", "multipart/byteranges; boundary=part");
+            }
+            Fault::Multipart => {}
+            Fault::OnRanges(_) => unreachable!("unwrapped when it was taken"),
+            Fault::Compress(coding) => {
+                answer.body = compress(coding, &answer.body);
+                answer = answer.header("Content-Encoding", coding);
+            }
             Fault::ContentRange(value) => {
                 answer.headers.retain(|(name, _)| name != "Content-Range");
                 if !value.is_empty() {
@@ -120,6 +199,7 @@ pub(super) fn distort(mut answer: Answer, faults: &[Fault]) -> (Answer, Sending)
             }
             Fault::Slow(size, pause) => sending.pace = Some((size, pause)),
             Fault::NoLength => sending.no_length = true,
+            Fault::Chunked => sending.chunked = true,
         }
     }
     (answer, sending)

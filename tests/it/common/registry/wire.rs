@@ -99,9 +99,10 @@ pub(super) async fn send(stream: &mut TcpStream, request: &Request, answer: &Ans
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    match sending.no_length {
-        true => head.push_str("Connection: close\r\n\r\n"),
-        false => head.push_str(&format!("Content-Length: {}\r\n\r\n", answer.body.len())),
+    match (sending.no_length, sending.chunked) {
+        (true, _) => head.push_str("Connection: close\r\n\r\n"),
+        (false, true) => head.push_str("Transfer-Encoding: chunked\r\n\r\n"),
+        (false, false) => head.push_str(&format!("Content-Length: {}\r\n\r\n", answer.body.len())),
     }
     if stream.write_all(head.as_bytes()).await.is_err() {
         return false;
@@ -115,9 +116,19 @@ pub(super) async fn send(stream: &mut TcpStream, request: &Request, answer: &Ans
         if !pause.is_zero() {
             tokio::time::sleep(pause).await;
         }
-        if stream.write_all(piece).await.is_err() {
+        let sent = match sending.chunked {
+            true => {
+                let chunk = [format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat();
+                stream.write_all(&chunk).await
+            }
+            false => stream.write_all(piece).await,
+        };
+        if sent.is_err() {
             return false;
         }
+    }
+    if sending.chunked && sending.limit >= answer.body.len() && stream.write_all(b"0\r\n\r\n").await.is_err() {
+        return false;
     }
     if sending.hang {
         wait_for_close(stream).await;
