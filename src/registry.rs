@@ -23,6 +23,7 @@
 //! The parsers of what servers send are pure: [`challenge::parse`], [`content_range::ContentRange::parse`],
 //! [`encoding::decode`], [`expiry::url_lifetime`], [`token::parse`], [`failure::message`], [`credentials::AuthFile::parse`].
 
+mod access;
 mod auth;
 mod blob;
 pub mod challenge;

@@ -175,6 +175,15 @@ impl Auth {
         cell
     }
 
+    /// A grant was refused without a challenge: forgets it.
+    pub(super) fn refused(&self, repository: &Repository, refused: &Ticket) {
+        self.with_space(repository, |space| {
+            if Arc::ptr_eq(&refused.cell, &space.cell) {
+                space.cell = Cell::default();
+            }
+        });
+    }
+
     /// A 401 arrived: remembers how the registry wants to be addressed and forgets the grant it refused.
     pub(super) fn challenged(&self, repository: &Repository, scheme: Scheme, refused: Option<&Ticket>) {
         self.with_space(repository, |space| {
@@ -238,7 +247,14 @@ async fn obtain(
         (false, _) => tried.join(", "),
     };
     let (value, lifetime) = match (scheme, credential) {
-        (Scheme::Basic, Some(Credential::Basic { username, password })) => (basic(&username, &password), None),
+        (Scheme::Basic, Some(Credential::Basic { username, password })) => {
+            let base = repository.endpoint.base();
+            if !may_see_secrets(base, transport.is_plain(&repository.endpoint)) {
+                let said = "it has no TLS, so it is not shown the credentials";
+                return Err(unauthorized(repository, &tried, said));
+            }
+            (basic(&username, &password), None)
+        }
         (Scheme::Basic, None) => return Err(unauthorized(repository, &tried, "")),
         (Scheme::Basic, Some(_)) => {
             let said = "it takes user and password only, no token";

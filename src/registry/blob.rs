@@ -30,7 +30,8 @@ use reqwest::header::{HeaderValue, RANGE};
 use self::answer::{Content, MAX_SKIP, Place, place};
 use self::belief::Belief;
 use self::reading::{Body, Reading};
-use super::client::{Answer, RegistryClient, refusal};
+use super::access::Answer;
+use super::client::{RegistryClient, refusal};
 use super::content_range::ContentRange;
 use super::encoding::Encoding;
 use super::endpoint::Repository;
@@ -284,17 +285,14 @@ impl Core {
         };
         let mut direct = ask.clone();
         direct.url = url.clone();
-        let sent = self.client.transport().send(&direct, wait).await;
-        self.meter.request(sent.as_ref().map_or(1, |reply| reply.hops));
+        let sent = self.client.request_elsewhere(&self.repository, &direct, wait).await;
+        self.meter.request(sent.as_ref().map_or(1, |answer| answer.reply.hops));
         match sent {
-            Ok(reply) if matches!(reply.status().as_u16(), 400 | 401 | 403 | 404 | 410) => {
+            Ok(answer) if !matches!(answer.reply.status().as_u16(), 400 | 401 | 403 | 404 | 410) => Ok(Some(answer)),
+            Ok(_) | Err(BlobError::Unauthorized { .. }) => {
                 self.client.redirects().forget(&self.key, &url);
                 Ok(None)
             }
-            Ok(reply) => Ok(Some(Answer {
-                reply,
-                tried: String::new(),
-            })),
             Err(error) => {
                 // The next attempt may be sent to a healthier place.
                 self.client.redirects().forget(&self.key, &url);

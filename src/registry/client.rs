@@ -1,13 +1,14 @@
 //! The client shared by a process: one set of pools, tokens, redirects and measurements for all its images.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use reqwest::StatusCode;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
-use super::auth::{self, Auth, Scheme, Ticket};
+use super::access::Answer;
+use super::auth::Auth;
 use super::config::RegistryConfig;
 use super::encoding::{self, Encoding};
 use super::endpoint::{Endpoint, Repository};
@@ -24,8 +25,6 @@ use crate::oci::{Digest, ReferenceSelector};
 pub const MAX_MANIFEST: usize = 4 << 20;
 /// Largest image config. Histories of generated images pass 1 MiB.
 pub const MAX_CONFIG: usize = 16 << 20;
-/// 401 answers to one request that are worth another try: no token, a token that was refused, one raced by another reader.
-const CHALLENGES: usize = 3;
 /// Tags listed in the hint of a missing tag.
 const HINTED_TAGS: usize = 20;
 
@@ -55,13 +54,6 @@ enum Tags {
     Refused,
     /// It did not say in time, or nothing that makes sense.
     Unknown,
-}
-
-/// An authorised answer, and the credentials story for error texts.
-#[derive(Debug)]
-pub(super) struct Answer {
-    pub(super) reply: Reply,
-    pub(super) tried: String,
 }
 
 impl RegistryClient {
@@ -100,6 +92,10 @@ impl RegistryClient {
 
     pub(super) fn transport(&self) -> &Transport {
         &self.inner.transport
+    }
+
+    pub(super) fn auth(&self) -> &Auth {
+        &self.inner.auth
     }
 
     pub(super) fn retry(&self) -> Retry {
@@ -224,62 +220,6 @@ impl RegistryClient {
             digest,
             bytes,
         })
-    }
-
-    /// Sends a request below a repository with what the registry wants to be shown; one token renewal included.
-    ///
-    /// Any status but the registry's own 401 is returned to the caller.
-    pub(super) async fn request(
-        &self,
-        repository: &Repository,
-        ask: &Ask,
-        wait: Duration,
-    ) -> Result<Answer, BlobError> {
-        let started = Instant::now();
-        let transport = &self.inner.transport;
-        let mut ask = ask.clone();
-        let mut fresh_refused = 0;
-        let mut ticket: Option<Ticket> = self.inner.auth.ticket(transport, repository, wait).await?;
-        for _ in 0..=CHALLENGES {
-            ask.authorization = ticket.as_ref().map(|ticket| ticket.header.clone());
-            let mut reply = transport.send(&ask, wait).await?;
-            let tried = || ticket.as_ref().map(|ticket| ticket.tried.clone()).unwrap_or_default();
-            if reply.status() != StatusCode::UNAUTHORIZED || reply.crossed {
-                return Ok(Answer { tried: tried(), reply });
-            }
-            let said = failure::message(&reply.error_body().await);
-            if let Some(ticket) = ticket.as_ref().filter(|ticket| ticket.obtained >= started) {
-                fresh_refused += 1;
-                if fresh_refused > ticket.second_chances {
-                    return Err(auth::unauthorized(repository, &tried(), &said));
-                }
-            }
-            let Some(scheme) = self.scheme(repository, &reply, wait).await? else {
-                return Err(auth::unauthorized(repository, &tried(), &said));
-            };
-            drop(reply);
-            self.inner.auth.challenged(repository, scheme, ticket.as_ref());
-            ticket = self.inner.auth.ticket(transport, repository, wait).await?;
-        }
-        Err(auth::unauthorized(repository, "credentials refused repeatedly", ""))
-    }
-
-    /// The scheme a 401 asks for; some registries say it only at the base of the API.
-    async fn scheme(
-        &self,
-        repository: &Repository,
-        reply: &Reply,
-        wait: Duration,
-    ) -> Result<Option<Scheme>, BlobError> {
-        let base = repository.endpoint.base();
-        if let Some(scheme) = auth::choose(reply.headers(), &reply.url, repository) {
-            return Ok(Some(scheme));
-        }
-        let ping = self.inner.transport.send(&Ask::get(base.clone()), wait).await?;
-        let refused = ping.status() == StatusCode::UNAUTHORIZED && !ping.crossed;
-        Ok(refused
-            .then(|| auth::choose(ping.headers(), base, repository))
-            .flatten())
     }
 
     /// What to tell about a missing manifest: the tags there are, in one request, or that the repository cannot be seen.

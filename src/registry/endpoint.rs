@@ -34,6 +34,8 @@ pub enum PlainHttp {
 pub struct Endpoint {
     name: String,
     base: Url,
+    /// Whether the user wants it spoken to without TLS.
+    is_plain: bool,
     /// Whether the scheme of `base` is only the first to try.
     is_open: bool,
 }
@@ -79,8 +81,29 @@ impl Endpoint {
         Ok(Self {
             name: name.to_owned(),
             base,
+            is_plain,
             is_open,
         })
+    }
+
+    /// The host that a redirect led to, as if it were a registry.
+    pub(super) fn at(url: &Url, plain: &PlainHttp) -> Self {
+        let mut base = url.clone();
+        base.set_path("/v2/");
+        base.set_query(None);
+        let host = url.host_str().unwrap_or_default();
+        let name = match url.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        };
+        // What the user said of this host counts, not how the redirect would have it spoken to.
+        let known = Self::new(&name, plain).ok();
+        Self {
+            name: known.as_ref().map_or(name, |known| known.name.clone()),
+            base,
+            is_plain: known.is_some_and(|known| known.is_plain),
+            is_open: false,
+        }
     }
 
     /// The name in references and credential files.
@@ -90,7 +113,7 @@ impl Endpoint {
 
     /// Whether it was said to be spoken to without TLS.
     pub fn is_plain(&self) -> bool {
-        self.base.scheme() == "http"
+        self.is_plain
     }
 
     /// Whether it speaks TLS or not is found out when it is first asked.

@@ -126,9 +126,11 @@ pub(super) fn status(context: Context<'_>, status: StatusCode, headers: &HeaderM
         other => BlobError::Protocol {
             host,
             what,
-            detail: match said.as_str() {
-                "" => other.to_string(),
-                said => format!("{other}: {said}"),
+            detail: match (said.as_str(), other) {
+                ("", other) => other.to_string(),
+                // The answer of some registries to a login that has ended.
+                (said, StatusCode::BAD_REQUEST) => with_tried(format!("{other}: {said}")),
+                (said, other) => format!("{other}: {said}"),
             },
             transient: other.is_server_error() || other == StatusCode::REQUEST_TIMEOUT,
         },

@@ -278,6 +278,37 @@ fn refused_requests_for_a_layer_do_not_hurt_the_others() {
 }
 
 #[test]
+fn a_mount_outlives_its_login() {
+    for code in [400, 401, 403] {
+        let home = tempfile::tempdir().unwrap();
+        let mut scene = Scene::new(&[]);
+        let host = scene.registry.host();
+        let log_in = |password: &str| {
+            use base64::Engine as _;
+            let login = base64::engine::general_purpose::STANDARD.encode(format!("AWS:{password}"));
+            let file = serde_json::json!({"auths": {host.clone(): {"auth": login}}});
+            std::fs::write(home.path().join("config.json"), file.to_string()).unwrap();
+        };
+        scene.ocifs = scene.ocifs.env("DOCKER_CONFIG", home.path());
+        scene
+            .registry
+            .guard(Guard::Basic("AWS".to_owned(), "morning".to_owned()));
+        scene.registry.refuse_with(code);
+        log_in("morning");
+        let mount = scene.mount();
+        assert!(good(&mount, 0), "{code}");
+        scene
+            .registry
+            .guard(Guard::Basic("AWS".to_owned(), "evening".to_owned()));
+        assert_eq!(mount.read_error("a11"), Errno::EIO as i32);
+        let problem = mount.status()["problem"].to_string();
+        assert!(problem.contains("Reauthenticate and try again"), "{code}: {problem}");
+        log_in("evening");
+        assert!(good(&mount, 11), "{code}");
+    }
+}
+
+#[test]
 fn an_expired_token_is_replaced() {
     let scene = Scene::new(&[]);
     scene.registry.guard(Guard::Bearer(Tokens::default()));

@@ -220,6 +220,11 @@ impl TestRegistry {
         self.state(|state| state.guard = guard);
     }
 
+    /// Answers wrong credentials with this status and no challenge.
+    pub fn refuse_with(&self, code: u16) {
+        self.state(|state| state.refusal = Some(code));
+    }
+
     /// Makes every token issued so far worthless.
     pub fn revoke_tokens(&self) {
         self.state(|state| state.tokens.clear());

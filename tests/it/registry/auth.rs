@@ -1,9 +1,10 @@
 //! Challenges, tokens and credentials.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use base64::Engine as _;
 use futures::future::join_all;
 use ocifs::blob::{BlobError, ImageSource as _};
 use ocifs::registry::{
@@ -291,4 +292,173 @@ async fn a_new_token_gets_a_second_chance_but_no_third() {
     let error = source(&client(), &stubborn, "latest").root().await.unwrap_err();
     assert!(matches!(error, BlobError::Unauthorized { .. }), "{error}");
     assert_eq!((stubborn.count("/token"), stubborn.count("/manifests/")), (2, 3));
+}
+
+/// A password that changes.
+#[derive(Debug)]
+struct Changing(Arc<Mutex<(&'static str, usize)>>);
+
+#[async_trait]
+impl CredentialSource for Changing {
+    async fn lookup(&self, _registry: &str, _repository: &str) -> Lookup {
+        let mut state = self.0.lock().unwrap();
+        state.1 += 1;
+        Lookup {
+            credential: Some(password(state.0)),
+            tried: vec!["a password that changes".to_owned()],
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_login_that_ended_is_looked_up_again_however_that_is_said() {
+    for code in [400, 401, 403] {
+        let registry = TestRegistry::start();
+        let guard = |password: &str| registry.guard(Guard::Basic("me".to_owned(), password.to_owned()));
+        guard("first");
+        registry.refuse_with(code);
+        let current = Arc::new(Mutex::new(("first", 0)));
+        let client = client_with(Changing(current.clone()));
+        let (bytes, blob) = blob(&client, &registry, 1000);
+        assert_eq!(read(&blob, 0..10).await.unwrap(), bytes[..10]);
+        guard("second");
+        // The source has no other one yet: it is asked once, and the registry's words are passed on.
+        let lookups = || current.lock().unwrap().1;
+        let before = lookups();
+        let error = read(&blob, 10..20).await.unwrap_err().to_string();
+        assert!(error.contains("Reauthenticate"), "{code}: {error}");
+        assert!(error.contains("a password that changes"), "{code}: {error}");
+        assert_eq!(lookups(), before + 1, "{code}");
+        current.lock().unwrap().0 = "second";
+        assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20], "{code}");
+        let (before, sent) = (lookups(), registry.log().len());
+        assert_eq!(read(&blob, 20..30).await.unwrap(), bytes[20..30], "{code}");
+        assert_eq!((lookups(), registry.log().len()), (before, sent + 1), "{code}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_that_ended_is_replaced_however_that_is_said() {
+    for code in [400, 401, 403] {
+        let registry = TestRegistry::start();
+        registry.guard(Guard::Bearer(Tokens::default()));
+        registry.refuse_with(code);
+        let (bytes, blob) = blob(&client(), &registry, 1000);
+        read(&blob, 0..10).await.unwrap();
+        registry.revoke_tokens();
+        registry.clear_log();
+        assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20], "{code}");
+        // A 401 without a challenge has the base of the API asked for one.
+        let asked = 3 + usize::from(code == 401);
+        assert_eq!(registry.log().len(), asked, "{code}: refusal, token, blob");
+    }
+}
+
+#[tokio::test]
+async fn what_is_denied_to_a_fresh_login_is_denied_once() {
+    let registry = TestRegistry::start();
+    registry.guard(Guard::Bearer(Tokens::default()));
+    let (_, blob) = blob(&client(), &registry, 1000);
+    registry.fault("/blobs/", usize::MAX, Fault::status(403));
+    let error = read(&blob, 0..10).await.unwrap_err();
+    assert!(matches!(error, BlobError::Denied { .. }), "{error}");
+    assert_eq!(
+        registry.count("/blobs/"),
+        1,
+        "no login was used, so none can have ended"
+    );
+    registry.clear_faults();
+    read(&blob, 0..10).await.unwrap();
+    registry.clear_log();
+    registry.fault("/blobs/", usize::MAX, Fault::status(403));
+    let error = read(&blob, 0..10).await.unwrap_err();
+    assert!(matches!(error, BlobError::Denied { .. }), "{error}");
+    assert_eq!(registry.count("/blobs/"), 2);
+}
+
+/// The login of each host.
+#[derive(Debug)]
+struct Logins(Vec<(String, &'static str)>);
+
+#[async_trait]
+impl CredentialSource for Logins {
+    async fn lookup(&self, registry: &str, _repository: &str) -> Lookup {
+        let found = self.0.iter().find(|(host, _)| host == registry);
+        Lookup {
+            credential: found.map(|(_, text)| password(text)),
+            tried: vec![format!("logins for {registry}")],
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_that_a_redirect_leads_to_gets_a_token_of_its_own() {
+    let own = |password: &str| Tokens {
+        login: Some(("me".to_owned(), password.to_owned())),
+        ..Tokens::default()
+    };
+    for (storage_tokens, storage_login) in [(Tokens::default(), None), (own("at-storage"), Some("at-storage"))] {
+        let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+        registry.guard(Guard::Bearer(own("at-registry")));
+        storage.guard(Guard::Bearer(storage_tokens));
+        registry.redirect_blobs(&storage, usize::MAX, "", 1);
+        let mut logins = vec![(registry.host(), "at-registry")];
+        logins.extend(storage_login.map(|login| (storage.host(), login)));
+        let client = client_with(Logins(logins));
+        let (bytes, blob) = blob(&client, &registry, 1000);
+        assert_eq!(read(&blob, 0..10).await.unwrap(), bytes[..10]);
+        assert_eq!(storage.count("/token"), 1);
+        let sent = (registry.log().len(), storage.log().len());
+        assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20]);
+        assert_eq!(
+            (registry.log().len(), storage.log().len()),
+            (sent.0, sent.1 + 1),
+            "all is remembered"
+        );
+        storage.revoke_tokens();
+        assert_eq!(read(&blob, 20..30).await.unwrap(), bytes[20..30]);
+
+        // Nobody was shown what is another's.
+        let shown = |host: &TestRegistry| {
+            let log = host.log();
+            let shown: Vec<String> = log
+                .iter()
+                .filter_map(|l| l.headers.get("authorization").cloned())
+                .collect();
+            shown
+        };
+        let encoded = |password: &str| base64::engine::general_purpose::STANDARD.encode(format!("me:{password}"));
+        let basic = |host: &TestRegistry| -> Vec<String> {
+            shown(host)
+                .into_iter()
+                .filter(|header| header.starts_with("Basic"))
+                .collect()
+        };
+        assert_eq!(basic(&registry), [format!("Basic {}", encoded("at-registry"))]);
+        let want: Vec<String> = storage_login
+            .map(|login| format!("Basic {}", encoded(login)))
+            .into_iter()
+            .collect();
+        let mut seen = basic(&storage);
+        seen.dedup();
+        assert_eq!(seen, want);
+    }
+}
+
+#[tokio::test]
+async fn a_guarded_host_without_a_login_for_it_is_refused_by_name() {
+    let (registry, storage) = (TestRegistry::start(), TestRegistry::start());
+    registry.guard(Guard::Basic("me".to_owned(), "at-registry".to_owned()));
+    storage.guard(Guard::Basic("me".to_owned(), "at-storage".to_owned()));
+    registry.redirect_blobs(&storage, usize::MAX, "", 1);
+    let client = client_with(Logins(vec![(registry.host(), "at-registry")]));
+    let (_, blob) = blob(&client, &registry, 1000);
+    let error = read(&blob, 0..10).await.unwrap_err().to_string();
+    assert!(error.contains(&format!("logins for {}", storage.host())), "{error}");
+    assert!(
+        storage
+            .log()
+            .iter()
+            .all(|logged| !logged.headers.contains_key("authorization"))
+    );
 }

@@ -26,6 +26,8 @@ pub(super) struct State {
     /// Storage ticket to remaining uses.
     pub(super) tickets: HashMap<String, usize>,
     pub(super) latency: Duration,
+    /// Status of the answer to credentials that are not the right ones, if it is not a 401 with a challenge.
+    pub(super) refusal: Option<u16>,
     pub(super) log: Vec<Logged>,
 }
 
@@ -104,7 +106,11 @@ impl State {
                 .replace(&format!("hops={hops}"), &format!("hops={}", hops - 1));
             return Answer::new(302).header("Location", next);
         }
-        if request.headers.contains_key("authorization") {
+        if !matches!(self.guard, Guard::Open) {
+            if let Some(refusal) = self.refuse(request) {
+                return refusal;
+            }
+        } else if request.headers.contains_key("authorization") {
             return Answer::new(400).body("<Error><Code>InvalidArgument</Code></Error>");
         }
         let uses = self.tickets.get_mut(&request.query("ticket").unwrap_or_default());
@@ -124,16 +130,26 @@ impl State {
         let shown = request.headers.get("authorization").cloned().unwrap_or_default();
         let host = request.headers.get("host").cloned().unwrap_or_default();
         let refusal = Answer::error(401, "UNAUTHORIZED");
+        let refused = self.refusal.filter(|_| !shown.is_empty());
+        let refused = refused.map(|code| {
+            let text = "Your authorization token has expired. Reauthenticate and try again.";
+            let body = serde_json::json!({"errors": [{"code": "DENIED", "message": text}]});
+            Answer::new(code).body(body.to_string())
+        });
         match self.guard.clone() {
             Guard::Open => None,
             Guard::Basic(user, password) => {
-                (shown != basic(&user, &password)).then(|| refusal.header("WWW-Authenticate", "Basic realm=\"test\""))
+                let challenge = || refusal.header("WWW-Authenticate", "Basic realm=\"test\"");
+                (shown != basic(&user, &password)).then(|| refused.unwrap_or_else(challenge))
             }
             Guard::Bearer(tokens) => {
                 let token = shown.strip_prefix("Bearer ").unwrap_or_default();
                 if let Some(uses) = self.tokens.get_mut(token).filter(|uses| **uses > 0) {
                     *uses -= 1;
                     return None;
+                }
+                if refused.is_some() {
+                    return refused;
                 }
                 if tokens.challenge_at_base_only && request.path() != "/v2/" {
                     return Some(refusal);
