@@ -34,10 +34,14 @@ pub(super) struct Globals {
     /// Speak only HTTPS, also on loopback and to the hosts that the configuration file lists under plain-http
     #[arg(long, global = true, conflicts_with = "plain_http")]
     no_plain_http: bool,
+    /// Follow redirects of public registries to private and other addresses that are not public
+    #[arg(long, global = true)]
+    allow_private_redirects: bool,
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
-    /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, log-format)
+    /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, allow-private-redirects,
+    /// log-format)
     /// [default: /etc/ocifs.toml]
     #[arg(long, global = true, env = "OCIFS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -71,6 +75,8 @@ struct FileConfig {
     plain_http: Vec<String>,
     #[serde(default)]
     ca: Vec<PathBuf>,
+    #[serde(default)]
+    allow_private_redirects: bool,
     prefetch: Option<PrefetchMode>,
     log_format: Option<LogFormat>,
 }
@@ -87,6 +93,8 @@ pub(super) struct Config {
     /// Which registries are spoken to without TLS.
     pub(super) plain_http: PlainHttp,
     pub(super) ca: Vec<PathBuf>,
+    /// Whether a public registry may lead to addresses that are not public.
+    pub(super) allow_private_redirects: bool,
     pub(super) log_format: LogFormat,
     pub(super) verbose: u8,
 }
@@ -116,6 +124,7 @@ impl Config {
                 (false, false) => PlainHttp::Hosts(file.plain_http.into_iter().collect()),
             },
             ca: [globals.ca, file.ca].concat(),
+            allow_private_redirects: globals.allow_private_redirects || file.allow_private_redirects,
             log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             verbose: globals.verbose,
         })

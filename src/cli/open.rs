@@ -97,6 +97,7 @@ fn registry_config(config: &Config) -> RegistryConfig {
     RegistryConfig {
         plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),
+        allow_private_redirects: config.allow_private_redirects,
         timeout: config.timeout.unwrap_or(Duration::MAX),
         ..RegistryConfig::default()
     }

@@ -53,7 +53,11 @@ impl RegistryClient {
                 break;
             };
             self.auth().challenged(&there, scheme, None);
-            let ask = Ask { url, ..ask.clone() };
+            let ask = Ask {
+                url,
+                guarded: self.transport().leads_to_public_only(repository.endpoint.base()),
+                ..ask.clone()
+            };
             answer = self.authorised(&there, &ask, false, wait).await?;
             answer.reply.crossed = true;
             answer.reply.hops += hops;

@@ -329,6 +329,7 @@ async fn fetch_token(
     }
     ask.headers
         .insert(reqwest::header::ACCEPT, HeaderValue::from_static("application/json"));
+    ask.guarded = transport.leads_to_public_only(repository.endpoint.base());
     let mut reply = transport.send(&ask, wait).await?;
     let status = reply.status();
     if status != StatusCode::OK {

@@ -285,6 +285,10 @@ impl Core {
         };
         let mut direct = ask.clone();
         direct.url = url.clone();
+        direct.guarded = self
+            .client
+            .transport()
+            .leads_to_public_only(self.repository.endpoint.base());
         let sent = self.client.request_elsewhere(&self.repository, &direct, wait).await;
         self.meter.request(sent.as_ref().map_or(1, |answer| answer.reply.hops));
         match sent {

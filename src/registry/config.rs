@@ -14,6 +14,8 @@ pub struct RegistryConfig {
     pub plain_http: PlainHttp,
     /// PEM files with certificate authorities trusted besides the system's.
     pub ca_files: Vec<PathBuf>,
+    /// Whether registries with a public address may lead (by redirects, and to token servers) to addresses that are not public.
+    pub allow_private_redirects: bool,
     /// Where credentials come from; asked again whenever one is needed.
     pub credentials: Arc<dyn CredentialSource>,
     /// Time without progress after which an operation fails; [`Duration::MAX`] never gives up.
@@ -31,6 +33,7 @@ impl Default for RegistryConfig {
         Self {
             plain_http: PlainHttp::default(),
             ca_files: Vec::new(),
+            allow_private_redirects: false,
             credentials: Arc::new(ConfigFiles::from_environment()),
             timeout: Duration::from_secs(30),
             // A third of the default timeout: a dead connection costs one resume, not the operation.

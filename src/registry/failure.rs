@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 
+use super::transport::NotPublic;
 use crate::blob::BlobError;
 
 /// Most that is read of an error body.
@@ -23,7 +24,7 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     let error = error.without_url();
     let host = host.to_owned();
     // Later than in the handshake, TLS fails because a connection breaks; another one may hold.
-    if let Some(tls) = find_tls(&error).filter(|_| error.is_connect()) {
+    if let Some(tls) = find::<rustls::Error>(&error).filter(|_| error.is_connect()) {
         let hint = match tls {
             rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
             _ => "",
@@ -32,6 +33,9 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
             host,
             reason: format!("{tls}{hint}"),
         };
+    }
+    if let Some(refused) = find::<NotPublic>(&error) {
+        return not_public(&host, *refused);
     }
     if error.is_builder() {
         return BlobError::Protocol {
@@ -53,12 +57,12 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     BlobError::Unreachable { host, reason }
 }
 
-/// The TLS error in a chain; `std::io::Error` hides its content from `source()`.
-fn find_tls<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+/// The first error of a kind in a chain; `std::io::Error` hides its content from `source()`.
+fn find<'a, E: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a E> {
     let mut next = Some(error);
     while let Some(error) = next {
-        if let Some(tls) = error.downcast_ref::<rustls::Error>() {
-            return Some(tls);
+        if let Some(found) = error.downcast_ref::<E>() {
+            return Some(found);
         }
         next = match error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref()) {
             Some(inner) => Some(inner),
@@ -66,6 +70,16 @@ fn find_tls<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error
         };
     }
     None
+}
+
+/// A public registry leads to a place that is not public.
+pub(super) fn not_public(host: &str, refused: NotPublic) -> BlobError {
+    BlobError::Protocol {
+        host: host.to_owned(),
+        what: "a request".to_owned(),
+        detail: format!("a public registry leads there, and {refused} (--allow-private-redirects permits it)"),
+        transient: false,
+    }
 }
 
 fn innermost(error: &(dyn StdError + 'static)) -> String {
@@ -271,7 +285,7 @@ mod tests {
         let body = reqwest::Body::wrap_stream(futures::stream::iter([Err::<Vec<u8>, _>(broken)]));
         let url = format!("http://{}/", listener.local_addr().unwrap());
         let error = client.post(url).body(body).send().await.unwrap_err();
-        assert!(find_tls(&error).is_some(), "{error:?}");
+        assert!(find::<rustls::Error>(&error).is_some(), "{error:?}");
         let error = transport("h", error);
         assert!(matches!(error, BlobError::Unreachable { .. }), "{error}");
         assert!(error.is_transient());

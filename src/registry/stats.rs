@@ -97,6 +97,8 @@ struct State {
     /// When the latest bytes came, and how many since the last pause.
     latest: Option<Instant>,
     warm: u64,
+    /// Whether it answered from a public address the last time.
+    is_public: bool,
 }
 
 impl HostMeter {
@@ -123,6 +125,16 @@ impl HostMeter {
         let trips = if state.answers == 0 { 1 + handshakes } else { 1 };
         state.answers += 1;
         state.round_trip(Instant::now(), elapsed / trips);
+    }
+
+    /// The host answered from an address that is public, or from one that is not.
+    pub(super) fn is_at(&self, public: bool) {
+        self.state().is_public = public;
+    }
+
+    /// Whether the host is known to have a public address.
+    pub(super) fn is_public(&self) -> bool {
+        self.state().is_public
     }
 
     /// Whether the host has ever answered.

@@ -3,6 +3,7 @@
 //! Redirects are not left to the HTTP library because three things depend on each hop: `Authorization` must go when scheme,
 //! host or port change (presigned URLs fail with it, and it would leak), `Range` must stay, and the final URL is worth keeping.
 
+mod guard;
 mod pools;
 mod schemes;
 mod tls;
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{StatusCode, Url};
 
+pub(super) use self::guard::NotPublic;
 use self::pools::Pools;
 use self::schemes::Schemes;
 use super::config::RegistryConfig;
@@ -50,6 +52,8 @@ pub(super) struct Ask {
     pub(super) authorization: Option<HeaderValue>,
     /// Posted as a form.
     pub(super) form: Option<Form>,
+    /// Sent to a public address only.
+    pub(super) guarded: bool,
 }
 
 impl Ask {
@@ -59,6 +63,7 @@ impl Ask {
             headers: HeaderMap::new(),
             authorization: None,
             form: None,
+            guarded: false,
         }
     }
 }
@@ -139,6 +144,11 @@ impl Transport {
         stats
     }
 
+    /// Whether what this host leads to must have a public address, as far as its own is known.
+    pub(super) fn leads_to_public_only(&self, url: &Url) -> bool {
+        !self.config.allow_private_redirects && self.meter(url).is_public()
+    }
+
     /// The measurements of a URL's host.
     pub(super) fn meter(&self, url: &Url) -> Arc<HostMeter> {
         let host = authority(url);
@@ -162,12 +172,12 @@ impl Transport {
 
     async fn follow(&self, ask: &Ask) -> Result<Reply, BlobError> {
         let mut url = self.schemes.settle(ask.url.clone()).await?;
-        let mut crossed = false;
+        let (mut crossed, mut guarded) = (false, ask.guarded);
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
             // A form holds credentials and is posted once, to the place it was made for.
             let form = ask.form.as_ref().filter(|_| hop == 0);
-            let (response, meter) = self.exchange(&url, &ask.headers, authorization, form).await?;
+            let (response, meter) = self.exchange(&url, guarded, ask, authorization, form).await?;
             let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
             let Some(next) = next else {
                 return Ok(Reply {
@@ -182,6 +192,7 @@ impl Transport {
                 });
             };
             crossed |= next.origin() != url.origin();
+            guarded |= self.leads_to_public_only(&url);
             url = next;
         }
         Err(BlobError::Protocol {
@@ -195,12 +206,13 @@ impl Transport {
     async fn exchange(
         &self,
         url: &Url,
-        headers: &HeaderMap,
+        guarded: bool,
+        ask: &Ask,
         authorization: Option<&HeaderValue>,
         form: Option<&Form>,
     ) -> Result<(reqwest::Response, Arc<HostMeter>), BlobError> {
         let meter = self.meter(url);
-        let pool = self.pools.get(url)?;
+        let pool = self.pools.get(url, guarded)?;
         let mut request = match form {
             Some(form) => {
                 let fields: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.expose())).collect();
@@ -208,7 +220,7 @@ impl Transport {
             }
             None => pool.get(url.clone()),
         };
-        request = request.headers(headers.clone()).header(ACCEPT_ENCODING, "identity");
+        request = request.headers(ask.headers.clone()).header(ACCEPT_ENCODING, "identity");
         if let Some(authorization) = authorization {
             request = request.header(AUTHORIZATION, authorization);
         }
@@ -218,6 +230,9 @@ impl Transport {
             .send()
             .await
             .map_err(|e| failure::transport(&authority(url), e))?;
+        if let Some(address) = response.remote_addr() {
+            meter.is_at(guard::is_public(address.ip()));
+        }
         meter.answer(sent.elapsed(), if url.scheme() == "https" { 2 } else { 1 });
         Ok((response, meter))
     }

@@ -22,6 +22,7 @@ mod parallel;
 mod prefetch;
 mod progress;
 mod reads;
+mod redirects;
 mod refusals;
 mod registry;
 mod single_flight;

@@ -11,7 +11,8 @@ use reqwest::{Client, Url};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
-use super::tls;
+use super::guard::{self, PublicOnly};
+use super::{authority, tls};
 use crate::blob::BlobError;
 use crate::registry::config::RegistryConfig;
 use crate::registry::endpoint::is_loopback;
@@ -23,12 +24,13 @@ const POOL_IDLE: Duration = Duration::from_secs(55);
 const H2_STREAM_WINDOW: u32 = 4 << 20;
 const H2_CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Pools by kind of host: loopback or not, with TLS or without.
+/// Pools by kind of host: loopback or not, with TLS or without, and public or not asked about that. A connection that was made
+/// without asking is never used where it has to be public.
 #[derive(Debug)]
 pub(super) struct Pools {
     settings: Settings,
     authorities: Vec<CertificateDer<'static>>,
-    lanes: [OnceLock<Result<Client, BlobError>>; 4],
+    lanes: [OnceLock<Result<Client, BlobError>>; 8],
 }
 
 /// What pools take from the client's configuration.
@@ -53,20 +55,23 @@ impl Pools {
                 stall_timeout: config.stall_timeout,
             },
             authorities,
-            lanes: [const { OnceLock::new() }; 4],
+            lanes: [const { OnceLock::new() }; 8],
         })
     }
 
-    /// The pool for a URL.
-    pub(super) fn get(&self, url: &Url) -> Result<&Client, BlobError> {
+    /// The pool for a URL; `guarded` is one that connects to public addresses only.
+    pub(super) fn get(&self, url: &Url, guarded: bool) -> Result<&Client, BlobError> {
+        if guarded && let Err(refused) = guard::check(url) {
+            return Err(failure::not_public(&authority(url), refused));
+        }
         let loopback = url.host_str().is_some_and(is_loopback);
         let tls = url.scheme() == "https";
-        let slot = &self.lanes[usize::from(loopback) * 2 + usize::from(tls)];
-        let pool = slot.get_or_init(|| self.make(loopback, tls));
+        let slot = &self.lanes[usize::from(guarded) * 4 + usize::from(loopback) * 2 + usize::from(tls)];
+        let pool = slot.get_or_init(|| self.make(loopback, tls, guarded));
         pool.as_ref().map_err(BlobError::clone)
     }
 
-    fn make(&self, loopback: bool, tls: bool) -> Result<Client, BlobError> {
+    fn make(&self, loopback: bool, tls: bool, guarded: bool) -> Result<Client, BlobError> {
         let settings = &self.settings;
         // An endless stall timeout still wants dead connections noticed.
         let alive = settings.stall_timeout.min(Duration::from_secs(60));
@@ -90,6 +95,9 @@ impl Pools {
         }
         if loopback {
             builder = builder.no_proxy();
+        }
+        if guarded {
+            builder = builder.dns_resolver(PublicOnly);
         }
         builder
             .build()

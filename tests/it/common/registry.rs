@@ -49,6 +49,8 @@ pub struct Tokens {
     pub uses: usize,
     /// `expires_in` it states.
     pub expires_in: u64,
+    /// Where tokens are to be had, if not here.
+    pub realm: Option<String>,
     /// The 401 carries no challenge; only the one to `/v2/` does.
     pub challenge_at_base_only: bool,
 }
@@ -60,6 +62,7 @@ impl Default for Tokens {
             identity: None,
             uses: usize::MAX,
             expires_in: 300,
+            realm: None,
             challenge_at_base_only: false,
         }
     }
@@ -104,13 +107,18 @@ pub struct TestRegistry {
 impl TestRegistry {
     /// Listens on an ephemeral loopback port; ready when it returns.
     pub fn start() -> Self {
+        Self::start_at("127.0.0.1:0")
+    }
+
+    /// Listens at an address of this machine, on an ephemeral port if that is 0.
+    pub fn start_at(address: &str) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             connections: AtomicUsize::new(0),
             hangs_up_on_tls: AtomicBool::new(false),
             held: watch::Sender::default(),
         });
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = std::net::TcpListener::bind(address).unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -246,6 +254,15 @@ impl TestRegistry {
             hops,
         };
         self.state(|state| state.storage = Some(storage));
+    }
+
+    /// Redirects blob requests to `storage`, by this name if there is one.
+    pub fn redirect_blobs_as(&self, storage: &TestRegistry, name: Option<&str>) {
+        self.redirect_blobs(storage, usize::MAX, "", 1);
+        if let Some(name) = name {
+            let host = format!("{name}:{}", storage.address.port());
+            self.state(|state| state.storage.as_mut().unwrap().host = host);
+        }
     }
 
     /// Delays every answer, as a link with this round-trip time would.

@@ -163,7 +163,8 @@ impl State {
                     Some(repository) => format!(",scope=\"repository:{repository}:pull\""),
                     None => String::new(),
                 };
-                let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"test\"{scope}");
+                let realm = tokens.realm.unwrap_or_else(|| format!("http://{host}/token"));
+                let challenge = format!("Bearer realm=\"{realm}\",service=\"test\"{scope}");
                 Some(refusal.header("WWW-Authenticate", challenge))
             }
         }

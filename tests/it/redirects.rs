@@ -1,0 +1,127 @@
+//! Where registries may lead, depending on where they are themselves.
+
+use std::fs;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::ocifs::{Ocifs, tool};
+use crate::common::registry::{Guard, TestRegistry, Tokens};
+
+const SIZE: usize = 100_000;
+const PUBLIC: &str = "8.8.8.8:0";
+
+/// Runs `body` where this machine has all of these addresses and no others, and names of its own.
+fn in_a_network_of_its_own(body: impl FnOnce() + Send) {
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    fs::write(
+        hosts.path(),
+        "169.254.169.254 metadata.test\n10.0.0.7 private.test\n8.8.4.4 public.test\n",
+    )
+    .unwrap();
+    let inside = || {
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
+        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(none, "/", none, private, none).unwrap();
+        mount(Some(hosts.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
+        tool("ip", ["link", "set", "lo", "up"]);
+        for address in ["8.8.8.8", "8.8.4.4", "10.0.0.7", "10.0.0.8", "169.254.169.254"] {
+            tool("ip", ["address", "add", &format!("{address}/32"), "dev", "lo"]);
+        }
+        body();
+    };
+    // A thread of its own, because the namespaces are the thread's and a test may share one with others.
+    std::thread::scope(|scope| {
+        if let Err(panic) = scope.spawn(inside).join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+fn serve(address: &str) -> TestRegistry {
+    let registry = TestRegistry::start_at(address);
+    let layer = Blob::gzip(&Tar::new().file("f", noise(4, SIZE)).finish());
+    push(&registry, "app", "1", &[layer]);
+    registry
+}
+
+fn cat(registry: &TestRegistry, options: &[&str]) -> Result<(), String> {
+    let ocifs = Ocifs::with(&["--plain-http"]).options(options);
+    let said = ocifs.run(["cat", &format!("{}/app:1", registry.host()), "f"]);
+    match said.code {
+        Some(0) => {
+            assert!(said.stdout == noise(4, SIZE));
+            Ok(())
+        }
+        _ => Err(said.stderr),
+    }
+}
+
+#[test]
+fn a_public_registry_leads_to_public_addresses_only() {
+    in_a_network_of_its_own(|| {
+        let settings = tempfile::NamedTempFile::new().unwrap();
+        fs::write(settings.path(), "allow-private-redirects = true\n").unwrap();
+        let permitted: [&[&str]; 2] = [
+            &["--allow-private-redirects"],
+            &["--config", settings.path().to_str().unwrap()],
+        ];
+        let registry = serve(PUBLIC);
+        for (address, name) in [
+            ("127.0.0.1", None),
+            ("10.0.0.7", None),
+            ("10.0.0.7", Some("private.test")),
+            ("169.254.169.254", None),
+            ("169.254.169.254", Some("metadata.test")),
+        ] {
+            let storage = TestRegistry::start_at(&format!("{address}:0"));
+            registry.redirect_blobs_as(&storage, name);
+            let error = cat(&registry, &[]).unwrap_err();
+            let why = format!("{address} is not a public address");
+            assert!(
+                error.contains(&why) && error.contains("--allow-private-redirects"),
+                "{error}"
+            );
+            assert_eq!(storage.log().len(), 0, "{address} {name:?}: nothing was sent there");
+            for options in permitted {
+                assert_eq!(cat(&registry, options), Ok(()), "{address} {name:?}");
+            }
+        }
+        for name in [None, Some("public.test")] {
+            let storage = TestRegistry::start_at("8.8.4.4:0");
+            registry.redirect_blobs_as(&storage, name);
+            assert_eq!(cat(&registry, &[]), Ok(()), "{name:?}");
+        }
+    });
+}
+
+#[test]
+fn a_private_registry_leads_anywhere() {
+    in_a_network_of_its_own(|| {
+        for address in ["127.0.0.1:0", "10.0.0.7:0"] {
+            let registry = serve(address);
+            for address in ["10.0.0.8:0", "8.8.4.4:0"] {
+                let storage = TestRegistry::start_at(address);
+                registry.redirect_blobs_as(&storage, None);
+                assert_eq!(cat(&registry, &[]), Ok(()), "{address}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_public_registry_names_no_private_token_server() {
+    in_a_network_of_its_own(|| {
+        let registry = serve(PUBLIC);
+        let tokens = TestRegistry::start_at("10.0.0.7:0");
+        let realm = format!("http://{}/token", tokens.host());
+        registry.guard(Guard::Bearer(Tokens {
+            realm: Some(realm),
+            ..Tokens::default()
+        }));
+        let error = cat(&registry, &[]).unwrap_err();
+        assert!(error.contains("10.0.0.7 is not a public address"), "{error}");
+        assert_eq!(tokens.log().len(), 0);
+    });
+}
