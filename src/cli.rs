@@ -21,10 +21,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use config::Globals;
 use units::Size;
+
+use crate::image::Confirm;
 
 /// Mount an OCI image as a root file system and fetch only the bytes that are read.
 #[derive(Debug, Parser)]
@@ -81,6 +83,31 @@ struct ImageArgs {
     /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
+    /// When to ask the registry what a tag means: always, if the store does not know it, or never [default: always, and what
+    /// it meant the last time if the registry cannot be reached]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pull: Option<PullWhen>,
+}
+
+/// [`Confirm`] on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PullWhen {
+    /// Each time; fail without an answer
+    Always,
+    /// Only for a tag that the store does not know
+    Missing,
+    /// Never; fail for what the store does not know
+    Never,
+}
+
+impl From<PullWhen> for Confirm {
+    fn from(when: PullWhen) -> Self {
+        match when {
+            PullWhen::Always => Self::Always,
+            PullWhen::Missing => Self::IfUnknown,
+            PullWhen::Never => Self::Never,
+        }
+    }
 }
 
 /// The store and its limit, as given.

@@ -26,7 +26,7 @@ use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
 pub use early::{Early, Replay};
-pub use kept::KeptSource;
+pub use kept::{Confirm, KeptSource, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
 pub use verify::{StoreReport, verify};
 

@@ -285,10 +285,26 @@ impl Store {
     /// Remembers which document an image's name means.
     pub fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
         if self.root_document(name).as_ref() == Some(digest) {
+            self.touch_root_document(name);
             return Ok(());
         }
         let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
         self.publish(&path, Durability::Lazy, |file| writeln!(file, "{digest}"))
+    }
+
+    /// How long ago it was last said what an image's name means.
+    pub fn root_document_age(&self, name: &str) -> Option<Duration> {
+        let modified = fs::metadata(self.name_path(name)?).ok()?.modified().ok()?;
+        modified.elapsed().ok()
+    }
+
+    /// A name that means what it meant before was confirmed now.
+    fn touch_root_document(&self, name: &str) {
+        let Some(path) = self.name_path(name) else { return };
+        let touched = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+        if let Err(error) = touched {
+            tracing::debug!(path = %path.display(), %error, "cannot note when the image's name was confirmed");
+        }
     }
 
     /// Names have slashes and colons in them, so theirs are hashed.

@@ -19,7 +19,8 @@ pub(super) struct InspectArgs {
 
 pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
     let context = open::context(config)?;
-    let preparation = runtime()?.block_on(open::prepare(config, &args.image, &context))?;
+    let preparing = open::prepare_and_tell(config, &args.image, &context);
+    let (preparation, unconfirmed) = runtime()?.block_on(preparing)?;
     let image = preparation.resolved();
     if args.json {
         let manifest: serde_json::Value = serde_json::from_slice(&image.manifest_document.bytes)?;
@@ -30,6 +31,7 @@ pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
             "digest": image.manifest_document.digest,
             "manifest": manifest,
             "config": document,
+            "unconfirmed": unconfirmed,
         });
         say!("{}", serde_json::to_string_pretty(&object)?);
         return Ok(());

@@ -115,6 +115,7 @@ enum Report {
     Progress { done: u64, total: u64 },
     Ready { seconds: f64 },
     Complete,
+    Warning { message: String },
     Failed { message: String },
 }
 
@@ -210,6 +211,10 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mu
                 Some(Wait::Ready)
             }
             Report::Complete => Some(Wait::Complete),
+            Report::Warning { message } => {
+                eprintln!("ocifs: {message}");
+                continue;
+            }
             Report::Failed { message } => bail!(message),
         };
         if let Some((digest, seconds)) = &mounted
@@ -286,7 +291,10 @@ async fn serve_async(
     let replayed = (prefetch != Prefetch::None).then(|| args.profile.clone());
     let recalled = named.recall().await;
     let early = recalled.and_then(|recalled| Early::begin(recalled, &context, replayed));
-    let preparation = named.prepare().await?;
+    let (preparation, unconfirmed) = named.prepare().await?;
+    if let Some(message) = unconfirmed.as_ref().and_then(|u| open::warning(&args.image.image, u)) {
+        reports.send(&Report::Warning { message });
+    }
     let (preparation, replay) = match early.and_then(|early| early.confirm(preparation.resolved())) {
         Some((preparation, replay)) => (preparation, Some(replay)),
         None => (Arc::new(preparation), None),
@@ -299,6 +307,7 @@ async fn serve_async(
         upper,
         prefetch,
         label: args.profile.clone(),
+        unconfirmed,
         timeout: config.timeout,
         started,
         log,
@@ -384,8 +393,10 @@ impl Reports {
     fn send(&self, report: &Report) -> bool {
         let line = serde_json::to_string(report).expect("a report has only strings and numbers");
         let heard = self.on && writeln!(std::io::stdout(), "{line}").is_ok();
-        if let (false, Report::Failed { message }) = (heard, report) {
-            tracing::error!("{message}");
+        match report {
+            Report::Failed { message } if !heard => tracing::error!("{message}"),
+            Report::Warning { message } => tracing::warn!("{message}"),
+            _ => {}
         }
         heard
     }

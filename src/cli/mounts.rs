@@ -144,6 +144,14 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
 fn show(status: &MountStatus) -> anyhow::Result<()> {
     say!("image       {}", status.image);
     say!("digest      {}", status.digest);
+    if let Some(unconfirmed) = &status.unconfirmed {
+        let since = unconfirmed.since.as_deref().unwrap_or("an unknown time");
+        let reason = unconfirmed
+            .reason
+            .as_deref()
+            .unwrap_or("the registry was not to be asked");
+        say!("tag         last confirmed at {since}: {reason}");
+    }
     say!(
         "mounted on  {}{}",
         status.mountpoint,

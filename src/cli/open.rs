@@ -12,7 +12,7 @@ use super::progress::{self, Bar};
 use crate::archive::DockerArchive;
 use crate::blob::{BlobError, ImageSource};
 use crate::fs::ImageFs;
-use crate::image::{Image, KeptSource, Preparation};
+use crate::image::{Confirm, Image, KeptSource, Preparation, Unconfirmed};
 use crate::layer::{Health, LayerContext};
 use crate::layout::OciLayout;
 use crate::oci::{Digest, ImageRef, Platform};
@@ -36,8 +36,30 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
 
 /// Resolves the image: manifest and config are fetched (or found in the store), nothing else.
 pub(super) async fn prepare(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Preparation> {
+    Ok(prepare_and_tell(config, args, context).await?.0)
+}
+
+/// The same, and whether a tag was resolved without its registry; standard error has a warning if the registry failed.
+pub(super) async fn prepare_and_tell(
+    config: &Config,
+    args: &ImageArgs,
+    context: &LayerContext,
+) -> anyhow::Result<(Preparation, Option<Unconfirmed>)> {
     let named = Named::open(config, args, context).await?;
-    Ok(named.prepare().await?)
+    let (preparation, unconfirmed) = named.prepare().await?;
+    if let Some(warning) = unconfirmed.as_ref().and_then(|u| warning(&args.image, u)) {
+        eprintln!("ocifs: {warning}");
+    }
+    Ok((preparation, unconfirmed))
+}
+
+/// What to say of a tag whose registry could not be asked.
+pub(super) fn warning(image: &str, unconfirmed: &Unconfirmed) -> Option<String> {
+    let reason = unconfirmed.reason.as_ref()?;
+    let since = unconfirmed.since.as_deref().unwrap_or("an unknown time");
+    Some(format!(
+        "warning: using {image} as it was at {since}, because its registry cannot be asked: {reason}"
+    ))
 }
 
 /// An image as it was named, whose documents have not been asked for.
@@ -46,6 +68,7 @@ pub(super) struct Named {
     pinned: Option<Digest>,
     platform: Option<Platform>,
     store: Store,
+    confirm: Confirm,
 }
 
 impl Named {
@@ -58,25 +81,32 @@ impl Named {
             pinned,
             platform,
             store: context.store.clone(),
+            // Of what is in a file there is no other copy to ask about.
+            confirm: match image {
+                ImageRef::Registry(_) => args.pull.map(Confirm::from).unwrap_or_default(),
+                ImageRef::Layout { .. } | ImageRef::Archive { .. } => Confirm::Always,
+            },
         })
     }
 
-    /// Manifest and config, fetched or found in the store.
-    pub(super) async fn prepare(&self) -> Result<Preparation, BlobError> {
+    /// Manifest and config, fetched or found in the store, and whether a tag was resolved without its registry.
+    pub(super) async fn prepare(&self) -> Result<(Preparation, Option<Unconfirmed>), BlobError> {
         let (source, store) = (self.source.clone(), self.store.clone());
-        self.resolve(KeptSource::new(source, store, self.pinned.clone())).await
+        let source = KeptSource::new(source, store, self.pinned.clone(), self.confirm);
+        self.resolve(Arc::new(source)).await
     }
 
     /// The same as they were the last time, if all of that is in the store. Nothing is fetched.
     pub(super) async fn recall(&self) -> Option<Preparation> {
         let source = KeptSource::recalled(self.source.clone(), self.store.clone())?;
-        self.resolve(source).await.ok()
+        let (preparation, _) = self.resolve(Arc::new(source)).await.ok()?;
+        Some(preparation)
     }
 
-    async fn resolve(&self, source: KeptSource) -> Result<Preparation, BlobError> {
-        let source: Arc<dyn ImageSource> = Arc::new(source);
+    async fn resolve(&self, source: Arc<KeptSource>) -> Result<(Preparation, Option<Unconfirmed>), BlobError> {
         let resolved = resolve(&*source, self.platform.as_ref()).await?;
-        Ok(Preparation::new(source, resolved))
+        let unconfirmed = source.unconfirmed().cloned();
+        Ok((Preparation::new(source, resolved), unconfirmed))
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::bail;
 use clap::Args;
 
 use super::config::Config;
-use super::open::{complete, context, prepare, watch};
+use super::open::{complete, context, prepare_and_tell, watch};
 use super::progress::Bar;
 use super::say;
 use super::units::human;
@@ -29,19 +29,21 @@ pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
         bail!("nothing can be kept: {problem}");
     }
     let result = runtime.block_on(async {
-        let preparation = Arc::new(prepare(config, &args.image, &context).await?);
+        let (preparation, unconfirmed) = prepare_and_tell(config, &args.image, &context).await?;
+        let preparation = Arc::new(preparation);
         let bar = Bar::new(&args.image.image);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
         watch(&preparation, &bar, complete(&image, &context.health)).await?;
         bar.finish();
         let digest = preparation.resolved().manifest_document.digest.to_string();
-        anyhow::Ok((digest, preparation.status()))
+        anyhow::Ok((digest, preparation.status(), unconfirmed))
     });
-    let (digest, layers) = result?;
+    let (digest, layers, unconfirmed) = result?;
     let (size, fetched) = layers.iter().fold((0, 0), |(s, f), l| (s + l.size, f + l.fetched));
     if args.json {
         let object = serde_json::json!({
             "image": args.image.image, "digest": digest, "size": size, "fetched": fetched, "layers": layers,
+            "unconfirmed": unconfirmed,
         });
         say!("{object}");
     } else {

@@ -1,12 +1,41 @@
 //! An image source in front of which the store remembers documents.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest};
 use crate::store::Store;
+
+/// How long a registry is asked what a tag means when the store knows an answer to fall back on. A healthy one takes a few
+/// round trips.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// When a registry is asked what a tag means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Confirm {
+    /// Each time. If it cannot be reached, the tag means what it meant the last time.
+    #[default]
+    IfReachable,
+    /// Each time, and without an answer there is no image.
+    Always,
+    /// Only if the store does not know the tag.
+    IfUnknown,
+    /// Never: what the store does not know is not found.
+    Never,
+}
+
+/// A tag was taken to mean what it meant the last time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unconfirmed {
+    /// When the registry last said what it means (RFC 3339), if that is known.
+    pub since: Option<String>,
+    /// Why the registry could not be asked; nothing if it was not to be asked.
+    pub reason: Option<String>,
+}
 
 /// Answers for manifests and configs from the store where it can, and keeps those it had to ask for.
 #[derive(Debug)]
@@ -15,40 +44,69 @@ pub struct KeptSource {
     store: Store,
     /// Digest in the reference itself; then the root document needs no network either.
     pinned: Option<Digest>,
-    /// Whether the inner source is not asked for documents.
-    offline: bool,
+    confirm: Confirm,
+    unconfirmed: OnceLock<Unconfirmed>,
 }
 
 impl KeptSource {
     /// Puts the store in front of `inner`, whose reference carries the digest `pinned`, if any.
-    pub fn new(inner: Arc<dyn ImageSource>, store: Store, pinned: Option<Digest>) -> Self {
+    pub fn new(inner: Arc<dyn ImageSource>, store: Store, pinned: Option<Digest>, confirm: Confirm) -> Self {
         Self {
             inner,
             store,
             pinned,
-            offline: false,
+            confirm,
+            unconfirmed: OnceLock::new(),
         }
     }
 
     /// The image as `inner` named it the last time, with the documents that the store has and no others.
     pub fn recalled(inner: Arc<dyn ImageSource>, store: Store) -> Option<Self> {
         let root = store.root_document(&inner.describe())?;
-        Some(Self {
-            inner,
-            store,
-            pinned: Some(root),
-            offline: true,
-        })
+        Some(Self::new(inner, store, Some(root), Confirm::Never))
+    }
+
+    /// Whether a tag was resolved without its registry; known when the root document was asked for.
+    pub fn unconfirmed(&self) -> Option<&Unconfirmed> {
+        self.unconfirmed.get()
     }
 
     fn ask(&self) -> Result<&dyn ImageSource, BlobError> {
-        if self.offline {
+        if self.confirm == Confirm::Never {
             return Err(BlobError::NotFound {
                 what: self.describe(),
-                hint: None,
+                hint: Some("it is not in the store, and the registry is not to be asked".to_owned()),
             });
         }
         Ok(&*self.inner)
+    }
+
+    /// What the name meant the last time.
+    fn remembered(&self) -> Option<Document> {
+        self.recall(&self.store.root_document(&self.inner.describe())?)
+    }
+
+    /// Goes on with what the name meant the last time.
+    fn fall_back(&self, remembered: Document, reason: Option<&BlobError>) -> Document {
+        let since = self.store.root_document_age(&self.inner.describe());
+        let since = since.and_then(|age| SystemTime::now().checked_sub(age));
+        // Whoever asks again gets the same answer for the same reason.
+        let _ = self.unconfirmed.set(Unconfirmed {
+            since: since.map(|since| humantime::format_rfc3339_seconds(since).to_string()),
+            reason: reason.map(ToString::to_string),
+        });
+        remembered
+    }
+
+    /// The root document as the source names it now.
+    async fn confirmed(&self) -> Result<Document, BlobError> {
+        let document = self.ask()?.root().await.map(|d| self.keep(d))?;
+        match self.store.set_root_document(&self.inner.describe(), &document.digest) {
+            Ok(()) => {}
+            Err(error) if error.is_by_design() => {}
+            Err(error) => tracing::warn!(%error, "cannot keep what the image's name means"),
+        }
+        Ok(document)
     }
 
     fn recall(&self, digest: &Digest) -> Option<Document> {
@@ -81,13 +139,27 @@ impl ImageSource for KeptSource {
         if let Some(document) = self.pinned.as_ref().and_then(|digest| self.recall(digest)) {
             return Ok(document);
         }
-        let document = self.ask()?.root().await.map(|d| self.keep(d))?;
-        match self.store.set_root_document(&self.inner.describe(), &document.digest) {
-            Ok(()) => {}
-            Err(error) if error.is_by_design() => {}
-            Err(error) => tracing::warn!(%error, "cannot keep what the image's name means"),
+        let remembered = match self.confirm {
+            Confirm::Always => None,
+            Confirm::IfReachable | Confirm::IfUnknown | Confirm::Never => self.remembered(),
+        };
+        let Some(remembered) = remembered else {
+            return self.confirmed().await;
+        };
+        if self.confirm != Confirm::IfReachable {
+            return Ok(self.fall_back(remembered, None));
         }
-        Ok(document)
+        let asked = tokio::time::timeout(PATIENCE, self.confirmed()).await;
+        let asked = asked.unwrap_or_else(|_| {
+            Err(BlobError::Timeout {
+                what: self.describe(),
+                seconds: PATIENCE.as_secs(),
+            })
+        });
+        match asked {
+            Err(error) if error.is_transient() => Ok(self.fall_back(remembered, Some(&error))),
+            asked => asked,
+        }
     }
 
     async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {

@@ -23,7 +23,7 @@ use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry, proc
 use super::status::{LinkStatus, MountState, MountStatus};
 use crate::fs::{FsError, ImageFs, Reads};
 use crate::fuse::{self, Served};
-use crate::image::{Image, ImageError, Learning, Preparation, Replay};
+use crate::image::{Image, ImageError, Learning, Preparation, Replay, Unconfirmed};
 use crate::layer::{self, LayerContext};
 use crate::profile::Label;
 use crate::store::gone;
@@ -43,6 +43,8 @@ pub struct MountConfig {
     pub prefetch: Prefetch,
     /// Which of the image's programs will run.
     pub label: Label,
+    /// If the image's tag was resolved without its registry: since when, and why.
+    pub unconfirmed: Option<Unconfirmed>,
     /// Deadline of a read; none is for ever.
     pub timeout: Option<Duration>,
     /// Give up, instead of serving errors, if the image cannot be prepared.
@@ -403,6 +405,7 @@ impl Mount {
             pid: record.pid,
             image: record.image.clone(),
             digest: record.digest.clone(),
+            unconfirmed: self.config.unconfirmed.clone(),
             mountpoint: record.mountpoint.display().to_string(),
             state: match (&self.image, &self.failure) {
                 (Some(_), _) => MountState::Ready,

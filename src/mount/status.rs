@@ -6,6 +6,7 @@ use super::prefetch::PrefetchStatus;
 use crate::blob::Link;
 use crate::fetch::Load;
 use crate::fs::ReadStatus;
+use crate::image::Unconfirmed;
 use crate::layer::LayerStatus;
 
 /// Where a mount is in its life.
@@ -49,6 +50,8 @@ pub struct MountStatus {
     pub image: String,
     /// Digest of its manifest.
     pub digest: String,
+    /// If the image's tag was resolved without its registry: since when that has not confirmed it, and why.
+    pub unconfirmed: Option<Unconfirmed>,
     /// Where it is mounted.
     pub mountpoint: String,
     /// Life stage.

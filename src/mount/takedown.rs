@@ -82,6 +82,7 @@ async fn ask(entry: &RunEntry, record: &MountRecord) -> MountStatus {
         pid: record.pid,
         image: record.image.clone(),
         digest: record.digest.clone(),
+        unconfirmed: None,
         mountpoint: record.mountpoint.display().to_string(),
         state: if record.is_alive() {
             MountState::Preparing

@@ -18,6 +18,7 @@ mod layout;
 mod logins;
 mod memory;
 mod mount;
+mod offline;
 mod parallel;
 mod prefetch;
 mod progress;
