@@ -312,7 +312,7 @@ fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir) 
     let tar = tar.into_inner().unwrap();
     let mut reader = TarReader::new(Limits::default());
     reader.push(&tar, &mut |_, _| ()).unwrap();
-    let extents = reader.finish().unwrap().extent_table();
+    let extents = reader.finish().unwrap().extents;
     let mut builder = SpanIndexBuilder::new(Compression::Tar).unwrap();
     for (span, bytes) in (0..count).zip(tar.chunks(SPAN as usize)) {
         let offset = u64::from(span) * SPAN;

@@ -63,6 +63,11 @@ impl SpanIndex {
         &(*self.storage).as_ref()[self.windows.clone()]
     }
 
+    /// Memory that grows with the number of spans.
+    pub fn bytes_of_spans(&self) -> u64 {
+        size_of_val(&*self.entries) as u64
+    }
+
     /// How the layer is compressed.
     pub fn compression(&self) -> Compression {
         self.header.compression

@@ -28,9 +28,10 @@ use crate::index::{
     Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
     SpanStart, sniff,
 };
+use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Store};
-use crate::toc::{ExtentTable, Limits, TarReader, Toc, TocError};
+use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
 const QUEUE: usize = 32;
@@ -84,6 +85,16 @@ pub enum FirstPassError {
         /// The bytes are those that the manifest and the config promise.
         verified: bool,
     },
+    /// The index takes more memory than the image may.
+    #[error("layer {layer}: the index of its {size} bytes takes {source}")]
+    TooMuchMemory {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Uncompressed bytes so far.
+        size: u64,
+        /// The limit.
+        source: OverLimit,
+    },
     /// A thread of the pass ended without a result.
     #[error("indexing layer {layer} was interrupted")]
     Interrupted {
@@ -99,7 +110,7 @@ impl FirstPassError {
             Self::BlobDigest { .. } | Self::Decode { .. } => true,
             Self::Tar { verified, .. } => !verified,
             // A diffID is compared when the blob is known to be right.
-            Self::DiffId { .. } | Self::Blob(_) | Self::Interrupted { .. } => false,
+            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
         }
     }
 }
@@ -108,9 +119,10 @@ impl FirstPassError {
 #[derive(Debug)]
 pub(super) struct Indexed {
     pub(super) index: SpanIndex,
-    pub(super) toc: Toc,
-    /// The extents of `toc`.
+    pub(super) toc: PackedToc,
     pub(super) extents: ExtentTable,
+    /// Memory of the tables and of the index.
+    pub(super) charges: [Charge; 2],
     pub(super) device: Option<DataDevice>,
     /// Why there is no device although there is a store.
     pub(super) device_error: Option<DeviceError>,
@@ -131,6 +143,7 @@ pub(super) async fn run(
     diff_id: DiffId,
     ahead: &Ahead,
     destination: Option<Destination>,
+    tables: &Arc<Allowance>,
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = blob.digest().clone();
@@ -152,7 +165,8 @@ pub(super) async fn run(
     let table = {
         let layer = layer.clone();
         let diff_id = diff_id.clone();
-        tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination))
+        let charges = [tables.charge(), tables.charge()];
+        tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination, charges))
     };
     let fetched = source.feed(prefix, chunks).await;
     let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
@@ -320,6 +334,7 @@ struct Table {
     /// Of the tar; none if the blob is the tar, whose digest is known then.
     hasher: Option<DigestHasher>,
     spans: SpanIndexBuilder,
+    spans_charge: Charge,
     tar: TarReader,
     device: Option<Filling>,
     device_error: Option<DeviceError>,
@@ -338,6 +353,7 @@ fn tabulate(
     compression: Compression,
     batches: Receiver<Batch>,
     destination: Option<Destination>,
+    [spans_charge, tar_charge]: [Charge; 2],
 ) -> Result<Table, FirstPassError> {
     let (device, device_error) = match destination {
         None => (None, None),
@@ -359,7 +375,8 @@ fn tabulate(
             layer: layer.clone(),
             source,
         })?,
-        tar: TarReader::new(Limits::default()),
+        spans_charge,
+        tar: TarReader::charged(Limits::default(), tar_charge),
         device,
         device_error,
     };
@@ -372,7 +389,7 @@ fn tabulate(
             table.content(layer, &batch.bytes[done..position])?;
             done = position;
             match event {
-                Event::Span(start) => table.span(start),
+                Event::Span(start) => table.span(layer, start)?,
                 Event::Window(span, window) => table.spans.window(span, window),
             }
         }
@@ -382,11 +399,18 @@ fn tabulate(
 }
 
 impl Table {
-    fn span(&mut self, start: SpanStart) {
+    fn span(&mut self, layer: &Digest, start: SpanStart) -> Result<(), FirstPassError> {
         self.spans.span(start);
+        let covered = self.spans_charge.cover(self.spans.bytes_of_spans());
+        covered.map_err(|source| FirstPassError::TooMuchMemory {
+            layer: layer.clone(),
+            size: start.tar_offset,
+            source,
+        })?;
         if let Some(filling) = &mut self.device {
             filling.writer.span(start.span.0);
         }
+        Ok(())
     }
 
     fn content(&mut self, layer: &Digest, bytes: &[u8]) -> Result<(), FirstPassError> {
@@ -419,28 +443,28 @@ impl Table {
     /// Both digests matched: the index is believed and the device counts.
     fn finish(self, identity: Identity) -> Result<Indexed, FirstPassError> {
         let layer = identity.blob.clone();
-        let toc = self.tar.finish().map_err(|source| FirstPassError::Tar {
+        let tables = self.tar.finish().map_err(|source| FirstPassError::Tar {
             layer: layer.clone(),
             source,
             verified: true,
         })?;
-        for warning in &toc.warnings {
+        for warning in &tables.warnings {
             tracing::debug!(%layer, warning, "oddity in the tar");
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
-        let extents = toc.extent_table();
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.writer.finish(&index, &extents, &filling.budget) {
+            Some(filling) => match filling.writer.finish(&index, &tables.extents, &filling.budget) {
                 Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
         };
         Ok(Indexed {
             index,
-            toc,
-            extents,
+            toc: tables.toc,
+            extents: tables.extents,
+            charges: [self.spans_charge, tables.charge],
             device,
             device_error,
         })
