@@ -21,7 +21,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use futures::StreamExt as _;
-use futures::stream::FuturesUnordered;
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
@@ -42,6 +41,9 @@ use crate::resolve::ResolvedImage;
 use crate::store::{Store, StoreError};
 use crate::toc::PackedToc;
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
+
+/// Layers that are being opened at a time. Each has a few files open meanwhile, of which a process may not have many.
+const OPENING: usize = 64;
 
 /// Why an image cannot be made readable.
 #[derive(Debug, thiserror::Error)]
@@ -187,13 +189,13 @@ impl Preparation {
         order.sort_by_key(|&i| self.resolved.layers()[i].size);
         let largest = usize::from(!order.is_empty());
         order.rotate_right(largest);
-        let mut opening = FuturesUnordered::new();
+        let mut wanted = Vec::new();
         let mut seen: HashMap<Digest, &DiffId> = HashMap::new();
         for i in order {
             let descriptor = self.resolved.layers()[i].clone();
             let diff_id = &self.resolved.diff_ids()[i];
             match seen.insert(descriptor.digest.clone(), diff_id) {
-                None => opening.push(self.open_layer(context, descriptor, i)),
+                None => wanted.push((descriptor, i)),
                 Some(other) if other == diff_id => {}
                 Some(other) => {
                     return Err(ImageError::Layer(OpenError::FirstPass(FirstPassError::DiffId {
@@ -204,6 +206,9 @@ impl Preparation {
                 }
             }
         }
+        let mut opening = futures::stream::iter(wanted)
+            .map(|(descriptor, i)| self.open_layer(context, descriptor, i))
+            .buffer_unordered(OPENING);
         let mut opened = HashMap::new();
         while let Some(result) = opening.next().await {
             let (digest, layer) = result?;

@@ -25,7 +25,8 @@ fn open(root: &Path, spans: u32) -> DataDevice {
 
 /// The file as another process has it.
 fn other(root: &Path, spans: u32) -> Arc<DeviceFile> {
-    Arc::new(DeviceFile::open(raw(root), true, geometry_of(spans)).unwrap().unwrap())
+    let opened = DeviceFile::open(raw(root), &layer_dir(root).data(), true, geometry_of(spans));
+    Arc::new(opened.unwrap().unwrap())
 }
 
 /// The file as anybody may open it.

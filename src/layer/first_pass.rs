@@ -18,17 +18,19 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::LayerStats;
-use super::stripes::{self, Ahead};
+use super::open::LayerContext;
+use super::stripes;
 use crate::blob::{BlobError, BlobSource, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
-    Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
+    Compression, DecodeSink, Identity, IndexError, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
     SpanStart, sniff,
 };
-use crate::memory::{Allowance, Charge, OverLimit};
+use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Store};
 use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
@@ -107,6 +109,10 @@ impl FirstPassError {
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
+            Self::Decode {
+                source: IndexError::ZstdMemory { .. } | IndexError::ZstdWindow { .. },
+                ..
+            } => false,
             Self::BlobDigest { .. } | Self::Decode { .. } => true,
             Self::Tar { verified, .. } => !verified,
             // A diffID is compared when the blob is known to be right.
@@ -141,14 +147,13 @@ pub(super) struct Destination {
 pub(super) async fn run(
     blob: Arc<dyn BlobSource>,
     diff_id: DiffId,
-    ahead: &Ahead,
+    context: &LayerContext,
     destination: Option<Destination>,
-    tables: &Arc<Allowance>,
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = blob.digest().clone();
     let mut source = Source {
-        stream: stripes::read(blob.clone(), ahead, stats.clone()).await?,
+        stream: stripes::read(blob.clone(), &context.ahead, stats.clone()).await?,
         stats: &stats,
     };
     let prefix = source.prefix().await?;
@@ -160,12 +165,13 @@ pub(super) async fn run(
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
-        tokio::task::spawn_blocking(move || decode(&layer, compression, decoder_input, batches))
+        let room = room(context);
+        tokio::task::spawn_blocking(move || decode(&layer, compression, room, decoder_input, batches))
     };
     let table = {
         let layer = layer.clone();
         let diff_id = diff_id.clone();
-        let charges = [tables.charge(), tables.charge()];
+        let charges = [context.tables.charge(), context.tables.charge()];
         tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination, charges))
     };
     let fetched = source.feed(prefix, chunks).await;
@@ -296,10 +302,28 @@ impl DecodeSink for Recorder {
     }
 }
 
+/// Decoders that need more memory than this take turns, so that those of several layers do not keep each other from all of it.
+const LARGE_WINDOW: u64 = 8 << 20;
+
+/// Room for the decoder of a blob.
+fn room(context: &LayerContext) -> Room {
+    let (windows, runtime) = (context.windows.clone(), Handle::current());
+    let mut charge = context.tables.charge();
+    let mut turn = None;
+    Box::new(move |bytes| {
+        if bytes > LARGE_WINDOW && turn.is_none() {
+            // Nobody closes it, and who has it waits for nobody.
+            turn = runtime.block_on(windows.clone().acquire_owned()).ok();
+        }
+        charge.cover(bytes)
+    })
+}
+
 /// The decode thread: from compressed bytes to batches. Returns the digest of the blob.
 fn decode(
     layer: &Digest,
     compression: Compression,
+    room: Room,
     mut input: mpsc::Receiver<Bytes>,
     batches: SyncSender<Batch>,
 ) -> Result<Digest, FirstPassError> {
@@ -313,7 +337,7 @@ fn decode(
         batches,
         closed: false,
     };
-    let mut decoder = LayerDecoder::new(compression, SPACING).map_err(broken)?;
+    let mut decoder = LayerDecoder::with_room(compression, SPACING, room).map_err(broken)?;
     while let Some(bytes) = input.blocking_recv() {
         hasher.update(&bytes);
         decoder.push(&bytes, &mut recorder).map_err(broken)?;

@@ -37,7 +37,9 @@ pub struct LayerContext {
     /// What stopped working without stopping the mount.
     pub health: Arc<Health>,
     passes: Arc<Semaphore>,
-    ahead: Ahead,
+    /// For passes that need much memory to decode.
+    pub(super) windows: Arc<Semaphore>,
+    pub(super) ahead: Ahead,
     /// Who may send a request now.
     pub lanes: Arc<Lanes>,
 }
@@ -52,6 +54,7 @@ impl LayerContext {
             tables: Allowance::new(TABLES + memory as u64),
             health: Arc::default(),
             passes: Arc::new(Semaphore::new(PASSES)),
+            windows: Arc::new(Semaphore::new(1)),
             ahead: Ahead::default(),
             lanes: Arc::default(),
         }
@@ -165,10 +168,9 @@ async fn stream(
             budget: context.budget.clone(),
         })
     };
-    let (ahead, tables) = (&context.ahead, &context.tables);
     let pass = || {
         let (blob, diff_id) = (blob.clone(), diff_id.clone());
-        first_pass::run(blob, diff_id, ahead, destination(), tables, stats.clone())
+        first_pass::run(blob, diff_id, context, destination(), stats.clone())
     };
     let mut indexed = match pass().await {
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
@@ -243,10 +245,11 @@ fn layer(
     context: &LayerContext,
     dir: &Option<LayerDir>,
     blob: Arc<dyn BlobSource>,
-    (index, extents, charge): (SpanIndex, ExtentTable, Charge),
+    (mut index, extents, charge): (SpanIndex, ExtentTable, Charge),
     device: Option<DataDevice>,
     stats: Arc<LayerStats>,
 ) -> Arc<Layer> {
+    index.allow(context.tables.limit());
     let touches = Touches::new(index.len());
     let (budget, health) = (context.budget.clone(), context.health.clone());
     let disk = LayerDisk::new(blob.digest().clone(), device, budget, health, stats.clone());
