@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use config::Globals;
 use units::Size;
@@ -178,6 +179,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
     };
     let config = config::Config::resolve(cli.globals)?;
     log::init(&config);
+    raise_file_limit();
     match command {
         Command::Umount(_) | Command::List(_) | Command::Status(_) => unreachable!("dealt with above"),
         Command::Mount(args) => mount::run(&config, args, started),
@@ -188,6 +190,17 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
         Command::Pull(args) => pull::run(&config, args),
         Command::Profile(command) => profile::run(&config, command),
         Command::Cache(command) => cache::run(&config, command),
+    }
+}
+
+/// Allows as many open files as this user may have. With fewer, devices of layers are closed and opened again.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
+        true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
+        false => Ok(()),
+    });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
 

@@ -22,6 +22,7 @@ mod checksum;
 mod evict;
 mod file;
 mod geometry;
+mod handle;
 mod verify;
 mod writer;
 
@@ -117,7 +118,7 @@ impl DataDevice {
                 opened => (opened, true),
             };
             match file {
-                Ok(file) => match DeviceFile::open(file, writable, geometry.clone())? {
+                Ok(file) => match DeviceFile::open(file, path, writable, geometry.clone())? {
                     Some(file) => return Ok(Self { file: Arc::new(file) }),
                     None => gone(std::fs::remove_file(path))?,
                 },
@@ -293,7 +294,7 @@ impl DataDevice {
         summer.span(span);
         for piece in pieces {
             let content = &bytes[piece.span as usize..(piece.span + piece.len) as usize];
-            self.file.file().write_all_at(content, piece.device)?;
+            self.file.file()?.write_all_at(content, piece.device)?;
             summer.content(piece.device, content, &mut done);
         }
         summer.close(self.file.geometry().range(span).end, &mut done);

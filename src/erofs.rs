@@ -26,7 +26,7 @@ mod xattr;
 pub use dirent::FileType;
 pub use map::Mapping;
 pub use read::{Entries, Entry, Inode, Reader};
-pub use write::{WriteSummary, write};
+pub use write::{Planned, WriteSummary, write};
 pub use xattr::{Xattr, XattrIter};
 
 use crate::tree::LayerIdx;
@@ -61,6 +61,19 @@ pub enum ErofsError {
         /// Chunks of it and of files before it.
         chunks: u64,
         /// Chunks allowed.
+        limit: u64,
+    },
+    /// More metadata than may be held in memory.
+    #[error(
+        "up to {}, the tree takes {} MiB, more than the {} MiB that are allowed; a larger --memory allows more",
+        path.escape_ascii(), bytes.div_ceil(1 << 20), limit >> 20
+    )]
+    TooMuchMetadata {
+        /// The file that passed the limit.
+        path: Box<[u8]>,
+        /// Bytes with it.
+        bytes: u64,
+        /// Bytes allowed.
         limit: u64,
     },
     /// More extended attributes than an inode can have.

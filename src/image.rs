@@ -21,7 +21,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use futures::StreamExt as _;
-use futures::stream::FuturesUnordered;
 use tokio::runtime::Handle;
 use tokio::sync::OnceCell;
 
@@ -35,12 +34,16 @@ use crate::blob::{BlobError, ImageSource};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
+use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::Recorder;
 use crate::resolve::ResolvedImage;
 use crate::store::{Store, StoreError};
-use crate::toc::Toc;
-use crate::tree::{LayerIdx, Merger, TreeError};
+use crate::toc::PackedToc;
+use crate::tree::{LayerIdx, Merger, Tree, TreeError};
+
+/// Layers that are being opened at a time. Each has a few files open meanwhile, of which a process may not have many.
+const OPENING: usize = 64;
 
 /// Why an image cannot be made readable.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +61,9 @@ pub enum ImageError {
     /// The tree could not be written or read back.
     #[error("cannot build the tree: {0}")]
     Tree(#[from] ErofsError),
+    /// The tree is larger than may be held in memory.
+    #[error("the tree of the image takes {0}")]
+    TooMuchMemory(#[from] OverLimit),
     /// The tree could not be read from the store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -145,20 +151,29 @@ impl Preparation {
         let sizes: Vec<u64> = layers.iter().map(|l| l.device_size()).collect();
         let manifest = self.resolved.manifest_document.digest.clone();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
-        let tocs: HashMap<Digest, Option<Toc>> = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
-        let (store, budget) = (context.store.clone(), context.budget.clone());
+        let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
+        let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
         let building = tokio::task::spawn_blocking(move || {
             let tree = match tree_file::open(&store, &manifest, &sizes) {
                 Some(tree) => tree,
-                None => tree_file::build(&store, &budget, &manifest, &merge(&store, &order, &tocs)?, &sizes)?,
+                None => {
+                    let made = tree_file::make(&store, &budget, &manifest, &sizes, &tables, || {
+                        merge(&store, &order, &tocs, &tables)
+                    });
+                    drop(tocs);
+                    made?
+                }
             };
+            let mut charge = tables.charge();
+            charge.exactly(tree.image().len() as u64)?;
             let programs = programs(&store, &manifest, &tree, &order);
-            Ok::<_, ImageError>((tree, programs))
+            Ok::<_, ImageError>((tree, charge, programs))
         });
-        let (tree, programs) = building.await.map_err(|_| ImageError::Interrupted)??;
+        let (tree, charge, programs) = building.await.map_err(|_| ImageError::Interrupted)??;
         Ok(Image {
             resolved: self.resolved.clone(),
             tree,
+            _charge: charge,
             layers,
             programs,
             eager: AtomicBool::new(false),
@@ -174,13 +189,13 @@ impl Preparation {
         order.sort_by_key(|&i| self.resolved.layers()[i].size);
         let largest = usize::from(!order.is_empty());
         order.rotate_right(largest);
-        let mut opening = FuturesUnordered::new();
+        let mut wanted = Vec::new();
         let mut seen: HashMap<Digest, &DiffId> = HashMap::new();
         for i in order {
             let descriptor = self.resolved.layers()[i].clone();
             let diff_id = &self.resolved.diff_ids()[i];
             match seen.insert(descriptor.digest.clone(), diff_id) {
-                None => opening.push(self.open_layer(context, descriptor, i)),
+                None => wanted.push((descriptor, i)),
                 Some(other) if other == diff_id => {}
                 Some(other) => {
                     return Err(ImageError::Layer(OpenError::FirstPass(FirstPassError::DiffId {
@@ -191,6 +206,9 @@ impl Preparation {
                 }
             }
         }
+        let mut opening = futures::stream::iter(wanted)
+            .map(|(descriptor, i)| self.open_layer(context, descriptor, i))
+            .buffer_unordered(OPENING);
         let mut opened = HashMap::new();
         while let Some(result) = opening.next().await {
             let (digest, layer) = result?;
@@ -228,19 +246,25 @@ fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[
     })
 }
 
-/// Merges the layers' tables, base first; a layer that was indexed earlier has its table in the store.
-fn merge(
-    store: &Store,
-    order: &[Digest],
-    tocs: &HashMap<Digest, Option<Toc>>,
-) -> Result<crate::tree::Tree, ImageError> {
-    let mut merger = Merger::new();
+/// Tables of contents that the store does not have, with the memory they take.
+type Tocs = HashMap<Digest, Option<(PackedToc, Charge)>>;
+
+/// Merges the layers' tables, base first, one in memory at a time if the store has them.
+fn merge(store: &Store, order: &[Digest], tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
+    let mut merger = Merger::charged(tables.charge())?;
     for (position, digest) in order.iter().enumerate() {
         let position = LayerIdx(position as u32);
-        match &tocs[digest] {
-            Some(toc) => merger.add(position, toc)?,
-            None => merger.add(position, &layer::stored_toc(store, digest)?)?,
-        }
+        let merged = match &tocs[digest] {
+            Some((toc, _)) => merger.add(position, toc),
+            None => merger.add(position, &layer::stored_toc(store, digest)?),
+        };
+        merged.map_err(|error| match error {
+            TreeError::Toc { source, .. } => ImageError::Layer(OpenError::Toc {
+                layer: digest.clone(),
+                reason: source.to_string(),
+            }),
+            error => ImageError::Merge(error),
+        })?;
     }
     Ok(merger.finish())
 }
@@ -250,6 +274,8 @@ fn merge(
 pub struct Image {
     resolved: Arc<ResolvedImage>,
     tree: Reader<Vec<u8>>,
+    /// Memory of the tree.
+    _charge: Charge,
     layers: Vec<Arc<Layer>>,
     /// What its programs need, if that is known.
     programs: Option<Programs>,

@@ -43,12 +43,15 @@ mod zstd;
 use std::fmt;
 use std::ops::Range;
 
+use crate::memory::OverLimit;
+
 pub use builder::{Identity, SpanIndexBuilder};
 pub use decoder::SpanDecoder;
 pub use layer::{DecodeSink, LayerDecoder, LayerEnd, SpanStart};
 pub use span_index::SpanIndex;
 
-pub(crate) use self::zstd::{WINDOW_LOG_MAX as ZSTD_WINDOW_LOG_MAX, WINDOW_TOO_LARGE as ZSTD_WINDOW_TOO_LARGE};
+pub use self::zstd::Room;
+pub(crate) use self::zstd::{ARCHIVE_WINDOW_LOG_MAX as ZSTD_WINDOW_LOG_MAX, WINDOW_TOO_LARGE as ZSTD_WINDOW_TOO_LARGE};
 
 /// Default distance of restarts, in bytes of tar: a cold read decodes one span in about a millisecond, and the index of a
 /// Debian base layer is 1.05 % of its gzip -6 and 1.2 % of its pigz blob (1.3 and 1.6 % at 384 KiB).
@@ -143,11 +146,21 @@ pub enum IndexError {
         /// What libzstd says.
         reason: &'static str,
     },
-    /// A zstd frame that needs more memory than a reader should spend.
-    #[error("zstd frame near byte {offset} needs a window above 128 MiB: compress the layer with --long=27 or less")]
+    /// A zstd frame with a window that no decoder takes.
+    #[error("zstd frame near byte {offset} needs a window above 2 GiB, which no reader of layers takes")]
     ZstdWindow {
         /// Blob offset in or before the frame.
         offset: u64,
+    },
+    /// A zstd frame that needs more memory than is allowed.
+    #[error("the window of the zstd frame near byte {offset} takes {} MiB, {source}", bytes.div_ceil(1 << 20))]
+    ZstdMemory {
+        /// Blob offset in or before the frame.
+        offset: u64,
+        /// What decoding it takes.
+        bytes: u64,
+        /// The limit.
+        source: OverLimit,
     },
     /// libzstd could not allocate its state.
     #[error("out of memory for a zstd context")]

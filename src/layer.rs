@@ -50,6 +50,7 @@ use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{DataDevice, Piece};
 use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
 use crate::index::{IndexError, SpanId, SpanIndex};
+use crate::memory::Charge;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::store::{LayerDir, Store};
@@ -102,6 +103,8 @@ pub struct Layer {
     blob: Arc<dyn BlobSource>,
     index: SpanIndex,
     extents: ExtentTable,
+    /// Memory of index and extents.
+    _charge: Charge,
     disk: LayerDisk,
     /// Where the device is kept, to make a new one when it is damaged as a whole.
     home: Option<(Store, LayerDir)>,

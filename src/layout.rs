@@ -113,11 +113,11 @@ impl ImageSource for OciLayout {
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
         let (this, digest, size) = (self.clone(), descriptor.digest.clone(), descriptor.size);
         blocking(&self.dir, move || {
-            let (file, len, path) = this.open_blob(&digest)?;
+            let (_, len, path) = this.open_blob(&digest)?;
             if u64::try_from(size) != Ok(len) {
                 return Err(wrong_size(&path, size, len));
             }
-            let blob: Arc<dyn BlobSource> = Arc::new(FileBlob::new(Arc::new(file), path.into(), digest, 0, len));
+            let blob: Arc<dyn BlobSource> = Arc::new(FileBlob::whole(path.into(), digest, len));
             Ok(blob)
         })
         .await

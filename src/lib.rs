@@ -29,7 +29,7 @@
 //!
 //! | level | modules |
 //! |---|---|
-//! | 0 | [`oci`] |
+//! | 0 | [`oci`] [`memory`] |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
 //! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] [`fetch`] |
 //! | 3 | [`layer`] [`erofs`] |
@@ -51,6 +51,7 @@ pub mod image;
 pub mod index;
 pub mod layer;
 pub mod layout;
+pub mod memory;
 pub mod mount;
 pub mod oci;
 pub mod profile;

@@ -1,6 +1,6 @@
 //! Table of contents of one layer: what is where in its tar, as values.
 //!
-//! [`TarReader`] is fed the bytes of a tar in order and makes the [`Toc`]; while doing so it says at which address of the layer's
+//! [`TarReader`] is fed the bytes of a tar in order and makes the table; while doing so it says at which address of the layer's
 //! data device each content byte belongs. The data device is an address space of its own: the content of every regular file
 //! in tar order, each file beginning at a multiple of [`DEVICE_BLOCK`]. It depends on nothing but the tar, so every host and
 //! every kind of index sees the same addresses.
@@ -12,13 +12,18 @@
 //! ```text
 //! tar bytes --> reader --> header, pax, sparse     what one entry says of itself
 //!                  |
-//!                  +-----> builder                 names, whiteouts, xattr filter, device addresses --> Toc
-//! Toc <-> codec                                    the whole table as a file
-//! Toc --> ExtentTable                              only where the bytes lie; used in place, without decoding
+//!                  +-----> builder                 names, whiteouts, xattr filter, device addresses
+//!                             |
+//!                             +-----> PackedToc      the table as compressed bytes, in memory and as a file
+//!                             +-----> ExtentTable    only where the bytes lie; used in place, without decoding
+//! PackedToc <-> Toc                                  all entries at once, as values
 //! ```
+//! A table can have millions of entries, so the program holds it packed and reads it from front to back ([`Entries`]).
+//!
 //! What a tar means is taken from the engines that unpack layers (containerd, docker, podman), not from POSIX where the two
 //! differ: global pax headers are dropped, a symbolic link's mode is 0777, `trusted.*` attributes do not survive.
 
+mod attributes;
 mod builder;
 mod codec;
 mod error;
@@ -30,9 +35,13 @@ mod reader;
 mod sparse;
 mod xattr;
 
+pub use attributes::{Attribute, AttributeId, Attributes};
+pub use codec::{AttributeRef, Entries, PackedEntry, PackedToc};
 pub use error::{NameProblem, TocError};
 pub use extents::ExtentTable;
 pub use reader::{Limits, TarReader};
+
+use crate::memory::Charge;
 
 /// Alignment of every file in the data device, and the block size of the EROFS image.
 pub const DEVICE_BLOCK: u64 = 4096;
@@ -48,6 +57,19 @@ pub struct Toc {
     pub device_size: u64,
     /// Oddities that were tolerated, for the log; at most a few dozen.
     pub warnings: Vec<String>,
+}
+
+/// What reading a tar gives.
+#[derive(Debug)]
+pub struct Tables {
+    /// What is where.
+    pub toc: PackedToc,
+    /// Where content lies.
+    pub extents: ExtentTable,
+    /// Oddities that were tolerated, for the log; at most a few dozen.
+    pub warnings: Vec<String>,
+    /// The memory these take.
+    pub charge: Charge,
 }
 
 /// A run of content bytes that is contiguous in the tar and in the data device. Length is in bytes and never zero.
@@ -75,7 +97,7 @@ pub struct TocEntry {
 }
 
 /// Name and value of extended attributes, sorted by name.
-pub type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+pub type Xattrs = Vec<Attribute>;
 
 /// What stat(2) shows of an entry besides its type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

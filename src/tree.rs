@@ -8,6 +8,7 @@
 //! breadth-first order, a directory's children by name, so equal layers give equal trees.
 
 mod arena;
+mod finished;
 mod layer;
 #[cfg(test)]
 mod matrix;
@@ -15,11 +16,14 @@ mod merge;
 #[cfg(test)]
 mod model;
 
+pub use finished::Tree;
+pub(crate) use finished::{Children, View};
 pub use merge::Merger;
 
-use crate::toc::{DeviceNumber, FileData, Metadata, Xattrs};
+use crate::memory::OverLimit;
+use crate::toc::{DeviceNumber, FileData, Metadata, TocError, Xattrs};
 
-/// Position of a node in [`Tree::nodes`].
+/// Number of a node in its [`Tree`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u32);
 
@@ -27,19 +31,7 @@ pub struct NodeId(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerIdx(pub u32);
 
-/// The merged tree.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree {
-    /// All inodes; [`Tree::ROOT`] first.
-    pub nodes: Vec<Node>,
-}
-
-impl Tree {
-    /// The root directory.
-    pub const ROOT: NodeId = NodeId(0);
-}
-
-/// One inode.
+/// One inode, as a value: what [`Tree::node`] gives.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     /// Mode, owner, time. The mode of a symlink is 0777.
@@ -118,11 +110,31 @@ pub enum TreeError {
         /// What is wrong with the symlinks on the way.
         reason: &'static str,
     },
-    /// More inodes than 32 bits count.
-    #[error("layer {}: the image has more than {} inodes", layer.0, u32::MAX)]
+    /// More inodes than the limit.
+    #[error("layer {}: with {}, the image has more than 33554432 files and directories", layer.0, show(path))]
     TooManyInodes {
         /// Layer in which the count ran over.
         layer: LayerIdx,
+        /// Path of the entry.
+        path: Box<[u8]>,
+    },
+    /// The merged tree takes more memory than the image may.
+    #[error("layer {}: up to {}, the files of the image take {source}", layer.0, show(path))]
+    TooMuchMemory {
+        /// Layer in which the memory ran out.
+        layer: LayerIdx,
+        /// Path of the entry.
+        path: Box<[u8]>,
+        /// The limit.
+        source: OverLimit,
+    },
+    /// A table of contents is damaged.
+    #[error("layer {}: {source}", layer.0)]
+    Toc {
+        /// The layer.
+        layer: LayerIdx,
+        /// What is wrong with its table.
+        source: TocError,
     },
 }
 

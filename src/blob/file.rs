@@ -1,7 +1,8 @@
 //! Blobs in local files: a whole file, or a range of one (a member of an uncompressed archive).
 //!
-//! Reads are positioned (`pread`), so streams share one descriptor; they run on the blocking pool, one piece at a time, so a
-//! stream holds one piece of memory however long it is and stops when it is dropped.
+//! Reads are positioned (`pread`) and run on the blocking pool, one piece at a time, so a stream holds one piece of memory
+//! however long it is and stops when it is dropped. Blobs that are ranges of one file share its descriptor; one that is a file
+//! of its own is opened for each stream, because an image can have more layers than a process may have files open.
 
 use std::fs::File;
 use std::ops::Range;
@@ -22,7 +23,8 @@ const PIECE: u64 = 512 << 10;
 /// A blob that is a range of a local file.
 #[derive(Debug, Clone)]
 pub struct FileBlob {
-    file: Arc<File>,
+    /// None if it is opened when it is read.
+    file: Option<Arc<File>>,
     path: Arc<Path>,
     digest: Digest,
     offset: u64,
@@ -30,15 +32,34 @@ pub struct FileBlob {
 }
 
 impl FileBlob {
+    /// The blob that is the whole file at `path`, of `size` bytes.
+    pub fn whole(path: Arc<Path>, digest: Digest, size: u64) -> Self {
+        Self {
+            file: None,
+            path,
+            digest,
+            offset: 0,
+            size,
+        }
+    }
+
     /// The blob of `size` bytes at `offset` in `file`; `path` is for error messages.
     pub fn new(file: Arc<File>, path: Arc<Path>, digest: Digest, offset: u64, size: u64) -> Self {
         Self {
-            file,
+            file: Some(file),
             path,
             digest,
             offset,
             size,
         }
+    }
+
+    async fn open(&self) -> Result<Arc<File>, BlobError> {
+        if let Some(file) = &self.file {
+            return Ok(file.clone());
+        }
+        let path = self.path.clone();
+        blocking(&self.path, move || open_regular(&path).map(|(file, _)| Arc::new(file))).await
     }
 }
 
@@ -59,15 +80,16 @@ impl BlobSource for FileBlob {
                 reason: format!("the blob has {} bytes", self.size),
             });
         }
-        let pieces = futures::stream::try_unfold((self.clone(), range), |(blob, rest)| async move {
+        let file = self.open().await?;
+        let pieces = futures::stream::try_unfold((self.clone(), file, range), |(blob, file, rest)| async move {
             if rest.is_empty() {
                 return Ok(None);
             }
             let end = rest.end.min(rest.start + PIECE);
             let (offset, len) = (blob.offset + rest.start, end - rest.start);
-            let (file, path) = (Arc::clone(&blob.file), Arc::clone(&blob.path));
-            let piece = blocking(&blob.path, move || read_piece(&file, &path, offset, len)).await?;
-            Ok(Some((piece, (blob, end..rest.end))))
+            let (source, path) = (Arc::clone(&file), Arc::clone(&blob.path));
+            let piece = blocking(&blob.path, move || read_piece(&source, &path, offset, len)).await?;
+            Ok(Some((piece, (blob, file, end..rest.end))))
         });
         Ok(pieces.boxed())
     }

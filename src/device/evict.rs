@@ -158,7 +158,7 @@ fn candidates(victims: &[Victim], trees: &[StoredTree]) -> Vec<(u64, Candidate)>
 /// goes.
 fn open(dir: LayerDir) -> Option<Victim> {
     let opened = File::options().read(true).write(true).open(dir.data());
-    match opened.and_then(DeviceFile::open_unknown) {
+    match opened.and_then(|file| DeviceFile::open_unknown(file, &dir.data())) {
         Ok(Some(device)) if dir.spans().exists() => Some(Victim {
             dir,
             device: Arc::new(device),
@@ -214,7 +214,7 @@ pub(super) fn evict_span(device: &Arc<DeviceFile>, span: u32) -> io::Result<Opti
         return Ok(None);
     }
     clear(device, span)?;
-    let usage = || device.file().metadata().map(|m| on_disk(&m));
+    let usage = || device.file()?.metadata().map(|m| on_disk(&m));
     let before = usage()?;
     let geometry = device.geometry();
     let range = geometry.range(span);
@@ -244,7 +244,7 @@ pub(super) fn evict_span(device: &Arc<DeviceFile>, span: u32) -> io::Result<Opti
     };
     if start < end {
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(device.file(), mode, start as i64, (end - start) as i64)?;
+        fallocate(&*device.file()?, mode, start as i64, (end - start) as i64)?;
     }
     Ok(Some(before.saturating_sub(usage()?)))
 }

@@ -28,6 +28,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -36,6 +37,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl,
 use nix::libc;
 
 use super::geometry::{Check, Geometry};
+use super::handle::Handle;
 use crate::toc::DEVICE_BLOCK;
 
 const MAGIC: &[u8; 8] = b"OCIFSDV2";
@@ -83,9 +85,8 @@ impl Record {
 /// An open device file.
 #[derive(Debug)]
 pub(super) struct DeviceFile {
-    file: File,
+    handle: Handle,
     geometry: Geometry,
-    writable: bool,
     /// For each span, when this process last stamped it, in seconds since `opened`, plus one.
     stamps: Vec<AtomicU32>,
     opened: u64,
@@ -123,19 +124,22 @@ impl DeviceFile {
         file.write_all_at(&end, length(geometry.size, geometry.spans()) - END)
     }
 
-    /// Opens a file; none if it is not of this geometry.
-    pub(super) fn open(file: File, writable: bool, geometry: Geometry) -> io::Result<Option<Self>> {
+    /// Takes the file that was opened at `path`; none if it is not of this geometry.
+    pub(super) fn open(file: File, path: &Path, writable: bool, geometry: Geometry) -> io::Result<Option<Self>> {
         if geometry.size > LARGEST || file.metadata()?.len() != length(geometry.size, geometry.spans()) {
             return Ok(None);
         }
         let expected = header(&geometry);
         let mut found = vec![0; expected.len()];
         file.read_exact_at(&mut found, tail(geometry.size))?;
-        Ok((found == expected).then(|| Self::new(file, writable, geometry)))
+        if found != expected {
+            return Ok(None);
+        }
+        Ok(Some(Self::new(Handle::new(file, path, writable)?, geometry)))
     }
 
-    /// Opens a file without knowing its layer's index; none if it is no device, or damaged.
-    pub(super) fn open_unknown(file: File) -> io::Result<Option<Self>> {
+    /// Takes the file that was opened at `path` without knowing its layer's index; none if it is no device, or damaged.
+    pub(super) fn open_unknown(file: File, path: &Path) -> io::Result<Option<Self>> {
         let all = file.metadata()?.len();
         let mut end = [0; END as usize];
         let Some(end_at) = all.checked_sub(END) else {
@@ -168,22 +172,13 @@ impl DeviceFile {
         if !ascending || expected[..HEADER as usize] != head {
             return Ok(None);
         }
-        Ok(Some(Self::new(file, true, geometry)))
+        Ok(Some(Self::new(Handle::new(file, path, true)?, geometry)))
     }
 
-    fn new(file: File, writable: bool, geometry: Geometry) -> Self {
-        // Records and checksums are a thousandth of the content, and every read needs some: in one go, beside whatever else is
-        // done, rather than a page with each first read of a place. It is a hint.
-        let (start, end) = (tail(geometry.size), length(geometry.size, geometry.spans()));
-        let _ = posix_fadvise(
-            &file,
-            start as i64,
-            (end - start) as i64,
-            PosixFadviseAdvice::POSIX_FADV_WILLNEED,
-        );
+    fn new(handle: Handle, geometry: Geometry) -> Self {
+        read_ahead(&handle, &geometry);
         Self {
-            file,
-            writable,
+            handle,
             stamps: geometry.heads.iter().map(|_| AtomicU32::new(0)).collect(),
             opened: now(),
             geometry,
@@ -194,21 +189,23 @@ impl DeviceFile {
         &self.geometry
     }
 
-    pub(super) fn file(&self) -> &File {
-        &self.file
+    /// The open file. It stays open for as long as the caller has it.
+    pub(super) fn file(&self) -> io::Result<Arc<File>> {
+        self.handle.file()
     }
 
     /// Whether the file can be written.
     pub(super) fn is_writable(&self) -> bool {
-        self.writable
+        self.handle.is_writable()
     }
 
     /// Reads content into several buffers, one behind the other.
     pub(super) fn read_content(&self, mut offset: u64, buffers: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         let mut left = &mut buffers[..];
         IoSliceMut::advance_slices(&mut left, 0);
+        let file = self.file()?;
         while !left.is_empty() {
-            match nix::sys::uio::preadv(&self.file, left, offset as i64) {
+            match nix::sys::uio::preadv(&*file, left, offset as i64) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => {
                     offset += read as u64;
@@ -229,7 +226,7 @@ impl DeviceFile {
     pub(super) fn read_records(&self, spans: Range<u32>) -> io::Result<Vec<Record>> {
         let mut bytes = vec![0; RECORD as usize * spans.len()];
         let at = self.records() + RECORD * u64::from(spans.start);
-        self.file.read_exact_at(&mut bytes, at)?;
+        self.file()?.read_exact_at(&mut bytes, at)?;
         Ok(bytes.chunks_exact(RECORD as usize).map(Record::decode).collect())
     }
 
@@ -237,7 +234,7 @@ impl DeviceFile {
     pub(super) fn record(&self, span: u32) -> io::Result<Record> {
         let mut bytes = [0; RECORD as usize];
         let at = self.records() + RECORD * u64::from(span);
-        self.file.read_exact_at(&mut bytes, at)?;
+        self.file()?.read_exact_at(&mut bytes, at)?;
         Ok(Record::decode(&bytes))
     }
 
@@ -250,7 +247,7 @@ impl DeviceFile {
             last_used,
         };
         let at = self.records() + RECORD * u64::from(span);
-        self.file.write_all_at(&record.encode(), at)
+        self.file()?.write_all_at(&record.encode(), at)
     }
 
     /// Checksums of blocks, as recorded.
@@ -258,7 +255,7 @@ impl DeviceFile {
         let count = usize::try_from(blocks.end.saturating_sub(blocks.start)).map_err(io::Error::other)?;
         let mut bytes = vec![0; CHECK as usize * count];
         let at = checks(self.geometry.size, self.geometry.spans()) + CHECK * blocks.start;
-        self.file.read_exact_at(&mut bytes, at)?;
+        self.file()?.read_exact_at(&mut bytes, at)?;
         Ok(bytes
             .chunks_exact(CHECK as usize)
             .map(|check| u32_at(check, 0))
@@ -267,7 +264,7 @@ impl DeviceFile {
 
     /// Records checksums of consecutive blocks from `block` on.
     pub(super) fn write_checks(&self, block: u64, run: &[u32]) -> io::Result<()> {
-        write_checks(&self.file, &self.geometry, block, run)
+        write_checks(&*self.file()?, &self.geometry, block, run)
     }
 
     /// Forgets the checksums of some blocks.
@@ -279,7 +276,7 @@ impl DeviceFile {
         // Most of such a span is a hole, and so is most of its checksums.
         let at = checks(self.geometry.size, self.geometry.spans()) + CHECK * blocks.start;
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&self.file, mode, at as i64, (CHECK * count) as i64)?)
+        Ok(fallocate(&*self.file()?, mode, at as i64, (CHECK * count) as i64)?)
     }
 
     /// The checksum that is recorded for one fragment.
@@ -296,12 +293,13 @@ impl DeviceFile {
         let since = u32::try_from(now.saturating_sub(self.opened)).unwrap_or(u32::MAX - 1) + 1;
         let stamp = &self.stamps[span as usize];
         let before = stamp.load(Ordering::Relaxed);
-        if !self.writable || (before != 0 && since - before.min(since) < TOUCH_SECONDS) {
+        if !self.is_writable() || (before != 0 && since - before.min(since) < TOUCH_SECONDS) {
             return;
         }
         stamp.store(since, Ordering::Relaxed);
         let at = self.records() + RECORD * u64::from(span) + 8;
-        if let Err(error) = self.file.write_all_at(&now.to_le_bytes(), at) {
+        let noted = self.file().and_then(|file| file.write_all_at(&now.to_le_bytes(), at));
+        if let Err(error) = noted {
             tracing::debug!(%error, span, "cannot note the use of a span");
         }
     }
@@ -310,15 +308,16 @@ impl DeviceFile {
     pub(super) fn try_lock(self: &Arc<Self>, ranges: &[Range<u32>]) -> io::Result<SpanLock> {
         let mut lock = SpanLock {
             device: self.clone(),
+            file: self.file()?,
             ranges: Vec::with_capacity(ranges.len()),
         };
         for range in ranges {
-            if lock_range(self, range, LockAction::Try)? {
+            if lock_range(self, &lock.file, range, LockAction::Try)? {
                 lock.ranges.push(range.clone());
                 continue;
             }
             for span in range.clone() {
-                if lock_range(self, &(span..span + 1), LockAction::Try)? {
+                if lock_range(self, &lock.file, &(span..span + 1), LockAction::Try)? {
                     lock.ranges.push(span..span + 1);
                 }
             }
@@ -330,6 +329,20 @@ impl DeviceFile {
     pub(super) fn try_lock_one(self: &Arc<Self>, span: u32) -> io::Result<Option<SpanLock>> {
         let lock = self.try_lock(std::slice::from_ref(&(span..span + 1)))?;
         Ok((!lock.ranges.is_empty()).then_some(lock))
+    }
+}
+
+/// Has records and checksums read in one go, beside whatever else is done, rather than a page with each first read of a place:
+/// they are a thousandth of the content, and every read needs some. It is a hint, so failing does not matter.
+fn read_ahead(handle: &Handle, geometry: &Geometry) {
+    let (start, end) = (tail(geometry.size), length(geometry.size, geometry.spans()));
+    if let Ok(file) = handle.file() {
+        let _ = posix_fadvise(
+            &*file,
+            start as i64,
+            (end - start) as i64,
+            PosixFadviseAdvice::POSIX_FADV_WILLNEED,
+        );
     }
 }
 
@@ -414,7 +427,7 @@ enum LockAction {
 }
 
 /// Whether it was done: false if somebody else has part of it.
-fn lock_range(device: &DeviceFile, spans: &Range<u32>, action: LockAction) -> io::Result<bool> {
+fn lock_range(device: &DeviceFile, file: &File, spans: &Range<u32>, action: LockAction) -> io::Result<bool> {
     let kind = match action {
         LockAction::Try => libc::F_WRLCK,
         LockAction::Release => libc::F_UNLCK,
@@ -426,7 +439,7 @@ fn lock_range(device: &DeviceFile, spans: &Range<u32>, action: LockAction) -> io
         l_len: i64::from(spans.end) - i64::from(spans.start),
         l_pid: 0,
     };
-    match fcntl(&device.file, FcntlArg::F_OFD_SETLK(&lock)) {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
         Ok(_) => Ok(true),
         Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
         Err(e) => Err(e.into()),
@@ -437,6 +450,8 @@ fn lock_range(device: &DeviceFile, spans: &Range<u32>, action: LockAction) -> io
 #[derive(Debug)]
 pub struct SpanLock {
     device: Arc<DeviceFile>,
+    /// Locks belong to the descriptor they were taken with, and end with it.
+    file: Arc<File>,
     ranges: Vec<Range<u32>>,
 }
 
@@ -455,7 +470,7 @@ impl SpanLock {
 impl Drop for SpanLock {
     fn drop(&mut self) {
         for range in &self.ranges {
-            let unlocked = lock_range(&self.device, range, LockAction::Release);
+            let unlocked = lock_range(&self.device, &self.file, range, LockAction::Release);
             if let Err(error) = unlocked {
                 tracing::error!(%error, "cannot release a span lock");
             }

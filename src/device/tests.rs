@@ -25,7 +25,8 @@ fn open(root: &Path, spans: u32) -> DataDevice {
 
 /// The file as another process has it.
 fn other(root: &Path, spans: u32) -> Arc<DeviceFile> {
-    Arc::new(DeviceFile::open(raw(root), true, geometry_of(spans)).unwrap().unwrap())
+    let opened = DeviceFile::open(raw(root), &layer_dir(root).data(), true, geometry_of(spans));
+    Arc::new(opened.unwrap().unwrap())
 }
 
 /// The file as anybody may open it.
@@ -312,7 +313,7 @@ fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir) 
     let tar = tar.into_inner().unwrap();
     let mut reader = TarReader::new(Limits::default());
     reader.push(&tar, &mut |_, _| ()).unwrap();
-    let extents = reader.finish().unwrap().extent_table();
+    let extents = reader.finish().unwrap().extents;
     let mut builder = SpanIndexBuilder::new(Compression::Tar).unwrap();
     for (span, bytes) in (0..count).zip(tar.chunks(SPAN as usize)) {
         let offset = u64::from(span) * SPAN;

@@ -40,7 +40,7 @@ fn verify_file<B: AsRef<[u8]>>(dir: &LayerDir, geometry: Geometry, extents: &Ext
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(verified),
         Err(e) => return Err(e),
     };
-    let Some(file) = DeviceFile::open(file, true, geometry)? else {
+    let Some(file) = DeviceFile::open(file, &dir.data(), true, geometry)? else {
         gone(std::fs::remove_file(dir.data()))?;
         verified.dropped = 1;
         return Ok(verified);

@@ -102,7 +102,7 @@ impl DeviceWriter {
         let publish = || {
             DeviceFile::write(self.draft.file(), &geometry, Some(&self.checks))?;
             let file = self.draft.publish(&path)?;
-            DeviceFile::open(file, true, geometry)?
+            DeviceFile::open(file, &path, true, geometry)?
                 .ok_or_else(|| std::io::Error::other("it changed while it was written"))
         };
         let file = Arc::new(publish().map_err(DeviceError::at(&path))?);

@@ -62,6 +62,8 @@ pub(super) struct Superblock {
     pub uuid: [u8; 16],
     pub label: [u8; 16],
     pub incompat: u32,
+    /// First block of the attributes that inodes share; 0 if there are none.
+    pub xattr_block: u32,
 }
 
 impl Superblock {
@@ -74,6 +76,7 @@ impl Superblock {
         put(bytes, 14, &self.root_nid.to_le_bytes());
         put(bytes, 16, &self.inodes.to_le_bytes());
         put(bytes, 36, &self.blocks.to_le_bytes());
+        put(bytes, 44, &self.xattr_block.to_le_bytes());
         put(bytes, 48, &self.uuid);
         put(bytes, 64, &self.label);
         put(bytes, 80, &self.incompat.to_le_bytes());
@@ -119,6 +122,7 @@ impl Superblock {
             root_nid: u16_at(bytes, 14).ok_or_else(truncated)?,
             inodes: u64_at(bytes, 16).ok_or_else(truncated)?,
             blocks: u32_of(36)?,
+            xattr_block: u32_of(44)?,
             uuid: *bytes.get(48..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?,
             label: *bytes.get(64..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?,
             incompat,

@@ -4,9 +4,8 @@
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{FileType, Measure};
 use crate::erofs::format::{BLOCK, FIRST_INODE, INODE, Layout, SLOT};
-use crate::erofs::xattr;
-use crate::toc::{DataLayout, FileData};
-use crate::tree::{LayerIdx, Node, NodeId, NodeKind, Tree};
+use crate::erofs::xattr::Shared;
+use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
 /// Entries of chunk maps in one image: 256 MiB of them. A few header bytes in a tar can claim exabytes of holes.
 const MAX_CHUNKS: u64 = 1 << 26;
@@ -38,8 +37,11 @@ pub(super) struct Plan {
     pub nids: Vec<u32>,
     /// By node; of no meaning for anything but directories.
     pub parents: Vec<NodeId>,
+    pub shared: Shared,
     /// First block behind the inodes.
     pub first_block: u64,
+    /// First block of the shared attributes, which come last.
+    pub xattr_block: u64,
     /// All metadata blocks.
     pub metadata_blocks: u64,
     /// First block of each layer's data device, then that behind the last.
@@ -59,11 +61,14 @@ enum Flaw {
 }
 
 impl Plan {
-    pub fn new(tree: &Tree, devices: &[u64]) -> Result<Self, ErofsError> {
+    /// `limit` is the most bytes that the image may have.
+    pub fn new(tree: &Tree, devices: &[u64], limit: u64) -> Result<Self, ErofsError> {
         let mut plan = Self {
-            nids: Vec::with_capacity(tree.nodes.len()),
-            parents: vec![Tree::ROOT; tree.nodes.len()],
+            nids: Vec::with_capacity(tree.len()),
+            parents: vec![Tree::ROOT; tree.len()],
+            shared: Shared::of(tree),
             first_block: 0,
+            xattr_block: 0,
             metadata_blocks: 0,
             device_starts: Vec::new(),
             any_xattrs: false,
@@ -78,20 +83,28 @@ impl Plan {
         };
         let mut chunks = 0;
         let mut position = FIRST_INODE;
-        let mut blocks = 0;
-        for (number, node) in tree.nodes.iter().enumerate() {
-            let id = NodeId(number as u32);
-            let shape = plan
-                .visit(id, node, devices, &mut chunks)
-                .map_err(|flaw| flaw.at(tree, id))?;
+        let mut blocks = plan.shared.bytes.div_ceil(BLOCK);
+        for number in 0..tree.len() as u32 {
+            let id = NodeId(number);
+            let visited = plan.visit(id, tree, devices, &mut chunks);
+            let shape = visited.map_err(|flaw| flaw.at(path_of(tree, &plan.parents, id)))?;
             position = place(position, &shape);
             let nid = u32::try_from(position / SLOT).map_err(|_| too_large(position / BLOCK))?;
             plan.nids.push(nid);
             position = (position + INODE + u64::from(shape.xattr_size) + shape.extra).next_multiple_of(SLOT);
             blocks += shape.blocks;
+            let bytes = (position.div_ceil(BLOCK) + blocks) * BLOCK;
+            if bytes > limit {
+                return Err(ErofsError::TooMuchMetadata {
+                    path: path_of(tree, &plan.parents, id),
+                    bytes,
+                    limit,
+                });
+            }
         }
         plan.first_block = position.div_ceil(BLOCK);
         plan.metadata_blocks = plan.first_block + blocks;
+        plan.xattr_block = plan.metadata_blocks - plan.shared.bytes.div_ceil(BLOCK);
         if plan.metadata_blocks.saturating_add(device_blocks) > u64::from(u32::MAX) {
             return Err(too_large(plan.metadata_blocks));
         }
@@ -100,47 +113,56 @@ impl Plan {
     }
 
     /// Checks a node and counts what it needs.
-    fn visit(&mut self, id: NodeId, node: &Node, devices: &[u64], chunks: &mut u64) -> Result<Shape, Flaw> {
-        let (xattr_size, dropped) =
-            xattr::measure(&node.xattrs).map_err(|(size, limit)| Flaw::Xattrs { size, limit })?;
+    fn visit(&mut self, id: NodeId, tree: &Tree, devices: &[u64], chunks: &mut u64) -> Result<Shape, Flaw> {
+        let (xattr_size, dropped) = self
+            .shared
+            .measure(tree, id)
+            .map_err(|(size, limit)| Flaw::Xattrs { size, limit })?;
         self.any_xattrs |= xattr_size > 0;
         self.dropped_xattrs += dropped;
-        match &node.kind {
-            NodeKind::Directory(children) => {
-                for (name, child) in children {
-                    check_name(name)?;
-                    let parent = self.parents.get_mut(child.0 as usize);
+        let view = tree.view(id);
+        match view {
+            View::Directory(children) => {
+                for index in 0..children.len() {
+                    check_name(children.name(index))?;
+                    let parent = self.parents.get_mut(children.node(index).0 as usize);
                     *parent.ok_or(Flaw::Unstorable("an entry leads to no node"))? = id;
                 }
-                if !children.windows(2).all(|pair| pair[0].0 < pair[1].0) {
+                if !(1..children.len()).all(|index| children.name(index - 1) < children.name(index)) {
                     return Err(Flaw::Unstorable("its entries are not sorted, or one occurs twice"));
                 }
             }
-            NodeKind::Regular { layer, data } => {
-                let device = devices.get(layer.0 as usize).copied().ok_or(Flaw::Outside(*layer))?;
-                check_data(*layer, data, device)?;
-                if let DataLayout::Chunked { chunk_bits, .. } = data.layout
-                    && data.size > 0
-                {
+            View::Flat { layer, size, device } => {
+                let inside = Inside::of(layer, size, devices)?;
+                inside.check(size == 0 || inside.holds(device, size))?;
+            }
+            View::Sparse {
+                layer,
+                size,
+                chunk_bits,
+                chunks: stored,
+            } => {
+                Inside::of(layer, size, devices)?.check_chunks(size, chunk_bits, stored)?;
+                if size > 0 {
                     self.any_chunked = true;
-                    *chunks = chunks.saturating_add(data.size.div_ceil(BLOCK << chunk_bits));
+                    *chunks = chunks.saturating_add(size.div_ceil(BLOCK << chunk_bits));
                     if *chunks > MAX_CHUNKS {
                         return Err(Flaw::Chunks(*chunks));
                     }
                 }
             }
-            NodeKind::Symlink(target) if target.is_empty() || target.len() > MAX_SYMLINK => {
+            View::Symlink(target) if target.is_empty() || target.len() > MAX_SYMLINK => {
                 return Err(Flaw::Unstorable("a symlink target has 1 to 4095 bytes"));
             }
             _ => {}
         }
-        Ok(Shape::of(node, xattr_size))
+        Ok(Shape::of(view, xattr_size))
     }
 }
 
 impl Shape {
     /// The shape of a node whose attributes take `xattr_size` bytes.
-    pub fn of(node: &Node, xattr_size: u32) -> Self {
+    pub fn of(view: View<'_>, xattr_size: u32) -> Self {
         let plain = Self {
             layout: Layout::Plain,
             xattr_size,
@@ -148,29 +170,24 @@ impl Shape {
             extra: 0,
             blocks: 0,
         };
-        match &node.kind {
-            NodeKind::Directory(_) => {
+        match view {
+            View::Directory(children) => {
                 let mut measure = Measure::default();
-                for (name, _) in entries(node) {
+                for (name, _) in entries(children) {
                     measure.add(name);
                 }
                 let (full, tail) = measure.finish();
                 plain.stored(full, tail)
             }
-            NodeKind::Symlink(target) => plain.stored(0, target.len() as u64),
-            NodeKind::Regular { data, .. } => match data.layout {
-                DataLayout::Chunked { chunk_bits, .. } if data.size > 0 => Self {
-                    layout: Layout::Chunked,
-                    size: data.size,
-                    extra: data.size.div_ceil(BLOCK << chunk_bits) * 4,
-                    ..plain
-                },
-                _ => Self {
-                    size: data.size,
-                    ..plain
-                },
+            View::Symlink(target) => plain.stored(0, target.len() as u64),
+            View::Sparse { size, chunk_bits, .. } if size > 0 => Self {
+                layout: Layout::Chunked,
+                size,
+                extra: size.div_ceil(BLOCK << chunk_bits) * 4,
+                ..plain
             },
-            NodeKind::CharDevice(_) | NodeKind::BlockDevice(_) | NodeKind::Fifo => plain,
+            View::Flat { size, .. } => Self { size, ..plain },
+            View::Sparse { .. } | View::CharDevice(_) | View::BlockDevice(_) | View::Fifo => plain,
         }
     }
 
@@ -196,14 +213,10 @@ impl Shape {
 }
 
 /// Names and nodes of a directory as stored, with `.` and `..` in their places; those two have no node.
-pub(super) fn entries(node: &Node) -> impl Iterator<Item = (&[u8], Option<NodeId>)> {
-    let children = match &node.kind {
-        NodeKind::Directory(children) => &children[..],
-        _ => &[],
-    };
-    let dot = children.partition_point(|(name, _)| **name < b"."[..]);
-    let dotdot = children.partition_point(|(name, _)| **name < b".."[..]);
-    let range = |from: usize, to: usize| children[from..to].iter().map(|(name, id)| (&name[..], Some(*id)));
+pub(super) fn entries(children: Children<'_>) -> impl Iterator<Item = (&[u8], Option<NodeId>)> {
+    let (dot, dotdot) = (children.before(b"."), children.before(b".."));
+    let range =
+        move |from: usize, to: usize| (from..to).map(move |index| (children.name(index), Some(children.node(index))));
     range(0, dot)
         .chain([(&b"."[..], None)])
         .chain(range(dot, dotdot))
@@ -243,38 +256,52 @@ fn check_name(name: &[u8]) -> Result<(), Flaw> {
     Ok(())
 }
 
-fn check_data(layer: LayerIdx, data: &FileData, device: u64) -> Result<(), Flaw> {
-    if data.size > i64::MAX as u64 {
-        return Err(Flaw::Unstorable("a file has at most 2^63 - 1 bytes"));
+/// The data device of a layer, within which the content of its files must lie.
+struct Inside {
+    layer: LayerIdx,
+    /// Bytes, a multiple of blocks.
+    device: u64,
+}
+
+impl Inside {
+    fn of(layer: LayerIdx, size: u64, devices: &[u64]) -> Result<Self, Flaw> {
+        let device = devices.get(layer.0 as usize).ok_or(Flaw::Outside(layer))?;
+        if size > i64::MAX as u64 {
+            return Err(Flaw::Unstorable("a file has at most 2^63 - 1 bytes"));
+        }
+        let device = device.div_ceil(BLOCK).saturating_mul(BLOCK);
+        Ok(Self { layer, device })
     }
-    let device = device.div_ceil(BLOCK).saturating_mul(BLOCK);
-    let inside = |offset: u64, len: u64| {
+
+    fn holds(&self, offset: u64, len: u64) -> bool {
         let end = offset.checked_add(len);
-        offset.is_multiple_of(BLOCK) && end.is_some_and(|end| end <= device)
-    };
-    let fits = match &data.layout {
-        _ if data.size == 0 => true,
-        DataLayout::Flat { device } => inside(*device, data.size),
-        DataLayout::Chunked { chunk_bits, .. } if *chunk_bits > 31 => {
+        offset.is_multiple_of(BLOCK) && end.is_some_and(|end| end <= self.device)
+    }
+
+    fn check(&self, fits: bool) -> Result<(), Flaw> {
+        if fits { Ok(()) } else { Err(Flaw::Outside(self.layer)) }
+    }
+
+    fn check_chunks(&self, size: u64, chunk_bits: u8, chunks: &[(u32, u64)]) -> Result<(), Flaw> {
+        if size == 0 {
+            return Ok(());
+        }
+        if chunk_bits > 31 {
             return Err(Flaw::Unstorable("its chunks are larger than 2^31 blocks"));
         }
-        DataLayout::Chunked { chunk_bits, chunks } => {
-            let chunk = BLOCK << chunk_bits;
-            if !chunks.windows(2).all(|pair| pair[0].0 < pair[1].0) {
-                return Err(Flaw::Unstorable("its chunks are not in order"));
-            }
-            chunks.iter().all(|(number, offset)| {
-                let start = u64::from(*number).saturating_mul(chunk);
-                start < data.size && inside(*offset, chunk.min(data.size - start))
-            })
+        let chunk = BLOCK << chunk_bits;
+        if !chunks.windows(2).all(|pair| pair[0].0 < pair[1].0) {
+            return Err(Flaw::Unstorable("its chunks are not in order"));
         }
-    };
-    if fits { Ok(()) } else { Err(Flaw::Outside(layer)) }
+        self.check(chunks.iter().all(|(number, offset)| {
+            let start = u64::from(*number).saturating_mul(chunk);
+            start < size && self.holds(*offset, chunk.min(size - start))
+        }))
+    }
 }
 
 impl Flaw {
-    fn at(self, tree: &Tree, id: NodeId) -> ErofsError {
-        let path = path_of(tree, id);
+    fn at(self, path: Box<[u8]>) -> ErofsError {
         match self {
             Self::Xattrs { size, limit } => ErofsError::XattrsTooLarge { path, size, limit },
             Self::Outside(layer) => ErofsError::OutsideDevice { path, layer },
@@ -288,24 +315,21 @@ impl Flaw {
     }
 }
 
-/// A path to a node, for error messages: found by search, since nodes do not know their names.
-fn path_of(tree: &Tree, id: NodeId) -> Box<[u8]> {
+/// A path to a node whose parents were visited, for error messages.
+fn path_of(tree: &Tree, parents: &[NodeId], id: NodeId) -> Box<[u8]> {
     let mut names: Vec<&[u8]> = Vec::new();
     let mut at = id;
     // A tree has no deeper path than it has nodes, so this ends even if the tree is none.
-    while at != Tree::ROOT && names.len() < tree.nodes.len() {
-        let parent = tree.nodes.iter().enumerate().find_map(|(number, node)| {
-            let NodeKind::Directory(children) = &node.kind else {
-                return None;
-            };
-            let (name, _) = children.iter().find(|(_, child)| *child == at)?;
-            Some((number, &name[..]))
-        });
-        let Some((number, name)) = parent else {
+    while at != Tree::ROOT && names.len() < tree.len() {
+        let parent = parents[at.0 as usize];
+        let View::Directory(children) = tree.view(parent) else {
             break;
         };
-        names.push(name);
-        at = NodeId(number as u32);
+        let Some(index) = (0..children.len()).find(|index| children.node(*index) == at) else {
+            break;
+        };
+        names.push(children.name(index));
+        at = parent;
     }
     let mut path = Vec::new();
     for name in names.iter().rev() {
@@ -319,13 +343,13 @@ fn path_of(tree: &Tree, id: NodeId) -> Box<[u8]> {
 }
 
 /// Type of a node.
-pub(super) fn file_type(node: &Node) -> FileType {
-    match node.kind {
-        NodeKind::Directory(_) => FileType::Directory,
-        NodeKind::Regular { .. } => FileType::Regular,
-        NodeKind::Symlink(_) => FileType::Symlink,
-        NodeKind::CharDevice(_) => FileType::CharDevice,
-        NodeKind::BlockDevice(_) => FileType::BlockDevice,
-        NodeKind::Fifo => FileType::Fifo,
+pub(super) fn file_type(view: View<'_>) -> FileType {
+    match view {
+        View::Directory(_) => FileType::Directory,
+        View::Flat { .. } | View::Sparse { .. } => FileType::Regular,
+        View::Symlink(_) => FileType::Symlink,
+        View::CharDevice(_) => FileType::CharDevice,
+        View::BlockDevice(_) => FileType::BlockDevice,
+        View::Fifo => FileType::Fifo,
     }
 }

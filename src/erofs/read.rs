@@ -202,7 +202,11 @@ impl<B: AsRef<[u8]>> Reader<B> {
             nid: nid.0,
             what: "attributes lie outside the image",
         })?;
-        XattrIter::new(nid.0, area)
+        let shared = u64::from(self.superblock.xattr_block) * BLOCK;
+        let shared = usize::try_from(shared)
+            .ok()
+            .and_then(|at| self.image.as_ref().get(at..));
+        XattrIter::new(nid.0, area, shared.unwrap_or_default())
     }
 
     /// Value of the extended attribute `name` of `nid`.

@@ -11,8 +11,7 @@ use crate::erofs::format::{
 use crate::erofs::plan::{Plan, Shape, entries, file_type};
 use crate::erofs::xattr;
 use crate::oci::Digest;
-use crate::toc::{DataLayout, FileData};
-use crate::tree::{LayerIdx, Node, NodeId, NodeKind, Tree};
+use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,36 +31,68 @@ pub struct WriteSummary {
 /// `devices` has the size in bytes of each layer's data device, base first. The file system's UUID comes from `seed`, the digest
 /// of the manifest. The tree is checked before the first byte is written.
 pub fn write(tree: &Tree, devices: &[u64], seed: &Digest, out: impl Write) -> Result<WriteSummary, ErofsError> {
-    let plan = Plan::new(tree, devices)?;
-    let disk_blocks = *plan.device_starts.last().expect("the end of the disk is always there");
-    let superblock = Superblock {
-        root_nid: plan.nids.first().map_or(0, |nid| *nid as u16),
-        inodes: tree.nodes.len() as u64,
-        blocks: u32::try_from(disk_blocks).expect("checked by the plan"),
-        uuid: uuid(seed),
-        label: *if plan.any_xattrs { LABEL_XATTRS } else { LABEL_NO_XATTRS },
-        incompat: if plan.any_chunked { INCOMPAT_CHUNKED } else { 0 },
-    };
-    let mut emit = Emit {
-        tree,
-        plan: &plan,
-        out: Output {
-            head: Some((Vec::with_capacity(BLOCK as usize), superblock)),
-            inner: BufWriter::with_capacity(1 << 18, out),
-            position: 0,
-        },
-        scratch: Vec::new(),
-    };
-    emit.inodes()?;
-    emit.blocks()?;
-    emit.out.inner.flush()?;
-    debug_assert_eq!(emit.out.position, plan.metadata_blocks * BLOCK);
-    Ok(WriteSummary {
-        metadata_bytes: plan.metadata_blocks * BLOCK,
-        disk_bytes: disk_blocks * BLOCK,
-        inodes: tree.nodes.len() as u64,
-        dropped_xattrs: plan.dropped_xattrs,
-    })
+    Planned::new(tree, devices, u64::MAX)?.write(seed, out)
+}
+
+/// An image of which it is known where everything goes.
+#[derive(Debug)]
+pub struct Planned<'a> {
+    tree: &'a Tree,
+    plan: Plan,
+}
+
+impl<'a> Planned<'a> {
+    /// Checks a tree, and places it in an image of at most `limit` bytes. For `devices` see [`write()`].
+    pub fn new(tree: &'a Tree, devices: &[u64], limit: u64) -> Result<Self, ErofsError> {
+        let plan = Plan::new(tree, devices, limit)?;
+        Ok(Self { tree, plan })
+    }
+
+    /// Bytes of the image, a multiple of 4096.
+    pub fn metadata_bytes(&self) -> u64 {
+        self.plan.metadata_blocks * BLOCK
+    }
+
+    /// Writes the image to `out`; can only fail where that does.
+    pub fn write(&self, seed: &Digest, out: impl Write) -> Result<WriteSummary, ErofsError> {
+        let Self { tree, plan } = self;
+        let disk_blocks = *plan.device_starts.last().expect("the end of the disk is always there");
+        let superblock = Superblock {
+            root_nid: plan.nids.first().map_or(0, |nid| *nid as u16),
+            inodes: tree.len() as u64,
+            blocks: u32::try_from(disk_blocks).expect("checked by the plan"),
+            uuid: uuid(seed),
+            label: *if plan.any_xattrs { LABEL_XATTRS } else { LABEL_NO_XATTRS },
+            incompat: if plan.any_chunked { INCOMPAT_CHUNKED } else { 0 },
+            // Fits, as the number of all blocks does.
+            xattr_block: if plan.shared.bytes > 0 {
+                plan.xattr_block as u32
+            } else {
+                0
+            },
+        };
+        let mut emit = Emit {
+            tree,
+            plan,
+            out: Output {
+                head: Some((Vec::with_capacity(BLOCK as usize), superblock)),
+                inner: BufWriter::with_capacity(1 << 18, out),
+                position: 0,
+            },
+            scratch: Vec::new(),
+        };
+        emit.inodes()?;
+        emit.blocks()?;
+        emit.shared_xattrs()?;
+        emit.out.inner.flush()?;
+        debug_assert_eq!(emit.out.position, self.metadata_bytes());
+        Ok(WriteSummary {
+            metadata_bytes: self.metadata_bytes(),
+            disk_bytes: disk_blocks * BLOCK,
+            inodes: tree.len() as u64,
+            dropped_xattrs: plan.dropped_xattrs,
+        })
+    }
 }
 
 /// The first 16 bytes of the hash with the marks of an application-defined UUID (RFC 9562, version 8).
@@ -86,19 +117,21 @@ struct Emit<'a, W: Write> {
 
 impl<W: Write> Emit<'_, W> {
     fn inodes(&mut self) -> Result<(), ErofsError> {
-        let mut next_block = self.plan.first_block;
-        for (number, node) in self.tree.nodes.iter().enumerate() {
-            let id = NodeId(number as u32);
+        let (tree, plan) = (self.tree, self.plan);
+        let mut next_block = plan.first_block;
+        for number in 0..tree.len() as u32 {
+            let id = NodeId(number);
+            let view = tree.view(id);
             self.scratch.clear();
-            xattr::encode(&node.xattrs, &mut self.scratch);
-            let shape = Shape::of(node, self.scratch.len() as u32);
-            self.out.pad_to(u64::from(self.plan.nids[number]) * SLOT)?;
-            self.out.write(&self.inode(id, node, &shape, next_block))?;
-            match (&node.kind, shape.layout) {
-                (NodeKind::Symlink(target), Layout::Inline) => self.scratch.extend_from_slice(target),
-                (NodeKind::Directory(_), Layout::Inline) => {
+            plan.shared.encode(tree, id, &mut self.scratch);
+            let shape = Shape::of(view, self.scratch.len() as u32);
+            self.out.pad_to(u64::from(plan.nids[number as usize]) * SLOT)?;
+            self.out.write(&self.inode(id, view, &shape, next_block))?;
+            match (view, shape.layout) {
+                (View::Symlink(target), Layout::Inline) => self.scratch.extend_from_slice(target),
+                (View::Directory(children), Layout::Inline) => {
                     let (tail, keep) = (&mut self.scratch, shape.xattr_size as usize);
-                    each_block(self.tree, self.plan, id, node, &mut |block| {
+                    each_block(tree, plan, id, children, &mut |block| {
                         tail.truncate(keep);
                         tail.extend_from_slice(block);
                         Ok(())
@@ -107,37 +140,45 @@ impl<W: Write> Emit<'_, W> {
                 _ => {}
             }
             self.out.write(&self.scratch)?;
-            if let (NodeKind::Regular { layer, data }, Layout::Chunked) = (&node.kind, shape.layout) {
-                self.chunk_map(*layer, data)?;
+            if let (
+                View::Sparse {
+                    layer,
+                    size,
+                    chunk_bits,
+                    chunks,
+                },
+                Layout::Chunked,
+            ) = (view, shape.layout)
+            {
+                self.chunk_map(layer, size.div_ceil(BLOCK << chunk_bits), chunks)?;
             }
             next_block += shape.blocks;
         }
-        self.out.pad_to(self.plan.first_block * BLOCK)
+        self.out.pad_to(plan.first_block * BLOCK)
     }
 
-    fn inode(&self, id: NodeId, node: &Node, shape: &Shape, next_block: u64) -> [u8; INODE as usize] {
-        let union = match &node.kind {
-            NodeKind::CharDevice(device) | NodeKind::BlockDevice(device) => device.encoded(),
-            NodeKind::Regular { data, .. } if data.size == 0 => 0,
-            NodeKind::Regular { layer, data } => match data.layout {
-                DataLayout::Flat { device } => self.device_block(*layer, device),
-                DataLayout::Chunked { chunk_bits, .. } => u32::from(chunk_bits),
-            },
-            NodeKind::Directory(_) | NodeKind::Symlink(_) if shape.blocks > 0 => next_block as u32,
-            NodeKind::Directory(_) | NodeKind::Symlink(_) | NodeKind::Fifo => 0,
+    fn inode(&self, id: NodeId, view: View<'_>, shape: &Shape, next_block: u64) -> [u8; INODE as usize] {
+        let union = match view {
+            View::CharDevice(device) | View::BlockDevice(device) => device,
+            View::Flat { size: 0, .. } | View::Sparse { size: 0, .. } => 0,
+            View::Flat { layer, device, .. } => self.device_block(layer, device),
+            View::Sparse { chunk_bits, .. } => u32::from(chunk_bits),
+            View::Directory(_) | View::Symlink(_) if shape.blocks > 0 => next_block as u32,
+            View::Directory(_) | View::Symlink(_) | View::Fifo => 0,
         };
+        let meta = self.tree.meta(id);
         let inode = RawInode {
             layout: shape.layout,
             xattr_size: shape.xattr_size,
-            mode: file_type(node).mode_bits() | node.meta.mode & 0o7777,
+            mode: file_type(view).mode_bits() | meta.mode & 0o7777,
             size: shape.size,
             union,
             ino: id.0 + 1,
-            uid: node.meta.uid,
-            gid: node.meta.gid,
-            mtime: node.meta.mtime,
-            mtime_nsec: node.meta.mtime_nsec,
-            nlink: node.nlink,
+            uid: meta.uid,
+            gid: meta.gid,
+            mtime: meta.mtime,
+            mtime_nsec: meta.mtime_nsec,
+            nlink: self.tree.nlink(id),
         };
         inode.encode()
     }
@@ -147,12 +188,9 @@ impl<W: Write> Emit<'_, W> {
         (self.plan.device_starts[layer.0 as usize] + offset / BLOCK) as u32
     }
 
-    fn chunk_map(&mut self, layer: LayerIdx, data: &FileData) -> Result<(), ErofsError> {
-        let DataLayout::Chunked { chunk_bits, chunks } = &data.layout else {
-            return Ok(());
-        };
+    fn chunk_map(&mut self, layer: LayerIdx, count: u64, chunks: &[(u32, u64)]) -> Result<(), ErofsError> {
         let mut stored = chunks.iter().peekable();
-        for number in 0..data.size.div_ceil(BLOCK << chunk_bits) {
+        for number in 0..count {
             let chunk = stored.next_if(|(at, _)| u64::from(*at) == number);
             let block = chunk.map_or(NULL_BLOCK, |(_, offset)| self.device_block(layer, *offset));
             self.out.write(&block.to_le_bytes())?;
@@ -162,9 +200,15 @@ impl<W: Write> Emit<'_, W> {
 
     /// The blocks behind the inodes.
     fn blocks(&mut self) -> Result<(), ErofsError> {
-        for (number, node) in self.tree.nodes.iter().enumerate() {
-            let (xattr_size, _) = xattr::measure(&node.xattrs).expect("the plan measured the same");
-            let mut left = Shape::of(node, xattr_size).blocks;
+        for number in 0..self.tree.len() as u32 {
+            let id = NodeId(number);
+            let view = self.tree.view(id);
+            if !matches!(view, View::Directory(_) | View::Symlink(_)) {
+                continue;
+            }
+            let measured = self.plan.shared.measure(self.tree, id);
+            let (xattr_size, _) = measured.expect("the plan measured the same");
+            let mut left = Shape::of(view, xattr_size).blocks;
             if left == 0 {
                 continue;
             }
@@ -177,14 +221,23 @@ impl<W: Write> Emit<'_, W> {
                 out.write(block)?;
                 out.pad_to(out.position.next_multiple_of(BLOCK))
             };
-            if let NodeKind::Symlink(target) = &node.kind {
-                write_block(target)?;
-            } else {
-                let id = NodeId(number as u32);
-                each_block(self.tree, self.plan, id, node, &mut write_block)?;
+            match view {
+                View::Symlink(target) => write_block(target)?,
+                View::Directory(children) => each_block(self.tree, self.plan, id, children, &mut write_block)?,
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// The attributes that inodes share.
+    fn shared_xattrs(&mut self) -> Result<(), ErofsError> {
+        for id in self.plan.shared.area() {
+            self.scratch.clear();
+            xattr::encode(self.tree, id, &mut self.scratch);
+            self.out.write(&self.scratch)?;
+        }
+        self.out.pad_to(self.plan.metadata_blocks * BLOCK)
     }
 }
 
@@ -193,13 +246,13 @@ fn each_block(
     tree: &Tree,
     plan: &Plan,
     id: NodeId,
-    node: &Node,
+    children: Children<'_>,
     take: &mut dyn FnMut(&[u8]) -> Result<(), ErofsError>,
 ) -> Result<(), ErofsError> {
     let mut measure = Measure::default();
     let mut block: Vec<(&[u8], u64, FileType)> = Vec::new();
     let mut bytes = Vec::with_capacity(BLOCK as usize);
-    for (name, child) in entries(node) {
+    for (name, child) in entries(children) {
         if measure.add(name) {
             bytes.clear();
             dirent::encode(&block, &mut bytes);
@@ -211,7 +264,7 @@ fn each_block(
             None if name == b"." => id,
             None => plan.parents[id.0 as usize],
         };
-        let file_type = file_type(&tree.nodes[child.0 as usize]);
+        let file_type = file_type(tree.view(child));
         block.push((name, u64::from(plan.nids[child.0 as usize]), file_type));
     }
     bytes.clear();

@@ -1,9 +1,12 @@
-//! Extended attributes behind an inode: a 12-byte header, then entries {name length, prefix number, value size, name, value}
-//! padded to 4 bytes. Attributes shared between inodes are not used.
+//! Extended attributes. Behind an inode: a 12-byte header, numbers of attributes that it shares with other inodes, then
+//! attributes of its own. An attribute is {name length, prefix number, value size, name, value}, padded to 4 bytes.
+//!
+//! Shared attributes stand together in an area of their own; their numbers are their offsets in it, divided by 4.
 
 use crate::erofs::ErofsError;
 use crate::erofs::format::{XATTR_HEADER, u16_at};
-use crate::toc::Xattrs;
+use crate::toc::AttributeId;
+use crate::tree::{NodeId, Tree};
 
 /// Namespaces by the number that stands for them. The two ACL names are complete, the others want something behind.
 const PREFIXES: [(u8, &[u8], bool); 5] = [
@@ -34,36 +37,118 @@ fn entry_size(rest: &[u8], value: &[u8]) -> u64 {
     (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4)
 }
 
-/// Bytes the attributes take behind an inode, and how many are left out: those of namespaces neither EROFS nor setxattr(2)
-/// knows, and of sizes Linux does not take. The error is the size and the limit.
-pub(super) fn measure(xattrs: &Xattrs) -> Result<(u32, u64), (u64, u64)> {
-    let mut size = 0;
-    let mut dropped = 0;
-    for (name, value) in xattrs {
-        match storable(name, value) {
-            Some((_, rest)) => size += entry_size(rest, value),
-            None => dropped += 1,
-        }
-    }
-    if size > 0 {
-        size += u64::from(XATTR_HEADER);
-    }
-    if size > MAX_SIZE {
-        return Err((size, MAX_SIZE));
-    }
-    Ok((size as u32, dropped))
+/// Bytes an attribute has to take to be shared: reading a shared one costs the kernel a block more.
+const SHARED_MIN: u64 = 64;
+/// Most that one inode can share: the header counts them in a byte.
+const SHARED_MAX: usize = 255;
+/// In the place of a shared attribute's number: it is not shared.
+const OWN: u32 = u32::MAX;
+
+/// Which attributes of a tree are shared, and where.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// By attribute.
+    numbers: Vec<u32>,
+    /// Bytes of the area.
+    pub bytes: u64,
 }
 
-/// Appends the attributes as stored.
-pub(super) fn encode(xattrs: &Xattrs, out: &mut Vec<u8>) {
-    let start = out.len();
-    for (name, value) in xattrs {
-        let Some((number, rest)) = storable(name, value) else {
-            continue;
-        };
-        if out.len() == start {
-            out.extend_from_slice(&[0; XATTR_HEADER as usize]);
+impl Shared {
+    /// Shares the large attributes that more than one inode has.
+    pub fn of(tree: &Tree) -> Self {
+        let mut numbers = vec![OWN; tree.attributes().len()];
+        let mut bytes = 0;
+        if numbers.is_empty() {
+            return Self { numbers, bytes };
         }
+        let mut seen = vec![false; numbers.len()];
+        for node in 0..tree.len() as u32 {
+            for id in tree.xattrs(NodeId(node)) {
+                let at = *id as usize;
+                if !std::mem::replace(&mut seen[at], true) || numbers[at] != OWN {
+                    continue;
+                }
+                let (name, value) = tree.attributes().get(*id);
+                let size = storable(name, value).map_or(0, |(_, rest)| entry_size(rest, value));
+                // Beyond that the area ends: a number would be taken for none.
+                if size >= SHARED_MIN && bytes / 4 + size / 4 < u64::from(OWN) {
+                    numbers[at] = (bytes / 4) as u32;
+                    bytes += size;
+                }
+            }
+        }
+        Self { numbers, bytes }
+    }
+
+    /// The attributes of a node that it shares, and those of its own that can be stored.
+    fn split<'a>(&self, tree: &'a Tree, node: NodeId) -> (Vec<u32>, Vec<AttributeId>, &'a [AttributeId]) {
+        let all = tree.xattrs(node);
+        let (mut shared, mut own) = (Vec::new(), Vec::new());
+        for id in all {
+            let number = self.numbers[*id as usize];
+            if number != OWN && shared.len() < SHARED_MAX {
+                shared.push(number);
+                continue;
+            }
+            let (name, value) = tree.attributes().get(*id);
+            if storable(name, value).is_some() {
+                own.push(*id);
+            }
+        }
+        (shared, own, all)
+    }
+
+    /// Bytes the attributes of a node take behind its inode, and how many are left out: those of namespaces neither EROFS nor
+    /// setxattr(2) knows, and of sizes Linux does not take. The error is the size and the limit.
+    pub fn measure(&self, tree: &Tree, node: NodeId) -> Result<(u32, u64), (u64, u64)> {
+        if tree.xattrs(node).is_empty() {
+            return Ok((0, 0));
+        }
+        let (shared, own, all) = self.split(tree, node);
+        let mut size = 4 * shared.len() as u64;
+        for id in &own {
+            let (name, value) = tree.attributes().get(*id);
+            size += storable(name, value).map_or(0, |(_, rest)| entry_size(rest, value));
+        }
+        if size > 0 {
+            size += u64::from(XATTR_HEADER);
+        }
+        if size > MAX_SIZE {
+            return Err((size, MAX_SIZE));
+        }
+        Ok((size as u32, (all.len() - shared.len() - own.len()) as u64))
+    }
+
+    /// Appends the attributes of a node as they are stored behind its inode.
+    pub fn encode(&self, tree: &Tree, node: NodeId, out: &mut Vec<u8>) {
+        if tree.xattrs(node).is_empty() {
+            return;
+        }
+        let (shared, own, _) = self.split(tree, node);
+        if shared.is_empty() && own.is_empty() {
+            return;
+        }
+        let mut header = [0; XATTR_HEADER as usize];
+        header[4] = shared.len() as u8;
+        out.extend_from_slice(&header);
+        for number in shared {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        own.iter().for_each(|id| encode(tree, *id, out));
+    }
+
+    /// Numbers of the attributes in the area, in the order in which they stand there.
+    pub fn area(&self) -> impl Iterator<Item = AttributeId> {
+        let mut order: Vec<_> = (0..).zip(&self.numbers).filter(|(_, number)| **number != OWN).collect();
+        order.sort_unstable_by_key(|(_, number)| **number);
+        order.into_iter().map(|(id, _)| id)
+    }
+}
+
+/// Appends an attribute as stored; nothing if it cannot be.
+pub(super) fn encode(tree: &Tree, id: AttributeId, out: &mut Vec<u8>) {
+    let (name, value) = tree.attributes().get(id);
+    if let Some((number, rest)) = storable(name, value) {
         out.push(rest.len() as u8);
         out.push(number);
         out.extend_from_slice(&(value.len() as u16).to_le_bytes());
@@ -100,98 +185,74 @@ impl Xattr<'_> {
 #[derive(Debug, Clone)]
 pub struct XattrIter<'a> {
     nid: u64,
-    /// Entries not yet read.
+    /// Numbers of shared attributes not yet read.
+    shared: &'a [u8],
+    /// The area where those stand, and what follows it.
+    area: &'a [u8],
+    /// Attributes of its own not yet read.
     rest: &'a [u8],
 }
 
 impl<'a> XattrIter<'a> {
-    /// `area` is what lies behind the inode: nothing, or a header and entries.
-    pub(super) fn new(nid: u64, area: &'a [u8]) -> Result<Self, ErofsError> {
+    /// `behind` is what lies behind the inode: nothing, or a header and what it tells of. `area` begins with the shared ones.
+    pub(super) fn new(nid: u64, behind: &'a [u8], area: &'a [u8]) -> Result<Self, ErofsError> {
         let corrupt = |what| ErofsError::Corrupt { nid, what };
-        if area.is_empty() {
-            return Ok(Self { nid, rest: area });
+        let (mut shared, mut rest) = (behind, behind);
+        if !behind.is_empty() {
+            let body = behind.get(XATTR_HEADER as usize..).ok_or(corrupt("attribute header"))?;
+            (shared, rest) = body
+                .split_at_checked(4 * usize::from(behind[4]))
+                .ok_or(corrupt("shared attributes"))?;
         }
-        if area.get(4) != Some(&0) {
-            return Err(corrupt("shared attributes"));
-        }
-        let rest = area.get(XATTR_HEADER as usize..).ok_or(corrupt("attribute header"))?;
-        Ok(Self { nid, rest })
+        Ok(Self {
+            nid,
+            shared,
+            area,
+            rest,
+        })
     }
 
-    fn read(&self) -> Option<(Xattr<'a>, &'a [u8])> {
-        let (name_len, number) = (usize::from(*self.rest.first()?), *self.rest.get(1)?);
-        let value_len = usize::from(u16_at(self.rest, 2)?);
-        let (_, prefix, _) = PREFIXES.iter().find(|(have, _, _)| *have == number)?;
-        let body = self.rest.get(4..)?;
-        let name = body.get(..name_len)?;
-        let value = body.get(name_len..name_len + value_len)?;
-        let rest = self.rest.get((4 + name_len + value_len).next_multiple_of(4)..)?;
-        let xattr = Xattr {
-            prefix,
-            rest: name,
-            value,
-        };
-        Some((xattr, rest))
+    /// The next attribute, and goes on behind it; nothing if there is none where one must be.
+    fn read(&mut self) -> Option<Xattr<'a>> {
+        if let Some((number, others)) = self.shared.split_first_chunk() {
+            let at = usize::try_from(u32::from_le_bytes(*number)).ok()?.checked_mul(4)?;
+            self.shared = others;
+            return parse(self.area.get(at..)?).map(|(xattr, _)| xattr);
+        }
+        let (xattr, size) = parse(self.rest)?;
+        self.rest = self.rest.get(size..)?;
+        Some(xattr)
     }
+}
+
+/// The attribute that `bytes` begin with, and its size.
+fn parse(bytes: &[u8]) -> Option<(Xattr<'_>, usize)> {
+    let (name_len, number) = (usize::from(*bytes.first()?), *bytes.get(1)?);
+    let value_len = usize::from(u16_at(bytes, 2)?);
+    let (_, prefix, _) = PREFIXES.iter().find(|(have, _, _)| *have == number)?;
+    let body = bytes.get(4..)?;
+    let xattr = Xattr {
+        prefix,
+        rest: body.get(..name_len)?,
+        value: body.get(name_len..name_len + value_len)?,
+    };
+    Some((xattr, (4 + name_len + value_len).next_multiple_of(4)))
 }
 
 impl<'a> Iterator for XattrIter<'a> {
     type Item = Result<Xattr<'a>, ErofsError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.rest.is_empty() {
+        if self.shared.is_empty() && self.rest.is_empty() {
             return None;
         }
-        match self.read() {
-            Some((xattr, rest)) => {
-                self.rest = rest;
-                Some(Ok(xattr))
-            }
-            None => {
-                self.rest = &[];
-                Some(Err(ErofsError::Corrupt {
-                    nid: self.nid,
-                    what: "attribute entry",
-                }))
-            }
+        let read = self.read();
+        if read.is_none() {
+            (self.shared, self.rest) = (&[], &[]);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_linux_would_refuse_is_left_out() {
-        let xattrs: Xattrs = [
-            (&b"user.a"[..], &b"1"[..]),
-            (b"user.", b"no name"),
-            (b"system.posix_acl_access", b"acl"),
-            (b"system.posix_acl_access2", b"no"),
-            (b"osx.x", b"no such namespace"),
-            (b"security.capability", b""),
-            (b"user.large", &[0; 65536]),
-        ]
-        .map(|(name, value)| (name.into(), value.into()))
-        .to_vec();
-        let (size, dropped) = measure(&xattrs).unwrap();
-        let mut area = Vec::new();
-        encode(&xattrs, &mut area);
-        assert_eq!((area.len() as u32, dropped), (size, 4));
-        let names: Vec<_> = XattrIter::new(1, &area).unwrap().map(|x| x.unwrap().name()).collect();
-        assert_eq!(
-            names,
-            [&b"user.a"[..], b"system.posix_acl_access", b"security.capability"]
-        );
-    }
-
-    #[test]
-    fn more_than_an_inode_counts_is_an_error() {
-        let xattrs: Xattrs = (0..5)
-            .map(|i| (format!("user.{i}").into_bytes().into(), vec![0; 65535].into()))
-            .collect();
-        assert!(matches!(measure(&xattrs), Err((_, MAX_SIZE))));
-        assert_eq!(measure(&Vec::new()).unwrap(), (0, 0));
+        Some(read.ok_or(ErofsError::Corrupt {
+            nid: self.nid,
+            what: "extended attributes",
+        }))
     }
 }

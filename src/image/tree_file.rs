@@ -2,9 +2,13 @@
 //!
 //! The file is sealed: it is checked as a whole whenever it is opened, and made again from the layers' tables if it is damaged.
 
+use std::io;
+use std::sync::Arc;
+
 use super::ImageError;
 use crate::device::CacheBudget;
-use crate::erofs::{self, Reader};
+use crate::erofs::{ErofsError, Planned, Reader};
+use crate::memory::Allowance;
 use crate::oci::Digest;
 use crate::store::{Durability, Store, read_sealed};
 use crate::tree::Tree;
@@ -21,24 +25,60 @@ pub(super) fn open(store: &Store, manifest: &Digest, sizes: &[u64]) -> Option<Re
     Some(reader)
 }
 
-/// Writes the tree and opens it. It goes to the store if that can be written, and has room for it.
-pub(super) fn build(
+/// Makes the tree, whose image may take what `tables` allow, and opens it. It goes to the store if that can be written, and has room
+/// for it.
+pub(super) fn make(
     store: &Store,
     budget: &CacheBudget,
     manifest: &Digest,
-    tree: &Tree,
     sizes: &[u64],
+    tables: &Arc<Allowance>,
+    merge: impl Fn() -> Result<Tree, ImageError>,
 ) -> Result<Reader<Vec<u8>>, ImageError> {
-    let mut image = Vec::new();
-    erofs::write(tree, sizes, manifest, &mut image)?;
-    if let Some(path) = store.tree_path(manifest)
-        && budget.reserve(image.len() as u64)
-    {
-        match store.publish_sealed(&path, Durability::Lazy, |file| file.write_all(&image)) {
-            Ok(()) => {}
-            Err(error) if error.is_by_design() => {}
-            Err(error) => tracing::warn!(%error, "cannot keep the tree, holding it in memory"),
+    if let Some(path) = store.tree_path(manifest) {
+        let tree = merge()?;
+        let planned = Planned::new(&tree, sizes, tables.limit())?;
+        if !budget.reserve(planned.metadata_bytes()) {
+            return in_memory(&planned, manifest, sizes, tables);
+        }
+        let written = store.publish_sealed(&path, Durability::Lazy, |file| match planned.write(manifest, file) {
+            Ok(_) => Ok(()),
+            Err(ErofsError::Io(error)) => Err(error),
+            Err(error) => Err(io::Error::other(error)),
+        });
+        if let Err(error) = written {
+            if !error.is_by_design() {
+                tracing::warn!(%error, "cannot keep the tree, holding it in memory");
+            }
+            return in_memory(&planned, manifest, sizes, tables);
+        }
+        // The image is not to be in memory beside what it was made of.
+        drop(tree);
+        if let Some(reader) = open(store, manifest, sizes) {
+            return Ok(reader);
         }
     }
+    // There is no store, or somebody has emptied it this moment.
+    in_memory(
+        &Planned::new(&merge()?, sizes, tables.limit())?,
+        manifest,
+        sizes,
+        tables,
+    )
+}
+
+/// Makes the image beside the tree, so there must be memory for both.
+fn in_memory(
+    planned: &Planned<'_>,
+    manifest: &Digest,
+    sizes: &[u64],
+    tables: &Arc<Allowance>,
+) -> Result<Reader<Vec<u8>>, ImageError> {
+    let bytes = planned.metadata_bytes();
+    let mut charge = tables.charge();
+    charge.exactly(bytes)?;
+    // Fits in memory, as it was charged.
+    let mut image = Vec::with_capacity(bytes as usize);
+    planned.write(manifest, &mut image)?;
     Ok(Reader::open(image, sizes)?)
 }

@@ -60,6 +60,11 @@ impl SpanIndexBuilder {
         })
     }
 
+    /// Memory that grows with the number of spans.
+    pub fn bytes_of_spans(&self) -> u64 {
+        (self.entries.len() * size_of::<Entry>()) as u64
+    }
+
     /// The index, once the whole layer went through. Fails if the events were not those of one [`super::LayerDecoder`].
     pub fn finish(mut self, identity: Identity) -> Result<SpanIndex, IndexError> {
         self.close_span();

@@ -1,7 +1,7 @@
 //! The three ways a layer is stored, behind one interface.
 
 use super::gzip::Gzip;
-use super::zstd::Zstd;
+use super::zstd::{Room, Zstd};
 use super::{BitPosition, Compression, IndexError};
 
 /// What a codec did with its input.
@@ -25,26 +25,31 @@ pub(super) enum Codec {
 
 impl Codec {
     /// From the first byte of a blob.
-    pub(super) fn new(compression: Compression) -> Result<Self, IndexError> {
+    pub(super) fn new(compression: Compression, room: Room) -> Result<Self, IndexError> {
         Ok(match compression {
             Compression::Tar => Self::Tar {
                 offset: 0,
                 start: Some(BitPosition(0)),
             },
             Compression::Gzip => Self::Gzip(Box::new(Gzip::new())),
-            Compression::Zstd => Self::Zstd(Zstd::new(0)?),
+            Compression::Zstd => Self::Zstd(Zstd::new(0, room)?),
         })
     }
 
     /// From a restart; the first input byte is the one that `position` lies in.
-    pub(super) fn resume(compression: Compression, position: BitPosition, window: &[u8]) -> Result<Self, IndexError> {
+    pub(super) fn resume(
+        compression: Compression,
+        position: BitPosition,
+        window: &[u8],
+        room: Room,
+    ) -> Result<Self, IndexError> {
         Ok(match compression {
             Compression::Tar => Self::Tar {
                 offset: position.byte(),
                 start: None,
             },
             Compression::Gzip => Self::Gzip(Box::new(Gzip::resume(position, window))),
-            Compression::Zstd => Self::Zstd(Zstd::new(position.byte())?),
+            Compression::Zstd => Self::Zstd(Zstd::new(position.byte(), room)?),
         })
     }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::vec;
 
 use super::codec::{Codec, Step};
+use super::zstd::Room;
 use super::{BitPosition, Compression, IndexError, SpanId};
 
 /// A span still to be delivered: its place in the tar and its digest.
@@ -30,11 +31,12 @@ impl SpanDecoder {
         position: BitPosition,
         window: &[u8],
         spans: Vec<Expected>,
+        room: Room,
     ) -> Result<Self, IndexError> {
         let left = spans.len();
         let mut rest = spans.into_iter();
         Ok(Self {
-            codec: Codec::resume(compression, position, window)?,
+            codec: Codec::resume(compression, position, window, room)?,
             span: first,
             current: rest.next(),
             rest,

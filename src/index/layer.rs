@@ -1,7 +1,9 @@
 //! The first pass: a whole blob in, tar bytes and the places of its spans out.
 
 use super::codec::{Codec, Step};
+use super::zstd::{Room, room_within};
 use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanId};
+use crate::memory::TABLES;
 
 /// Least distance of restarts: references reach 32 KiB back, so that at most one window is being recorded at any time.
 const MIN_SPACING: u64 = 64 * 1024;
@@ -124,8 +126,13 @@ impl Cutter {
 impl LayerDecoder {
     /// A decoder of a blob with this compression, with restarts about `spacing` bytes of tar apart (clamped to 64 KiB..=1 MiB).
     pub fn new(compression: Compression, spacing: u64) -> Result<Self, IndexError> {
+        Self::with_room(compression, spacing, room_within(TABLES))
+    }
+
+    /// One that asks for the memory it needs.
+    pub fn with_room(compression: Compression, spacing: u64, room: Room) -> Result<Self, IndexError> {
         let spacing = spacing.clamp(MIN_SPACING, MAX_SPAN);
-        let mut codec = Codec::new(compression)?;
+        let mut codec = Codec::new(compression, room)?;
         codec.stop_at(0);
         Ok(Self {
             codec,

@@ -7,7 +7,9 @@ use std::ops::Range;
 use super::decoder::SpanDecoder;
 use super::format::{self, Entry, Header, malformed};
 use super::inflate::HISTORY;
+use super::zstd::room_within;
 use super::{Compression, IndexError, SpanId};
+use crate::memory::TABLES;
 use crate::oci::{DiffId, Digest};
 
 /// Spans, restarts and digests of one layer.
@@ -17,6 +19,8 @@ pub struct SpanIndex {
     /// Where the windows lie in `storage`.
     windows: Range<usize>,
     storage: Box<dyn AsRef<[u8]> + Send + Sync>,
+    /// Memory that a decoder may use.
+    room: u64,
 }
 
 impl fmt::Debug for SpanIndex {
@@ -37,6 +41,7 @@ impl SpanIndex {
             entries,
             windows: 0..windows.len(),
             storage: Box::new(windows),
+            room: TABLES,
         })
     }
 
@@ -51,6 +56,7 @@ impl SpanIndex {
             entries,
             windows,
             storage: Box::new(bytes),
+            room: TABLES,
         })
     }
 
@@ -61,6 +67,16 @@ impl SpanIndex {
 
     fn windows(&self) -> &[u8] {
         &(*self.storage).as_ref()[self.windows.clone()]
+    }
+
+    /// Lets each decoder use so many bytes of memory.
+    pub fn allow(&mut self, room: u64) {
+        self.room = room;
+    }
+
+    /// Memory that grows with the number of spans.
+    pub fn bytes_of_spans(&self) -> u64 {
+        size_of_val(&*self.entries) as u64
     }
 
     /// How the layer is compressed.
@@ -176,6 +192,7 @@ impl SpanIndex {
             entry.position,
             &self.window(entry)?,
             spans.collect(),
+            room_within(self.room),
         )
     }
 

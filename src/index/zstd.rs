@@ -8,19 +8,41 @@ use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
 
 use super::codec::Step;
 use super::{BitPosition, IndexError};
+use crate::memory::OverLimit;
 
-/// The largest window that is decoded: 128 MiB, the limit of zstd(1) without `--long=31` and what `--long=27` writes.
-pub(crate) const WINDOW_LOG_MAX: u32 = 27;
+/// The largest window that is decoded, if memory allows it: 2 GiB, what `zstd --long=31` writes and libzstd can read.
+const WINDOW_LOG_MAX: u32 = 31;
+/// The largest window of a compressed archive: 128 MiB, the limit of zstd(1) without `--long=31`.
+pub(crate) const ARCHIVE_WINDOW_LOG_MAX: u32 = 27;
 
 /// One block (RFC 8878, 3.1.1.2.4), the least libzstd can flush without keeping some back.
 const OUT: usize = 128 * 1024;
 
+/// Room is asked for in steps of this size.
+const ROOM_STEP: usize = 4 << 20;
+
 /// Name libzstd gives to a window beyond its limit.
 pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
+
+/// Asked before a decoder uses so many bytes of memory, or more, for its window; may wait.
+pub type Room = Box<dyn FnMut(u64) -> Result<(), OverLimit> + Send>;
+
+/// Room for a single decoder that has `limit` bytes to itself.
+pub(super) fn room_within(limit: u64) -> Room {
+    Box::new(move |bytes| match bytes <= limit {
+        true => Ok(()),
+        false => Err(OverLimit { limit }),
+    })
+}
 
 /// A stream of frames.
 pub(super) struct Zstd {
     context: DCtx<'static>,
+    room: Room,
+    /// Bytes of memory that there is room for.
+    granted: usize,
+    /// Bytes of output of the frame so far.
+    frame_made: usize,
     out: Box<[u8]>,
     /// Blob offset of the next input byte.
     offset: u64,
@@ -44,7 +66,7 @@ impl fmt::Debug for Zstd {
 
 impl Zstd {
     /// At the frame that begins at blob offset `offset`.
-    pub(super) fn new(offset: u64) -> Result<Self, IndexError> {
+    pub(super) fn new(offset: u64, room: Room) -> Result<Self, IndexError> {
         let fail = |code| IndexError::Zstd {
             offset,
             reason: get_error_name(code),
@@ -54,7 +76,10 @@ impl Zstd {
             .set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX))
             .map_err(fail)?;
         Ok(Self {
+            granted: context.sizeof(),
+            frame_made: 0,
             context,
+            room,
             out: vec![0; OUT].into_boxed_slice(),
             offset,
             total: 0,
@@ -98,6 +123,8 @@ impl Zstd {
                         },
                     })?;
             let (taken, made) = (source.pos(), sink.pos());
+            self.frame_made += made;
+            self.ask_for_room()?;
             *input = &input[taken..];
             self.offset += taken as u64;
             self.total += made as u64;
@@ -105,6 +132,7 @@ impl Zstd {
                 self.frame_start = true;
                 self.complete = true;
                 self.stopped = false;
+                self.frame_made = 0;
             } else if taken > 0 {
                 self.frame_start = false;
             }
@@ -121,6 +149,23 @@ impl Zstd {
                 return Ok(Step::Input);
             }
         }
+    }
+
+    /// Asks for the memory that is used. A frame can name a window of gigabytes, and libzstd reserves that; but the system
+    /// gives it only what was written, and that is no more than what came out.
+    fn ask_for_room(&mut self) -> Result<(), IndexError> {
+        let reserved = self.context.sizeof();
+        if reserved <= self.granted || self.granted > self.frame_made + 4 * OUT {
+            return Ok(());
+        }
+        let wanted = reserved.min(self.frame_made + ROOM_STEP);
+        (self.room)(wanted as u64).map_err(|source| IndexError::ZstdMemory {
+            offset: self.offset,
+            bytes: reserved as u64,
+            source,
+        })?;
+        self.granted = wanted;
+        Ok(())
     }
 
     /// Checks that the stream may end after `size` bytes.

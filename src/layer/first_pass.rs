@@ -18,19 +18,22 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::LayerStats;
-use super::stripes::{self, Ahead};
+use super::open::LayerContext;
+use super::stripes;
 use crate::blob::{BlobError, BlobSource, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
-    Compression, DecodeSink, Identity, IndexError, LayerDecoder, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
+    Compression, DecodeSink, Identity, IndexError, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
     SpanStart, sniff,
 };
+use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Store};
-use crate::toc::{ExtentTable, Limits, TarReader, Toc, TocError};
+use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
 const QUEUE: usize = 32;
@@ -84,6 +87,16 @@ pub enum FirstPassError {
         /// The bytes are those that the manifest and the config promise.
         verified: bool,
     },
+    /// The index takes more memory than the image may.
+    #[error("layer {layer}: the index of its {size} bytes takes {source}")]
+    TooMuchMemory {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Uncompressed bytes so far.
+        size: u64,
+        /// The limit.
+        source: OverLimit,
+    },
     /// A thread of the pass ended without a result.
     #[error("indexing layer {layer} was interrupted")]
     Interrupted {
@@ -96,10 +109,14 @@ impl FirstPassError {
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
+            Self::Decode {
+                source: IndexError::ZstdMemory { .. } | IndexError::ZstdWindow { .. },
+                ..
+            } => false,
             Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
             Self::Tar { verified, .. } => !verified,
             // A diffID is compared when the blob is known to be right.
-            Self::DiffId { .. } | Self::Blob(_) | Self::Interrupted { .. } => false,
+            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
         }
     }
 }
@@ -108,9 +125,10 @@ impl FirstPassError {
 #[derive(Debug)]
 pub(super) struct Indexed {
     pub(super) index: SpanIndex,
-    pub(super) toc: Toc,
-    /// The extents of `toc`.
+    pub(super) toc: PackedToc,
     pub(super) extents: ExtentTable,
+    /// Memory of the tables and of the index.
+    pub(super) charges: [Charge; 2],
     pub(super) device: Option<DataDevice>,
     /// Why there is no device although there is a store.
     pub(super) device_error: Option<DeviceError>,
@@ -129,13 +147,13 @@ pub(super) struct Destination {
 pub(super) async fn run(
     blob: Arc<dyn BlobSource>,
     diff_id: DiffId,
-    ahead: &Ahead,
+    context: &LayerContext,
     destination: Option<Destination>,
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = blob.digest().clone();
     let mut source = Source {
-        stream: stripes::read(blob.clone(), ahead, stats.clone()).await?,
+        stream: stripes::read(blob.clone(), &context.ahead, stats.clone()).await?,
         stats: &stats,
     };
     let prefix = source.prefix().await?;
@@ -147,12 +165,14 @@ pub(super) async fn run(
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
-        tokio::task::spawn_blocking(move || decode(&layer, compression, decoder_input, batches))
+        let room = room(context);
+        tokio::task::spawn_blocking(move || decode(&layer, compression, room, decoder_input, batches))
     };
     let table = {
         let layer = layer.clone();
         let diff_id = diff_id.clone();
-        tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination))
+        let charges = [context.tables.charge(), context.tables.charge()];
+        tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination, charges))
     };
     let fetched = source.feed(prefix, chunks).await;
     let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
@@ -282,10 +302,28 @@ impl DecodeSink for Recorder {
     }
 }
 
+/// Decoders that need more memory than this take turns, so that those of several layers do not keep each other from all of it.
+const LARGE_WINDOW: u64 = 8 << 20;
+
+/// Room for the decoder of a blob.
+fn room(context: &LayerContext) -> Room {
+    let (windows, runtime) = (context.windows.clone(), Handle::current());
+    let mut charge = context.tables.charge();
+    let mut turn = None;
+    Box::new(move |bytes| {
+        if bytes > LARGE_WINDOW && turn.is_none() {
+            // Nobody closes it, and who has it waits for nobody.
+            turn = runtime.block_on(windows.clone().acquire_owned()).ok();
+        }
+        charge.cover(bytes)
+    })
+}
+
 /// The decode thread: from compressed bytes to batches. Returns the digest of the blob.
 fn decode(
     layer: &Digest,
     compression: Compression,
+    room: Room,
     mut input: mpsc::Receiver<Bytes>,
     batches: SyncSender<Batch>,
 ) -> Result<Digest, FirstPassError> {
@@ -299,7 +337,7 @@ fn decode(
         batches,
         closed: false,
     };
-    let mut decoder = LayerDecoder::new(compression, SPACING).map_err(broken)?;
+    let mut decoder = LayerDecoder::with_room(compression, SPACING, room).map_err(broken)?;
     while let Some(bytes) = input.blocking_recv() {
         hasher.update(&bytes);
         decoder.push(&bytes, &mut recorder).map_err(broken)?;
@@ -320,6 +358,7 @@ struct Table {
     /// Of the tar; none if the blob is the tar, whose digest is known then.
     hasher: Option<DigestHasher>,
     spans: SpanIndexBuilder,
+    spans_charge: Charge,
     tar: TarReader,
     device: Option<Filling>,
     device_error: Option<DeviceError>,
@@ -338,6 +377,7 @@ fn tabulate(
     compression: Compression,
     batches: Receiver<Batch>,
     destination: Option<Destination>,
+    [spans_charge, tar_charge]: [Charge; 2],
 ) -> Result<Table, FirstPassError> {
     let (device, device_error) = match destination {
         None => (None, None),
@@ -359,7 +399,8 @@ fn tabulate(
             layer: layer.clone(),
             source,
         })?,
-        tar: TarReader::new(Limits::default()),
+        spans_charge,
+        tar: TarReader::charged(Limits::default(), tar_charge),
         device,
         device_error,
     };
@@ -372,7 +413,7 @@ fn tabulate(
             table.content(layer, &batch.bytes[done..position])?;
             done = position;
             match event {
-                Event::Span(start) => table.span(start),
+                Event::Span(start) => table.span(layer, start)?,
                 Event::Window(span, window) => table.spans.window(span, window),
             }
         }
@@ -382,11 +423,18 @@ fn tabulate(
 }
 
 impl Table {
-    fn span(&mut self, start: SpanStart) {
+    fn span(&mut self, layer: &Digest, start: SpanStart) -> Result<(), FirstPassError> {
         self.spans.span(start);
+        let covered = self.spans_charge.cover(self.spans.bytes_of_spans());
+        covered.map_err(|source| FirstPassError::TooMuchMemory {
+            layer: layer.clone(),
+            size: start.tar_offset,
+            source,
+        })?;
         if let Some(filling) = &mut self.device {
             filling.writer.span(start.span.0);
         }
+        Ok(())
     }
 
     fn content(&mut self, layer: &Digest, bytes: &[u8]) -> Result<(), FirstPassError> {
@@ -419,28 +467,28 @@ impl Table {
     /// Both digests matched: the index is believed and the device counts.
     fn finish(self, identity: Identity) -> Result<Indexed, FirstPassError> {
         let layer = identity.blob.clone();
-        let toc = self.tar.finish().map_err(|source| FirstPassError::Tar {
+        let tables = self.tar.finish().map_err(|source| FirstPassError::Tar {
             layer: layer.clone(),
             source,
             verified: true,
         })?;
-        for warning in &toc.warnings {
+        for warning in &tables.warnings {
             tracing::debug!(%layer, warning, "oddity in the tar");
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
-        let extents = toc.extent_table();
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.writer.finish(&index, &extents, &filling.budget) {
+            Some(filling) => match filling.writer.finish(&index, &tables.extents, &filling.budget) {
                 Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
         };
         Ok(Indexed {
             index,
-            toc,
-            extents,
+            toc: tables.toc,
+            extents: tables.extents,
+            charges: [self.spans_charge, tables.charge],
             device,
             device_error,
         })

@@ -15,9 +15,10 @@ use crate::blob::{BlobSource, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
 use crate::index::SpanIndex;
+use crate::memory::{Allowance, Charge, OverLimit, TABLES};
 use crate::oci::{DiffId, Digest};
 use crate::store::{Durability, LayerDir, Store, StoreError, read_sealed};
-use crate::toc::{ExtentTable, Toc};
+use crate::toc::{ExtentTable, PackedToc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
 const PASSES: usize = 8;
@@ -29,12 +30,16 @@ pub struct LayerContext {
     pub store: Store,
     /// Decoded spans in memory.
     pub memory: Arc<SpanMemory>,
+    /// What the tables of the image may take beside that.
+    pub tables: Arc<Allowance>,
     /// Limit of the data devices.
     pub budget: Arc<CacheBudget>,
     /// What stopped working without stopping the mount.
     pub health: Arc<Health>,
     passes: Arc<Semaphore>,
-    ahead: Ahead,
+    /// For passes that need much memory to decode.
+    pub(super) windows: Arc<Semaphore>,
+    pub(super) ahead: Ahead,
     /// Who may send a request now.
     pub lanes: Arc<Lanes>,
 }
@@ -46,8 +51,10 @@ impl LayerContext {
             budget: CacheBudget::new(store.clone(), cache),
             store,
             memory: Arc::new(SpanMemory::new(memory)),
+            tables: Allowance::new(TABLES + memory as u64),
             health: Arc::default(),
             passes: Arc::new(Semaphore::new(PASSES)),
+            windows: Arc::new(Semaphore::new(1)),
             ahead: Ahead::default(),
             lanes: Arc::default(),
         }
@@ -91,6 +98,14 @@ pub enum OpenError {
         /// What is wrong.
         reason: String,
     },
+    /// Its tables take more memory than the image may.
+    #[error("layer {layer}: its tables take {source}")]
+    TooMuchMemory {
+        /// Digest of the layer.
+        layer: Digest,
+        /// The limit.
+        source: OverLimit,
+    },
     /// The program is shutting down.
     #[error("interrupted")]
     Interrupted,
@@ -101,8 +116,8 @@ pub enum OpenError {
 pub struct Opened {
     /// The layer.
     pub layer: Arc<Layer>,
-    /// Its table of contents, if it was made just now; otherwise the store has it ([`stored_toc`]).
-    pub toc: Option<Toc>,
+    /// Its table of contents and the memory it takes, if the store does not have it ([`stored_toc`]).
+    pub toc: Option<(PackedToc, Charge)>,
 }
 
 /// Opens a layer. One process at a time streams it; others wait for that one's index.
@@ -153,8 +168,10 @@ async fn stream(
             budget: context.budget.clone(),
         })
     };
-    let ahead = &context.ahead;
-    let pass = || first_pass::run(blob.clone(), diff_id.clone(), ahead, destination(), stats.clone());
+    let pass = || {
+        let (blob, diff_id) = (blob.clone(), diff_id.clone());
+        first_pass::run(blob, diff_id, context, destination(), stats.clone())
+    };
     let mut indexed = match pass().await {
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
         Err(error) if error.is_corruption() => {
@@ -167,53 +184,73 @@ async fn stream(
     stats.set_source(IndexSource::Streamed);
     let context = context.clone();
     let keeping = tokio::task::spawn_blocking(move || {
-        let extents = &indexed.extents;
+        let mut kept = false;
         if let Some(dir) = &dir {
-            if let Err(error) = keep(&context.store, dir, &indexed) {
-                context.health.store_failed(&error);
+            match keep(&context.store, dir, &indexed) {
+                Ok(()) => kept = true,
+                Err(error) => context.health.store_failed(&error),
             }
             match indexed.device_error.take() {
                 Some(error) => context.health.store_failed(&error),
                 // The layer is larger than the cache may be: it fills with what is read.
                 None if indexed.device.is_none() => {
-                    let opened = DataDevice::open(&context.store, dir, &indexed.index, extents);
+                    let opened = DataDevice::open(&context.store, dir, &indexed.index, &indexed.extents);
                     indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
                 }
                 None => {}
             }
         }
-        let layer = layer(
-            &context,
-            &dir,
-            blob,
-            indexed.index,
-            indexed.extents,
-            indexed.device,
-            stats,
-        );
+        let Indexed {
+            index,
+            toc,
+            extents,
+            charges,
+            device,
+            ..
+        } = indexed;
+        let [mut charge, mut toc_charge] = charges;
+        let of_toc = if kept { 0 } else { toc.bytes() };
+        let covered = toc_charge
+            .exactly(of_toc as u64)
+            .and_then(|()| charge.exactly(tables_of(&index, &extents)));
+        covered.map_err(too_much(blob.digest()))?;
+        let layer = layer(&context, &dir, blob, (index, extents, charge), device, stats);
         if dir.is_some() && layer.keeps() {
-            let found = programs::look(&indexed.toc, &layer);
+            let found = programs::look(&toc, &layer);
             if let Err(error) = programs::keep(&context.store, layer.digest(), found) {
                 context.health.store_failed(&error);
             }
         }
-        Opened {
+        Ok(Opened {
             layer,
-            toc: Some(indexed.toc),
-        }
+            toc: (!kept).then_some((toc, toc_charge)),
+        })
     });
-    keeping.await.map_err(|_| OpenError::Interrupted)
+    keeping.await.map_err(|_| OpenError::Interrupted)?
+}
+
+/// Memory of a layer's tables while it is open.
+fn tables_of(index: &SpanIndex, extents: &ExtentTable) -> u64 {
+    index.bytes_of_spans() + extents.bytes().len() as u64
+}
+
+fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
+    let layer = layer.clone();
+    move |source| OpenError::TooMuchMemory {
+        layer: layer.clone(),
+        source,
+    }
 }
 
 fn layer(
     context: &LayerContext,
     dir: &Option<LayerDir>,
     blob: Arc<dyn BlobSource>,
-    index: SpanIndex,
-    extents: ExtentTable,
+    (mut index, extents, charge): (SpanIndex, ExtentTable, Charge),
     device: Option<DataDevice>,
     stats: Arc<LayerStats>,
 ) -> Arc<Layer> {
+    index.allow(context.tables.limit());
     let touches = Touches::new(index.len());
     let (budget, health) = (context.budget.clone(), context.health.clone());
     let disk = LayerDisk::new(blob.digest().clone(), device, budget, health, stats.clone());
@@ -222,6 +259,7 @@ fn layer(
         index,
         extents,
         disk,
+        _charge: charge,
         home: dir.clone().map(|dir| (context.store.clone(), dir)),
         memory: context.memory.clone(),
         health: context.health.clone(),
@@ -280,9 +318,13 @@ fn load(
             None
         }
     };
+    let mut charge = context.tables.charge();
+    charge
+        .exactly(tables_of(&index, &extents))
+        .map_err(too_much(blob.digest()))?;
     stats.set_source(IndexSource::Store);
     let dir = Some(dir.clone());
-    let layer = layer(context, &dir, blob, index, extents, device, stats);
+    let layer = layer(context, &dir, blob, (index, extents, charge), device, stats);
     Ok(Some(Opened { layer, toc: None }))
 }
 
@@ -309,13 +351,13 @@ pub fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, Extent
 /// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
 fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
     let lazy = Durability::Lazy;
-    store.publish_sealed(&dir.toc(), lazy, |mut file| indexed.toc.encode(&mut file))?;
+    store.publish_sealed(&dir.toc(), lazy, |mut file| indexed.toc.write(&mut file))?;
     store.publish_sealed(&dir.extents(), lazy, |mut file| indexed.extents.encode(&mut file))?;
     store.publish_sealed(&dir.spans(), lazy, |mut file| indexed.index.write(&mut file))
 }
 
 /// The table of contents of a layer that was indexed before.
-pub fn stored_toc(store: &Store, digest: &Digest) -> Result<Toc, OpenError> {
+pub fn stored_toc(store: &Store, digest: &Digest) -> Result<PackedToc, OpenError> {
     let lost = |reason: String| OpenError::Toc {
         layer: digest.clone(),
         reason,
@@ -325,5 +367,5 @@ pub fn stored_toc(store: &Store, digest: &Digest) -> Result<Toc, OpenError> {
         .ok_or_else(|| lost("there is no store".to_owned()))?;
     let bytes = read_sealed(&dir.toc()).map_err(|e| lost(e.to_string()))?;
     let bytes = bytes.ok_or_else(|| lost("it is gone".to_owned()))?;
-    Toc::decode(&bytes).map_err(|e| lost(e.to_string()))
+    PackedToc::open(&bytes).map_err(|e| lost(e.to_string()))
 }

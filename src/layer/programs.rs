@@ -8,7 +8,7 @@ use super::Layer;
 use crate::oci::Digest;
 use crate::program::Program;
 use crate::store::{Durability, Store, StoreError, read_sealed};
-use crate::toc::{DataLayout, EntryKind, Toc, TocEntry};
+use crate::toc::{DataLayout, EntryKind, PackedEntry, PackedToc};
 
 const VERSION: u32 = 1;
 /// What is noted of the programs of one layer takes about so much memory at most; more programs are left out. Real layers
@@ -28,9 +28,18 @@ struct File {
 }
 
 /// Looks into the programs of a layer whose content is on its device.
-pub(super) fn look(toc: &Toc, layer: &Layer) -> Programs {
+pub(super) fn look(toc: &PackedToc, layer: &Layer) -> Programs {
     let mut room = MOST_NOTED;
-    let candidates = toc.entries.iter().filter_map(candidate);
+    let mut entries = toc.entries().ok();
+    let candidates = std::iter::from_fn(|| {
+        // It was packed just now; if it cannot be read the merge says why.
+        let entries = entries.as_mut()?;
+        loop {
+            if let Some(found) = candidate(&entries.next().ok()??) {
+                return Some(found);
+            }
+        }
+    });
     let programs = candidates.filter_map(|(device, size)| {
         let program = Program::look(size, &mut |offset, buf| {
             let within = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= size);
@@ -47,7 +56,7 @@ pub(super) fn look(toc: &Toc, layer: &Layer) -> Programs {
 }
 
 /// Device offset and size of a file that may be a program or a library.
-fn candidate(entry: &TocEntry) -> Option<(u64, u64)> {
+fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
     let EntryKind::Regular(data) = &entry.kind else {
         return None;
     };

@@ -4,10 +4,14 @@
 
 use std::ops::Range;
 
+use super::codec::Packer;
 use super::error::{TocError, shown};
 use super::path::{self, Place};
 use super::sparse::{self, Fragment, Placed};
-use super::{DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Limits, Metadata, Toc, TocEntry, Xattrs};
+use super::{
+    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs,
+};
+use crate::memory::Charge;
 
 /// Warnings kept in full; the others are only counted.
 const MAX_WARNINGS: usize = 32;
@@ -40,25 +44,30 @@ pub(super) struct Content {
     pub map: Option<Vec<Fragment>>,
 }
 
-/// The table being made.
+/// The table being made: entries are packed as they come, so that only what is looked at again takes room.
 #[derive(Debug)]
 pub(super) struct Builder {
     limits: Limits,
-    toc: Toc,
+    packer: Packer,
+    extents: Vec<Extent>,
+    device_size: u64,
+    warnings: Vec<String>,
+    charge: Charge,
     /// Pieces and chunks of sparse files, which count as entries.
     pieces: usize,
-    /// Bytes of names, targets and attributes.
-    text: usize,
     suppressed: usize,
 }
 
 impl Builder {
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, charge: Charge) -> Self {
         Self {
             limits,
-            toc: Toc::default(),
+            packer: Packer::default(),
+            extents: Vec::new(),
+            device_size: 0,
+            warnings: Vec::new(),
+            charge,
             pieces: 0,
-            text: 0,
             suppressed: 0,
         }
     }
@@ -67,13 +76,13 @@ impl Builder {
         self.limits
     }
 
-    pub fn extents(&self) -> &[super::Extent] {
-        &self.toc.extents
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
     }
 
     pub fn warn(&mut self, text: impl FnOnce() -> String) {
-        if self.toc.warnings.len() < MAX_WARNINGS {
-            self.toc.warnings.push(text());
+        if self.warnings.len() < MAX_WARNINGS {
+            self.warnings.push(text());
         } else {
             self.suppressed += 1;
         }
@@ -145,7 +154,7 @@ impl Builder {
 
     /// Adds a regular file; the extents that its stored bytes fill, an empty range if they are to be skipped.
     pub fn regular(&mut self, item: Item, content: Content) -> Result<Range<usize>, TocError> {
-        let first = self.toc.extents.len();
+        let first = self.extents.len();
         let path = canonical_name(&item)?;
         let hidden = match path::classify(&path) {
             Place::Visible => false,
@@ -165,8 +174,8 @@ impl Builder {
             return Ok(first..first);
         }
         let placed = self.place(&item, content)?;
-        self.toc.device_size = placed.end;
-        self.toc.extents.extend_from_slice(&placed.extents);
+        self.device_size = placed.end;
+        self.extents.extend_from_slice(&placed.extents);
         let kind = if hidden {
             EntryKind::Hidden(placed.data)
         } else {
@@ -178,12 +187,12 @@ impl Builder {
             meta: item.meta,
             xattrs: item.xattrs,
         })?;
-        Ok(first..self.toc.extents.len())
+        Ok(first..self.extents.len())
     }
 
     fn place(&mut self, item: &Item, content: Content) -> Result<Placed, TocError> {
         let Content { tar, stored, size, map } = content;
-        let (device, limit) = (self.toc.device_size, self.limits.device_size);
+        let (device, limit) = (self.device_size, self.limits.device_size);
         let too_large = || TocError::TooLarge {
             entry: shown(&item.name),
             size,
@@ -201,10 +210,11 @@ impl Builder {
             })?;
             let whole = [Fragment { offset: 0, len: size }];
             if size > 0 && map != whole {
-                self.count_pieces(map.len())?;
+                self.check_map(map.len(), &item.name)?;
+                self.count_pieces(map.len(), item)?;
                 let placed = sparse::place_sparse(size, &map, tar, device, limit).ok_or_else(too_large)?;
                 if let DataLayout::Chunked { chunks, .. } = &placed.data.layout {
-                    self.count_pieces(chunks.len())?;
+                    self.count_pieces(chunks.len(), item)?;
                 }
                 return Ok(placed);
             }
@@ -215,40 +225,47 @@ impl Builder {
         Ok(sparse::place_flat(size, tar, device))
     }
 
-    fn count_pieces(&mut self, pieces: usize) -> Result<(), TocError> {
+    /// Checks that there is memory for the map of a sparse file, of so many pieces, and for what is made of it.
+    pub fn check_map(&mut self, pieces: usize, name: &[u8]) -> Result<(), TocError> {
+        let bytes = pieces * (size_of::<Fragment>() + size_of::<Extent>() + size_of::<(u32, u64)>());
+        self.cover(bytes, name)
+    }
+
+    fn count_pieces(&mut self, pieces: usize, item: &Item) -> Result<(), TocError> {
         self.pieces += pieces;
-        self.check_count()
+        self.check_count(&item.name)
     }
 
-    fn check_count(&self) -> Result<(), TocError> {
+    /// Checks the limits after something was added for the entry called `name`.
+    fn check_count(&mut self, name: &[u8]) -> Result<(), TocError> {
         let limit = self.limits.entries;
-        if self.toc.entries.len() + self.pieces > limit {
-            return Err(TocError::TooManyEntries { limit });
+        if self.packer.len() + self.pieces > limit {
+            return Err(TocError::TooManyEntries {
+                entry: shown(name),
+                limit,
+            });
         }
-        let limit = self.limits.text;
-        if self.text > limit {
-            return Err(TocError::TooMuchText { limit });
-        }
-        Ok(())
+        self.cover(0, name)
     }
 
-    fn push(&mut self, entry: TocEntry) -> Result<(), TocError> {
-        let target = match &entry.kind {
-            EntryKind::Symlink(target) | EntryKind::Hardlink(target) => target.len(),
-            _ => 0,
-        };
-        let xattrs = entry.xattrs.iter().map(|(name, value)| name.len() + value.len());
-        self.text += entry.path.len() + target + xattrs.sum::<usize>();
-        self.toc.entries.push(match entry.kind {
-            // What overlayfs takes for a whiteout, and thus what every engine built on it shows as one.
-            EntryKind::CharDevice(DeviceNumber { major: 0, minor: 0 }) => TocEntry {
-                kind: EntryKind::Whiteout,
-                xattrs: Vec::new(),
-                ..entry
-            },
-            _ => entry,
-        });
-        self.check_count()
+    /// Takes the memory of all that was added, and `more`.
+    fn cover(&mut self, more: usize, name: &[u8]) -> Result<(), TocError> {
+        let extents = self.extents.len() * size_of::<Extent>();
+        let bytes = (self.packer.bytes() + extents + more) as u64;
+        self.charge.cover(bytes).map_err(|source| TocError::TooMuchMemory {
+            entry: shown(name),
+            source,
+        })
+    }
+
+    fn push(&mut self, mut entry: TocEntry) -> Result<(), TocError> {
+        // What overlayfs takes for a whiteout, and thus what every engine built on it shows as one.
+        if let EntryKind::CharDevice(DeviceNumber { major: 0, minor: 0 }) = entry.kind {
+            entry.kind = EntryKind::Whiteout;
+            entry.xattrs.clear();
+        }
+        self.packer.add(&entry)?;
+        self.check_count(&entry.path)
     }
 
     /// An entry whose name alone says what it is.
@@ -274,11 +291,16 @@ impl Builder {
         })
     }
 
-    pub fn finish(mut self) -> Toc {
+    pub fn finish(mut self) -> Result<Tables, TocError> {
         if self.suppressed > 0 {
-            self.toc.warnings.push(format!("and {} more warnings", self.suppressed));
+            self.warnings.push(format!("and {} more warnings", self.suppressed));
         }
-        self.toc
+        Ok(Tables {
+            toc: self.packer.finish(&self.extents, &self.warnings, self.device_size)?,
+            extents: ExtentTable::new(&self.extents, self.device_size),
+            warnings: self.warnings,
+            charge: self.charge,
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0  magic "ocifsTOC"
-//!  8  version u32 = 1
+//!  8  version u32 = 2
 //! 12  number of entries u32, of extents u32, of warnings u32
 //! 24  device size u64
 //! 32  length of the body u64
@@ -11,12 +11,13 @@
 //!
 //! body    = entry* extent* warning*
 //! entry   = kind u8, shared, bytes (path: `shared` bytes of the path before, then these),
-//!           mode, uid, gid, signed (mtime), nanoseconds, number of xattrs, (bytes, bytes)*, then by kind:
+//!           mode, uid, gid, signed (mtime), nanoseconds, number of xattrs, xattr*, then by kind:
 //!           0 directory, 7 fifo, 8 whiteout, 9 opaque: nothing        3 symlink, 4 hardlink: bytes
 //!           5 character device, 6 block device: major, minor
 //!           1 regular, 10 hidden:  size, and unless that is 0: signed (device offset, from where the file before ends)
 //!           2 regular, 11 hidden, in chunks:  size, chunk bits u8, number of chunks,
 //!                        (chunks left out, signed (device offset, from where the chunk before ends))*
+//! xattr   = 0, bytes (name), bytes (value): it gets the next number, from 1 on; or the number of one that came before
 //! extent  = tar offset from the end of the extent before, device offset likewise, length
 //! warning = bytes
 //! bytes   = length, that many bytes
@@ -24,22 +25,81 @@
 //! The numbers of the head are little-endian; those of the body are LEB128, `signed` ones in zigzag. What is usual takes one byte:
 //! a file's device offset is where the one before ended.
 //!
-//! Decoding believes nothing: it reads as a stream, allocates what it has read, and checks every invariant of [`Toc`], because a
-//! table may come from a registry. The zeros (no real layer needs any) let it refuse whatever unfolds to more than 64 times its
+//! Decoding believes nothing: it reads as a stream, allocates what it has read, and checks every invariant of
+//! [`Toc`](super::Toc), because a table may come from a registry. The zeros (no real layer needs any) let it refuse whatever unfolds to more than 64 times its
 //! size, so that a few bytes cannot become gigabytes of entries.
+
+use std::io::{self, Write};
 
 use super::DEVICE_BLOCK;
 
 mod decode;
 mod encode;
 
+pub use decode::{AttributeRef, Entries, PackedEntry};
+pub(super) use encode::Packer;
+
 const MAGIC: &[u8; 8] = b"ocifsTOC";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEAD: usize = 40;
 const HASH: usize = 32;
 const WHAT: &str = "table of contents";
 /// Most that a byte of the body may unfold to; tables of real layers stay below 10.
 const RATIO_MAX: u64 = 64;
+
+/// A layer's table of contents as bytes: what [`super::Toc`] has as values, in a twentieth of the memory.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PackedToc {
+    head: [u8; HEAD],
+    body: Vec<u8>,
+}
+
+impl std::fmt::Debug for PackedToc {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PackedToc")
+            .field("entries", &self.len())
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl PackedToc {
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.count(12) as usize
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Length of the data device in bytes, a multiple of [`DEVICE_BLOCK`].
+    pub fn device_size(&self) -> u64 {
+        u64::from(self.count(24)) | u64::from(self.count(28)) << 32
+    }
+
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
+        HEAD + self.body.len()
+    }
+
+    /// Writes the table as [`PackedToc::open`] reads it.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let hash = blake3::Hasher::new().update(&self.head).update(&self.body).finalize();
+        out.write_all(&self.head)?;
+        out.write_all(&self.body)?;
+        out.write_all(hash.as_bytes())
+    }
+
+    fn count(&self, at: usize) -> u32 {
+        u32_at(&self.head, at)
+    }
+}
+
+fn u32_at(head: &[u8; HEAD], at: usize) -> u32 {
+    u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
+}
 
 mod tag {
     pub const DIRECTORY: u8 = 0;
@@ -65,12 +125,23 @@ fn after(device: u64, size: u64) -> u64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::decode::{Decoder, decode_body};
+    use super::decode::Decoder;
     use super::encode::Encoder;
-    use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry};
+    use super::{HEAD, PackedToc};
+    use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry, TocError};
 
     fn compressed(raw: &[u8]) -> Vec<u8> {
         zstd::encode_all(raw, 1).unwrap()
+    }
+
+    fn unpack(body: &[u8], counts: [u32; 3], device_size: u64) -> Result<Toc, TocError> {
+        let mut head = [0; HEAD];
+        for (at, count) in [12, 16, 20].into_iter().zip(counts) {
+            head[at..at + 4].copy_from_slice(&count.to_le_bytes());
+        }
+        head[24..32].copy_from_slice(&device_size.to_le_bytes());
+        let body = body.to_vec();
+        PackedToc { head, body }.unpack()
     }
 
     #[test]
@@ -79,72 +150,80 @@ mod tests {
         let mut encoder = Encoder::default();
         values.iter().for_each(|&value| encoder.number(value));
         values.iter().for_each(|&value| encoder.signed(value as i64));
-        let mut decoder = Decoder {
-            input: &encoder.out[..],
-            path: Vec::new(),
-            device: 0,
-            device_size: 0,
-            pieces: 0,
-        };
+        let mut decoder = Decoder::new(&encoder.out[..], 0);
         assert_eq!(values.map(|_| decoder.number().unwrap()), values);
         assert_eq!(values.map(|_| decoder.signed().unwrap() as u64), values);
         for bad in [&[0xff; 10][..], &[0x80; 11], &[0x80], &[]] {
-            decoder.input = bad;
-            assert!(decoder.number().is_err());
+            assert!(Decoder::new(bad, 0).number().is_err());
+        }
+    }
+
+    fn file(path: String, number: u64) -> TocEntry {
+        TocEntry {
+            path: path.into_bytes().into(),
+            kind: EntryKind::Regular(FileData {
+                size: number % 4096,
+                layout: DataLayout::Flat { device: number * 4096 },
+            }),
+            meta: Metadata {
+                mode: 0o644,
+                uid: 0,
+                gid: 0,
+                mtime: 1_700_000_000,
+                mtime_nsec: 0,
+            },
+            xattrs: Vec::new(),
+        }
+    }
+
+    fn table(entries: Vec<TocEntry>) -> Toc {
+        Toc {
+            entries,
+            device_size: 1 << 40,
+            ..Toc::default()
         }
     }
 
     #[test]
     fn a_typical_entry_is_small() {
-        let entries: Vec<_> = (0..10_000u64)
-            .map(|i| TocEntry {
-                path: format!("usr/share/doc/package{}/file{i}", i / 10).into_bytes().into(),
-                kind: EntryKind::Regular(FileData {
-                    size: i % 4096,
-                    layout: DataLayout::Flat { device: i * 4096 },
-                }),
-                meta: Metadata {
-                    mode: 0o644,
-                    uid: 0,
-                    gid: 0,
-                    mtime: 1_700_000_000,
-                    mtime_nsec: 0,
-                },
-                xattrs: Vec::new(),
-            })
-            .collect();
-        let mut encoded = Vec::new();
-        Toc {
-            entries,
-            ..Toc::default()
-        }
-        .encode(&mut encoded)
-        .unwrap();
-        assert!(encoded.len() < 10_000 * 8, "{}", encoded.len());
+        let entries = (0..10_000).map(|i| file(format!("usr/share/doc/package{}/file{i}", i / 10), i));
+        let packed = table(entries.collect()).pack().unwrap();
+        assert!(packed.bytes() < 10_000 * 8, "{}", packed.bytes());
+    }
+
+    #[test]
+    fn equal_attributes_are_packed_once() {
+        let value = |byte: u8| ((*b"user.a").into(), vec![byte; 60_000].into());
+        let entries = (0..2000).map(|i| TocEntry {
+            xattrs: vec![value(i as u8 % 2)],
+            ..file(format!("f{i}"), i)
+        });
+        let toc = table(entries.collect());
+        let packed = toc.pack().unwrap();
+        assert!(packed.bytes() < 40_000, "{}", packed.bytes());
+        assert_eq!(packed.unpack(), Ok(toc));
     }
 
     #[test]
     fn bombs_are_small() {
         // Every nine zeros are an entry, and they compress to nothing.
         let mut bomb = compressed(&[0; 9 * 100_000]);
-        assert!(decode_body(&bomb, [100_000, 0, 0], 0).is_err());
-        assert!(decode_body(&bomb, [10_000_001, 0, 0], 0).is_err());
+        assert!(unpack(&bomb, [100_000, 0, 0], 0).is_err());
+        assert!(unpack(&bomb, [10_000_001, 0, 0], 0).is_err());
         bomb.resize((9usize * 100_000).div_ceil(64), 0);
-        let toc = decode_body(&bomb, [100_000, 0, 0], 0).unwrap();
-        let mut encoded = Vec::new();
-        toc.encode(&mut encoded).unwrap();
-        assert_eq!(Toc::decode(&encoded), Ok(toc));
-        assert!(decode_body(&compressed(b""), [0, 0, 0], 1 << 50).is_err());
-        assert!(decode_body(&compressed(b"x"), [0, 0, 0], 0).is_err());
+        let toc = unpack(&bomb, [100_000, 0, 0], 0).unwrap();
+        assert_eq!(toc.pack().unwrap().unpack(), Ok(toc));
+        assert!(unpack(&compressed(b""), [0, 0, 0], 1 << 50).is_err());
+        assert!(unpack(&compressed(b"x"), [0, 0, 0], 0).is_err());
         let twice = [compressed(b""), compressed(b"")].concat();
-        assert!(decode_body(&twice, [0, 0, 0], 0).is_err());
-        assert!(decode_body(&compressed(b""), [0, 0, 0], 0).is_ok());
+        assert!(unpack(&twice, [0, 0, 0], 0).is_err());
+        assert!(unpack(&compressed(b""), [0, 0, 0], 0).is_ok());
     }
 
     proptest! {
         #[test]
         fn any_body_is_survived(raw in prop::collection::vec(0u8..20, 0..200), counts in [0u32..5, 0u32..5, 0u32..5]) {
-            if let Ok(toc) = decode_body(&compressed(&raw), counts, 1 << 30) {
+            if let Ok(toc) = unpack(&compressed(&raw), counts, 1 << 30) {
                 prop_assert_eq!(toc.entries.len(), counts[0] as usize);
             }
         }

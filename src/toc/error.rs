@@ -1,5 +1,7 @@
 //! What can be wrong with a tar or with a stored table of contents.
 
+use crate::memory::OverLimit;
+
 /// Why a tar or a stored table of contents cannot be used. Trying again with the same bytes never helps.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -83,16 +85,26 @@ pub enum TocError {
         limit: u64,
     },
     /// More entries, or pieces of sparse files, than the limit.
-    #[error("the tar has more than {limit} entries")]
+    #[error("at tar entry {entry}, the layer has more than {limit} entries and pieces of sparse files")]
     TooManyEntries {
+        /// Name of the entry that passed the limit.
+        entry: String,
         /// The limit.
         limit: usize,
     },
-    /// More bytes of names, targets and extended attributes than the limit.
-    #[error("the names and extended attributes in the tar take more than {limit} bytes")]
-    TooMuchText {
+    /// The names, attributes and places of the entries take more memory than the image may.
+    #[error("up to tar entry {entry}, what the image says of its files takes {source}")]
+    TooMuchMemory {
+        /// Name of the entry that passed the limit.
+        entry: String,
         /// The limit.
-        limit: usize,
+        source: OverLimit,
+    },
+    /// The table cannot be compressed.
+    #[error("the table of contents cannot be compressed: {reason}")]
+    Pack {
+        /// What the compressor says.
+        reason: String,
     },
     /// The bytes end too early.
     #[error("truncated tar: it ends at offset {offset} within {within}")]

@@ -33,20 +33,27 @@ pub struct ExtentTable<B = Vec<u8>> {
 impl Toc {
     /// The extents alone, for run time.
     pub fn extent_table(&self) -> ExtentTable {
-        let mut bytes = Vec::with_capacity(HEAD + self.extents.len() * RECORD + HASH);
+        ExtentTable::new(&self.extents, self.device_size)
+    }
+}
+
+impl ExtentTable {
+    /// A table of these extents, which must be in order, in a device of this size.
+    pub(super) fn new(extents: &[Extent], device_size: u64) -> Self {
+        let mut bytes = Vec::with_capacity(HEAD + extents.len() * RECORD + HASH);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&(self.extents.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(&self.device_size.to_le_bytes());
-        for extent in &self.extents {
+        bytes.extend_from_slice(&(extents.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&device_size.to_le_bytes());
+        for extent in extents {
             for number in [extent.tar, extent.device, extent.len] {
                 bytes.extend_from_slice(&number.to_le_bytes());
             }
         }
         let hash = blake3::hash(&bytes);
         bytes.extend_from_slice(hash.as_bytes());
-        ExtentTable { bytes }
+        Self { bytes }
     }
 }
 
@@ -71,6 +78,11 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         let table = Self { bytes };
         check(table.iter(), table.device_size()).map_err(corrupt)?;
         Ok(table)
+    }
+
+    /// The encoded table.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
     }
 
     /// Writes the table as [`ExtentTable::open`] reads it.

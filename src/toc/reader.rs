@@ -12,30 +12,29 @@
 //!                      Ended                             +--> Pad --> Header
 //! ```
 //! Bytes may come in any split. Content is handed on as the slices that came in, never copied. The only things kept are the
-//! block being read, the payload of extended headers (at most 1 MiB each) and the table itself.
+//! block being read, the payload of extended headers (at most 1 MiB each) and the packed table.
 
 use std::ops::Range;
 
-use super::Toc;
+use super::Tables;
 use super::builder::{Builder, Item};
 use super::error::{TocError, describe, shown};
 use super::header::{self, BLOCK, Block, Header};
 use super::pax::{Pax, PaxProblem};
 use super::sparse::{Fragment, MapParser};
+use crate::memory::Charge;
 
 mod entry;
 
-/// What a tar may cost. [`Toc::decode`] reads only tables within the default limits.
+/// What a tar may cost beside memory. [`Toc::decode`](super::Toc::decode) reads only tables within the default limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Entries, and pieces of sparse files, of one layer. An entry takes at least 512 bytes of tar and some 150 of memory.
+    /// Entries, and pieces of sparse files, of one layer. An entry takes at least 512 bytes of tar.
     pub entries: usize,
     /// Length of the data device in bytes. A virtual disk of EROFS blocks ends at 16 TiB for all layers together.
     pub device_size: u64,
     /// Bytes of one pax header or GNU long name; Go's reader, through which all layers go elsewhere, has the same limit.
     pub payload: u64,
-    /// Bytes of names, targets and extended attributes of one layer. Compressed, they can be a thousandth of that.
-    pub text: usize,
 }
 
 impl Default for Limits {
@@ -44,7 +43,6 @@ impl Default for Limits {
             entries: 10_000_000,
             device_size: 8 << 40,
             payload: 1 << 20,
-            text: 2 << 30,
         }
     }
 }
@@ -132,8 +130,13 @@ struct Sparse {
 impl TarReader {
     /// A reader at the first byte of a tar.
     pub fn new(limits: Limits) -> Self {
+        Self::charged(limits, Charge::default())
+    }
+
+    /// One whose tables are charged for.
+    pub fn charged(limits: Limits, charge: Charge) -> Self {
         Self {
-            builder: Builder::new(limits),
+            builder: Builder::new(limits, charge),
             state: State::Header { after_zeros: false },
             pos: 0,
             block: [0; BLOCK],
@@ -155,8 +158,8 @@ impl TarReader {
         Ok(())
     }
 
-    /// The table, after the last byte. Bytes that are missing are an error, except padding and the end marker.
-    pub fn finish(mut self) -> Result<Toc, TocError> {
+    /// The tables, after the last byte. Bytes that are missing are an error, except padding and the end marker.
+    pub fn finish(mut self) -> Result<Tables, TocError> {
         let within = match self.state {
             State::Failed(error) => return Err(error),
             State::Ended | State::Header { after_zeros: true } => None,
@@ -181,7 +184,7 @@ impl TarReader {
             self.builder
                 .warn(|| "the extended header before the end of the tar describes no entry".to_owned());
         }
-        Ok(self.builder.finish())
+        self.builder.finish()
     }
 
     /// Consumes at least one of `bytes`, which is not empty, but not more than belong to the state; how many.

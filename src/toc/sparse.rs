@@ -84,6 +84,11 @@ impl MapParser {
         self.left == Some(0) && self.consumed.is_multiple_of(BLOCK as u64)
     }
 
+    /// How many pieces were read.
+    pub fn pieces(&self) -> usize {
+        self.map.len()
+    }
+
     /// The pieces read.
     pub fn into_map(self) -> Vec<Fragment> {
         self.map

@@ -3,6 +3,7 @@
 //! Tars of real writers are in the integration tests.
 
 use super::*;
+use crate::memory::Allowance;
 
 mod properties;
 mod sparse;
@@ -73,7 +74,8 @@ pub(super) fn read_split(tar: &[u8], mut split: impl FnMut() -> usize) -> Result
         })?;
         rest = tail;
     }
-    Ok((reader.finish()?, delivered))
+    let toc = reader.finish()?.toc;
+    Ok((toc.unpack().unwrap(), delivered))
 }
 
 pub(super) fn read(parts: &[Vec<u8>]) -> Result<Toc, TocError> {
@@ -141,7 +143,7 @@ fn errors_stay() {
     let mut reader = TarReader::new(Limits::default());
     let error = reader.push(&[1; 512], &mut |_, _| ()).unwrap_err();
     assert_eq!(reader.push(&[0; 1024], &mut |_, _| ()), Err(error.clone()));
-    assert_eq!(reader.finish(), Err(error));
+    assert_eq!(reader.finish().err(), Some(error));
 }
 
 #[test]
@@ -417,15 +419,25 @@ fn limits() {
     let tar = ["a", "b", "c"].map(|name| entry(name, b'5', b"", &[])).concat();
     assert_eq!(
         reader.push(&tar, &mut |_, _| ()),
-        Err(TocError::TooManyEntries { limit: 2 })
+        Err(TocError::TooManyEntries {
+            entry: "`c`".into(),
+            limit: 2
+        })
     );
-    let mut reader = TarReader::new(Limits {
-        text: 10,
-        ..Limits::default()
+    let limit = 1 << 20;
+    let mut reader = TarReader::charged(Limits::default(), Allowance::new(limit).charge());
+    let refused = (0..).find_map(|number| {
+        let value = format!("{number:060000}").into_bytes();
+        let tar = [pax(&[("SCHILY.xattr.user.a", &value)]), entry("file", b'0', b"", &[])].concat();
+        reader.push(&tar, &mut |_, _| ()).err()
     });
-    let tar = entry("eleven-long", b'5', b"", &[]);
-    let refused = reader.push(&tar, &mut |_, _| ()).unwrap_err();
-    assert_eq!(refused, TocError::TooMuchText { limit: 10 });
+    let refused = refused.unwrap();
+    assert!(matches!(refused, TocError::TooMuchMemory { source, .. } if source.limit == limit));
+    let text = refused.to_string();
+    assert!(
+        text.contains("`file`") && text.contains("1 MiB") && text.contains("--memory"),
+        "{text}"
+    );
     // Four blocks far apart: four pieces in four chunks, and the entry.
     let pieces: Vec<(u64, u64)> = (0..4).map(|i| (i << 20, 512)).collect();
     for tar in sparse::sparse_styles(4 << 20, &pieces) {
@@ -434,7 +446,7 @@ fn limits() {
             ..Limits::default()
         });
         let refused = reader.push(&tar, &mut |_, _| ()).unwrap_err();
-        assert_eq!(refused, TocError::TooManyEntries { limit: 8 });
+        assert!(matches!(refused, TocError::TooManyEntries { limit: 8, .. }));
     }
     let warnings: Vec<_> = (0..100).map(|_| entry(".wh.", b'0', b"", &[])).collect();
     let warnings = read(&warnings).unwrap().warnings;

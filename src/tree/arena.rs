@@ -1,17 +1,32 @@
 //! The inodes of a merge under way, and walking names among them.
 //!
 //! All trees of a merge (what the layers so far give, what the current layer adds) share one arena, so a hard link across layers
-//! is only an id. Inodes that lose their last name stay until the merge ends. Nothing here recurses: paths may be thousands of
-//! components deep.
+//! is only an id. Nothing here recurses: paths may be thousands of components deep.
+//!
+//! An image can have millions of inodes, so each is a small record. Names and link targets stand back to back in two long
+//! strings, equal attributes are kept once, and one hash table finds a name in any directory. What loses its last name stays
+//! until [`Arena::compact`] makes room. All of it is charged.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+mod compact;
+mod names;
+mod walk;
+mod xattrs;
 
-use crate::toc::{Metadata, Xattrs};
-use crate::tree::NodeKind;
+pub(super) use names::Dirent;
+use names::Names;
+pub(super) use walk::split;
+pub(super) use xattrs::SetId;
+use xattrs::Sets;
+
+use crate::memory::{Charge, OverLimit};
+use crate::toc::{AttributeId, DataLayout, FileData, Metadata};
+use crate::tree::LayerIdx;
 
 /// Position of an inode in its [`Arena`].
 pub(super) type Id = u32;
+
+/// In the place of an [`Id`], or of the number of a [`Dirent`]: none.
+pub(super) const NONE: u32 = u32::MAX;
 
 /// A directory no entry describes (image engines agree on these values for parents a layer leaves out).
 pub(super) const IMPLIED: Metadata = Metadata {
@@ -22,68 +37,129 @@ pub(super) const IMPLIED: Metadata = Metadata {
     mtime_nsec: 0,
 };
 
-/// Symlinks followed in one path before it counts as a loop, as in Linux (`MAXSYMLINKS`).
-const MAX_SYMLINKS: u32 = 40;
+/// Inodes of all layers together: three times the entries of the largest layer. A few paths can imply many directories.
+const MAX_INODES: usize = 32 << 20;
 
-/// Longest path, as in Linux (`PATH_MAX`).
-const MAX_PATH: usize = 4096;
+/// Besides its record: its places in the finished tree and in the plan of the image.
+const INODE_BYTES: usize = size_of::<Inode>() + 20;
 
-/// Longest name, as in Linux (`NAME_MAX`).
-const MAX_NAME: usize = 255;
-
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Inode {
     pub meta: Metadata,
-    pub xattrs: Xattrs,
-    /// Number of the entry that made it, in its layer.
+    pub xattrs: SetId,
+    /// Number of the entry that made it, in its layer. In a finished tree: the link count.
     pub born: u32,
     pub kind: Kind,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Directory {
-        children: BTreeMap<Box<[u8]>, Id>,
+        /// The first of its names; in a finished tree: the place of its names among all sorted ones.
+        first: u32,
+        /// In a finished tree: how many.
+        len: u32,
         /// No entry of the current layer describes it.
         implied: bool,
     },
-    /// Anything but a directory.
-    Leaf(NodeKind),
+    /// A regular file in one piece.
+    Flat {
+        layer: LayerIdx,
+        size: u64,
+        device: u64,
+    },
+    /// A sparse file, with the number of its map.
+    Sparse {
+        layer: LayerIdx,
+        map: u32,
+    },
+    Symlink(Text),
+    /// A character device with its encoded number.
+    CharDevice(u32),
+    BlockDevice(u32),
+    Fifo,
     /// A hard link whose target was not there yet when it was read; later the inode it stands for.
-    Pending { bound: Option<Id> },
+    Pending {
+        target: Text,
+        bound: Id,
+    },
 }
 
-/// Inodes by [`Id`].
+/// Bytes of a link target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Text {
+    start: u32,
+    /// At most `PATH_MAX`.
+    len: u16,
+}
+
+/// Why nothing more can be added.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Full {
+    /// There are [`MAX_INODES`].
+    Inodes,
+    /// Or more bytes of names or targets than 32 bits number.
+    Memory(OverLimit),
+}
+
+impl From<OverLimit> for Full {
+    fn from(over: OverLimit) -> Self {
+        Self::Memory(over)
+    }
+}
+
+/// Inodes by [`Id`], and their names.
 #[derive(Debug, Default)]
 pub(super) struct Arena {
     pub inodes: Vec<Inode>,
+    pub names: Names,
+    pub sets: Sets,
+    targets: Vec<u8>,
+    /// Sparse files.
+    maps: Vec<FileData>,
+    map_bytes: usize,
+    charge: Charge,
+    /// Bytes after the last [`Arena::compact`].
+    live: usize,
 }
 
-/// Inodes of all layers together: three times the entries of the largest layer. A few paths can imply many directories.
-const MAX_INODES: usize = 32 << 20;
-
-/// There are more inodes than [`MAX_INODES`].
-#[derive(Debug)]
-pub(super) struct ArenaFull;
-
 impl Arena {
-    pub fn push(&mut self, inode: Inode) -> Result<Id, ArenaFull> {
+    pub fn new(charge: Charge) -> Self {
+        Self {
+            charge,
+            ..Self::default()
+        }
+    }
+
+    /// Memory that grows with what is added.
+    fn bytes(&self) -> usize {
+        self.inodes.len() * INODE_BYTES + self.names.bytes() + self.sets.bytes() + self.targets.len() + self.map_bytes
+    }
+
+    /// Charges for what was added, and for `more`.
+    pub fn cover(&mut self, more: usize) -> Result<(), Full> {
+        Ok(self.charge.cover((self.bytes() + more) as u64)?)
+    }
+
+    pub fn push(&mut self, inode: Inode) -> Result<Id, Full> {
         if self.inodes.len() == MAX_INODES {
-            return Err(ArenaFull);
+            return Err(Full::Inodes);
         }
         // There are fewer than fit.
         let id = self.inodes.len() as Id;
         self.inodes.push(inode);
+        self.cover(0)?;
         Ok(id)
     }
 
-    pub fn implied_directory(&mut self, born: u32) -> Result<Id, ArenaFull> {
+    pub fn implied_directory(&mut self, born: u32) -> Result<Id, Full> {
         self.push(Inode {
             meta: IMPLIED,
-            xattrs: Xattrs::new(),
+            xattrs: SetId::EMPTY,
             born,
             kind: Kind::Directory {
-                children: BTreeMap::new(),
+                first: NONE,
+                len: 0,
                 implied: true,
             },
         })
@@ -101,124 +177,58 @@ impl Arena {
         matches!(self.get(id).kind, Kind::Directory { .. })
     }
 
-    /// The children of a directory; none of anything else.
-    pub fn children_mut(&mut self, id: Id) -> Option<&mut BTreeMap<Box<[u8]>, Id>> {
-        match &mut self.get_mut(id).kind {
-            Kind::Directory { children, .. } => Some(children),
-            Kind::Leaf(_) | Kind::Pending { .. } => None,
+    /// Keeps a link target of at most `PATH_MAX` bytes.
+    pub fn text(&mut self, bytes: &[u8]) -> Result<Text, Full> {
+        let start = self.targets.len();
+        self.targets.extend_from_slice(bytes);
+        if u32::try_from(self.targets.len()).is_err() {
+            return Err(OverLimit { limit: u32::MAX.into() }.into());
         }
+        Ok(Text {
+            start: start as u32,
+            len: u16::try_from(bytes.len()).expect("a target has at most 4096 bytes"),
+        })
     }
 
-    pub fn child(&self, id: Id, name: &[u8]) -> Option<Id> {
-        match &self.get(id).kind {
-            Kind::Directory { children, .. } => children.get(name).copied(),
-            Kind::Leaf(_) | Kind::Pending { .. } => None,
-        }
+    pub fn target(&self, text: Text) -> &[u8] {
+        &self.targets[text.start as usize..][..text.len.into()]
     }
 
-    /// Gives `name` in the directory `dir` to `id`.
-    pub fn bind(&mut self, dir: Id, name: &[u8], id: Id) {
-        let children = self.children_mut(dir).expect("names are bound in directories only");
-        match children.get_mut(name) {
-            Some(old) => *old = id,
-            None => {
-                children.insert(name.into(), id);
-            }
-        }
-    }
-
-    /// The directory at `path`, if nothing but directories leads to it.
-    pub fn directory_at(&self, root: Id, path: &[u8]) -> Option<Id> {
-        components(path)
-            .try_fold(root, |at, name| self.child(at, name))
-            .filter(|id| self.is_directory(*id))
-    }
-
-    /// The directory at `path`, made where missing and put in the place of whatever else was there.
-    pub fn make_directories(&mut self, root: Id, path: &[u8], born: u32) -> Result<Id, ArenaFull> {
-        let mut at = root;
-        for name in components(path) {
-            at = match self.child(at, name).filter(|id| self.is_directory(*id)) {
-                Some(child) => child,
-                None => {
-                    let child = self.implied_directory(born)?;
-                    self.bind(at, name, child);
-                    child
+    /// A regular file of a layer.
+    pub fn regular(&mut self, layer: LayerIdx, data: FileData) -> Kind {
+        match data.layout {
+            DataLayout::Flat { device } => Kind::Flat {
+                layer,
+                size: data.size,
+                device,
+            },
+            DataLayout::Chunked { .. } => {
+                self.map_bytes += Self::map_size(&data);
+                self.maps.push(data);
+                Kind::Sparse {
+                    layer,
+                    // Fewer than inodes.
+                    map: (self.maps.len() - 1) as u32,
                 }
-            };
-        }
-        Ok(at)
-    }
-
-    /// Spells the directory path `path` without the symlinks that stand at `root` and below. What does not exist is kept as it is.
-    pub fn follow<'a>(&'a self, root: Id, path: &'a [u8]) -> Result<Cow<'a, [u8]>, &'static str> {
-        if self.directory_at(root, path).is_some() {
-            return Ok(Cow::Borrowed(path));
-        }
-        let mut done: Vec<(&[u8], Option<Id>)> = Vec::new();
-        let mut todo: Vec<&[u8]> = path.rsplit(|byte| *byte == b'/').collect();
-        let mut hops = 0;
-        while let Some(name) = todo.pop() {
-            match name {
-                b"" | b"." => continue,
-                b".." => {
-                    done.pop();
-                    continue;
-                }
-                _ if name.len() > MAX_NAME => return Err("a symlink names a component longer than 255 bytes"),
-                _ => {}
             }
-            let here = done.last().map_or(Some(root), |(_, id)| *id);
-            let child = here.and_then(|dir| self.child(dir, name));
-            let Some(target) = child.and_then(|id| self.symlink(id)) else {
-                done.push((name, child));
-                continue;
-            };
-            hops += 1;
-            if hops > MAX_SYMLINKS {
-                return Err("too many symlinks, probably a loop");
-            }
-            if target.starts_with(b"/") {
-                done.clear();
-            }
-            todo.extend(target.rsplit(|byte| *byte == b'/'));
-        }
-        if hops == 0 {
-            return Ok(Cow::Borrowed(path));
-        }
-        let joined = done.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(&b'/');
-        if joined.len() > MAX_PATH {
-            return Err("the path is longer than 4096 bytes once its symlinks are followed");
-        }
-        Ok(Cow::Owned(joined))
-    }
-
-    /// What `path` names in the tree at `root`, following symlinked parents.
-    pub fn lookup(&self, root: Id, path: &[u8]) -> Result<Option<Id>, &'static str> {
-        let (parent, name) = split(path);
-        if name.is_empty() {
-            return Ok(Some(root));
-        }
-        let parent = self.follow(root, parent)?;
-        Ok(self.directory_at(root, &parent).and_then(|dir| self.child(dir, name)))
-    }
-
-    fn symlink(&self, id: Id) -> Option<&[u8]> {
-        match &self.get(id).kind {
-            Kind::Leaf(NodeKind::Symlink(target)) => Some(target),
-            _ => None,
         }
     }
-}
 
-/// Parent and last component of a canonical path.
-pub(super) fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    match path.iter().rposition(|byte| *byte == b'/') {
-        Some(slash) => (&path[..slash], &path[slash + 1..]),
-        None => (&[], path),
+    fn map_size(data: &FileData) -> usize {
+        let chunks = match &data.layout {
+            DataLayout::Chunked { chunks, .. } => chunks.len(),
+            DataLayout::Flat { .. } => 0,
+        };
+        size_of::<FileData>() + chunks * size_of::<(u32, u64)>()
     }
-}
 
-fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
-    path.split(|byte| *byte == b'/').filter(|name| !name.is_empty())
+    /// The map of a sparse file.
+    pub fn map(&self, map: u32) -> &FileData {
+        &self.maps[map as usize]
+    }
+
+    /// The attributes of a set.
+    pub fn set(&self, set: SetId) -> &[AttributeId] {
+        self.sets.get(set)
+    }
 }

@@ -1,11 +1,11 @@
 //! One layer as a tree of its own, read in archive order: what it puts where, what it hides of lower layers, and which inodes its
 //! hard links mean. Hard links that found no target in time are settled when the layer ends, before anything lower is hidden.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
-use crate::toc::{EntryKind, FileData, Metadata, Toc, TocEntry, Xattrs};
-use crate::tree::arena::{Arena, ArenaFull, Id, Inode, Kind, split};
-use crate::tree::{LayerIdx, NodeKind, TreeError};
+use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, Metadata, PackedEntry, PackedToc};
+use crate::tree::arena::{Arena, Full, Id, Inode, Kind, NONE, SetId, split};
+use crate::tree::{LayerIdx, TreeError};
 
 /// What a layer hides of lower ones, by path without in-layer symlinks.
 #[derive(Debug)]
@@ -15,47 +15,67 @@ pub(super) enum Hide {
 }
 
 /// A hard link entry and what it is bound to.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Link {
     /// Number of the entry.
     entry: u32,
-    /// Directory of its name.
-    dir: Id,
+    /// Number of its name.
+    dirent: u32,
     /// The inode, perhaps a pending one.
     id: Id,
+    meta: Metadata,
+    xattrs: SetId,
 }
+
+/// What a hidden entry or a path that is hidden takes beside its bytes.
+const PATH_BYTES: usize = 64;
 
 /// One layer being read into a tree of its own.
 #[derive(Debug)]
 pub(super) struct Upper<'a> {
     arena: &'a mut Arena,
     layer: LayerIdx,
-    toc: &'a Toc,
+    toc: &'a PackedToc,
     root: Id,
     /// Inodes of this layer have ids from here on.
     first: Id,
     hides: Vec<Hide>,
-    hidden: BTreeMap<&'a [u8], Id>,
+    hidden: HashMap<Box<[u8]>, Id>,
     /// In archive order.
     links: Vec<Link>,
+    /// Memory of hides, hidden entries and links.
+    bytes: usize,
+    /// The arena's numbers of the table's attributes.
+    attributes: Vec<AttributeId>,
+    /// Those of the entry.
+    xattrs: Vec<AttributeId>,
+    /// The directory the last entry went into, and its path: most go where the one before went.
+    last: (Vec<u8>, Id),
 }
 
 impl<'a> Upper<'a> {
     /// Reads a layer; gives the root of its tree, and what it hides of the tree at `lower`.
-    pub fn read(arena: &'a mut Arena, lower: Id, layer: LayerIdx, toc: &'a Toc) -> Result<(Id, Vec<Hide>), TreeError> {
+    pub fn read(
+        arena: &'a mut Arena,
+        lower: Id,
+        layer: LayerIdx,
+        toc: &'a PackedToc,
+    ) -> Result<(Id, Vec<Hide>), TreeError> {
         let mut upper = Self::new(arena, layer, toc)?;
-        for (number, entry) in toc.entries.iter().enumerate() {
-            let number = u32::try_from(number).map_err(|_| TreeError::TooManyInodes { layer })?;
-            upper.apply(number, entry)?;
+        let damaged = |source| TreeError::Toc { layer, source };
+        let mut entries = toc.entries().map_err(damaged)?;
+        for number in 0..u32::MAX {
+            let Some(entry) = entries.next().map_err(damaged)? else {
+                break;
+            };
+            upper.apply(number, &entry)?;
         }
         upper.settle_links(lower)?;
         Ok((upper.root, upper.hides))
     }
 
-    fn new(arena: &'a mut Arena, layer: LayerIdx, toc: &'a Toc) -> Result<Self, TreeError> {
-        let root = arena
-            .implied_directory(0)
-            .map_err(|ArenaFull| TreeError::TooManyInodes { layer })?;
+    fn new(arena: &'a mut Arena, layer: LayerIdx, toc: &'a PackedToc) -> Result<Self, TreeError> {
+        let root = arena.implied_directory(0).map_err(|why| full(layer, why, b""))?;
         Ok(Self {
             arena,
             layer,
@@ -63,114 +83,197 @@ impl<'a> Upper<'a> {
             root,
             first: root,
             hides: Vec::new(),
-            hidden: BTreeMap::new(),
+            hidden: HashMap::new(),
             links: Vec::new(),
+            bytes: 0,
+            attributes: Vec::new(),
+            xattrs: Vec::new(),
+            last: (Vec::new(), root),
         })
     }
 
-    fn apply(&mut self, number: u32, entry: &'a TocEntry) -> Result<(), TreeError> {
+    fn apply(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<(), TreeError> {
+        self.intern(entry)?;
         match &entry.kind {
             EntryKind::Opaque => {
-                let dir = self.follow(&entry.path, &entry.path)?;
-                self.hides.push(Hide::Opaque(dir));
-                Ok(())
+                let dir = self.follow(entry.path, entry.path)?;
+                self.hide(Hide::Opaque(dir), entry)
             }
             _ if entry.path.is_empty() => Ok(()), // the root is what it is, see Merger
             EntryKind::Whiteout => {
-                let (parent, name) = split(&entry.path);
-                let mut path = self.follow(parent, &entry.path)?;
+                let (parent, name) = split(entry.path);
+                let mut path = self.follow(parent, entry.path)?;
                 if !path.is_empty() {
                     path.push(b'/');
                 }
                 path.extend_from_slice(name);
-                self.hides.push(Hide::Whiteout(path));
-                Ok(())
+                self.hide(Hide::Whiteout(path), entry)
             }
             EntryKind::Hidden(data) => {
-                let id = self.leaf(number, entry, self.regular(data))?;
-                self.hidden.insert(&entry.path, id);
-                Ok(())
+                let kind = self.regular(data);
+                let id = self.leaf(number, entry, kind)?;
+                self.hidden.insert(entry.path.into(), id);
+                self.cover(entry.path.len() + PATH_BYTES, entry.path)
             }
             EntryKind::Directory => self.directory(number, entry),
             EntryKind::Hardlink(target) => self.hardlink(number, entry, target),
-            EntryKind::Regular(data) => self.name_leaf(number, entry, self.regular(data)),
-            EntryKind::Symlink(target) => self.name_leaf(number, entry, NodeKind::Symlink(target.clone())),
-            EntryKind::CharDevice(device) => self.name_leaf(number, entry, NodeKind::CharDevice(*device)),
-            EntryKind::BlockDevice(device) => self.name_leaf(number, entry, NodeKind::BlockDevice(*device)),
-            EntryKind::Fifo => self.name_leaf(number, entry, NodeKind::Fifo),
+            EntryKind::Regular(data) => {
+                let kind = self.regular(data);
+                self.name_leaf(number, entry, kind)
+            }
+            EntryKind::Symlink(target) => {
+                let target = self.arena.text(target).map_err(|why| self.full(why, entry.path))?;
+                self.name_leaf(number, entry, Kind::Symlink(target))
+            }
+            EntryKind::CharDevice(device) => self.name_leaf(number, entry, Kind::CharDevice(device.encoded())),
+            EntryKind::BlockDevice(device) => self.name_leaf(number, entry, Kind::BlockDevice(device.encoded())),
+            EntryKind::Fifo => self.name_leaf(number, entry, Kind::Fifo),
         }
     }
 
-    fn regular(&self, data: &FileData) -> NodeKind {
-        NodeKind::Regular {
-            layer: self.layer,
-            data: data.clone(),
+    /// Finds the arena's numbers of the entry's attributes.
+    fn intern(&mut self, entry: &PackedEntry<'_>) -> Result<(), TreeError> {
+        self.xattrs.clear();
+        for xattr in entry.xattrs {
+            let id = match xattr {
+                AttributeRef::Known(id) => self.attributes[*id as usize],
+                AttributeRef::New((name, value)) => {
+                    let (id, _) = self.arena.sets.attributes.intern(name, value);
+                    self.attributes.push(id);
+                    id
+                }
+            };
+            self.xattrs.push(id);
         }
+        if entry.xattrs.is_empty() {
+            return Ok(());
+        }
+        self.cover(0, entry.path)
     }
 
-    fn directory(&mut self, number: u32, entry: &TocEntry) -> Result<(), TreeError> {
+    fn set(&mut self, path: &[u8]) -> Result<SetId, TreeError> {
+        let set = self.arena.sets.intern(&self.xattrs);
+        set.map_err(|why| self.full(why, path))
+    }
+
+    fn hide(&mut self, hide: Hide, entry: &PackedEntry<'_>) -> Result<(), TreeError> {
+        let (Hide::Whiteout(path) | Hide::Opaque(path)) = &hide;
+        let bytes = path.len() + PATH_BYTES;
+        self.hides.push(hide);
+        self.cover(bytes, entry.path)
+    }
+
+    /// Charges for `bytes` that do not lie in the arena.
+    fn cover(&mut self, bytes: usize, path: &[u8]) -> Result<(), TreeError> {
+        self.bytes += bytes;
+        let attributes = size_of_val(&*self.attributes);
+        let covered = self.arena.cover(self.bytes + attributes);
+        covered.map_err(|why| self.full(why, path))
+    }
+
+    fn regular(&mut self, data: &FileData) -> Kind {
+        self.arena.regular(self.layer, data.clone())
+    }
+
+    fn directory(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<(), TreeError> {
+        let set = self.set(entry.path)?;
         let dir = self.parent(number, entry)?;
-        let (_, name) = split(&entry.path);
+        let (_, name) = split(entry.path);
         let id = match self.arena.child(dir, name).filter(|id| self.arena.is_directory(*id)) {
             Some(id) => id,
             None => {
-                let id = self.arena.implied_directory(number).map_err(|e| self.full(e))?;
-                self.arena.bind(dir, name, id);
+                let id = self.arena.implied_directory(number);
+                let id = id.map_err(|why| self.full(why, entry.path))?;
+                self.bind(dir, id, entry.path)?;
                 id
             }
         };
         let inode = self.arena.get_mut(id);
         inode.meta = entry.meta;
-        inode.xattrs.clone_from(&entry.xattrs);
+        inode.xattrs = set;
         if let Kind::Directory { implied, .. } = &mut inode.kind {
             *implied = false;
         }
         Ok(())
     }
 
-    fn hardlink(&mut self, number: u32, entry: &TocEntry, target: &[u8]) -> Result<(), TreeError> {
+    fn hardlink(&mut self, number: u32, entry: &PackedEntry<'_>, target: &[u8]) -> Result<(), TreeError> {
+        let xattrs = self.set(entry.path)?;
         let id = match self.find(target)? {
-            Some(id) if self.arena.is_directory(id) => return Err(self.directory_target(entry, target)),
+            Some(id) if self.arena.is_directory(id) => return Err(self.directory_target(entry.path, target)),
             Some(id) => id,
-            None => self.push(number, entry.meta, Xattrs::new(), Kind::Pending { bound: None })?,
+            None => {
+                let target = self.arena.text(target).map_err(|why| self.full(why, entry.path))?;
+                let kind = Kind::Pending { target, bound: NONE };
+                self.push(number, entry, SetId::EMPTY, kind)?
+            }
         };
         let dir = self.parent(number, entry)?;
-        self.arena.bind(dir, split(&entry.path).1, id);
-        self.links.push(Link { entry: number, dir, id });
-        Ok(())
+        let dirent = self.bind(dir, id, entry.path)?;
+        self.links.push(Link {
+            entry: number,
+            dirent,
+            id,
+            meta: entry.meta,
+            xattrs,
+        });
+        self.cover(size_of::<Link>(), entry.path)
     }
 
-    fn name_leaf(&mut self, number: u32, entry: &TocEntry, kind: NodeKind) -> Result<(), TreeError> {
+    fn name_leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<(), TreeError> {
         let dir = self.parent(number, entry)?;
         let id = self.leaf(number, entry, kind)?;
-        self.arena.bind(dir, split(&entry.path).1, id);
-        Ok(())
+        self.bind(dir, id, entry.path).map(|_| ())
     }
 
-    fn leaf(&mut self, number: u32, entry: &TocEntry, kind: NodeKind) -> Result<Id, TreeError> {
-        self.push(number, entry.meta, entry.xattrs.clone(), Kind::Leaf(kind))
+    fn leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<Id, TreeError> {
+        let set = self.set(entry.path)?;
+        self.push(number, entry, set, kind)
     }
 
-    fn push(&mut self, born: u32, meta: Metadata, xattrs: Xattrs, kind: Kind) -> Result<Id, TreeError> {
+    fn push(&mut self, born: u32, entry: &PackedEntry<'_>, xattrs: SetId, kind: Kind) -> Result<Id, TreeError> {
         let inode = Inode {
-            meta,
+            meta: entry.meta,
             xattrs,
             born,
             kind,
         };
-        self.arena.push(inode).map_err(|e| self.full(e))
+        self.arena.push(inode).map_err(|why| self.full(why, entry.path))
+    }
+
+    /// Gives the last name of `path` in `dir` to an inode.
+    fn bind(&mut self, dir: Id, id: Id, path: &[u8]) -> Result<u32, TreeError> {
+        let bound = self.arena.bind(dir, split(path).1, id);
+        let (dirent, old) = bound.map_err(|why| self.full(why, path))?;
+        if old.is_some_and(|old| self.arena.is_directory(old)) {
+            // It may have been on the way to the last directory.
+            self.last = (Vec::new(), self.root);
+        }
+        Ok(dirent)
     }
 
     /// The directory an entry goes into.
-    fn parent(&mut self, number: u32, entry: &TocEntry) -> Result<Id, TreeError> {
-        let (parent, _) = split(&entry.path);
-        if let Some(dir) = self.arena.directory_at(self.root, parent) {
-            return Ok(dir);
+    fn parent(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<Id, TreeError> {
+        let (parent, _) = split(entry.path);
+        if self.last.0 == parent {
+            return Ok(self.last.1);
         }
-        let parent = self.follow(parent, &entry.path)?;
-        self.arena
-            .make_directories(self.root, &parent, number)
-            .map_err(|e| self.full(e))
+        let dir = match self.arena.directory_at(self.root, parent) {
+            Some(dir) => dir,
+            None => {
+                let real = self.follow(parent, entry.path)?;
+                let made = self.arena.make_directories(self.root, &real, number);
+                let dir = made.map_err(|why| self.full(why, entry.path))?;
+                if real != parent {
+                    return Ok(dir);
+                }
+                dir
+            }
+        };
+        self.last.0.clear();
+        self.last.0.extend_from_slice(parent);
+        self.last.1 = dir;
+        Ok(dir)
     }
 
     fn follow(&self, dir: &[u8], path: &[u8]) -> Result<Vec<u8>, TreeError> {
@@ -205,73 +308,95 @@ impl<'a> Upper<'a> {
     fn settle_links(&mut self, lower: Id) -> Result<(), TreeError> {
         for link in 0..self.links.len() {
             let Link { entry, id, .. } = self.links[link];
-            let entry = self.entry(entry);
-            let (Kind::Pending { bound: None }, EntryKind::Hardlink(target)) = (&self.arena.get(id).kind, &entry.kind)
-            else {
+            let Kind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
                 continue;
             };
-            let found = match self.find(target)? {
+            let name = self.arena.target(target);
+            let found = match self.find(name)? {
                 Some(found) => Some(found),
-                None => self.find_lower(lower, target)?,
+                None => self.find_lower(lower, name)?,
             };
-            match found {
-                None => return Err(self.missing_target(entry, target)),
-                Some(found) if self.arena.is_directory(found) => return Err(self.directory_target(entry, target)),
-                Some(found) => self.arena.get_mut(id).kind = Kind::Pending { bound: Some(found) },
-            }
+            let bound = match found {
+                None => return Err(self.missing_target(entry, name)),
+                Some(found) if self.arena.is_directory(found) => {
+                    return Err(self.directory_target(&self.path_of(entry), name));
+                }
+                Some(found) => found,
+            };
+            self.arena.get_mut(id).kind = Kind::Pending { target, bound };
         }
+        // Attributes that links add: sets that are complete only when all links were seen.
+        let mut added: HashMap<Id, Vec<AttributeId>> = HashMap::new();
         for link in 0..self.links.len() {
-            let Link { entry, dir, id } = self.links[link];
+            let Link {
+                entry,
+                dirent,
+                id,
+                meta,
+                xattrs,
+            } = self.links[link];
             let settled = self.settled(entry, id)?;
-            let entry_number = entry;
-            let entry = self.entry(entry);
-            let name = split(&entry.path).1;
-            if settled != id && self.arena.child(dir, name) == Some(id) {
-                self.arena.bind(dir, name, settled);
+            let dirent = &mut self.arena.names.dirents[dirent as usize];
+            if dirent.id == id {
+                dirent.id = settled;
             }
             let inode = self.arena.get_mut(settled);
-            if settled < self.first || inode.born < entry_number {
-                inode.meta = entry.meta;
-                set_xattrs(&mut inode.xattrs, &entry.xattrs);
+            if settled < self.first || inode.born < entry {
+                inode.meta = meta;
+                let own = inode.xattrs;
+                if xattrs != own && xattrs != SetId::EMPTY {
+                    let set = added.entry(settled).or_insert_with(|| self.arena.set(own).to_vec());
+                    set_xattrs(self.arena, set, xattrs);
+                }
             }
+        }
+        for (id, set) in added {
+            let set = self.arena.sets.intern(&set);
+            let set = set.and_then(|set| self.arena.cover(self.bytes).map(|()| set));
+            self.arena.get_mut(id).xattrs = set.map_err(|why| self.full(why, b""))?;
         }
         Ok(())
     }
 
     /// The inode a perhaps pending one stands for; chains are shortened on the way, so that long ones cost little.
     fn settled(&mut self, entry: u32, id: Id) -> Result<Id, TreeError> {
-        let mut chain = Vec::new();
+        let mut chain = 0;
+        let mut end = id;
+        while let Kind::Pending { bound, target } = self.arena.get(end).kind {
+            chain += 1;
+            if bound == NONE || chain > self.links.len() {
+                return Err(TreeError::HardlinkCycle {
+                    layer: self.layer,
+                    path: self.path_of(entry),
+                    target: self.arena.target(target).into(),
+                });
+            }
+            end = bound;
+        }
         let mut at = id;
-        while let Kind::Pending { bound } = self.arena.get(at).kind {
-            chain.push(at);
-            match bound {
-                Some(next) if chain.len() <= self.links.len() => at = next,
-                _ => {
-                    let entry = self.entry(entry);
-                    let target = match &entry.kind {
-                        EntryKind::Hardlink(target) => target.clone(),
-                        _ => Box::default(),
-                    };
-                    return Err(TreeError::HardlinkCycle {
-                        layer: self.layer,
-                        path: entry.path.clone(),
-                        target,
-                    });
-                }
+        while let Kind::Pending { bound, .. } = &mut self.arena.get_mut(at).kind {
+            at = std::mem::replace(bound, end);
+        }
+        Ok(end)
+    }
+
+    /// Path of an entry, for messages: read once more.
+    fn path_of(&self, number: u32) -> Box<[u8]> {
+        let Ok(mut entries) = self.toc.entries() else {
+            return Box::default();
+        };
+        let mut path: Box<[u8]> = Box::default();
+        for _ in 0..=number {
+            match entries.next() {
+                Ok(Some(entry)) => path = entry.path.into(),
+                Ok(None) | Err(_) => break,
             }
         }
-        for link in chain {
-            self.arena.get_mut(link).kind = Kind::Pending { bound: Some(at) };
-        }
-        Ok(at)
+        path
     }
 
-    fn entry(&self, number: u32) -> &'a TocEntry {
-        &self.toc.entries[number as usize]
-    }
-
-    fn full(&self, _: ArenaFull) -> TreeError {
-        TreeError::TooManyInodes { layer: self.layer }
+    fn full(&self, why: Full, path: &[u8]) -> TreeError {
+        full(self.layer, why, path)
     }
 
     fn unfollowable(&self, path: &[u8], reason: &'static str) -> TreeError {
@@ -282,29 +407,44 @@ impl<'a> Upper<'a> {
         }
     }
 
-    fn missing_target(&self, entry: &TocEntry, target: &[u8]) -> TreeError {
+    fn missing_target(&self, entry: u32, target: &[u8]) -> TreeError {
         TreeError::HardlinkMissing {
             layer: self.layer,
-            path: entry.path.clone(),
+            path: self.path_of(entry),
             target: target.into(),
         }
     }
 
-    fn directory_target(&self, entry: &TocEntry, target: &[u8]) -> TreeError {
+    fn directory_target(&self, path: &[u8], target: &[u8]) -> TreeError {
         TreeError::HardlinkToDirectory {
             layer: self.layer,
-            path: entry.path.clone(),
+            path: path.into(),
             target: target.into(),
         }
     }
 }
 
+pub(super) fn full(layer: LayerIdx, why: Full, path: &[u8]) -> TreeError {
+    match why {
+        Full::Inodes => TreeError::TooManyInodes {
+            layer,
+            path: path.into(),
+        },
+        Full::Memory(source) => TreeError::TooMuchMemory {
+            layer,
+            path: path.into(),
+            source,
+        },
+    }
+}
+
 /// Sets attributes as setxattr(2) would: those not named stay.
-fn set_xattrs(xattrs: &mut Xattrs, new: &Xattrs) {
-    for (name, value) in new {
-        match xattrs.binary_search_by(|(have, _)| have.cmp(name)) {
-            Ok(at) => xattrs[at].1.clone_from(value),
-            Err(at) => xattrs.insert(at, (name.clone(), value.clone())),
+fn set_xattrs(arena: &Arena, set: &mut Vec<AttributeId>, new: SetId) {
+    let name = |id: &AttributeId| arena.sets.attributes.get(*id).0;
+    for id in arena.set(new) {
+        match set.binary_search_by(|have| name(have).cmp(name(id))) {
+            Ok(at) => set[at] = *id,
+            Err(at) => set.insert(at, *id),
         }
     }
 }

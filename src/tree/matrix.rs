@@ -90,9 +90,10 @@ fn merge(layers: Vec<Vec<TocEntry>>) -> Result<Tree, TreeError> {
     for (number, entries) in layers.into_iter().enumerate() {
         let toc = Toc {
             entries,
+            device_size: 1 << 20,
             ..Toc::default()
         };
-        merger.add(LayerIdx(number as u32), &toc)?;
+        merger.add(LayerIdx(number as u32), &toc.pack().unwrap())?;
     }
     Ok(merger.finish())
 }
@@ -106,7 +107,7 @@ impl View {
         let mut rows = BTreeMap::new();
         let mut todo = vec![(String::new(), Tree::ROOT)];
         while let Some((path, id)) = todo.pop() {
-            let node = &tree.nodes[id.0 as usize];
+            let node = tree.node(id);
             let what = match &node.kind {
                 NodeKind::Directory(children) => {
                     for (name, child) in children {
@@ -159,7 +160,7 @@ impl View {
     }
 
     fn xattrs(&self, path: &str) -> String {
-        let node = &self.1.nodes[self.0[path].0.0 as usize];
+        let node = self.1.node(self.0[path].0);
         let show = |(name, value): &(Box<[u8]>, Box<[u8]>)| format!("{}={}", name.escape_ascii(), value.escape_ascii());
         node.xattrs.iter().map(show).collect::<Vec<_>>().join(" ")
     }
@@ -484,5 +485,5 @@ fn symlink_parents_that_lead_nowhere_are_refused() {
 fn deep_trees_need_no_stack() {
     let deep = format!("{}x", "n/".repeat(2047));
     let tree = merge(vec![vec![file(&deep, 1)], vec![whiteout(&deep)], vec![file(&deep, 2)]]).unwrap();
-    assert_eq!(tree.nodes.len(), 2049);
+    assert_eq!(tree.len(), 2049);
 }

@@ -4,12 +4,11 @@
 //! gave (the *lower*), and the upper is laid over the lower. Since whiteouts never touch the upper, their place in the archive
 //! does not matter.
 
-use std::collections::{BTreeMap, VecDeque};
-
-use crate::toc::Toc;
-use crate::tree::arena::{Arena, Id, Inode, Kind, split};
-use crate::tree::layer::{Hide, Upper};
-use crate::tree::{LayerIdx, Node, NodeId, NodeKind, Tree, TreeError};
+use crate::memory::Charge;
+use crate::toc::PackedToc;
+use crate::tree::arena::{Arena, Id, Kind, NONE, split};
+use crate::tree::layer::{Hide, Upper, full};
+use crate::tree::{LayerIdx, Tree, TreeError};
 
 /// Merges layers into a [`Tree`].
 ///
@@ -31,9 +30,9 @@ use crate::tree::{LayerIdx, Node, NodeId, NodeKind, Tree, TreeError};
 /// use ocifs::tree::{LayerIdx, Merger};
 ///
 /// let mut merger = Merger::new();
-/// merger.add(LayerIdx(0), &Toc::default())?;
-/// assert_eq!(merger.finish().nodes.len(), 1);
-/// # Ok::<(), ocifs::tree::TreeError>(())
+/// merger.add(LayerIdx(0), &Toc::default().pack()?)?;
+/// assert_eq!(merger.finish().len(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct Merger {
@@ -50,57 +49,38 @@ impl Default for Merger {
 impl Merger {
     /// A merge of no layers yet: an empty root.
     pub fn new() -> Self {
-        let mut arena = Arena::default();
-        let root = arena.implied_directory(0).expect("an empty arena has room");
-        Self { arena, root }
+        Self::charged(Charge::default()).expect("an empty tree fits in any memory")
+    }
+
+    /// The same, with its memory charged for.
+    pub fn charged(charge: Charge) -> Result<Self, TreeError> {
+        let mut arena = Arena::new(charge);
+        let root = arena.implied_directory(0).map_err(|why| full(LayerIdx(0), why, b""))?;
+        Ok(Self { arena, root })
     }
 
     /// Lays the next layer over those before it; base first. An error leaves the merge half done and of no use.
-    pub fn add(&mut self, layer: LayerIdx, toc: &Toc) -> Result<(), TreeError> {
+    pub fn add(&mut self, layer: LayerIdx, toc: &PackedToc) -> Result<(), TreeError> {
         let (upper, hides) = Upper::read(&mut self.arena, self.root, layer, toc)?;
         for hide in &hides {
             self.hide(hide);
         }
+        drop(hides);
         self.overlay(upper);
+        let root = self.arena.compact_if_worth(self.root);
+        self.root = root.map_err(|why| full(layer, why, b""))?;
         Ok(())
     }
 
+    /// Makes room, whether or not that is worth the work.
+    #[cfg(test)]
+    pub(super) fn compact(&mut self) {
+        self.root = self.arena.compact(self.root).expect("less memory than before");
+    }
+
     /// The tree all layers added so far make.
-    pub fn finish(mut self) -> Tree {
-        let mut nodes: Vec<Node> = Vec::new();
-        // By Id; node numbers stay below the sentinel because ids do.
-        let mut numbers = vec![u32::MAX; self.arena.inodes.len()];
-        let mut queue = VecDeque::from([self.root]);
-        let mut next = 1;
-        while let Some(id) = queue.pop_front() {
-            let Inode { meta, xattrs, kind, .. } = self.arena.take(id);
-            let (kind, nlink) = match kind {
-                Kind::Directory { children, .. } => {
-                    let mut nlink = 2;
-                    let number = |(name, child): (Box<[u8]>, Id)| {
-                        nlink += u32::from(self.arena.is_directory(child));
-                        let number = &mut numbers[child as usize];
-                        if *number == u32::MAX {
-                            *number = next;
-                            next += 1;
-                            queue.push_back(child);
-                        }
-                        (name, NodeId(*number))
-                    };
-                    (NodeKind::Directory(children.into_iter().map(number).collect()), nlink)
-                }
-                Kind::Leaf(kind) => (kind, 0),
-                Kind::Pending { .. } => unreachable!("links are settled when their layer ends"),
-            };
-            nodes.push(Node {
-                meta,
-                xattrs,
-                nlink,
-                kind,
-            });
-        }
-        count_names(&mut nodes);
-        Tree { nodes }
+    pub fn finish(self) -> Tree {
+        Tree::of(self.arena, self.root)
     }
 
     fn hide(&mut self, hide: &Hide) {
@@ -114,30 +94,37 @@ impl Merger {
         let Some(dir) = self.arena.directory_at(self.root, dir) else {
             return;
         };
-        let Some(children) = self.arena.children_mut(dir) else {
-            return;
-        };
         match name {
-            Some(name) => {
-                children.remove(name);
-            }
-            None => children.clear(),
+            Some(name) => self.arena.unbind(dir, name),
+            None => self.arena.clear(dir),
         }
     }
 
-    /// Lays the tree at `upper` over the merged one.
+    /// Lays the tree at `upper` over the merged one. Nothing is added, names only move.
     fn overlay(&mut self, upper: Id) {
         let mut todo = vec![(upper, self.root)];
         while let Some((upper, lower)) = todo.pop() {
-            let children = self.arena.children_mut(upper).map(std::mem::take).unwrap_or_default();
-            for (name, above) in children {
-                match self.arena.child(lower, &name) {
-                    Some(below) if self.arena.is_directory(below) && self.arena.is_directory(above) => {
-                        self.arena.describe(above, below);
-                        todo.push((above, below));
-                    }
-                    _ => self.arena.bind(lower, &name, above),
+            let mut next = self.arena.first(upper);
+            while next != NONE {
+                let number = next;
+                let dirent = self.arena.names.dirents[number as usize];
+                next = dirent.next;
+                let above = dirent.id;
+                if above == NONE {
+                    continue;
                 }
+                let Some(other) = self.arena.names.find(lower, self.arena.names.name(&dirent)) else {
+                    self.arena.move_name(number, lower);
+                    continue;
+                };
+                let was = self.arena.names.dirents[other as usize].id;
+                if self.arena.is_directory(was) && self.arena.is_directory(above) {
+                    self.arena.describe(above, was);
+                    todo.push((above, was));
+                } else {
+                    self.arena.names.dirents[other as usize].id = above;
+                }
+                self.arena.names.dirents[number as usize].id = NONE;
             }
         }
     }
@@ -146,51 +133,12 @@ impl Merger {
 impl Arena {
     /// Gives the directory `below` the metadata of the directory `above`, unless no entry describes that.
     fn describe(&mut self, above: Id, below: Id) {
-        if matches!(self.get(above).kind, Kind::Directory { implied: true, .. }) {
+        let above = *self.get(above);
+        if matches!(above.kind, Kind::Directory { implied: true, .. }) {
             return;
         }
-        let meta = self.get(above).meta;
-        let xattrs = std::mem::take(&mut self.get_mut(above).xattrs);
         let below = self.get_mut(below);
-        below.meta = meta;
-        below.xattrs = xattrs;
-    }
-
-    /// Moves an inode out, leaving one of the same type (directory or not) without content.
-    fn take(&mut self, id: Id) -> Inode {
-        let inode = self.get_mut(id);
-        let husk = match inode.kind {
-            Kind::Directory { implied, .. } => Kind::Directory {
-                children: BTreeMap::new(),
-                implied,
-            },
-            Kind::Leaf(_) | Kind::Pending { .. } => Kind::Leaf(NodeKind::Fifo),
-        };
-        Inode {
-            meta: inode.meta,
-            xattrs: std::mem::take(&mut inode.xattrs),
-            born: inode.born,
-            kind: std::mem::replace(&mut inode.kind, husk),
-        }
-    }
-}
-
-/// Sets the link counts of what is no directory, and the mode of symlinks.
-fn count_names(nodes: &mut [Node]) {
-    let mut names = vec![0u32; nodes.len()];
-    for node in &*nodes {
-        if let NodeKind::Directory(children) = &node.kind {
-            for (_, child) in children {
-                names[child.0 as usize] += 1;
-            }
-        }
-    }
-    for (node, names) in nodes.iter_mut().zip(names) {
-        match node.kind {
-            NodeKind::Directory(_) => continue,
-            NodeKind::Symlink(_) => node.meta.mode = 0o777,
-            _ => {}
-        }
-        node.nlink = names;
+        below.meta = above.meta;
+        below.xattrs = above.xattrs;
     }
 }

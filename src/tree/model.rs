@@ -282,9 +282,9 @@ fn rows(tree: &Tree) -> Vec<String> {
     let mut paths: BTreeMap<Path, NodeId> = BTreeMap::new();
     let mut todo = vec![(Path::new(), Tree::ROOT)];
     while let Some((path, id)) = todo.pop() {
-        if let NodeKind::Directory(children) = &tree.nodes[id.0 as usize].kind {
+        if let NodeKind::Directory(children) = tree.node(id).kind {
             for (name, child) in children {
-                todo.push(([path.as_slice(), &[name.to_vec()]].concat(), *child));
+                todo.push(([path.as_slice(), &[name.to_vec()]].concat(), child));
             }
         }
         if !path.is_empty() {
@@ -293,7 +293,7 @@ fn rows(tree: &Tree) -> Vec<String> {
     }
     let show = |path: &Path| path.join(&b'/').escape_ascii().to_string();
     let row = |(path, id): (&Path, &NodeId)| {
-        let node = &tree.nodes[id.0 as usize];
+        let node = tree.node(*id);
         let what = match &node.kind {
             NodeKind::Directory(_) => "dir".to_owned(),
             NodeKind::Regular { layer, data } => format!("file {}:{}", layer.0, data.size),
@@ -392,12 +392,17 @@ fn compare(layers: Vec<Vec<TocEntry>>) -> Result<bool, TestCaseError> {
         let wanted = model.apply(number as u32, &entries);
         let toc = Toc {
             entries,
+            device_size: 1 << 20,
             ..Toc::default()
         };
-        let got = merger.add(LayerIdx(number as u32), &toc);
+        let got = merger.add(LayerIdx(number as u32), &toc.pack().unwrap());
         prop_assert_eq!(got.is_err(), wanted.is_err(), "{:?} {:?}", got, wanted);
         if got.is_err() {
             return Ok(false);
+        }
+        // Whether room was made must not show.
+        if number % 2 == 0 {
+            merger.compact();
         }
     }
     prop_assert_eq!(rows(&merger.finish()), model.rows());

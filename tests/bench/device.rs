@@ -57,7 +57,7 @@ fn layer(store: &Store) -> (SpanIndex, ExtentTable, LayerDir) {
         blob_size: tar.len() as u64,
         diff_id: DiffId(blob),
     };
-    let extents = reader.finish().unwrap().extent_table();
+    let extents = reader.finish().unwrap().extents;
     let index = builder.finish(identity).unwrap();
     writer.finish(&index, &extents, &budget).unwrap().unwrap();
     (index, extents, dir)

@@ -240,7 +240,7 @@ fn records_that_do_not_fit_are_an_error_and_are_begun_again() {
     let tar = Tar::new().file("f", [7; 512]).finish();
     let mut reader = TarReader::new(Limits::default());
     reader.push(&tar, &mut |_, _| ()).unwrap();
-    let extents = reader.finish().unwrap().extent_table();
+    let extents = reader.finish().unwrap().extents;
     // Spans of a byte, so that there is a lot to record.
     let count = tar.len() as u32;
     let tmpfs = Tmpfs::new("24k");

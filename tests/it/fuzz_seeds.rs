@@ -56,7 +56,7 @@ fn gnu_tar() -> Vec<u8> {
 fn toc(tar: &[u8]) -> Toc {
     let mut reader = TarReader::new(Limits::default());
     reader.push(tar, &mut |_, _| ()).unwrap();
-    reader.finish().unwrap()
+    reader.finish().unwrap().toc.unpack().unwrap()
 }
 
 fn deflate(bytes: &[u8], level: u32) -> Vec<u8> {
@@ -110,7 +110,7 @@ fn tree() -> Vec<u8> {
     for (layer, tar) in (0..).zip([lower, upper]) {
         let toc = toc(&tar.finish());
         assert_eq!(toc.device_size.next_multiple_of(4096), DEVICES[layer as usize]);
-        merger.add(LayerIdx(layer), &toc).unwrap();
+        merger.add(LayerIdx(layer), &toc.pack().unwrap()).unwrap();
     }
     let mut bytes = Vec::new();
     erofs::write(&merger.finish(), &DEVICES, &Digest::of(b"manifest"), &mut bytes).unwrap();

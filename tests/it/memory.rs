@@ -1,12 +1,17 @@
-//! Decoded data in memory, when there is no store to keep it.
+//! What a process takes: decoded data in memory when there is no store to keep it, tables of images that say a lot, windows of
+//! decoders, open files.
 
 use std::fs::File;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use nix::libc;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Ocifs, eventually};
+use crate::common::oci_layout;
+use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, eventually, isolate, mountpoint, tool};
 use crate::common::registry::TestRegistry;
 
 const BIG: usize = 8 << 20;
@@ -82,4 +87,175 @@ fn memory_keeps_what_was_read_last_and_no_more_than_it_may() {
         );
         assert!(memory() <= LIMIT, "{}", memory());
     }
+}
+
+/// What README promises beside `--memory`.
+const CONSTANT: u64 = 256;
+
+/// The most memory a process has had so far, in MiB.
+fn peak(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().unwrap() / 1024)
+}
+
+fn peak_of(mount: &Mounted) -> u64 {
+    peak(mount.pid).unwrap()
+}
+
+/// Runs a command that must fail: what it says, and the most memory it was seen with.
+fn fails_within(ocifs: &Ocifs, arguments: &[&str]) -> (String, u64) {
+    let mut child = ocifs
+        .command(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let mut most = 0;
+    let status = loop {
+        most = most.max(peak(child.id()).unwrap_or(0));
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "{arguments:?} does not end");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    };
+    assert_eq!(status.code(), Some(1));
+    let mut text = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+    (text, most)
+}
+
+fn with_xattr(tar: Tar, name: &str, value: &[u8]) -> Tar {
+    tar.pax(&[("SCHILY.xattr.user.a", value)]).file(name, "")
+}
+
+#[test]
+fn equal_attributes_of_many_files_are_kept_once() {
+    let value = noise(1, 60_000);
+    let tar = (0..3000).fold(Tar::new(), |tar, number| with_xattr(tar, &format!("f{number}"), &value));
+    let directory = tempfile::tempdir().unwrap();
+    let image = oci_layout::write(directory.path(), &[Blob::gzip(&tar.finish())]);
+    let ocifs = Ocifs::new();
+    for _ in 0..2 {
+        let mount = ocifs.mount(&image);
+        // The values alone are 170 MiB.
+        assert!(peak_of(&mount) < 120, "{} MiB", peak_of(&mount));
+        for name in ["f0", "f1777", "f2999"] {
+            let path = mount.join(name);
+            let found = tool("getfattr", ["--only-values", "-n", "user.a", path.to_str().unwrap()]);
+            assert!(found == value, "{name}: {} bytes", found.len());
+        }
+    }
+}
+
+#[test]
+fn an_image_that_says_too_much_is_refused() {
+    let value = |number: usize| format!("{number:060000}").into_bytes();
+    let tar = |from: usize| {
+        let files = from..from + 1500;
+        files.fold(Tar::new(), |tar, number| {
+            with_xattr(tar, &format!("f{number}"), &value(number))
+        })
+    };
+    let one: Vec<_> = [0].map(|from| Blob::gzip(&tar(from).finish())).into();
+    let three: Vec<_> = [0, 1500, 3000].map(|from| Blob::gzip(&tar(from).finish())).into();
+    let directory = tempfile::tempdir().unwrap();
+    let ocifs = Ocifs::with(&["--memory", "1MiB"]);
+    // No layer says too much, but together they do.
+    let image = oci_layout::write(&directory.path().join("three"), &three);
+    let (error, most) = fails_within(&ocifs, &["ls", &image]);
+    let wanted = ["layer 2", "/f", "193 MiB", "--memory"];
+    assert!(wanted.iter().all(|part| error.contains(part)), "{error}");
+    assert!(most <= 1 + CONSTANT, "{most} MiB");
+    let enough = Ocifs::with(&["--memory", "128MiB"]);
+    assert_eq!(enough.ok(["ls", &image]).text().lines().count(), 4500);
+    // Without a store the tables stay in memory, packed.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let homeless = Ocifs::at(&file.path().join("store"));
+    let image = oci_layout::write(&directory.path().join("one"), &one);
+    assert_eq!(homeless.ok(["ls", &image]).text().lines().count(), 1500);
+}
+
+/// One frame that says nothing of its size, with a window of 2 GiB.
+fn long_zstd(tar: &[u8]) -> Blob {
+    let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.long_distance_matching(true).unwrap();
+    encoder.window_log(31).unwrap();
+    encoder.write_all(tar).unwrap();
+    Blob {
+        bytes: encoder.finish().unwrap(),
+        ..Blob::zstd(tar)
+    }
+}
+
+#[test]
+fn a_window_takes_what_it_holds_and_no_more_than_is_allowed() {
+    let directory = tempfile::tempdir().unwrap();
+    let small = long_zstd(&Tar::new().file("small", "content").finish());
+    let image = oci_layout::write(&directory.path().join("small"), &[small]);
+    let ocifs = Ocifs::with(&["--memory", "1MiB"]);
+    let mount = ocifs.mount(&image);
+    assert_eq!(mount.read("small"), b"content");
+    assert!(peak_of(&mount) < 100, "{} MiB", peak_of(&mount));
+
+    let zeros = vec![0; 220 << 20];
+    let large = long_zstd(&Tar::new().file("large", &zeros).finish());
+    let image = oci_layout::write(&directory.path().join("large"), &[large]);
+    let (error, most) = fails_within(&ocifs, &["ls", &image]);
+    let wanted = ["window", "193 MiB", "--memory"];
+    assert!(wanted.iter().all(|part| error.contains(part)), "{error}");
+    assert!(most <= 1 + CONSTANT, "{most} MiB");
+    let enough = Ocifs::with(&["--memory", "128MiB"]);
+    assert!(enough.ok(["ls", &image]).text().trim().ends_with("large"));
+}
+
+/// The command with at most so many open files.
+fn with_files(limit: u32, direct: &Command, ocifs: &Ocifs) -> Command {
+    let mut command = Command::new("prlimit");
+    isolate(&mut command, ocifs.home());
+    command
+        .arg(format!("--nofile={limit}:{limit}"))
+        .arg("--")
+        .arg(direct.get_program())
+        .args(direct.get_args());
+    for (name, value) in direct.get_envs() {
+        command.env(name, value.expect("no variable is taken away one by one"));
+    }
+    command
+}
+
+#[test]
+fn an_image_can_have_more_layers_than_a_process_has_files() {
+    const LAYERS: usize = 2000;
+    const FILES: u32 = 1024;
+    let layers: Vec<_> = (0..LAYERS)
+        .map(|number| Blob::gzip(&Tar::new().file(format!("f{number}"), format!("{number}")).finish()))
+        .collect();
+    let directory = tempfile::tempdir().unwrap();
+    let image = oci_layout::write(directory.path(), &layers);
+    let ocifs = Ocifs::new();
+    for _ in 0..2 {
+        let point = mountpoint();
+        let path = point.path().to_str().unwrap();
+        let mount = ocifs.command(["mount", "--json", "--wait", "ready", &image, path]);
+        let said = crate::common::ocifs::bounded(&mut with_files(FILES, &mount, &ocifs));
+        assert_eq!(said.code, Some(0), "{said:?}");
+        let pid = said.json()["pid"].as_u64().unwrap();
+        for number in (0..LAYERS).chain([0, LAYERS - 1]) {
+            let name = format!("f{number}");
+            assert_eq!(
+                std::fs::read(point.path().join(&name)).unwrap(),
+                number.to_string().as_bytes()
+            );
+        }
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        assert!(open < FILES as usize, "{open}");
+        let problem = ocifs.ok(["status", "--json", path]).json()["problem"].clone();
+        assert!(problem.is_null(), "{problem}");
+        ocifs.ok(["umount", path]);
+        eventually("the process ends", || !crate::common::ocifs::alive(pid as u32));
+    }
+    ocifs.ok(["cache", "prune", "--to", "0B"]);
 }

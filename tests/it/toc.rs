@@ -66,7 +66,7 @@ fn read(tar: &[u8], seed: u64) -> Toc {
         reader.push(head, &mut |_, _| ()).unwrap();
         rest = tail;
     }
-    let toc = reader.finish().unwrap();
+    let toc = reader.finish().unwrap().toc.unpack().unwrap();
     let mut encoded = Vec::new();
     toc.encode(&mut encoded).unwrap();
     assert_eq!(Toc::decode(&encoded).unwrap(), toc);

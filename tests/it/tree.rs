@@ -157,7 +157,7 @@ fn rows_of_tree(tree: &Tree) -> Vec<String> {
     let mut rows = Vec::new();
     let mut todo = vec![(String::new(), Tree::ROOT)];
     while let Some((path, id)) = todo.pop() {
-        let node = &tree.nodes[id.0 as usize];
+        let node = tree.node(id);
         let what = match &node.kind {
             NodeKind::Directory(children) => {
                 let name = |name: &[u8]| format!("{path}/{}", std::str::from_utf8(name).unwrap());
@@ -285,8 +285,11 @@ fn merge_agrees_with_overlayfs() {
                         LayerIdx(number as u32),
                         &Toc {
                             entries,
+                            device_size: 1 << 20,
                             ..Toc::default()
-                        },
+                        }
+                        .pack()
+                        .unwrap(),
                     )
                     .unwrap();
             }

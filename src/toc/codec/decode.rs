@@ -1,12 +1,13 @@
 //! Reading, from bytes nobody vouches for.
 
-use std::io::{BufRead, BufReader, Read};
+use std::fmt;
+use std::io::{self, BufRead, BufReader, Read as _, Take, Write};
 
-use super::{HASH, HEAD, MAGIC, RATIO_MAX, VERSION, WHAT, after, tag};
+use super::{HASH, HEAD, MAGIC, PackedToc, RATIO_MAX, VERSION, WHAT, after, tag, u32_at};
 use crate::toc::builder::SYMLINK_MAX;
 use crate::toc::{
-    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, FileData, Limits, Metadata, Toc, TocEntry, TocError,
-    extents, path, xattr,
+    Attribute, AttributeId, DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, FileData, Limits, Metadata, Toc,
+    TocEntry, TocError, extents, path, xattr,
 };
 
 /// 8 MiB; the frames written here need 2 MiB, and a hostile frame may not ask for more.
@@ -14,17 +15,30 @@ const WINDOW_LOG_MAX: u32 = 23;
 /// More than any warning written here has, names being shortened.
 const WARNING_MAX: u64 = 8192;
 const PATH_MAX: u64 = 4096;
+/// Bytes unfolded at once.
+const BUFFER: usize = 64 << 10;
 
 impl Toc {
     /// Reads what [`Toc::encode`] wrote. The bytes need not be trusted, the result keeps all invariants of the type; whether it
     /// describes the layer is another question.
     pub fn decode(bytes: &[u8]) -> Result<Self, TocError> {
+        PackedToc::open(bytes)?.unpack()
+    }
+
+    /// Writes the table as [`Toc::decode`] reads it.
+    pub fn encode(&self, out: &mut impl Write) -> io::Result<()> {
+        self.pack().map_err(io::Error::other)?.write(out)
+    }
+}
+
+impl PackedToc {
+    /// Takes what [`PackedToc::write`] wrote. Only the checksum is looked at; everything else is checked when it is read.
+    pub fn open(bytes: &[u8]) -> Result<Self, TocError> {
         let head = bytes.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
         if &head[..8] != MAGIC || u32_at(head, 8) != VERSION {
             return Err(TocError::Format { what: WHAT });
         }
-        let corrupt = |reason| TocError::Corrupt { what: WHAT, reason };
-        let body_len = u64_at(head, 32);
+        let body_len = u64::from(u32_at(head, 32)) | u64::from(u32_at(head, 36)) << 32;
         if (bytes.len() - HEAD).checked_sub(HASH).map(|len| len as u64) != Some(body_len) {
             return Err(corrupt("its length is wrong"));
         }
@@ -32,80 +46,179 @@ impl Toc {
         if blake3::hash(content).as_bytes() != hash {
             return Err(corrupt("its checksum does not match"));
         }
-        let counts = [12, 16, 20].map(|at| u32_at(head, at));
-        decode_body(&content[HEAD..], counts, u64_at(head, 24)).map_err(corrupt)
+        Ok(Self {
+            head: *head,
+            body: content[HEAD..].to_vec(),
+        })
+    }
+
+    /// The entries, one after another, in archive order.
+    pub fn entries(&self) -> Result<Entries<'_>, TocError> {
+        let limits = Limits::default();
+        let counts = [12, 16, 20].map(|at| self.count(at));
+        if counts.iter().any(|&count| count as usize > limits.entries) || self.device_size() > limits.device_size {
+            return Err(corrupt("it is larger than any layer may be"));
+        }
+        let no_zstd = |_| corrupt("its body is no zstd frame");
+        let mut zstd = zstd::Decoder::with_buffer(&self.body[..])
+            .map_err(no_zstd)?
+            .single_frame();
+        zstd.window_log_max(WINDOW_LOG_MAX).map_err(no_zstd)?;
+        let unfolded = zstd.take(RATIO_MAX.saturating_mul(self.body.len() as u64));
+        Ok(Entries {
+            decoder: Decoder::new(BufReader::with_capacity(BUFFER, unfolded), self.device_size()),
+            left: counts[0],
+        })
+    }
+
+    /// All of the table as values.
+    pub fn unpack(&self) -> Result<Toc, TocError> {
+        let mut toc = Toc {
+            device_size: self.device_size(),
+            ..Toc::default()
+        };
+        let mut attributes: Vec<Attribute> = Vec::new();
+        let mut entries = self.entries()?;
+        while let Some(entry) = entries.next()? {
+            let xattrs = entry.xattrs.iter().map(|xattr| match xattr {
+                AttributeRef::Known(id) => attributes[*id as usize].clone(),
+                AttributeRef::New(attribute) => {
+                    attributes.push(attribute.clone());
+                    attribute.clone()
+                }
+            });
+            toc.entries.push(TocEntry {
+                xattrs: xattrs.collect(),
+                path: entry.path.into(),
+                kind: entry.kind,
+                meta: entry.meta,
+            });
+        }
+        entries
+            .rest(&mut toc, self.count(16), self.count(20))
+            .map_err(corrupt)?;
+        Ok(toc)
     }
 }
 
-fn u32_at(head: &[u8; HEAD], at: usize) -> u32 {
-    u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]])
-}
-
-fn u64_at(head: &[u8; HEAD], at: usize) -> u64 {
-    u64::from(u32_at(head, at)) | u64::from(u32_at(head, at + 4)) << 32
+fn corrupt(reason: &'static str) -> TocError {
+    TocError::Corrupt { what: WHAT, reason }
 }
 
 type Decoded<T> = Result<T, &'static str>;
+type Unfolded<'a> = BufReader<Take<zstd::Decoder<'a, &'a [u8]>>>;
 
-pub(super) fn decode_body(body: &[u8], counts: [u32; 3], device_size: u64) -> Decoded<Toc> {
-    const NO_ZSTD: &str = "its body is no zstd frame";
-    let limits = Limits::default();
-    if counts.iter().any(|&count| count as usize > limits.entries) || device_size > limits.device_size {
-        return Err("it is larger than any layer may be");
-    }
-    let mut zstd = zstd::Decoder::with_buffer(body).map_err(|_| NO_ZSTD)?.single_frame();
-    zstd.window_log_max(WINDOW_LOG_MAX).map_err(|_| NO_ZSTD)?;
-    let mut decoder = Decoder {
-        input: BufReader::new(zstd.take(RATIO_MAX.saturating_mul(body.len() as u64))),
-        path: Vec::new(),
-        device: 0,
-        device_size,
-        pieces: limits.entries,
-    };
-    let mut toc = Toc {
-        device_size,
-        ..Toc::default()
-    };
-    for _ in 0..counts[0] {
-        toc.entries.push(decoder.entry()?);
-    }
-    let (mut tar, mut device) = (0u64, 0u64);
-    for _ in 0..counts[1] {
-        tar = tar.wrapping_add(decoder.number()?);
-        device = device.wrapping_add(decoder.number()?);
-        let len = decoder.number()?;
-        toc.extents.push(Extent { tar, device, len });
-        (tar, device) = (tar.wrapping_add(len), device.wrapping_add(len));
-    }
-    extents::check(toc.extents.iter().copied(), device_size)?;
-    for _ in 0..counts[2] {
-        let warning = String::from_utf8(decoder.bytes(WARNING_MAX)?.into()).map_err(|_| "a warning is no text")?;
-        toc.warnings.push(warning);
-    }
-    let is_at_end = decoder.input.fill_buf().is_ok_and(|rest| rest.is_empty());
-    let padding = decoder.input.into_inner().into_inner().finish();
-    if !is_at_end || padding.iter().any(|&b| b != 0) {
-        return Err("something follows the last item");
-    }
-    Ok(toc)
+/// Reads the entries of a [`PackedToc`], see [`PackedToc::entries`].
+pub struct Entries<'a> {
+    decoder: Decoder<Unfolded<'a>>,
+    left: u32,
 }
 
+impl fmt::Debug for Entries<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entries")
+            .field("left", &self.left)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An entry while a table is read.
+#[derive(Debug)]
+pub struct PackedEntry<'a> {
+    /// See [`TocEntry::path`].
+    pub path: &'a [u8],
+    /// What it is.
+    pub kind: EntryKind,
+    /// Mode, owner, time.
+    pub meta: Metadata,
+    /// Extended attributes, sorted by name.
+    pub xattrs: &'a [AttributeRef],
+}
+
+/// An extended attribute while a table is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AttributeRef {
+    /// One that came before: the first that was new has number 0, the next one 1, and so on.
+    Known(AttributeId),
+    /// One that did not.
+    New(Attribute),
+}
+
+impl Entries<'_> {
+    /// The next entry, if there is one.
+    #[allow(clippy::should_implement_trait)] // It lends.
+    pub fn next(&mut self) -> Result<Option<PackedEntry<'_>>, TocError> {
+        let Some(left) = self.left.checked_sub(1) else {
+            return Ok(None);
+        };
+        self.left = left;
+        self.decoder.entry().map(Some).map_err(corrupt)
+    }
+
+    /// What follows the entries.
+    fn rest(mut self, toc: &mut Toc, extents: u32, warnings: u32) -> Decoded<()> {
+        let decoder = &mut self.decoder;
+        let (mut tar, mut device) = (0u64, 0u64);
+        for _ in 0..extents {
+            tar = tar.wrapping_add(decoder.number()?);
+            device = device.wrapping_add(decoder.number()?);
+            let len = decoder.number()?;
+            toc.extents.push(Extent { tar, device, len });
+            (tar, device) = (tar.wrapping_add(len), device.wrapping_add(len));
+        }
+        extents::check(toc.extents.iter().copied(), toc.device_size)?;
+        for _ in 0..warnings {
+            let warning = String::from_utf8(decoder.bytes(WARNING_MAX)?.into()).map_err(|_| "a warning is no text")?;
+            toc.warnings.push(warning);
+        }
+        let is_at_end = decoder.input.fill_buf().is_ok_and(|rest| rest.is_empty());
+        let padding = self.decoder.input.into_inner().into_inner().finish();
+        if !is_at_end || padding.iter().any(|&b| b != 0) {
+            return Err("something follows the last item");
+        }
+        Ok(())
+    }
+}
+
+/// What a later entry may refer to, and what has to be known of it to check that.
+#[derive(Debug)]
+struct Known {
+    name: Box<[u8]>,
+    value_len: usize,
+}
+
+#[derive(Debug)]
 pub(super) struct Decoder<R> {
-    pub input: R,
-    pub path: Vec<u8>,
-    pub device: u64,
-    pub device_size: u64,
+    input: R,
+    path: Vec<u8>,
+    device: u64,
+    device_size: u64,
     /// Chunks that may still come; as many as entries, in all.
-    pub pieces: usize,
+    pieces: usize,
+    attributes: Vec<Known>,
+    /// Of the entry read last.
+    xattrs: Vec<AttributeRef>,
 }
 
-impl<R: Read> Decoder<R> {
+const CUT: &str = "its body is cut short or no zstd frame";
+
+impl<R: BufRead> Decoder<R> {
+    pub fn new(input: R, device_size: u64) -> Self {
+        Self {
+            input,
+            path: Vec::new(),
+            device: 0,
+            device_size,
+            pieces: Limits::default().entries,
+            attributes: Vec::new(),
+            xattrs: Vec::new(),
+        }
+    }
+
     fn byte(&mut self) -> Decoded<u8> {
-        let mut byte = [0];
-        self.input
-            .read_exact(&mut byte)
-            .map_err(|_| "its body is cut short or no zstd frame")?;
-        Ok(byte[0])
+        let byte = *self.input.fill_buf().map_err(|_| CUT)?.first().ok_or(CUT)?;
+        self.input.consume(1);
+        Ok(byte)
     }
 
     pub fn number(&mut self) -> Decoded<u64> {
@@ -152,18 +265,17 @@ impl<R: Read> Decoder<R> {
     fn bytes(&mut self, max: u64) -> Decoded<Box<[u8]>> {
         let len = self.below(max + 1)?;
         let mut bytes = vec![0; len as usize];
-        self.input
-            .read_exact(&mut bytes)
-            .map_err(|_| "its body is cut short or no zstd frame")?;
+        self.input.read_exact(&mut bytes).map_err(|_| CUT)?;
         Ok(bytes.into())
     }
 
-    fn entry(&mut self) -> Decoded<TocEntry> {
+    fn entry(&mut self) -> Decoded<PackedEntry<'_>> {
         let tag = self.byte()?;
-        let shared = self.below(self.path.len() as u64 + 1)?;
-        let rest = self.bytes(PATH_MAX)?;
-        self.path.truncate(shared as usize);
-        self.path.extend_from_slice(&rest);
+        let shared = self.below(self.path.len() as u64 + 1)? as usize;
+        let len = self.below(PATH_MAX + 1)? as usize;
+        self.path.truncate(shared);
+        self.path.resize(shared + len, 0);
+        self.input.read_exact(&mut self.path[shared..]).map_err(|_| CUT)?;
         let may_be_root = matches!(tag, tag::DIRECTORY | tag::OPAQUE);
         if !path::is_canonical(&self.path) || self.path.is_empty() && !may_be_root {
             return Err("a path is not canonical");
@@ -175,20 +287,43 @@ impl<R: Read> Decoder<R> {
             mtime: self.signed()?,
             mtime_nsec: self.below(1_000_000_000)? as u32,
         };
-        let mut xattrs = Vec::new();
-        for _ in 0..self.below(1 << 16)? {
-            xattrs.push((self.bytes(255)?, self.bytes(65535)?));
-        }
-        if !xattr::is_valid(&xattrs) {
-            return Err("extended attributes are out of order or not allowed");
-        }
+        self.xattrs()?;
         let kind = self.kind(tag)?;
-        Ok(TocEntry {
-            path: self.path.as_slice().into(),
+        Ok(PackedEntry {
+            path: &self.path,
             kind,
             meta,
-            xattrs,
+            xattrs: &self.xattrs,
         })
+    }
+
+    fn xattrs(&mut self) -> Decoded<()> {
+        self.xattrs.clear();
+        let mut check = xattr::Check::default();
+        for _ in 0..self.below(1 << 16)? {
+            let number = self.below(self.attributes.len() as u64 + 1)?;
+            let (id, xattr) = match usize::try_from(number)
+                .map_err(|_| "a number is out of range")?
+                .checked_sub(1)
+            {
+                Some(id) => (id, AttributeRef::Known(id as AttributeId)),
+                None => {
+                    let (name, value) = (self.bytes(255)?, self.bytes(65535)?);
+                    let value_len = value.len();
+                    self.attributes.push(Known {
+                        name: name.clone(),
+                        value_len,
+                    });
+                    (self.attributes.len() - 1, AttributeRef::New((name, value)))
+                }
+            };
+            let known = &self.attributes[id];
+            if !check.allows(&known.name, known.value_len) {
+                return Err("extended attributes are out of order or not allowed");
+            }
+            self.xattrs.push(xattr);
+        }
+        Ok(())
     }
 
     fn kind(&mut self, tag: u8) -> Decoded<EntryKind> {

@@ -146,9 +146,13 @@ impl TarReader {
                 reason: "a number in it does not parse",
             });
         };
+        self.builder.check_map(sparse.map.len(), &sparse.item.name)?;
         let limit = self.builder.limits().entries;
         if sparse.map.len() > limit {
-            return Err(TocError::TooManyEntries { limit });
+            return Err(TocError::TooManyEntries {
+                entry: shown(&sparse.item.name),
+                limit,
+            });
         }
         if more {
             self.state = State::OldMap(sparse);
@@ -178,6 +182,7 @@ impl TarReader {
         let taken = parser
             .push(clip(bytes, sparse.stored), max_pieces)
             .map_err(|reason| bad(&sparse.item, reason))?;
+        self.builder.check_map(parser.pieces(), &sparse.item.name)?;
         sparse.stored -= taken as u64;
         self.pos += taken as u64;
         if parser.is_complete() {

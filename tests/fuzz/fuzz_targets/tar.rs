@@ -40,7 +40,8 @@ fn read(data: &[u8], step: usize) -> Option<Toc> {
         };
         reader.push(piece, &mut deliver).ok()?;
     }
-    reader.finish().ok()
+    let packed = reader.finish().ok()?.toc;
+    Some(packed.unpack().expect("packed just now"))
 }
 
 /// Makes the last 32 bytes the checksum, or nothing behind it would ever be reached.

@@ -171,6 +171,14 @@ fn trees_that_no_disk_holds_are_refused() {
     builder.add(Tree::ROOT, b"f", trees::meta(0, 0, 0), xattrs, NodeKind::Fifo);
     assert!(write(&builder.finish(), &[0]).contains("/f take"));
     assert!(write(&sample_of(sparse(1 << 40, 0, vec![])), &[0]).contains("chunks of sparse files"));
+    let sample = sample_of(sparse(1 << 30, 0, vec![]));
+    let error = erofs::Planned::new(&sample.tree, &[0], 1 << 20)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("/f") && error.contains("1 MiB") && error.contains("--memory"),
+        "{error}"
+    );
     assert!(write(&sample_of(sparse(u64::MAX, 31, vec![])), &[0]).contains("at most 2^63 - 1"));
     let far = sparse(1 << 60, 31, vec![(u32::MAX, 0)]);
     assert!(write(&sample_of(far), &[4096]).contains("outside the data device"));

@@ -111,7 +111,7 @@ fn assert_kernel_agrees(sample: &Sample) {
     let mut xattrs = kernel_xattrs(&mount);
     let mut nids = BTreeMap::from([(Vec::new(), reader.root())]);
     for (path, id) in paths(&sample.tree) {
-        let node = &sample.tree.nodes[id.0 as usize];
+        let node = sample.tree.node(id);
         let nid = nids[&path];
         let file = mount.path(&path);
         let stat = fs::symlink_metadata(&file).unwrap();

@@ -11,7 +11,7 @@ use proptest::sample::{Index, select};
 pub const BLOCK: usize = 4096;
 
 /// A tree and the bytes of its layers' data devices.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Sample {
     pub tree: Tree,
     pub devices: Vec<Vec<u8>>,
@@ -162,7 +162,7 @@ impl Builder {
             node.nlink = names;
         }
         Sample {
-            tree: Tree { nodes: self.nodes },
+            tree: Tree::from_nodes(self.nodes),
             devices: self.devices,
         }
     }

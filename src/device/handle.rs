@@ -1,0 +1,172 @@
+//! Descriptors of device files. An image can have more layers than a process may have files open, so a device keeps its
+//! descriptor only while there are not too many; it opens the file again when it is used again.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+
+use nix::sys::resource::{Resource, getrlimit};
+
+/// Descriptors that devices may keep although the limit of the process is low.
+const LEAST: usize = 16;
+
+/// A file that is open, or can be opened again.
+#[derive(Debug)]
+pub(super) struct Handle(Arc<Slot>);
+
+#[derive(Debug)]
+struct Slot {
+    path: PathBuf,
+    writable: bool,
+    /// Device and inode number: a file that took the place of this one is another one.
+    identity: (u64, u64),
+    file: RwLock<Option<Arc<File>>>,
+    /// Since the pool last looked.
+    used: AtomicBool,
+}
+
+impl Handle {
+    /// Takes a file that was opened at `path`.
+    pub fn new(file: File, path: &Path, writable: bool) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let slot = Arc::new(Slot {
+            path: path.to_owned(),
+            writable,
+            identity: (metadata.dev(), metadata.ino()),
+            file: RwLock::new(Some(Arc::new(file))),
+            used: AtomicBool::new(true),
+        });
+        Pool::of_process().keep(&slot);
+        Ok(Self(slot))
+    }
+
+    /// The open file. It stays open for as long as the caller has it.
+    pub fn file(&self) -> io::Result<Arc<File>> {
+        self.0.used.store(true, Ordering::Relaxed);
+        if let Some(file) = &*self.0.file.read().expect("no panic while locked") {
+            return Ok(file.clone());
+        }
+        let file = self.0.reopen()?;
+        Pool::of_process().keep(&self.0);
+        Ok(file)
+    }
+
+    /// Whether the file can be written.
+    pub fn is_writable(&self) -> bool {
+        self.0.writable
+    }
+}
+
+impl Slot {
+    fn reopen(&self) -> io::Result<Arc<File>> {
+        let mut slot = self.file.write().expect("no panic while locked");
+        if let Some(file) = &*slot {
+            return Ok(file.clone());
+        }
+        let file = File::options().read(true).write(self.writable).open(&self.path)?;
+        let metadata = file.metadata()?;
+        if (metadata.dev(), metadata.ino()) != self.identity {
+            return Err(io::Error::other("another file has taken its place"));
+        }
+        let file = Arc::new(file);
+        *slot = Some(file.clone());
+        Ok(file)
+    }
+
+    fn close(&self) {
+        *self.file.write().expect("no panic while locked") = None;
+    }
+}
+
+/// The devices that keep their descriptors.
+#[derive(Debug)]
+struct Pool {
+    most: usize,
+    /// Those used least recently come first, roughly: who was used since gets a second chance.
+    slots: Mutex<VecDeque<Weak<Slot>>>,
+}
+
+impl Pool {
+    fn of_process() -> &'static Self {
+        static POOL: OnceLock<Pool> = OnceLock::new();
+        POOL.get_or_init(|| {
+            let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+            // The other half is for connections, for layers that are being indexed, and for all else.
+            Self::new(usize::try_from(limit / 2).unwrap_or(usize::MAX).max(LEAST))
+        })
+    }
+
+    fn new(most: usize) -> Self {
+        Self {
+            most,
+            slots: Mutex::default(),
+        }
+    }
+
+    /// Adds one that was opened, and closes others if they are too many.
+    fn keep(&self, slot: &Arc<Slot>) {
+        let mut slots = self.slots.lock().expect("no panic while locked");
+        slots.push_back(Arc::downgrade(slot));
+        // Each is looked at twice at most: the second time it was not used since.
+        for _ in 0..2 * slots.len() {
+            if slots.len() <= self.most {
+                return;
+            }
+            let Some(first) = slots.pop_front() else { return };
+            match first.upgrade() {
+                Some(slot) if slot.used.swap(false, Ordering::Relaxed) => slots.push_back(first),
+                Some(slot) => slot.close(),
+                None => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn only_so_many_stay_open_and_all_can_be_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = Pool::new(3);
+        let slots: Vec<Arc<Slot>> = (0..10)
+            .map(|number| {
+                let path = dir.path().join(number.to_string());
+                let mut file = File::create(&path).unwrap();
+                file.write_all(&[number]).unwrap();
+                let metadata = file.metadata().unwrap();
+                let slot = Arc::new(Slot {
+                    path,
+                    writable: false,
+                    identity: (metadata.dev(), metadata.ino()),
+                    file: RwLock::new(Some(Arc::new(file))),
+                    used: AtomicBool::new(true),
+                });
+                pool.keep(&slot);
+                slot
+            })
+            .collect();
+        let open = || slots.iter().filter(|slot| slot.file.read().unwrap().is_some()).count();
+        assert_eq!(open(), 3);
+        for (number, slot) in slots.iter().enumerate() {
+            let held = slot.reopen().unwrap();
+            pool.keep(slot);
+            assert_eq!(held.metadata().unwrap().len(), 1, "{number}");
+            assert!(open() <= 4, "{}", open());
+        }
+        // What is put in its place is not read.
+        slots[0].close();
+        std::fs::write(dir.path().join("new"), b"other").unwrap();
+        std::fs::rename(dir.path().join("new"), &slots[0].path).unwrap();
+        assert!(slots[0].reopen().is_err());
+        std::fs::remove_file(&slots[0].path).unwrap();
+        assert_eq!(slots[0].reopen().unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+}

@@ -1,0 +1,122 @@
+//! Extended attributes that many files have in common, each kept once.
+
+use std::hash::BuildHasher as _;
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+
+/// Name and value of an extended attribute.
+pub type Attribute = (Box<[u8]>, Box<[u8]>);
+
+/// Number of an attribute among those of one [`Attributes`].
+pub type AttributeId = u32;
+
+/// What an attribute takes beside its bytes: its place among them, and in the hash table.
+const OVERHEAD: usize = size_of::<Place>() + 16;
+
+/// Different attributes, numbered from 0 in the order in which they came. Their bytes stand back to back in one string, so that
+/// they go back to the system when they are dropped.
+#[derive(Debug, Default)]
+pub struct Attributes {
+    text: Vec<u8>,
+    places: Vec<Place>,
+    index: HashTable<AttributeId>,
+    hasher: DefaultHashBuilder,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    start: usize,
+    name_len: u32,
+    value_len: u32,
+}
+
+impl Place {
+    fn len(&self) -> usize {
+        self.name_len as usize + self.value_len as usize
+    }
+
+    fn of<'a>(&self, text: &'a [u8]) -> (&'a [u8], &'a [u8]) {
+        text[self.start..][..self.len()].split_at(self.name_len as usize)
+    }
+}
+
+impl Attributes {
+    /// The number of an attribute, and whether it is a new one.
+    pub fn intern(&mut self, name: &[u8], value: &[u8]) -> (AttributeId, bool) {
+        let hash = self.hasher.hash_one((name, value));
+        let same = |id: &AttributeId| self.get(*id) == (name, value);
+        if let Some(id) = self.index.find(hash, same) {
+            return (*id, false);
+        }
+        // Each takes memory, so there are fewer than 32 bits number; and a tar has no longer ones.
+        let id = self.places.len() as AttributeId;
+        self.places.push(Place {
+            start: self.text.len(),
+            name_len: name.len() as u32,
+            value_len: value.len() as u32,
+        });
+        self.text.extend_from_slice(name);
+        self.text.extend_from_slice(value);
+        self.index(id);
+        (id, true)
+    }
+
+    fn index(&mut self, id: AttributeId) {
+        let (text, places, hasher) = (&self.text, &self.places, &self.hasher);
+        let hash = |id: &AttributeId| hasher.hash_one(places[*id as usize].of(text));
+        self.index.insert_unique(hash(&id), id, hash);
+    }
+
+    /// Keeps only those that `used` says, which has a value for each; the new numbers.
+    pub fn retain(&mut self, used: &[bool]) -> Vec<AttributeId> {
+        let mut numbers = Vec::with_capacity(used.len());
+        let mut next = 0;
+        for used in used {
+            numbers.push(next);
+            next += AttributeId::from(*used);
+        }
+        let Self { text, places, .. } = self;
+        let mut used = used.iter();
+        let mut end = 0;
+        // The bytes stand in the order of numbers, so they only move towards the front.
+        places.retain_mut(|place| {
+            if !used.next().copied().unwrap_or(false) {
+                return false;
+            }
+            text.copy_within(place.start..place.start + place.len(), end);
+            place.start = end;
+            end += place.len();
+            true
+        });
+        text.truncate(end);
+        text.shrink_to_fit();
+        self.index.clear();
+        for id in 0..self.places.len() as AttributeId {
+            self.index(id);
+        }
+        numbers
+    }
+
+    /// Name and value.
+    ///
+    /// # Panics
+    /// If no attribute has this number.
+    pub fn get(&self, id: AttributeId) -> (&[u8], &[u8]) {
+        self.places[id as usize].of(&self.text)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Memory they take, roughly.
+    pub fn bytes(&self) -> usize {
+        self.text.len() + self.places.len() * OVERHEAD
+    }
+}
