@@ -66,7 +66,11 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
             Ok(())
         }
         CacheCommand::Verify { image, platform, json } => {
-            let image = image.map(|image| ImageArgs { image, platform });
+            let image = image.map(|image| ImageArgs {
+                image,
+                platform,
+                pull: None,
+            });
             verify(config, &store, image.as_ref(), json)
         }
         CacheCommand::Drop { all } => drop_cache(&store, all),
