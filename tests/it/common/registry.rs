@@ -8,6 +8,7 @@
 mod answers;
 mod faults;
 mod images;
+mod named;
 mod wire;
 
 use std::collections::HashMap;
@@ -24,7 +25,10 @@ use tokio::sync::watch;
 use self::answers::{State, Storage};
 pub use self::faults::Fault;
 use self::faults::{Ranging, distort, take_faults};
+#[allow(unused_imports)]
 pub use self::images::{INDEX, MANIFEST, architecture, image};
+#[allow(unused_imports)] // what a test does not need, the one that is run by hand does
+pub use self::named::{NAMES, Rule};
 
 /// What a client must show.
 #[derive(Debug, Clone, Default)]
@@ -277,6 +281,11 @@ impl TestRegistry {
     /// Requests whose target contains `part`.
     pub fn count(&self, part: &str) -> usize {
         self.log().iter().filter(|logged| logged.target.contains(part)).count()
+    }
+
+    /// The log so far, which begins anew.
+    pub fn take_log(&self) -> Vec<Logged> {
+        self.state(|state| std::mem::take(&mut state.log))
     }
 
     pub fn clear_log(&self) {
