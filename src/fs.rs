@@ -176,6 +176,7 @@ impl ImageFs {
             done += part;
         }
         self.reads.at_once(start);
+        self.image.health().read_worked(ino.0);
         if offset == 0 {
             self.image.started(ino);
         }
@@ -206,6 +207,10 @@ impl ImageFs {
             took_ms = waiting.elapsed().as_secs_f64() * 1e3,
             "read waited"
         );
+        match &result {
+            Ok(_) => self.image.health().read_worked(ino.0),
+            Err(error) => self.image.health().read_failed(ino.0, error.is_of_content(), error),
+        }
         result
     }
 

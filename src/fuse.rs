@@ -213,10 +213,7 @@ impl Filesystem for Adapter {
             self.runtime.spawn(async move {
                 match fs.read(nid, offset, size).await {
                     Ok(bytes) => reply.data(&bytes),
-                    Err(error) => {
-                        fs.image().read_failed(&error);
-                        reply.error(errno(&error));
-                    }
+                    Err(error) => reply.error(errno(&error)),
                 }
             });
         }

@@ -16,8 +16,8 @@ mod tree_file;
 mod verify;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use futures::StreamExt as _;
@@ -33,7 +33,7 @@ use self::programs::Programs;
 use crate::blob::{BlobError, ImageSource};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
-use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
+use crate::layer::{self, FirstPassError, Health, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::Recorder;
@@ -179,7 +179,7 @@ impl Preparation {
             eager: AtomicBool::new(false),
             profiled: AtomicBool::new(false),
             runtime: Handle::current(),
-            last_failure: Mutex::default(),
+            health: context.health.clone(),
         })
     }
 
@@ -285,7 +285,7 @@ pub struct Image {
     profiled: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
-    last_failure: Mutex<Option<String>>,
+    health: Arc<Health>,
 }
 
 impl Image {
@@ -312,17 +312,9 @@ impl Image {
         &self.layers
     }
 
-    /// Remembers why a read failed, for whoever asks how things are. The log has it once: a program that keeps trying must
-    /// not fill the disk.
-    pub fn read_failed(&self, error: &dyn std::fmt::Display) {
-        let text = Some(format!("a read failed: {error}"));
-        let before = std::mem::replace(
-            &mut *self.last_failure.lock().expect("no panic while locked"),
-            text.clone(),
-        );
-        if before != text {
-            tracing::error!(%error, "answering a read with an error");
-        }
+    /// What does not work at the moment.
+    pub fn health(&self) -> &Health {
+        &self.health
     }
 
     /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`], and what programs need.
@@ -340,11 +332,6 @@ impl Image {
             layer.record(position, recorder.clone());
         }
         recorder
-    }
-
-    /// Why the last read that failed did.
-    pub fn last_failure(&self) -> Option<String> {
-        self.last_failure.lock().expect("no panic while locked").clone()
     }
 
     /// Counters per layer, base first.

@@ -19,6 +19,7 @@
 mod disk;
 mod first_pass;
 mod flight;
+mod health;
 mod memory;
 mod open;
 mod prefetch;
@@ -38,8 +39,9 @@ use disk::{LayerDisk, Miss};
 pub use first_pass::FirstPassError;
 use flight::Run;
 pub use flight::{Flown, flown};
+pub use health::Health;
 pub use memory::SpanMemory;
-pub use open::{Health, LayerContext, OpenError, Opened, open, stored_index, stored_toc};
+pub use open::{LayerContext, OpenError, Opened, open, stored_index, stored_toc};
 pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
@@ -230,7 +232,7 @@ impl Layer {
         };
         self.disk.replace(damaged, || {
             let opened = DataDevice::open(store, dir, &self.index, &self.extents);
-            opened.map_err(|error| self.health.store_failed(&error)).ok()
+            opened.map_err(|error| self.health.store_lost(&error)).ok()
         });
     }
 

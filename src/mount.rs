@@ -15,29 +15,42 @@
 //! mount point, and the image's own mount goes away again. The overlay holds the image by itself, nobody else can reach it, and
 //! whoever unmounts the overlay, in whatever way, thereby ends the session. So the end of the session is all there is to watch.
 //!
-//! Invariants: whatever way the process ends (unmount, signal, somebody else's umount) it detaches what it mounted, removes its
-//! registration and its private upper directory; one that is killed leaves a registration that `umount` recognises as dead.
+//! Other mount namespaces may have copies of a mount, and files in it may be open: after an unmount the process serves those,
+//! and stays registered until the last one is gone. `list` says who that is.
+//!
+//! Invariants: whatever way the process ends (unmount, signal, somebody else's umount, the end of its mount namespace) it
+//! detaches what it mounted, removes its registration and its private upper directory; one that is killed leaves a
+//! registration that `umount` recognises as dead. No other command depends on the process being able to answer.
 
 mod attached;
 mod control;
 mod kernel;
 mod mountinfo;
+mod mountpoint;
+mod namespace;
 mod options;
 mod overlay;
 mod prefetch;
+mod private;
 mod privilege;
+mod process;
 mod registration;
 mod server;
 mod status;
+mod survey;
 mod takedown;
+mod users;
 
 pub use control::{ControlError, Request, Response, call};
 pub use kernel::KernelMountError;
+pub use mountpoint::is_mounted_on;
+pub use namespace::SERVE;
 pub use options::{FuseOptions, UnknownOption};
 pub use overlay::{OverlayError, Upper};
 pub use prefetch::{Prefetch, PrefetchState, PrefetchStatus};
 pub use privilege::is_system_root;
-pub use registration::{MountRecord, RegistrationError, RunDir, RunEntry};
+pub use registration::{MountRecord, RegistrationError, RunDir, RunEntry, Standing};
 pub use server::{Event, MountConfig, MountError, is_ignored, serve};
 pub use status::{LinkStatus, MountState, MountStatus};
-pub use takedown::{TakedownError, list, status_of, take_down};
+pub use survey::{list, status_of};
+pub use takedown::{Remainder, TakedownError, take_down};

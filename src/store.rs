@@ -32,7 +32,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FallocateFlags, Flock, FlockArg};
 use nix::unistd::{AccessFlags, access};
 
 use bytes::Bytes;
@@ -215,6 +215,22 @@ impl Store {
             create.and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e)));
         let file = file.map_err(|e| StoreError::io("write", &path, e))?;
         Ok(Draft { file: Some(file), path })
+    }
+
+    /// Tries to write to the store, so many bytes or at least something.
+    pub fn probe(&self, room: u64) -> Result<(), StoreError> {
+        let draft = self.draft()?;
+        let length = i64::try_from(room).unwrap_or(i64::MAX);
+        let reserved = match room {
+            0 => draft.file().write_all(b"probe"),
+            _ => nix::fcntl::fallocate(draft.file(), FallocateFlags::empty(), 0, length).map_err(io::Error::from),
+        };
+        match reserved {
+            // Not every file system can reserve.
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => draft.file().write_all(&[0; 4096]),
+            reserved => reserved,
+        }
+        .map_err(|e| StoreError::io("write", &draft.path, e))
     }
 
     /// Where a document is kept.

@@ -19,10 +19,11 @@ use tokio::process::ChildStdout;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::config::Config;
+use super::mounts::locate;
 use super::say;
 use super::{ImageArgs, explain, open, progress, runtime};
 use crate::image::Early;
-use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, Upper};
+use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
 use crate::profile::Label;
 use crate::store::gone;
 
@@ -63,8 +64,6 @@ pub(super) struct MountArgs {
     json: bool,
 }
 
-/// Tells the process behind the mount that it is that one, and where its log is.
-const SERVE: &str = "OCIFS_SERVE";
 /// How long a process that was asked to end may take, and how often that is looked at.
 const GRACE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(10);
@@ -111,23 +110,45 @@ enum Wait {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 enum Report {
-    Mounted { digest: String, seconds: f64 },
-    Progress { done: u64, total: u64 },
-    Ready { seconds: f64 },
+    Mounted {
+        digest: String,
+        seconds: f64,
+    },
+    Progress {
+        done: u64,
+        total: u64,
+    },
+    Ready {
+        seconds: f64,
+    },
     Complete,
-    Warning { message: String },
-    Failed { message: String },
+    /// Something that the user should know and that does not keep the mount from being used.
+    Warning {
+        message: String,
+    },
+    Failed {
+        message: String,
+    },
 }
 
 pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow::Result<()> {
-    let mountpoint = std::fs::canonicalize(&args.mountpoint)
-        .with_context(|| format!("mount point {}", args.mountpoint.display()))?;
+    let mountpoint = resolve(&args.mountpoint)?;
     let log = std::env::var_os(SERVE).map(PathBuf::from);
     if args.foreground || log.is_some() {
         return serve(config, args, mountpoint, started, log);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(start(&args, &mountpoint))
+}
+
+/// The mount point as an absolute path without symlinks. One that is mounted already is not touched: it may be dead, or its
+/// process may not answer.
+fn resolve(mountpoint: &Path) -> anyhow::Result<PathBuf> {
+    let located = locate(mountpoint)?;
+    match mount::is_mounted_on(&located)? {
+        true => Ok(located),
+        false => std::fs::canonicalize(mountpoint).with_context(|| format!("mount point {}", mountpoint.display())),
+    }
 }
 
 /// Starts the process behind the mount and waits for it. Signals to this process end that one too, until it is on its own.
@@ -212,7 +233,7 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mu
             }
             Report::Complete => Some(Wait::Complete),
             Report::Warning { message } => {
-                eprintln!("ocifs: {message}");
+                bar.suspend(|| eprintln!("ocifs: {message}"));
                 continue;
             }
             Report::Failed { message } => bail!(message),
@@ -274,6 +295,12 @@ async fn serve_async(
     reports: Arc<Reports>,
 ) -> anyhow::Result<()> {
     let context = open::context(config)?;
+    match context.store.probe(0) {
+        // That is said already, or it is meant to be so.
+        Err(error) if error.is_by_design() => {}
+        Err(error) => context.health.store_failed(&error),
+        Ok(()) => {}
+    }
     let mut options = FuseOptions::defaults(nix::unistd::geteuid().is_root());
     for list in &args.options {
         options.apply(list)?;
@@ -310,6 +337,7 @@ async fn serve_async(
         unconfirmed,
         timeout: config.timeout,
         started,
+        parent: std::os::unix::process::parent_id(),
         log,
     };
     let digest = preparation.resolved().manifest_document.digest.to_string();
@@ -318,8 +346,12 @@ async fn serve_async(
     }
     let complete = args.wait() == Some(Wait::Complete);
     let health = context.health.clone();
+    let warned = std::cell::Cell::new(false);
     let events = |event: Event| {
         let seconds = started.elapsed().as_secs_f64();
+        if let Some(problem) = health.store_problem().filter(|_| !warned.replace(true)) {
+            reports.send(&Report::Warning { message: problem });
+        }
         match event {
             Event::Mounted => {
                 reports.send(&Report::Mounted {

@@ -35,6 +35,8 @@ pub(super) struct ListArgs {
 }
 
 /// Arguments of `status`.
+///
+/// Fails if the mount is dead, does not answer, or is unmounted and only somebody else still uses it.
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
     /// Directory that is mounted on
@@ -45,7 +47,7 @@ pub(super) struct StatusArgs {
 }
 
 /// The absolute path of a mount point that may be dead: its parent is resolved, itself it is not touched.
-fn locate(path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
     let mut path = std::path::absolute(path)?;
     for _ in 0..=MAX_LINKS {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -69,16 +71,22 @@ fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
 
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
     let run = RunDir::open()?;
-    let take_down = |path: &Path| Ok(block_on(mount::take_down(&run, &locate(path)?, args.lazy))??);
+    let take_down = |path: &Path| -> anyhow::Result<mount::Remainder> {
+        Ok(block_on(mount::take_down(&run, &locate(path)?, args.lazy))??)
+    };
     let mut failures: Vec<anyhow::Error> = Vec::new();
     for path in &args.mountpoints {
         let result = take_down(path);
+        let remainder = result.as_ref().ok().cloned().flatten();
         if args.json {
             let problem = result.as_ref().err().map(explain);
             let object = serde_json::json!({
                 "mountpoint": path.to_string_lossy(), "unmounted": problem.is_none(), "problem": problem,
+                "remainder": remainder,
             });
             say!("{object}");
+        } else if let Some(remainder) = remainder {
+            eprintln!("ocifs: {}: {remainder}", path.display());
         }
         failures.extend(result.err());
     }
@@ -101,6 +109,8 @@ fn state(state: MountState) -> &'static str {
         MountState::Ready => "ready",
         MountState::Failed => "failed",
         MountState::Dead => "dead",
+        MountState::Unresponsive => "no answer",
+        MountState::Detached => "detached",
     }
 }
 
@@ -127,6 +137,9 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
             m.mountpoint,
             m.image
         );
+        if let Some(problem) = &m.problem {
+            say!("{:<10} {problem}", "");
+        }
     }
     Ok(())
 }
@@ -138,7 +151,12 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
     } else {
         show(&status)?;
     }
-    Ok(())
+    match status.state {
+        MountState::Preparing | MountState::Ready | MountState::Failed => Ok(()),
+        MountState::Dead => bail!("the process behind this mount is dead"),
+        MountState::Unresponsive => bail!("the process behind this mount does not answer"),
+        MountState::Detached => bail!("this is not mounted any more, only still in use"),
+    }
 }
 
 fn show(status: &MountStatus) -> anyhow::Result<()> {
@@ -161,6 +179,9 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     say!("state       {}", state(status.state));
     if let Some(problem) = &status.problem {
         say!("problem     {problem}");
+    }
+    if let Some(log) = &status.log {
+        say!("log         {log}");
     }
     let ready = status
         .ready_seconds

@@ -29,7 +29,7 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
     };
     let context = LayerContext::new(store, config.memory, config.cache_size);
     if let Some(error) = problem {
-        context.health.store_failed(&error);
+        context.health.store_lost(&error);
     }
     Ok(context)
 }
@@ -148,7 +148,7 @@ pub(super) fn open_image(runtime: &Runtime, config: &Config, args: &ImageArgs) -
 /// Brings all of an image into the store, or says why not all of it is there.
 pub(super) async fn complete(image: &Image, health: &Health) -> anyhow::Result<()> {
     let missing = image.complete().await?;
-    if let Some(problem) = health.problem() {
+    if let Some(problem) = health.store_problem() {
         bail!("not all of the image could be kept: {problem}");
     }
     if missing > 0 {

@@ -79,7 +79,7 @@ pub(super) fn run(config: &Config, command: ProfileCommand) -> anyhow::Result<()
 /// The store, which has to be there, and the image's manifest and config.
 fn open(config: &Config, image: &ImageArgs) -> anyhow::Result<(LayerContext, Preparation)> {
     let context = context(config)?;
-    if let Some(problem) = context.health.problem() {
+    if let Some(problem) = context.health.store_problem() {
         bail!(problem);
     }
     let preparation = runtime()?.block_on(prepare(config, image, &context))?;

@@ -25,7 +25,7 @@ pub(super) struct PullArgs {
 pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
     let runtime = runtime()?;
     let context = context(config)?;
-    if let Some(problem) = context.health.problem() {
+    if let Some(problem) = context.health.store_problem() {
         bail!("nothing can be kept: {problem}");
     }
     let result = runtime.block_on(async {

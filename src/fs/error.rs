@@ -38,6 +38,13 @@ pub enum FsError {
     },
 }
 
+impl FsError {
+    /// Whether the content itself is wrong, and not the way to it.
+    pub fn is_of_content(&self) -> bool {
+        matches!(self, Self::Tree(_) | Self::Layer(LayerError::Corrupt { .. }))
+    }
+}
+
 /// What a caller of the kernel sees.
 pub trait ToErrno {
     /// The errno for this error.

@@ -179,6 +179,9 @@ impl LayerDisk {
                 false
             });
         self.keeps.store(filled, Ordering::Relaxed);
+        if filled {
+            self.health.store_works();
+        }
         let mut damage = self.damage.lock().expect("no panic while locked");
         if filled
             && let Some(damage) = damage.get_mut(&span)

@@ -331,6 +331,7 @@ impl Delivery<'_> {
         if !run.claim.holds(span) {
             return;
         }
+        layer.health.fetched();
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
         run.claim.announce(span, landed.clone());

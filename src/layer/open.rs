@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 
 use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
+use super::health::Health;
 use super::programs;
 use super::stripes::Ahead;
 use super::turn::Turn;
@@ -58,28 +59,6 @@ impl LayerContext {
             ahead: Ahead::default(),
             lanes: Arc::default(),
         }
-    }
-}
-
-/// Trouble that the mount lives with, for `status`: the first of each kind.
-#[derive(Debug, Default)]
-pub struct Health {
-    store: Mutex<Option<String>>,
-}
-
-impl Health {
-    /// Something could not be kept on disk. Logged once.
-    pub fn store_failed(&self, error: &dyn std::fmt::Display) {
-        let mut store = self.store.lock().expect("no panic while locked");
-        if store.is_none() {
-            tracing::warn!(%error, "the store cannot be written, going on from memory");
-            *store = Some(format!("the store cannot be written, going on from memory: {error}"));
-        }
-    }
-
-    /// The trouble, if there was any.
-    pub fn problem(&self) -> Option<String> {
-        self.store.lock().expect("no panic while locked").clone()
     }
 }
 
@@ -136,7 +115,7 @@ pub async fn open(
         Some(dir) => match Turn::wait(&dir).await {
             Ok(turn) => (Some(dir), turn),
             Err(error) => {
-                context.health.store_failed(&error);
+                context.health.store_lost(&error);
                 (None, None)
             }
         },
@@ -191,11 +170,11 @@ async fn stream(
                 Err(error) => context.health.store_failed(&error),
             }
             match indexed.device_error.take() {
-                Some(error) => context.health.store_failed(&error),
+                Some(error) => context.health.store_lost(&error),
                 // The layer is larger than the cache may be: it fills with what is read.
                 None if indexed.device.is_none() => {
                     let opened = DataDevice::open(&context.store, dir, &indexed.index, &indexed.extents);
-                    indexed.device = opened.map_err(|error| context.health.store_failed(&error)).ok();
+                    indexed.device = opened.map_err(|error| context.health.store_lost(&error)).ok();
                 }
                 None => {}
             }
@@ -314,7 +293,7 @@ fn load(
     let device = match DataDevice::open(&context.store, dir, &index, &extents) {
         Ok(device) => Some(device),
         Err(error) => {
-            context.health.store_failed(&error);
+            context.health.store_lost(&error);
             None
         }
     };

@@ -1,12 +1,13 @@
 //! What a mount's process attached: mounts, registration, private upper directory. It all goes, one way or another.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::Flock;
 
-use super::registration::{MountRecord, RunEntry};
+use super::registration::{MountRecord, RunEntry, Standing};
 use super::server::{MountError, system};
 use super::{kernel, mountinfo, overlay};
 
@@ -15,18 +16,12 @@ pub(super) struct Attached {
     pub(super) entry: RunEntry,
     pub(super) record: MountRecord,
     /// The later ones lie on the earlier ones.
-    mounts: Vec<Mounted>,
+    mounts: Vec<Standing>,
     registered: bool,
     /// Held until the mount stands; see [`RunEntry::turn`].
     pub(super) turn: Option<File>,
     /// Held as long as the directories of the overlay are used.
     upper_lock: Option<Flock<File>>,
-}
-
-/// One of our mounts.
-struct Mounted {
-    path: PathBuf,
-    id: u64,
 }
 
 impl Attached {
@@ -41,11 +36,16 @@ impl Attached {
         }
     }
 
-    /// Remembers what was just mounted at `path`.
-    pub(super) fn add(&mut self, path: PathBuf) -> Result<(), MountError> {
-        let entry = mountinfo::at(&path).map_err(system("read the mount table"))?;
+    /// Remembers what was just mounted at `path`. The mount that the user sees is written into the registration.
+    pub(super) fn add(&mut self, path: &Path) -> Result<(), MountError> {
+        let entry = mountinfo::at(path).map_err(system("read the mount table"))?;
         // If it is gone by now, there is nothing to take down.
-        self.mounts.extend(entry.map(|entry| Mounted { path, id: entry.id }));
+        let Some(entry) = entry else { return Ok(()) };
+        self.mounts.push(entry.standing());
+        if self.record.lower == self.record.mountpoint || entry.fs_type != "fuse.ocifs" {
+            self.record.standing = Some(entry.standing());
+            self.entry.write(&self.record)?;
+        }
         Ok(())
     }
 
@@ -53,36 +53,42 @@ impl Attached {
     pub(super) fn cover(&mut self, mountpoint: PathBuf, lock: Flock<File>) -> Result<(), MountError> {
         self.upper_lock = Some(lock);
         let below = self.mounts.len();
-        self.add(mountpoint)?;
-        for mounted in self.mounts.drain(..below) {
-            kernel::unmount_own(&mounted.path, mounted.id, true)?;
+        self.add(&mountpoint)?;
+        for mount in self.mounts.drain(..below) {
+            kernel::unmount(&mount, true)?;
         }
         Ok(())
     }
 
-    /// Whoever took the mounts down, they are gone: another one may have got the id of one of them by now.
+    /// Whoever took the mounts down, they are gone.
     pub(super) fn forget_mounts(&mut self) {
         self.mounts.clear();
     }
 
-    /// Takes everything down. Without `lazy` it stops, with everything standing, if something is in use.
+    /// Unmounts everything. Without `lazy` it stops, with everything standing, if something is in use.
     pub(super) fn detach(&mut self, lazy: bool) -> Result<(), MountError> {
-        while let Some(mounted) = self.mounts.last() {
-            kernel::unmount_own(&mounted.path, mounted.id, lazy)?;
+        while let Some(mount) = self.mounts.last() {
+            kernel::unmount(mount, lazy)?;
             self.mounts.pop();
         }
-        if self.registered {
-            self.registered = false;
-            // Without the turn, what another process is about to do may be undone here; it will say so. Staying is worse.
-            let _turn = match self.turn.take() {
-                Some(turn) => Some(turn),
-                None => self.entry.turn_at_last()?,
-            };
-            // After an unmount by somebody else, the mount point may be registered to another process already.
-            if self.entry.record()?.is_none_or(|record| record.pid == self.record.pid) {
-                // The log of a process in the background is its standard error.
-                self.entry.remove(Some(std::io::stderr().as_fd()))?;
-            }
+        Ok(())
+    }
+
+    /// Removes the registration, wherever it is by now. After an unmount by somebody else, the mount point may be registered
+    /// to another process already.
+    pub(super) fn unregister(&mut self) -> Result<(), MountError> {
+        if !self.registered {
+            return Ok(());
+        }
+        self.registered = false;
+        // Without the turn, what another process is about to do may be undone here; it will say so. Staying is worse.
+        let _turn = match self.turn.take() {
+            Some(turn) => Some(turn),
+            None => self.entry.turn_at_last()?,
+        };
+        if let Some(entry) = self.entry.of(self.record.pid)? {
+            // The log of a process in the background is its standard error.
+            entry.remove(Some(io::stderr().as_fd()))?;
         }
         Ok(())
     }
@@ -98,8 +104,10 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        if let Err(error) = self.detach(true) {
-            tracing::error!(%error, "cannot take the mount down");
+        for result in [self.detach(true), self.unregister()] {
+            if let Err(error) = result {
+                tracing::error!(%error, "cannot take the mount down");
+            }
         }
         self.discard();
     }

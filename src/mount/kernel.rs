@@ -11,15 +11,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::mount::MntFlags;
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
-
+use nix::sys::stat::Mode;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::mountinfo;
+use super::mountpoint::handle;
 use super::options::FuseOptions;
+use super::registration::Standing;
+use super::users::mount_id;
 
 /// Why a directory could not be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -79,17 +82,28 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// Mounts a new FUSE file system at `mountpoint` and returns the open /dev/fuse that serves it. Nothing is answered yet.
-pub(super) fn mount(source: &str, mountpoint: &Path, options: &FuseOptions) -> Result<OwnedFd, KernelMountError> {
-    match mount_directly(source, mountpoint, options) {
+/// Mounts a new FUSE file system on the directory `target`, which messages call `mountpoint`, and returns the open /dev/fuse
+/// that serves it. Nothing is answered yet.
+pub(super) fn mount(
+    source: &str,
+    target: &Path,
+    mountpoint: &Path,
+    options: &FuseOptions,
+) -> Result<OwnedFd, KernelMountError> {
+    match mount_directly(source, target, mountpoint, options) {
         Err(KernelMountError::Mount { source: error, .. }) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
-            mount_by_helper(source, mountpoint, options)
+            mount_by_helper(source, target, mountpoint, options)
         }
         result => result,
     }
 }
 
-fn mount_directly(source: &str, mountpoint: &Path, options: &FuseOptions) -> Result<OwnedFd, KernelMountError> {
+fn mount_directly(
+    source: &str,
+    target: &Path,
+    mountpoint: &Path,
+    options: &FuseOptions,
+) -> Result<OwnedFd, KernelMountError> {
     let device = File::options()
         .read(true)
         .write(true)
@@ -98,7 +112,7 @@ fn mount_directly(source: &str, mountpoint: &Path, options: &FuseOptions) -> Res
     let data = options.kernel_data(device.as_raw_fd());
     nix::mount::mount(
         Some(source),
-        mountpoint,
+        target,
         Some("fuse.ocifs"),
         options.flags(),
         Some(data.as_str()),
@@ -110,8 +124,15 @@ fn mount_directly(source: &str, mountpoint: &Path, options: &FuseOptions) -> Res
     Ok(device.into())
 }
 
-/// fusermount3 mounts with its own privilege and sends the descriptor back over a socket.
-fn mount_by_helper(source: &str, mountpoint: &Path, options: &FuseOptions) -> Result<OwnedFd, KernelMountError> {
+/// fusermount3 mounts with its own privilege and sends the descriptor back over a socket. It is started in the directory and
+/// mounts on that one; it looks up the directory's name once more, so whoever is about to use the mount has to check where
+/// it is.
+fn mount_by_helper(
+    source: &str,
+    target: &Path,
+    mountpoint: &Path,
+    options: &FuseOptions,
+) -> Result<OwnedFd, KernelMountError> {
     let failed = |message: String| KernelMountError::Helper {
         action: "mount on",
         mountpoint: mountpoint.to_owned(),
@@ -126,8 +147,8 @@ fn mount_by_helper(source: &str, mountpoint: &Path, options: &FuseOptions) -> Re
     let child = Command::new("fusermount3")
         .arg("-o")
         .arg(options.helper_options(source))
-        .arg("--")
-        .arg(mountpoint)
+        .args(["--", "."])
+        .current_dir(target)
         .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
@@ -180,45 +201,60 @@ pub(super) async fn gone(watched: Option<&AsyncFd<OwnedFd>>) {
     }
 }
 
-/// Detaches the mount `id` if it is still at `mountpoint`; whatever else is there by now is left alone.
-pub(super) fn unmount_own(mountpoint: &Path, id: u64, lazy: bool) -> Result<(), KernelMountError> {
+/// Detaches a mount, wherever it is by now, and no other one; with `lazy`, at once, even if it is in use. If it is gone
+/// already, that is what was wanted.
+pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountError> {
     let unreadable = |source| KernelMountError::Unmount {
-        mountpoint: mountpoint.to_owned(),
+        mountpoint: PathBuf::from("/proc/self/mountinfo"),
         source,
     };
-    if mountinfo::at(mountpoint)
-        .map_err(unreadable)?
-        .is_some_and(|top| top.id == id)
-    {
-        return unmount(mountpoint, lazy);
+    let Some(found) = mountinfo::find(mount).map_err(unreadable)? else {
+        return Ok(());
+    };
+    let mountpoint = found.mountpoint;
+    let failed = |source: io::Error| KernelMountError::Unmount {
+        mountpoint: mountpoint.clone(),
+        source,
+    };
+    let (Some(parent), Some(name)) = (mountpoint.parent(), mountpoint.file_name()) else {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    };
+    // The directory above is held, so that nothing on the way to it can be replaced between the look and the unmount. The
+    // mount itself cannot be held: that alone would make it busy.
+    let parent = hold(parent).map_err(failed)?;
+    if id_at(&handle(&parent).join(name)).map_err(failed)? != Some(mount.id) {
+        // It may have gone in this moment.
+        return match mountinfo::find(mount).map_err(unreadable)? {
+            Some(_) => Err(KernelMountError::Covered { mountpoint }),
+            None => Ok(()),
+        };
     }
-    match mountinfo::is_there(mountpoint, id).map_err(unreadable)? {
-        true => Err(KernelMountError::Covered {
-            mountpoint: mountpoint.to_owned(),
-        }),
-        false => Ok(()),
-    }
-}
-
-/// Detaches what is mounted at `mountpoint`. With `lazy`, at once, even if it is in use.
-pub(super) fn unmount(mountpoint: &Path, lazy: bool) -> Result<(), KernelMountError> {
     let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() } | MntFlags::UMOUNT_NOFOLLOW;
-    match nix::mount::umount2(mountpoint, flags) {
-        Ok(()) => Ok(()),
-        // EINVAL: it is no mount point any more, which is what was wanted.
-        Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
-        Err(Errno::EBUSY) => Err(KernelMountError::Busy {
-            mountpoint: mountpoint.to_owned(),
-        }),
-        Err(Errno::EPERM) => unmount_by_helper(mountpoint, lazy),
-        Err(e) => Err(KernelMountError::Unmount {
-            mountpoint: mountpoint.to_owned(),
-            source: e.into(),
-        }),
+    match nix::mount::umount2(&handle(&parent).join(name), flags) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(Errno::EBUSY) => Err(KernelMountError::Busy { mountpoint }),
+        Err(Errno::EPERM) => unmount_by_helper(&mountpoint, &handle(&parent), lazy),
+        Err(e) => Err(failed(e.into())),
     }
 }
 
-fn unmount_by_helper(mountpoint: &Path, lazy: bool) -> Result<(), KernelMountError> {
+/// Opens a path without touching what is there.
+fn hold(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(open(path, flags, Mode::empty())?)
+}
+
+/// The mount that a path lies in.
+fn id_at(path: &Path) -> io::Result<Option<u64>> {
+    let held = match hold(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        held => held?,
+    };
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", held.as_raw_fd()))?;
+    Ok(mount_id(&info))
+}
+
+fn unmount_by_helper(mountpoint: &Path, parent: &Path, lazy: bool) -> Result<(), KernelMountError> {
     let failed = |message: String| KernelMountError::Helper {
         action: "unmount",
         mountpoint: mountpoint.to_owned(),
@@ -227,7 +263,8 @@ fn unmount_by_helper(mountpoint: &Path, lazy: bool) -> Result<(), KernelMountErr
     let output = Command::new("fusermount3")
         .arg(if lazy { "-uz" } else { "-u" })
         .arg("--")
-        .arg(mountpoint)
+        .arg(mountpoint.file_name().unwrap_or_default())
+        .current_dir(parent)
         .stdin(Stdio::null())
         .output()
         .map_err(|e| failed(e.to_string()))?;

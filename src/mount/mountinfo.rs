@@ -6,14 +6,34 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use super::registration::Standing;
+
 /// One mounted file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct MountEntry {
     pub(super) id: u64,
+    /// Device number of the file system, as major:minor. All copies of a mount have the same.
+    pub(super) device: String,
+    /// What of the file system is mounted.
+    pub(super) root: String,
     pub(super) mountpoint: PathBuf,
     pub(super) fs_type: String,
     /// What is mounted, as whoever mounted it called it.
     pub(super) source: String,
+}
+
+impl MountEntry {
+    /// What tells this mount from all others that there are.
+    pub(super) fn standing(&self) -> Standing {
+        Standing {
+            id: self.id,
+            device: self.device.clone(),
+        }
+    }
+
+    pub(super) fn is(&self, mount: &Standing) -> bool {
+        self.id == mount.id && self.device == mount.device
+    }
 }
 
 /// The topmost mount at exactly `path`, if it is a mount point.
@@ -21,26 +41,38 @@ pub(super) fn at(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(table()?.into_iter().rfind(|entry| entry.mountpoint == path))
 }
 
-/// Whether the mount `id` is still attached at `path`, perhaps below another one.
-pub(super) fn is_there(path: &Path, id: u64) -> io::Result<bool> {
-    let mut entries = table()?.into_iter();
-    Ok(entries.any(|entry| entry.id == id && entry.mountpoint == path))
+/// A mount, wherever it is by now.
+pub(super) fn find(mount: &Standing) -> io::Result<Option<MountEntry>> {
+    Ok(table()?.into_iter().find(|entry| entry.is(mount)))
 }
 
 /// All mounts, a covering one after what it covers. Paths are bytes: what others mount need not be UTF-8.
-fn table() -> io::Result<Vec<MountEntry>> {
-    let text = fs::read("/proc/self/mountinfo")?;
+pub(super) fn table() -> io::Result<Vec<MountEntry>> {
+    read("self")
+}
+
+/// All mounts in the namespace of a process.
+pub(super) fn table_of(pid: u32) -> io::Result<Vec<MountEntry>> {
+    read(&pid.to_string())
+}
+
+fn read(process: &str) -> io::Result<Vec<MountEntry>> {
+    let text = fs::read(format!("/proc/{process}/mountinfo"))?;
     Ok(text.split(|&b| b == b'\n').filter_map(parse).collect())
 }
 
 fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&b| b == b' ');
     let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-    let mountpoint = unescape(fields.nth(3)?);
+    let device = std::str::from_utf8(fields.nth(1)?).ok()?.to_owned();
+    let root = String::from_utf8_lossy(fields.next()?).into_owned();
+    let mountpoint = unescape(fields.next()?);
     // Any number of optional fields ends with a hyphen.
     fields.find(|field| *field == b"-")?;
     Some(MountEntry {
         id,
+        device,
+        root,
         mountpoint,
         fs_type: String::from_utf8_lossy(fields.next()?).into_owned(),
         source: String::from_utf8_lossy(fields.next()?).into_owned(),
@@ -73,7 +105,10 @@ mod tests {
     fn lines_are_understood() {
         let line = br"98 30 0:46 / /mnt/a\040b\134c rw,relatime shared:1 - fuse.ocifs alpine:latest ro,user_id=0";
         let entry = parse(line).unwrap();
-        assert_eq!(entry.id, 98);
+        assert_eq!(
+            (entry.id, entry.device.as_str(), entry.root.as_str()),
+            (98, "0:46", "/")
+        );
         assert_eq!(entry.mountpoint, Path::new(r"/mnt/a b\c"));
         assert_eq!(
             (entry.fs_type.as_str(), entry.source.as_str()),

@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,6 +20,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 
 use super::mountinfo::MountEntry;
+use super::mountpoint::handle;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
 
@@ -91,17 +92,56 @@ pub enum OverlayError {
     },
 }
 
-/// The directories of an overlay.
+/// The directories of an overlay. Upper and work directory are held, so that the kernel gets those that were checked and
+/// locked, whatever has their names by then.
 struct Layers<'a> {
     lower: &'a Path,
-    upper: PathBuf,
-    work: PathBuf,
+    upper: Held,
+    work: Held,
 }
 
-/// Puts the overlay of `lower` and `upper` on `mountpoint`. The lock that comes back marks the directories as in use.
+/// A directory that is held open.
+struct Held {
+    path: PathBuf,
+    directory: File,
+}
+
+impl Held {
+    /// Opens a directory; makes one that nobody else can look into, if there is none.
+    fn make(path: PathBuf) -> Result<Self, OverlayError> {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        let opened = made.and_then(|()| {
+            let mut options = File::options();
+            options.read(true).custom_flags(nix::libc::O_DIRECTORY);
+            options.open(&path)
+        });
+        match opened {
+            Ok(directory) => Ok(Self { path, directory }),
+            Err(source) => Err(OverlayError::Directory { path, source }),
+        }
+    }
+
+    /// Locks the directory, unless somebody has.
+    fn lock(&self) -> Result<Option<Flock<File>>, OverlayError> {
+        let failed = |source: io::Error| OverlayError::Directory {
+            path: self.path.clone(),
+            source,
+        };
+        let directory = self.directory.try_clone().map_err(failed)?;
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+}
+
+/// Puts the overlay of `lower` and `upper` on the directory `target`, which messages call `mountpoint`. The lock that comes
+/// back marks the directories as in use.
 pub(super) fn mount(
     lower: &Path,
     upper: &Upper,
+    target: &Path,
     mountpoint: &Path,
     options: &FuseOptions,
 ) -> Result<Flock<File>, OverlayError> {
@@ -109,22 +149,27 @@ pub(super) fn mount(
         Upper::Private(scratch) => (scratch.join("upper"), scratch.join("work"), Some(scratch)),
         Upper::Kept { upper, work } => (upper.clone(), work.clone(), None),
     };
-    let layers = Layers { lower, upper, work };
-    let locked = scratch.unwrap_or(&layers.work);
-    make_directory(locked)?;
-    let lock = lock(locked)?.ok_or_else(|| OverlayError::InUse { work: locked.clone() })?;
+    let locked = Held::make(scratch.unwrap_or(&work).clone())?;
+    let lock = locked.lock()?;
+    let lock = lock.ok_or_else(|| OverlayError::InUse {
+        work: locked.path.clone(),
+    })?;
     if let Some(scratch) = scratch {
         sweep(scratch);
     }
-    layers.prepare()?;
+    let work = match scratch {
+        Some(_) => Held::make(work)?,
+        None => locked,
+    };
+    let layers = Layers::prepare(lower, upper, work)?;
     let refused = |errno: Errno| OverlayError::Kernel {
         mountpoint: mountpoint.to_owned(),
-        upper: layers.upper.clone(),
+        upper: layers.upper.path.clone(),
         source: errno.into(),
     };
-    match (layers.mount_kernel(mountpoint, options, scratch.is_some()), scratch) {
+    match (layers.mount_kernel(target, options, scratch.is_some()), scratch) {
         (Ok(()), _) => {}
-        (Err(Errno::EPERM), _) => layers.mount_helper(mountpoint, options)?,
+        (Err(Errno::EPERM), _) => layers.mount_helper(target, mountpoint, options)?,
         (Err(Errno::EINVAL), Some(scratch)) => {
             tracing::warn!(scratch = %scratch.display(), "its file system cannot carry an overlay, using a tmpfs");
             let mounted = nix::mount::mount(
@@ -135,43 +180,40 @@ pub(super) fn mount(
                 Some("mode=0700"),
             );
             mounted.map_err(refused)?;
-            layers.prepare()?;
-            layers.mount_kernel(mountpoint, options, true).map_err(refused)?;
+            let work = Held::make(scratch.join("work"))?;
+            let layers = Layers::prepare(lower, scratch.join("upper"), work)?;
+            layers.mount_kernel(target, options, true).map_err(refused)?;
         }
         (Err(errno), _) => return Err(refused(errno)),
     }
     Ok(lock)
 }
 
-impl Layers<'_> {
+impl<'a> Layers<'a> {
     /// The root of an overlay has the mode and owner of its upper directory, so a fresh one is made like the image's root.
-    fn prepare(&self) -> Result<(), OverlayError> {
-        make_directory(&self.work)?;
-        if self.upper.exists() {
-            return Ok(());
-        }
-        make_directory(&self.upper)?;
+    fn prepare(lower: &'a Path, upper: PathBuf, work: Held) -> Result<Self, OverlayError> {
+        let fresh = !upper.exists();
+        let upper = Held::make(upper)?;
         let alike = || {
-            let root = fs::metadata(self.lower)?;
+            let root = fs::metadata(lower)?;
             // Others cannot give files away.
             if is_system_root() {
-                chown(&self.upper, Some(root.uid()), Some(root.gid()))?;
+                fchown(&upper.directory, Some(root.uid()), Some(root.gid()))?;
             }
-            fs::set_permissions(&self.upper, root.permissions())
+            upper.directory.set_permissions(root.permissions())
         };
-        alike().map_err(|source| OverlayError::Directory {
-            path: self.upper.clone(),
-            source,
-        })
+        if fresh {
+            alike().map_err(|source| OverlayError::Directory {
+                path: upper.path.clone(),
+                source,
+            })?;
+        }
+        Ok(Self { lower, upper, work })
     }
 
-    fn options(&self) -> OsString {
+    fn options(&self, upper: &Path, work: &Path) -> OsString {
         let mut options = Vec::new();
-        for (name, path) in [
-            ("lowerdir=", self.lower),
-            (",upperdir=", &self.upper),
-            (",workdir=", &self.work),
-        ] {
+        for (name, path) in [("lowerdir=", self.lower), (",upperdir=", upper), (",workdir=", work)] {
             options.extend_from_slice(name.as_bytes());
             options.extend_from_slice(&escape(path));
         }
@@ -179,18 +221,17 @@ impl Layers<'_> {
     }
 
     /// A `volatile` overlay does not flush what is thrown away at unmount anyway; kernels before 5.10 do not know it.
-    fn mount_kernel(&self, mountpoint: &Path, options: &FuseOptions, volatile: bool) -> Result<(), Errno> {
+    fn mount_kernel(&self, target: &Path, options: &FuseOptions, volatile: bool) -> Result<(), Errno> {
         let mut flags = options.flags();
         flags.remove(MsFlags::MS_RDONLY);
-        let mut data = self.options();
+        let mut data = self.options(&handle(&self.upper.directory), &handle(&self.work.directory));
         if !is_system_root() {
             // trusted.* attributes are not for root of a user namespace. Without this the mount succeeds, but what needs an
             // attribute (replacing a directory, say) fails.
             data.push(",userxattr");
         }
-        let mount = |data: &OsString| {
-            nix::mount::mount(Some(SOURCE), mountpoint, Some("overlay"), flags, Some(data.as_os_str()))
-        };
+        let mount =
+            |data: &OsString| nix::mount::mount(Some(SOURCE), target, Some("overlay"), flags, Some(data.as_os_str()));
         if volatile {
             let mut data = data.clone();
             data.push(",volatile");
@@ -202,12 +243,14 @@ impl Layers<'_> {
         mount(&data)
     }
 
-    fn mount_helper(&self, mountpoint: &Path, options: &FuseOptions) -> Result<(), OverlayError> {
+    /// fuse-overlayfs runs as this user, and looks the directories up by name.
+    fn mount_helper(&self, target: &Path, mountpoint: &Path, options: &FuseOptions) -> Result<(), OverlayError> {
         let failed = |message: String| OverlayError::Helper {
             mountpoint: mountpoint.to_owned(),
             message,
         };
-        let mut list = self.options();
+        let place = fs::read_link(target).map_err(|e| failed(e.to_string()))?;
+        let mut list = self.options(&self.upper.path, &self.work.path);
         list.push(options.flag_names());
         if options.allow_other {
             list.push(",allow_other");
@@ -220,7 +263,7 @@ impl Layers<'_> {
         let output = Command::new("fuse-overlayfs")
             .arg("-o")
             .arg(list)
-            .arg(mountpoint)
+            .arg(place)
             .stdin(Stdio::null())
             .output()
             .map_err(|e| failed(format!("{e} (install the fuse-overlayfs package)")))?;
@@ -228,29 +271,6 @@ impl Layers<'_> {
             return Ok(());
         }
         Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
-    }
-}
-
-/// Makes a directory nobody else can look into, if there is none.
-fn make_directory(path: &Path) -> Result<(), OverlayError> {
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|source| OverlayError::Directory {
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Locks a directory, or finds it locked.
-fn lock(path: &Path) -> Result<Option<Flock<File>>, OverlayError> {
-    let failed = |source: io::Error| OverlayError::Directory {
-        path: path.to_owned(),
-        source,
-    };
-    let directory = File::open(path).map_err(failed)?;
-    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
-        Err((_, errno)) => Err(failed(errno.into())),
     }
 }
 
@@ -262,7 +282,7 @@ fn sweep(own: &Path) {
         if path == own || !path.join("upper").is_dir() {
             continue;
         }
-        match lock(&path) {
+        match Held::make(path.clone()).and_then(|held| held.lock()) {
             Ok(Some(_lock)) => discard(&path),
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "a private upper directory of an earlier mount"),
@@ -331,10 +351,11 @@ mod tests {
     fn what_is_locked_is_spared_and_the_rest_swept() {
         let uppers = tempfile::tempdir().unwrap();
         for name in ["own", "live", "dead"] {
-            make_directory(&uppers.path().join(name).join("upper")).unwrap();
+            Held::make(uppers.path().join(name).join("upper")).unwrap();
         }
-        make_directory(&uppers.path().join("other")).unwrap();
-        let _live = lock(&uppers.path().join("live")).unwrap().unwrap();
+        Held::make(uppers.path().join("other")).unwrap();
+        let live = Held::make(uppers.path().join("live")).unwrap();
+        let _live = live.lock().unwrap().unwrap();
         sweep(&uppers.path().join("own"));
         let mut left: Vec<_> = fs::read_dir(uppers.path())
             .unwrap()

@@ -5,8 +5,12 @@ use std::fs;
 /// Whether this is root of the machine. Root of another user namespace has no more rights over what belongs to the machine
 /// than the ordinary user who made the namespace: /var and /run are closed to it, `trusted.*` attributes too.
 pub fn is_system_root() -> bool {
-    let uid = nix::unistd::geteuid();
-    uid.is_root() && uid_map().is_none_or(|map| map.trim_end() == "0 0 4294967295")
+    nix::unistd::geteuid().is_root() && is_root_namespace()
+}
+
+/// Whether this process is in the user namespace of the machine.
+pub(super) fn is_root_namespace() -> bool {
+    uid_map().is_none_or(|map| map.trim_end() == "0 0 4294967295")
 }
 
 /// The user id as the namespace around has it: there are many who are root, each in a namespace of their own.

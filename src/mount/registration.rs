@@ -6,26 +6,30 @@
 //!        log           its log, if it runs in the background
 //!        log.PID       the log of a process that is not registered (yet); PID is that of the one that waits for it
 //!        lower/        where the image is mounted until the overlay of a writable mount is put together
+//! RUN/ID-PID/            the same for a process that still serves others after its mount point was used again
 //! RUN/locks/mountpoints  a byte of it is locked for each mount point that a process is about to use
 //! RUN/changes/ID         private upper directories, if there is no store to hold them
 //! ```
 //! RUN is /run/ocifs for root, `$XDG_RUNTIME_DIR/ocifs` for others (or /tmp/ocifs-UID, if it is their own and private).
-//! ID is made from the mount point's path, so there is at most one registration per mount point.
+//! ID is made from the mount point's path, so there is at most one registration for each mount point. It stays until the
+//! process ends: after an unmount, others may still use the mount. If it is in the way of another mount, it moves to ID-PID.
+//! All of this is readable for its owner alone.
+
+mod record;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use serde::{Deserialize, Serialize};
+pub use record::{MountRecord, Standing};
 
-use super::mountinfo;
-use super::overlay;
+use super::private;
 use super::privilege::{is_system_root, outer_uid};
 use crate::store::{gone, is_at};
 
@@ -71,102 +75,6 @@ pub enum RegistrationError {
     },
 }
 
-/// What is known about a mount without asking its process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MountRecord {
-    /// Serving process.
-    pub pid: u32,
-    /// When that process started, in clock ticks since boot (/proc/PID/stat field 22); tells it from a later one.
-    pub started: u64,
-    /// The image as given.
-    pub image: String,
-    /// Digest of its manifest.
-    pub digest: String,
-    /// Where the user sees it.
-    #[serde(with = "path_bytes")]
-    pub mountpoint: PathBuf,
-    /// Where the image itself is mounted: the mount point, or, until there is an overlay, a directory of its own.
-    #[serde(with = "path_bytes")]
-    pub lower: PathBuf,
-    /// Whether an overlay lies on top.
-    pub writable: bool,
-    /// Private upper directory to delete at the end.
-    #[serde(with = "optional_path_bytes")]
-    pub scratch: Option<PathBuf>,
-}
-
-impl MountRecord {
-    /// Whether the process that serves the mount is alive.
-    pub fn is_alive(&self) -> bool {
-        process_start(self.pid) == Some(self.started)
-    }
-
-    /// Whether anything of it is mounted.
-    pub(super) fn is_mounted(&self) -> io::Result<bool> {
-        let image = mountinfo::at(&self.lower)?.is_some_and(|mount| mount.fs_type == "fuse.ocifs");
-        let overlaid = |mount| overlay::is_ours(&mount);
-        Ok(image || (self.writable && mountinfo::at(&self.mountpoint)?.is_some_and(overlaid)))
-    }
-}
-
-/// JSON text is Unicode and a path need not be: such a one is written as an array of its bytes.
-mod path_bytes {
-    use std::ffi::OsString;
-    use std::os::unix::ffi::OsStringExt as _;
-    use std::path::{Path, PathBuf};
-
-    use serde::{Deserialize, Deserializer, Serialize as _, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        match path.to_str() {
-            Some(text) => serializer.serialize_str(text),
-            None => path.as_os_str().as_encoded_bytes().serialize(serializer),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Text(PathBuf),
-            Bytes(Vec<u8>),
-        }
-        Ok(match Written::deserialize(deserializer)? {
-            Written::Text(path) => path,
-            Written::Bytes(bytes) => OsString::from_vec(bytes).into(),
-        })
-    }
-}
-
-/// The same for a path that may be missing.
-mod optional_path_bytes {
-    use std::path::PathBuf;
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Serialize, Deserialize)]
-    struct Wrapped(#[serde(with = "super::path_bytes")] PathBuf);
-
-    pub(super) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        path.clone().map(Wrapped).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-        Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
-    }
-}
-
-/// Start time of a live process; zombies do not count.
-pub fn process_start(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name is in parentheses and may contain anything, so count from the last one.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    if matches!(fields.first(), Some(&("Z" | "X"))) {
-        return None;
-    }
-    fields.get(19)?.parse().ok()
-}
-
 /// The run directory of this user.
 #[derive(Debug, Clone)]
 pub struct RunDir {
@@ -189,15 +97,16 @@ impl RunDir {
             path: path.clone(),
             source,
         };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&path)
-            .map_err(io)?;
-        let metadata = fs::symlink_metadata(&path).map_err(io)?;
-        if !metadata.is_dir() || metadata.uid() != uid.as_raw() || metadata.mode() & 0o022 != 0 {
-            return Err(RegistrationError::NotPrivate { path });
+        match fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(io(e)),
+            // What others could write into is not made good by closing it now.
+            Ok(found) if !found.is_dir() || found.uid() != uid.as_raw() || found.mode() & 0o022 != 0 => {
+                return Err(RegistrationError::NotPrivate { path });
+            }
+            Ok(_) => {}
         }
+        private::directory(&path).map_err(io)?;
         Ok(Self { path })
     }
 
@@ -265,9 +174,16 @@ impl RunEntry {
 
     /// Creates the directory.
     pub fn create(&self) -> Result<(), RegistrationError> {
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(&self.path).map_err(self.io(&self.path))
+        private::directory(&self.path).map_err(self.io(&self.path))
+    }
+
+    /// Where the registration of a process goes when another one takes its place.
+    fn aside(&self, pid: u32) -> Self {
+        let mut name = self.path.file_name().unwrap_or_default().to_owned();
+        name.push(format!("-{pid}"));
+        Self {
+            path: self.path.with_file_name(name),
+        }
     }
 
     /// A log file for a mount that is to be registered here, and its path; [`RunEntry::register`] gives it its name. The
@@ -276,14 +192,10 @@ impl RunEntry {
         let path = self.path.join(format!("log.{}", std::process::id()));
         for _ in 0..LOG_ATTEMPTS {
             self.create()?;
-            match File::options()
-                .create(true)
-                .write(true)
-                .read(true)
-                .truncate(true)
-                .open(&path)
-            {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // One of an earlier process with the same id is of no use any more.
+            gone(fs::remove_file(&path)).map_err(self.io(&path))?;
+            match private::open(File::options().create_new(true).append(true).read(true), &path) {
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
                 result => return result.map(|file| (file, path.clone())).map_err(self.io(&path)),
             }
         }
@@ -349,17 +261,12 @@ impl RunEntry {
 
     fn try_turn(&self) -> Result<Option<File>, RegistrationError> {
         let directory = self.path.with_file_name("locks");
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(&directory).map_err(self.io(&directory))?;
+        private::directory(&directory).map_err(self.io(&directory))?;
         let path = directory.join("mountpoints");
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(self.io(&path))?;
+        let file = private::open(File::options().create(true).truncate(false).write(true), &path);
+        let file = file.map_err(self.io(&path))?;
         let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name = name.split('-').next().unwrap_or_default();
         // The byte of this mount point; the file has none, and locks do not mind.
         let byte = u64::from_str_radix(name, 16).unwrap_or_default() >> 1;
         let lock = libc::flock {
@@ -380,14 +287,47 @@ impl RunEntry {
     pub fn register(&self, record: &MountRecord, log: Option<&Path>) -> Result<(), RegistrationError> {
         self.create()?;
         self.check_free()?;
+        self.make_room(record.pid)?;
         if let Some(log) = log {
             fs::rename(log, self.log()).map_err(self.io(log))?;
         }
+        self.write(record)
+    }
+
+    /// Writes the registration anew.
+    pub(super) fn write(&self, record: &MountRecord) -> Result<(), RegistrationError> {
         let path = self.path.join("mount.json");
         let part = self.path.join("mount.json.part");
         let bytes = serde_json::to_vec_pretty(record).expect("a record has only strings and numbers");
-        fs::write(&part, bytes).map_err(self.io(&part))?;
+        let open = private::open(File::options().create(true).truncate(true).write(true), &part);
+        open.and_then(|mut file| file.write_all(&bytes))
+            .map_err(self.io(&part))?;
         fs::rename(&part, &path).map_err(self.io(&path))
+    }
+
+    /// Moves the registration of another living process aside, whose mount is gone from here but still used elsewhere.
+    fn make_room(&self, own: u32) -> Result<(), RegistrationError> {
+        let Some(other) = self.record()?.filter(|r| r.is_alive() && r.pid != own) else {
+            return Ok(());
+        };
+        let aside = self.aside(other.pid);
+        aside.create()?;
+        // The record goes last: what is not complete does not count as registered.
+        for name in ["log", "control", "mount.json"] {
+            let path = self.path.join(name);
+            gone(fs::rename(&path, aside.path.join(name))).map_err(self.io(&path))?;
+        }
+        Ok(())
+    }
+
+    /// Where the registration of the process `pid` is by now, if there is one.
+    pub(super) fn of(&self, pid: u32) -> Result<Option<Self>, RegistrationError> {
+        for entry in [self.clone(), self.aside(pid)] {
+            if entry.record()?.is_some_and(|record| record.pid == pid) {
+                return Ok(Some(entry));
+            }
+        }
+        Ok(None)
     }
 
     /// Removes the registration, and the log unless it is another one than `log`. Only what ocifs put there goes, one by one:
@@ -431,6 +371,7 @@ mod tests {
             lower: dir.path().to_owned(),
             writable: false,
             scratch: None,
+            standing: None,
         };
         let (old, path) = entry.create_log().unwrap();
         entry.register(&record, Some(&path)).unwrap();
@@ -444,35 +385,5 @@ mod tests {
         entry.register(&record, Some(&path)).unwrap();
         entry.remove(None).unwrap();
         assert!(!entry.path.exists());
-    }
-
-    #[test]
-    fn a_record_keeps_paths_that_are_not_text() {
-        use std::os::unix::ffi::OsStrExt as _;
-        let path = |bytes: &[u8]| PathBuf::from(std::ffi::OsStr::from_bytes(bytes));
-        let record = MountRecord {
-            pid: 1,
-            started: 2,
-            image: "alpine".to_owned(),
-            digest: String::new(),
-            mountpoint: path(b"/mnt/\xe9"),
-            lower: path(b"/mnt/plain"),
-            writable: true,
-            scratch: Some(path(b"/store/\xff")),
-        };
-        let json = serde_json::to_string(&record).unwrap();
-        assert!(json.contains("\"/mnt/plain\""), "{json}");
-        assert_eq!(serde_json::from_str::<MountRecord>(&json).unwrap(), record);
-    }
-
-    #[test]
-    fn a_process_is_known_by_its_start_time() {
-        let me = std::process::id();
-        let started = process_start(me).unwrap();
-        assert_eq!(process_start(me), Some(started));
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let pid = child.id();
-        child.wait().unwrap();
-        assert_ne!(process_start(pid), Some(started));
     }
 }

@@ -15,12 +15,16 @@ use tokio::sync::{mpsc, oneshot};
 use super::attached::Attached;
 use super::control::{self, Control, Request, Response};
 use super::kernel::{self, KernelMountError};
-use super::mountinfo::{self, MountEntry};
+use super::mountpoint::{self, MountPoint};
+use super::namespace;
 use super::options::FuseOptions;
 use super::overlay::{self, OverlayError, Upper};
 use super::prefetch::{Prefetch, Side};
-use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry, process_start};
+use super::private;
+use super::process::process_start;
+use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::status::{LinkStatus, MountState, MountStatus};
+use super::takedown::{self, TakedownError};
 use crate::fs::{FsError, ImageFs, Reads};
 use crate::fuse::{self, Served};
 use crate::image::{Image, ImageError, Learning, Preparation, Replay, Unconfirmed};
@@ -51,6 +55,8 @@ pub struct MountConfig {
     pub require_ready: bool,
     /// When the program started.
     pub started: Instant,
+    /// The process that started this one.
+    pub parent: u32,
     /// The log file of a process in the background, which gets its name when the mount is registered.
     pub log: Option<PathBuf>,
 }
@@ -87,6 +93,9 @@ pub enum MountError {
     /// The run directory failed.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
+    /// What a dead process left at the mount point does not go away.
+    #[error("cannot clear a dead mount: {0}")]
+    Takedown(#[from] TakedownError),
     /// The image could not be prepared.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -104,8 +113,11 @@ pub(super) fn system(action: &'static str) -> impl Fn(io::Error) -> MountError {
     move |source| MountError::System { action, source }
 }
 
-/// Another mount namespace may have a copy of the mount. It is served on, but `umount` waits no longer than this for its end.
-const LINGER: Duration = Duration::from_secs(2);
+/// Others may still use the mount after an unmount. They are served on, but `umount` waits no longer than this for their end.
+const LINGER: Duration = Duration::from_secs(1);
+/// How often a store that could not be written is looked at, and how many bytes it must have room for.
+const STORE_LOOK: Duration = Duration::from_secs(2);
+const STORE_ROOM: u64 = 8 << 20;
 
 /// Mounts and serves until unmounted. `events` hears how it goes.
 pub async fn serve(
@@ -120,7 +132,11 @@ pub async fn serve(
     let entry = RunDir::open()?.entry(&config.mountpoint);
     let turn = entry.turn().await?;
     entry.check_free()?;
-    check_mountpoint(&config, &entry)?;
+    if let Some(dead) = entry.record()?.filter(|record| !record.is_alive()) {
+        takedown::clear_now(&entry, &dead)?;
+    }
+    mountpoint::clear_unserved(&config.mountpoint).await?;
+    let directory = MountPoint::open(&config.mountpoint, config.options.nonempty)?;
     let record = record(&config, &preparation, &entry);
     entry.register(&record, config.log.as_deref())?;
     let repository = preparation.repository();
@@ -130,6 +146,7 @@ pub async fn serve(
         learning: Some(learning),
         reads: None,
         attached: Attached::new(entry, record, turn),
+        directory: Some(directory),
         config,
         context,
         preparation,
@@ -139,6 +156,7 @@ pub async fn serve(
         ready: None,
     };
     let fuse = mount.attach_lower()?;
+    let looking = tokio::spawn(look_after_store(mount.context.clone()));
     mount.attached.turn = None;
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
@@ -147,16 +165,27 @@ pub async fn serve(
         events(Event::Mounted);
     }
     let asked = mount.run(fuse, requests, signals, events).await;
+    looking.abort();
     mount.side.stop().await;
     let asked = asked?;
     mount.attached.detach(true)?;
+    mount.attached.unregister()?;
     mount.attached.discard();
-    if let Some(answer) = asked {
-        // A client that went away does not need the answer.
-        let _ = answer.send(Response::Unmounted);
-    }
+    respond(asked, &Response::Unmounted);
     control.close().await;
     Ok(())
+}
+
+/// While the store cannot be written, looks every now and then whether it can again.
+async fn look_after_store(context: LayerContext) {
+    loop {
+        context.health.store_trouble().await;
+        tokio::time::sleep(STORE_LOOK).await;
+        let store = context.store.clone();
+        if let Ok(Ok(())) = tokio::task::spawn_blocking(move || store.probe(STORE_ROOM)).await {
+            context.health.store_works();
+        }
+    }
 }
 
 /// The signals that end a mount.
@@ -204,24 +233,30 @@ pub fn is_ignored(signal: i32) -> bool {
     mask.unwrap_or(0) >> (signal - 1) & 1 == 1
 }
 
-/// Who asked for the unmount, and until when to wait for the end of the session before the answer.
-struct Leaving {
-    answer: oneshot::Sender<Response>,
-    until: tokio::time::Instant,
+/// Those who asked for the unmount and wait for their answer.
+type Asked = Vec<oneshot::Sender<Response>>;
+
+/// Answers all who asked.
+fn respond(asked: Asked, response: &Response) {
+    for answer in asked {
+        // A client that went away does not need the answer.
+        let _ = answer.send(response.clone());
+    }
 }
 
-impl Leaving {
-    async fn waited(leaving: Option<&Self>) {
-        match leaving {
-            Some(leaving) => tokio::time::sleep_until(leaving.until).await,
-            None => std::future::pending().await,
-        }
+/// Waits for the end of the time that the session has to end after an unmount.
+async fn lingered(until: Option<tokio::time::Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until).await,
+        None => std::future::pending().await,
     }
 }
 
 /// A mount in one process.
 struct Mount {
     attached: Attached,
+    /// Until the mount that the user sees stands.
+    directory: Option<MountPoint>,
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
@@ -236,19 +271,21 @@ struct Mount {
 }
 
 impl Mount {
-    /// Prepares, serves and answers until the session ends or has to. Returns who still waits for the answer to an unmount.
+    /// Prepares, serves and answers until the session ends or has to. Returns those who wait for the answer to an unmount.
     async fn run(
         &mut self,
         fuse: OwnedFd,
         mut requests: mpsc::Receiver<control::Call>,
         mut signals: Signals,
         events: impl Fn(Event),
-    ) -> Result<Option<oneshot::Sender<Response>>, MountError> {
+    ) -> Result<Asked, MountError> {
         let (ended, mut session_end) = oneshot::channel();
         // Only until the session starts: a watcher would be woken for every request.
         let mut watched = Some(kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?);
         let mut unstarted = Some((fuse, ended));
-        let mut leaving: Option<Leaving> = None;
+        let mut asked = Asked::new();
+        let mut linger = None;
+        let mut abandoned = self.abandoned();
         let (preparation, context) = (self.preparation.clone(), self.context.clone());
         let mut preparing = std::pin::pin!(preparation.finish(&context));
         loop {
@@ -258,6 +295,7 @@ impl Mount {
                     watched = None;
                     self.start_session(prepared, fuse, ended)?;
                     if self.attach_overlay().await? {
+                        abandoned = self.abandoned();
                         events(Event::Mounted);
                     }
                     match (&self.image, &self.failure) {
@@ -268,23 +306,28 @@ impl Mount {
                 }
                 Some((request, answer)) = requests.recv() => {
                     let Some(answer) = self.answer(request, answer) else { continue };
+                    asked.push(answer);
                     if unstarted.is_some() {
-                        return Ok(Some(answer));
+                        return Ok(asked);
                     }
-                    // Whoever still has a file open after a lazy unmount is served until the session ends by itself, and
-                    // nothing is fetched for anybody else.
+                    // Whoever still uses the mount is served until the session ends by itself, and nothing is fetched for
+                    // anybody else.
                     self.side.stop().await;
-                    leaving = Some(Leaving { answer, until: tokio::time::Instant::now() + LINGER });
+                    linger.get_or_insert_with(|| tokio::time::Instant::now() + LINGER);
                 }
-                () = Leaving::waited(leaving.as_ref()) => {
-                    // A client that went away does not need the answer.
-                    let _ = leaving.take().map(|leaving| leaving.answer.send(Response::Unmounted));
+                () = lingered(linger) => {
+                    linger = None;
+                    respond(std::mem::take(&mut asked), &Response::Detached);
                 }
-                () = signals.next() => return Ok(leaving.map(|leaving| leaving.answer)),
+                () = &mut abandoned => {
+                    tracing::info!("the mount namespace has ended, nobody can reach the mount any more");
+                    return Ok(asked);
+                }
+                () = signals.next() => return Ok(asked),
                 // Somebody else unmounted it before there was a session to end.
                 () = kernel::gone(watched.as_ref()) => {
                     self.attached.forget_mounts();
-                    return Ok(None);
+                    return Ok(asked);
                 }
                 result = &mut session_end, if unstarted.is_none() => {
                     match result {
@@ -295,20 +338,35 @@ impl Mount {
                         Ok(Err(error)) => tracing::error!(%error, "the FUSE session ended"),
                         Err(_) => tracing::error!("the thread of the FUSE session ended"),
                     }
-                    return Ok(leaving.map(|leaving| leaving.answer));
+                    return Ok(asked);
                 }
             }
         }
     }
 
+    /// The end of the mount namespace. Whoever runs a process in the foreground looks after it.
+    fn abandoned(&self) -> std::pin::Pin<Box<impl Future<Output = ()> + use<>>> {
+        let device = self.attached.record.standing.as_ref().map(|s| s.device.clone());
+        let parent = self.config.log.is_none().then_some(self.config.parent);
+        Box::pin(namespace::abandoned(device, parent))
+    }
+
     /// Mounts the image itself, on the mount point or, for an overlay to come, where only this user reaches it.
     fn attach_lower(&mut self) -> Result<OwnedFd, MountError> {
         let lower = self.attached.record.lower.clone();
+        let mount = |target: &Path| kernel::mount(&self.config.image, target, &lower, &self.config.options);
         if self.config.upper.is_some() {
-            std::fs::create_dir_all(&lower).map_err(system("create the directory below the overlay"))?;
+            private::directory(&lower).map_err(system("create the directory below the overlay"))?;
+            let fuse = mount(&lower)?;
+            self.attached.add(&lower)?;
+            return Ok(fuse);
         }
-        let fuse = kernel::mount(&self.config.image, &lower, &self.config.options)?;
-        self.attached.add(lower)?;
+        let directory = self.directory.take().ok_or_else(replaced)?;
+        let fuse = mount(&directory.handle())?;
+        self.attached.add(&directory.place()?)?;
+        if self.attached.record.standing.is_none() {
+            return Err(replaced());
+        }
         Ok(fuse)
     }
 
@@ -316,6 +374,7 @@ impl Mount {
         let path = self.attached.entry.socket();
         gone(std::fs::remove_file(&path)).map_err(system("replace a dead control socket"))?;
         let listener = UnixListener::bind(&path).map_err(system("open the control socket"))?;
+        private::restrict(&path).map_err(system("restrict the control socket"))?;
         Ok(Control::serve(listener, calls))
     }
 
@@ -362,13 +421,18 @@ impl Mount {
         let Some(upper) = self.config.upper.clone() else {
             return Ok(false);
         };
-        let (lower, mountpoint) = (self.attached.record.lower.clone(), self.config.mountpoint.clone());
+        let lower = self.attached.record.lower.clone();
+        let directory = self.directory.take().ok_or_else(replaced)?;
         let options = self.config.options.clone();
-        let mounting = tokio::task::spawn_blocking(move || overlay::mount(&lower, &upper, &mountpoint, &options));
-        let lock = mounting
+        let mounting = tokio::task::spawn_blocking(move || {
+            let target = directory.handle();
+            let lock = overlay::mount(&lower, &upper, &target, directory.path(), &options)?;
+            Ok::<_, MountError>((lock, directory.place()?))
+        });
+        let (lock, place) = mounting
             .await
             .map_err(|e| system("mount the overlay")(io::Error::other(e)))??;
-        self.attached.cover(self.config.mountpoint.clone(), lock)?;
+        self.attached.cover(place, lock)?;
         Ok(true)
     }
 
@@ -407,6 +471,8 @@ impl Mount {
             digest: record.digest.clone(),
             unconfirmed: self.config.unconfirmed.clone(),
             mountpoint: record.mountpoint.display().to_string(),
+            // Whoever asks knows better where it is by now.
+            log: None,
             state: match (&self.image, &self.failure) {
                 (Some(_), _) => MountState::Ready,
                 (None, Some(_)) => MountState::Failed,
@@ -414,11 +480,7 @@ impl Mount {
             },
             problem: match &self.failure {
                 Some(error) => Some(error.to_string()),
-                None => self
-                    .context
-                    .health
-                    .problem()
-                    .or_else(|| self.image.as_ref()?.last_failure()),
+                None => self.context.health.problem(),
             },
             writable: record.writable,
             uptime: self.config.started.elapsed().as_secs_f64(),
@@ -458,38 +520,11 @@ fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> 
             Some(Upper::Private(scratch)) => Some(scratch.clone()),
             _ => None,
         },
+        standing: None,
     }
 }
 
-fn check_mountpoint(config: &MountConfig, entry: &RunEntry) -> Result<(), MountError> {
-    let refuse = |reason: String| MountError::Mountpoint {
-        mountpoint: config.mountpoint.clone(),
-        reason,
-    };
-    let path: &Path = &config.mountpoint;
-    let covers = |mount: MountEntry| mount.fs_type == "fuse.ocifs";
-    let left = match entry.record()? {
-        Some(record) => record.is_mounted(),
-        None => Ok(false),
-    };
-    let read = system("read the mount table");
-    if left.map_err(&read)? || mountinfo::at(path).map_err(&read)?.is_some_and(covers) {
-        return Err(refuse(
-            "an ocifs mount is there already (`ocifs umount` takes it down)".to_owned(),
-        ));
-    }
-    let metadata = std::fs::metadata(path).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => refuse("it does not exist (create the directory first)".to_owned()),
-        _ => refuse(e.to_string()),
-    })?;
-    if !metadata.is_dir() {
-        return Err(refuse("it is not a directory".to_owned()));
-    }
-    let mut entries = std::fs::read_dir(path).map_err(|e| refuse(e.to_string()))?;
-    if entries.next().is_some() && !config.options.nonempty {
-        return Err(refuse(
-            "it is not empty (-o nonempty mounts over what is there)".to_owned(),
-        ));
-    }
-    Ok(())
+/// The mount point is gone by the time it is used.
+fn replaced() -> MountError {
+    system("find the mount point")(io::ErrorKind::NotFound.into())
 }

@@ -21,6 +21,10 @@ pub enum MountState {
     Failed,
     /// The process is gone, the mount point may still be there.
     Dead,
+    /// The process is there and does not answer.
+    Unresponsive,
+    /// The mount point is unmounted, and the process goes on because somebody still uses the mount.
+    Detached,
 }
 
 /// The way to the layers.
@@ -54,9 +58,12 @@ pub struct MountStatus {
     pub unconfirmed: Option<Unconfirmed>,
     /// Where it is mounted.
     pub mountpoint: String,
+    /// The log of the process, if it runs in the background.
+    #[serde(default)]
+    pub log: Option<String>,
     /// Life stage.
     pub state: MountState,
-    /// What went wrong, if anything did: why it failed, or why nothing is kept on disk.
+    /// What is wrong at the moment: why it failed, why nothing is kept on disk, why reads fail, why it does not answer.
     pub problem: Option<String>,
     /// Whether changes can be made.
     pub writable: bool,

@@ -1,15 +1,31 @@
-//! Mounts of other processes: listing, asking, taking down, also when the process is dead.
+//! Taking down mounts of other processes, whatever state the process is in.
+//!
+//! A healthy process is asked, and takes down everything itself. If it is dead, or does not answer within a second, this
+//! process unmounts; that needs nobody's help, and nothing is lost with it: what was changed lies in the upper directory.
+//! A process that did not answer and has nobody left to serve is ended.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
 
 use super::control::{self, ControlError, Request, Response};
 use super::kernel::{self, KernelMountError};
-use super::mountinfo::{self, MountEntry};
+use super::mountinfo;
 use super::overlay;
+use super::process::{Process, standstill};
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
-use super::status::{MountState, MountStatus};
-use crate::fetch::Load;
-use crate::fs::ReadStatus;
+use super::survey::{find, registered, still_used};
+use super::users::Users;
+
+/// How long a process that closes its connections gets to be gone.
+const ENDING: Duration = Duration::from_millis(800);
+/// How long a process without a mount gets to end by itself, and after SIGTERM.
+const ASKED: Duration = Duration::from_millis(150);
+/// How long an unmount takes at most, if the process does not do it.
+const LIMIT: Duration = Duration::from_millis(1700);
+/// How long a process that says it works gets to end when its mount is gone: a large private upper directory takes time.
+const WORKING: Duration = Duration::from_secs(20);
 
 /// Why a mount could not be asked or taken down.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +37,14 @@ pub enum TakedownError {
         /// What was named.
         path: String,
     },
+    /// It is unmounted already, and its process goes on.
+    #[error("{path}: {reason}")]
+    Detached {
+        /// What was named.
+        path: String,
+        /// Who uses it.
+        reason: String,
+    },
     /// The run directory failed.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
@@ -30,125 +54,183 @@ pub enum TakedownError {
     /// The kernel refused.
     #[error(transparent)]
     Kernel(#[from] KernelMountError),
+    /// The kernel refused an unmount that this process tried because the one behind the mount does not answer.
+    #[error("process {pid} behind the mount does not answer{}, and {source}", why.as_deref().unwrap_or_default())]
+    Unresponsive {
+        /// Who does not answer.
+        pid: u32,
+        /// Why, if that can be seen.
+        why: Option<String>,
+        /// What the kernel said.
+        source: KernelMountError,
+    },
     /// The process refused.
     #[error("{message}")]
     Refused {
         /// What it said.
         message: String,
     },
+    /// The system refused.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// The system's answer.
+        source: std::io::Error,
+    },
     /// The mount table could not be read.
     #[error("cannot read the mount table: {0}")]
     MountTable(#[from] std::io::Error),
 }
 
-/// All mounts of this user, base path order; the dead ones too.
-pub async fn list(run: &RunDir) -> Result<Vec<MountStatus>, TakedownError> {
-    let mut mounts = Vec::new();
-    for (entry, record) in run.records()? {
-        mounts.push(ask(&entry, &record).await);
-    }
-    Ok(mounts)
-}
-
-/// The mount at `mountpoint`.
-pub async fn status_of(run: &RunDir, mountpoint: &Path) -> Result<MountStatus, TakedownError> {
-    let entry = run.entry(mountpoint);
-    let record = entry.record()?.ok_or_else(|| not_mounted(mountpoint))?;
-    Ok(ask(&entry, &record).await)
-}
-
-fn not_mounted(path: &Path) -> TakedownError {
+pub(super) fn not_mounted(path: &Path) -> TakedownError {
     TakedownError::NotMounted {
         path: path.display().to_string(),
     }
 }
 
-/// What the process says, or what is known without it.
-async fn ask(entry: &RunEntry, record: &MountRecord) -> MountStatus {
-    let problem = if record.is_alive() {
-        match control::call(&entry.socket(), &Request::Status).await {
-            Ok(Response::Status(status)) => return *status,
-            Ok(_) => "the process gave no status".to_owned(),
-            Err(error) => error.to_string(),
-        }
-    } else {
-        format!(
-            "process {} is dead; `ocifs umount {}` clears what it left",
-            record.pid,
-            record.mountpoint.display()
-        )
+fn system(action: &'static str) -> impl Fn(std::io::Error) -> TakedownError {
+    move |source| TakedownError::System { action, source }
+}
+
+/// What is left of a mount that was taken down: nothing, or something that the user should know.
+pub type Remainder = Option<String>;
+
+/// Takes down the mount at `mountpoint` (an absolute path; it need not be accessible, a dead mount is not).
+pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Remainder, TakedownError> {
+    let Some((entry, record)) = find(run, mountpoint)? else {
+        // A mount whose registration was lost (a cleared /run) is still recognised by its type.
+        return match mountinfo::at(mountpoint)? {
+            Some(mount) if mount.fs_type == "fuse.ocifs" => {
+                Ok(kernel::unmount(&mount.standing(), lazy).map(|()| None)?)
+            }
+            _ => Err(not_mounted(mountpoint)),
+        };
     };
-    MountStatus {
-        pid: record.pid,
-        image: record.image.clone(),
-        digest: record.digest.clone(),
-        unconfirmed: None,
-        mountpoint: record.mountpoint.display().to_string(),
-        state: if record.is_alive() {
-            MountState::Preparing
-        } else {
-            MountState::Dead
+    if !record.is_alive() {
+        return clear(&entry, &record).await.map(|()| None);
+    }
+    if let Some((nobody, reason)) = still_used(&record) {
+        // Another unmount may be about to end.
+        if nobody && has_ended(&record).await {
+            return clear(&entry, &record).await.map(|()| None);
+        }
+        return Err(TakedownError::Detached {
+            path: mountpoint.display().to_string(),
+            reason,
+        });
+    }
+    let until = Instant::now() + LIMIT;
+    // What is left in its socket would be read whenever it goes on.
+    if standstill(record.pid).is_some() {
+        return force(&entry, &record, lazy, until).await;
+    }
+    match control::call(&entry.socket(), &Request::Unmount { lazy }).await {
+        Ok(Response::Unmounted) => Ok(None),
+        Ok(Response::Detached) => Ok(still_used(&record).map(|(_, reason)| reason)),
+        Ok(Response::Failed { message }) => Err(TakedownError::Refused { message }),
+        Ok(Response::Status(_) | Response::Working) => Err(not_mounted(mountpoint)),
+        Err(ControlError::Slow) => {
+            // If it is in the kernel with this very unmount, there is nothing left to do here.
+            unmount_all(&record, lazy)?;
+            match ends_within(&record, WORKING).await? {
+                true => Ok(None),
+                false => Ok(Some(format!("process {} has not ended yet", record.pid))),
+            }
+        }
+        Err(ControlError::Silent | ControlError::Json(_)) => force(&entry, &record, lazy, until).await,
+        Err(ControlError::Io(_)) => match has_ended(&record).await {
+            // Nothing is registered any more if it ended as it should.
+            true => clear(&entry, &record).await.map(|()| None),
+            false => force(&entry, &record, lazy, until).await,
         },
-        problem: Some(problem),
-        writable: record.writable,
-        uptime: 0.0,
-        mount_seconds: 0.0,
-        ready_seconds: None,
-        size: 0,
-        fetched: 0,
-        rate: None,
-        remaining_seconds: None,
-        memory: 0,
-        used: 0,
-        local: 0,
-        requests: 0,
-        in_flight: Load::default(),
-        link: None,
-        reads: ReadStatus::default(),
-        prefetch: None,
-        layers: Vec::new(),
     }
 }
 
-/// Takes down the mount at `mountpoint` (an absolute path; it need not be accessible, a dead mount is not).
-pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<(), TakedownError> {
-    let entry = run.entry(mountpoint);
-    match entry.record()? {
-        Some(record) if record.is_alive() => match control::call(&entry.socket(), &Request::Unmount { lazy }).await? {
-            Response::Unmounted => Ok(()),
-            Response::Failed { message } => Err(TakedownError::Refused { message }),
-            Response::Status(_) => Err(not_mounted(mountpoint)),
-        },
-        Some(record) => clear(&entry, &record).await,
-        // A mount whose registration was lost (a cleared /run) is still recognised by its type.
-        None => match mountinfo::at(mountpoint)? {
-            Some(mount) if mount.fs_type == "fuse.ocifs" => Ok(kernel::unmount(mountpoint, lazy)?),
-            _ => Err(not_mounted(mountpoint)),
-        },
+/// Whether a process that does not take connections ends in this moment.
+pub(super) async fn has_ended(record: &MountRecord) -> bool {
+    ends_within(record, ENDING).await.unwrap_or(false)
+}
+
+async fn ends_within(record: &MountRecord, limit: Duration) -> Result<bool, TakedownError> {
+    let held = system("look at the process behind the mount");
+    match Process::open(record.pid, record.started).map_err(&held)? {
+        Some(process) => process.ends_within(limit).await.map_err(held),
+        None => Ok(true),
     }
+}
+
+/// Takes down a mount whose process is alive and does not answer.
+async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instant) -> Result<Remainder, TakedownError> {
+    let why = standstill(record.pid).map(|why| format!(" ({why})"));
+    unmount_all(record, lazy).map_err(|error| match error {
+        TakedownError::Kernel(source) => TakedownError::Unresponsive {
+            pid: record.pid,
+            why: why.clone(),
+            source,
+        },
+        error => error,
+    })?;
+    let pid = record.pid;
+    let why = why.unwrap_or_default();
+    let users = record.standing.as_ref().map(|standing| Users::of(standing, pid));
+    if let Some(users) = users.filter(|users| !users.is_empty()) {
+        return Ok(Some(format!(
+            "it is unmounted, but process {pid} does not answer{why} and cannot be ended: {users}"
+        )));
+    }
+    if end(record, until).await? {
+        clear(entry, record).await?;
+        return Ok(Some(format!("process {pid} did not answer{why} and was ended")));
+    }
+    Ok(Some(format!(
+        "it is unmounted, but process {pid} does not end{why}; it was sent SIGKILL"
+    )))
+}
+
+/// Ends the process of a mount that is gone: whether it has ended.
+async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError> {
+    let held = system("end the process behind the mount");
+    let Some(process) = Process::open(record.pid, record.started).map_err(&held)? else {
+        return Ok(true);
+    };
+    // The end of its mount may be all it needs. A stopped process takes SIGTERM only when it goes on.
+    for signals in [&[][..], &[Signal::TERM, Signal::CONT]] {
+        for &signal in signals {
+            process.signal(signal).map_err(&held)?;
+        }
+        if process.ends_within(ASKED).await.map_err(&held)? {
+            return Ok(true);
+        }
+    }
+    process.signal(Signal::KILL).map_err(&held)?;
+    let left = until.saturating_duration_since(Instant::now()).max(ASKED);
+    process.ends_within(left).await.map_err(&held)
+}
+
+/// Unmounts what a mount's process attached. Without `lazy` it stops if something is in use.
+fn unmount_all(record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
+    for mount in record.mounts()? {
+        kernel::unmount(&mount.standing(), lazy)?;
+    }
+    Ok(())
 }
 
 /// Takes down what a dead process left. Nothing works there any more, so it goes at once, used or not.
 async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
     let _turn = entry.turn().await?;
     // Another process may have mounted there meanwhile.
-    if entry.record()?.as_ref() != Some(record) {
-        return Ok(());
+    match registered(entry, record)? {
+        true => clear_now(entry, record),
+        false => Ok(()),
     }
-    if record.writable {
-        detach_if(&record.mountpoint, overlay::is_ours)?;
-    }
-    detach_if(&record.lower, |mount| mount.fs_type == "fuse.ocifs")?;
+}
+
+/// The same for whoever has the turn.
+pub(super) fn clear_now(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
+    unmount_all(record, true)?;
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
     }
     Ok(entry.remove(None)?)
-}
-
-/// Detaches what is mounted at `path` if it is ours: by now it may be somebody else's.
-fn detach_if(path: &Path, ours: impl Fn(&MountEntry) -> bool) -> Result<(), TakedownError> {
-    match mountinfo::at(path)? {
-        Some(mount) if ours(&mount) => Ok(kernel::unmount(path, true)?),
-        _ => Ok(()),
-    }
 }

@@ -15,6 +15,7 @@ mod index;
 mod interrupt;
 mod kernel_cache;
 mod layout;
+mod life;
 mod logins;
 mod memory;
 mod mount;

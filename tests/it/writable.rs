@@ -183,8 +183,6 @@ fn what_a_killed_process_left_goes_with_the_next_mount_and_living_ones_stay() {
     let killed = ocifs.mount_with(&image, &["--writable"]);
     send(killed.pid, Signal::SIGKILL);
     eventually("the process is dead", || !alive(killed.pid));
-    let error = ocifs.fails(["mount", "--writable", &image, killed.path().to_str().unwrap()]);
-    assert!(error.contains("an ocifs mount is there already"), "{error}");
     umount2(killed.path(), MntFlags::MNT_DETACH).unwrap();
     assert_eq!(uppers(&ocifs).len(), 2);
     let next = ocifs.mount_with(&image, &["--writable"]);
@@ -255,7 +253,6 @@ fn a_mount_namespace_keeps_its_copy() {
     std::io::Read::read_exact(user.stdout.as_mut().unwrap(), &mut started).unwrap();
     ok(mount.umount(&[]));
     assert_eq!(mounted_type(mount.path()), None);
-    assert!(!mount.registration().exists());
     user.stdin.take().unwrap().write_all(b"go\n").unwrap();
     assert_eq!(user.wait_with_output().unwrap().stdout, b"content 3\n");
     assert_all_gone(&ocifs, &mount);

@@ -345,8 +345,10 @@ impl Mounted {
 
     pub fn status(&self) -> Value {
         let said = bounded(program(&self.home).args(["status", "--json"]).arg(self.path()));
-        assert_eq!(said.code, Some(0), "{said:?}");
-        said.json()
+        let status = said.json();
+        let works = !["dead", "unresponsive", "detached"].contains(&status["state"].as_str().unwrap());
+        assert_eq!(said.code, Some(i32::from(!works)), "{said:?}");
+        status
     }
 
     pub fn umount(&self, options: &[&str]) -> Said {
@@ -366,7 +368,12 @@ impl Mounted {
     pub fn assert_gone(&self) {
         eventually("the mount is gone", || mounted_type(self.path()).is_none());
         eventually("the process ends", || !alive(self.pid));
-        assert!(!self.registration().exists(), "the registration stays");
+        let own = format!("\"pid\": {},", self.pid);
+        let record = std::fs::read_to_string(self.registration().join("mount.json")).unwrap_or_default();
+        assert!(!record.contains(&own), "the registration stays");
+        let mut aside = self.registration().into_os_string();
+        aside.push(format!("-{}", self.pid));
+        assert!(!Path::new(&aside).exists(), "the registration stays");
     }
 }
 

@@ -1,0 +1,139 @@
+//! The directory to mount on, held open from the check until the mount stands: were it replaced meanwhile, by a symlink to
+//! /etc, say, the mount still goes where it was checked, or nowhere.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use super::kernel;
+use super::mountinfo;
+use super::overlay;
+use super::server::{MountError, system};
+
+/// How long a mount is asked whether it is dead.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// An open directory.
+#[derive(Debug)]
+pub(super) struct MountPoint {
+    path: PathBuf,
+    directory: OwnedFd,
+}
+
+impl MountPoint {
+    /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on.
+    pub(super) fn open(path: &Path, nonempty: bool) -> Result<Self, MountError> {
+        let refuse = |reason: &str| refuse(path, reason.to_owned());
+        if mountinfo::at(path)
+            .map_err(system("read the mount table"))?
+            .is_some_and(|mount| is_ours(&mount))
+        {
+            return Err(refuse("an ocifs mount is there already (`ocifs umount` takes it down)"));
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let directory = open(path, flags, Mode::empty()).map_err(|errno| match errno {
+            nix::Error::ENOENT => refuse("it does not exist (create the directory first)"),
+            nix::Error::ENOTDIR | nix::Error::ELOOP => refuse("it is not a directory"),
+            errno => refuse(errno.desc()),
+        })?;
+        let opened = Self {
+            path: path.to_owned(),
+            directory,
+        };
+        if opened.place()? != path {
+            return Err(refuse("a directory above it was replaced by a symbolic link"));
+        }
+        let mut entries = fs::read_dir(opened.handle()).map_err(|e| refuse(&e.to_string()))?;
+        match entries.next() {
+            Some(_) if !nonempty => Err(refuse("it is not empty (-o nonempty mounts over what is there)")),
+            _ => Ok(opened),
+        }
+    }
+
+    /// The path as it was given.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A path that leads to this directory, whatever has its name by now, as long as this process holds it.
+    pub(super) fn handle(&self) -> PathBuf {
+        handle(&self.directory)
+    }
+
+    /// Where the directory is now.
+    pub(super) fn place(&self) -> Result<PathBuf, MountError> {
+        fs::read_link(self.handle()).map_err(system("find the mount point"))
+    }
+}
+
+/// A path that leads to an open file of this process.
+pub(super) fn handle(fd: &impl AsRawFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+fn refuse(path: &Path, reason: String) -> MountError {
+    MountError::Mountpoint {
+        mountpoint: path.to_owned(),
+        reason,
+    }
+}
+
+fn is_ours(mount: &mountinfo::MountEntry) -> bool {
+    mount.fs_type == "fuse.ocifs"
+}
+
+/// Whether an ocifs mount, writable or not, is at `path`. Nothing but the mount table is asked.
+pub fn is_mounted_on(path: &Path) -> io::Result<bool> {
+    Ok(mountinfo::at(path)?.is_some_and(|mount| is_ours(&mount) || overlay::is_ours(&mount)))
+}
+
+/// Takes down an ocifs mount at `path` that nobody registered and nobody serves, as after the loss of the run directory.
+pub(super) async fn clear_unserved(path: &Path) -> Result<(), MountError> {
+    let Some(mount) = mountinfo::at(path)
+        .map_err(system("read the mount table"))?
+        .filter(is_ours)
+    else {
+        return Ok(());
+    };
+    let asked = path.to_owned();
+    let asking = tokio::task::spawn_blocking(move || fs::metadata(asked));
+    let dead = match tokio::time::timeout(PATIENCE, asking).await {
+        Ok(Ok(Err(error))) => error.raw_os_error() == Some(nix::libc::ENOTCONN),
+        _ => false,
+    };
+    if dead {
+        kernel::unmount(&mount.standing(), true)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_held_whatever_gets_its_name() {
+        let top = tempfile::tempdir().unwrap();
+        let top = top.path().canonicalize().unwrap();
+        let (path, other) = (top.join("a/m"), top.join("b"));
+        fs::create_dir_all(&path).unwrap();
+        fs::create_dir(&other).unwrap();
+        let opened = MountPoint::open(&path, false).unwrap();
+        fs::rename(&path, top.join("moved")).unwrap();
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        assert_eq!(opened.place().unwrap(), top.join("moved"));
+        let error = MountPoint::open(&path, false).unwrap_err();
+        assert!(error.to_string().contains("not a directory"), "{error}");
+
+        fs::create_dir_all(top.join("b/m")).unwrap();
+        fs::remove_dir_all(top.join("a")).unwrap();
+        std::os::unix::fs::symlink(&other, top.join("a")).unwrap();
+        let error = MountPoint::open(&path, false).unwrap_err();
+        assert!(error.to_string().contains("symbolic link"), "{error}");
+    }
+}

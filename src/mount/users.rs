@@ -1,0 +1,180 @@
+//! Who keeps a file system alive that is mounted nowhere here any more.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+use super::mountinfo;
+use super::process;
+use super::registration::Standing;
+
+/// Processes that are named; of more there is only the count.
+const NAMED: usize = 3;
+
+/// What a mount namespace has of a mount that is looked for.
+struct Namespace {
+    /// The same file system.
+    has_copy: bool,
+    /// Any mount with the same id: then it was given away again, or nothing is detached.
+    has_id: bool,
+}
+
+impl Namespace {
+    fn of(pid: u32, mount: &Standing) -> Self {
+        let table = mountinfo::table_of(pid).unwrap_or_default();
+        Self {
+            has_copy: table.iter().any(|entry| entry.device == mount.device),
+            has_id: table.iter().any(|entry| entry.id == mount.id),
+        }
+    }
+}
+
+/// Everybody who was found to use a file system.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Users {
+    /// Mount points in this namespace that have a copy.
+    mountpoints: Vec<PathBuf>,
+    /// Processes in other mount namespaces with a copy.
+    namespaces: Vec<u32>,
+    /// Processes with something open, or a directory there.
+    files: Vec<u32>,
+}
+
+impl Users {
+    /// Looks for users of a mount other than its own process `server`. Only /proc is asked, nothing that could wait for the
+    /// file system itself.
+    pub(super) fn of(mount: &Standing, server: u32) -> Self {
+        let here = mountinfo::table().unwrap_or_default();
+        let copies = here.into_iter().filter(|e| e.device == mount.device);
+        let mut users = Self {
+            mountpoints: copies.map(|e| e.mountpoint).collect(),
+            ..Self::default()
+        };
+        let own = namespace("self");
+        let mut known: HashMap<Option<OsString>, Namespace> = HashMap::new();
+        for pid in all().filter(|&pid| pid != server && pid != std::process::id()) {
+            let name = namespace(&pid.to_string());
+            let elsewhere = name != own;
+            let namespace = known.entry(name).or_insert_with(|| Namespace::of(pid, mount));
+            if namespace.has_copy && elsewhere {
+                users.namespaces.push(pid);
+            } else if !namespace.has_id && has_open(pid, mount.id) {
+                users.files.push(pid);
+            }
+        }
+        users
+    }
+
+    /// Whether nobody was found.
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl fmt::Display for Users {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut kinds = Vec::new();
+        if let Some(mountpoint) = self.mountpoints.first() {
+            kinds.push(format!("a copy is mounted on {}", mountpoint.display()));
+        }
+        if !self.namespaces.is_empty() {
+            kinds.push(format!(
+                "another mount namespace has it ({})",
+                processes(&self.namespaces)
+            ));
+        }
+        if !self.files.is_empty() {
+            kinds.push(format!("files or directories are in use ({})", processes(&self.files)));
+        }
+        match kinds.is_empty() {
+            true => f.write_str("it is about to end, or somebody uses the mount who cannot be seen from here"),
+            false => f.write_str(&kinds.join(", ")),
+        }
+    }
+}
+
+fn processes(pids: &[u32]) -> String {
+    let named = pids.iter().take(NAMED);
+    let named: Vec<String> = named.map(|&pid| format!("{pid} {}", process::name(pid))).collect();
+    let (word, more) = match pids.len() {
+        1 => ("process", String::new()),
+        n if n > NAMED => ("processes", format!(" and {} more", n - NAMED)),
+        _ => ("processes", String::new()),
+    };
+    format!("{word} {}{more}", named.join(", "))
+}
+
+/// Ids of all processes that can be seen.
+pub(super) fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Name of a process's mount namespace; none if it may not be seen.
+pub(super) fn namespace(process: &str) -> Option<OsString> {
+    fs::read_link(format!("/proc/{process}/ns/mnt"))
+        .ok()
+        .map(PathBuf::into_os_string)
+}
+
+/// Whether a process has something of the mount `id` open, runs it, or has a directory there.
+fn has_open(pid: u32, id: u64) -> bool {
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let directories = ["cwd", "root", "exe"].map(|name| process.join(name));
+    if directories.iter().any(|path| mount_of(path) == Some(id)) {
+        return true;
+    }
+    let descriptors = fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten();
+    descriptors
+        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
+        .any(|info| mount_id(&info) == Some(id))
+}
+
+/// The mount that a path lies in. The kernel says so from what it knows, without asking the file system.
+fn mount_of(path: &Path) -> Option<u64> {
+    let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::MNT_ID).ok()?;
+    let said = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID);
+    said.then_some(found.stx_mnt_id)
+}
+
+/// The mount in a file of /proc/PID/fdinfo.
+pub(super) fn mount_id(fdinfo: &str) -> Option<u64> {
+    let line = fdinfo.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
+    line.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_told_in_a_sentence() {
+        assert!(Users::default().to_string().contains("cannot be seen"));
+        let users = Users {
+            mountpoints: vec!["/copy".into()],
+            namespaces: vec![1],
+            files: vec![u32::MAX, u32::MAX, u32::MAX, u32::MAX],
+        };
+        let text = users.to_string();
+        assert!(
+            text.starts_with("a copy is mounted on /copy, another mount namespace has it (process 1 "),
+            "{text}"
+        );
+        assert!(text.ends_with(" and 1 more)"), "{text}");
+    }
+
+    #[test]
+    fn a_mount_is_recognised_without_touching_it() {
+        let file = std::fs::File::open("/proc/self/status").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+        let proc = mountinfo::at(Path::new("/proc")).unwrap().unwrap();
+        assert_eq!(mount_id(&info), Some(proc.id));
+        assert_eq!(mount_of(Path::new("/proc/self/status")), Some(proc.id));
+        assert!(has_open(std::process::id(), proc.id));
+    }
+}
