@@ -178,7 +178,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
         command => command,
     };
     let config = config::Config::resolve(cli.globals)?;
-    log::init(&config);
+    let _folded = log::init(&config);
     raise_file_limit();
     match command {
         Command::Umount(_) | Command::List(_) | Command::Status(_) => unreachable!("dealt with above"),

@@ -1,25 +1,51 @@
-//! Log lines on standard error.
+//! Log lines on standard error. What repeats is folded; the log file of a process in the background is bounded.
 
-use std::io::IsTerminal as _;
+mod bounded;
+mod fold;
+
+use std::fs::File;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+use std::sync::Mutex;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::config::{Config, LogFormat};
+use crate::mount::SERVE;
+use bounded::Bounded;
+use fold::Fold;
+pub(super) use fold::Folded;
 
-/// Starts logging. `OCIFS_LOG` overrides the level, in the syntax of `RUST_LOG`.
-pub(super) fn init(config: &Config) {
+/// Starts logging. `OCIFS_LOG` overrides the level, in the syntax of `RUST_LOG`. What is folded at the end is said when the
+/// value that comes back is dropped.
+pub(super) fn init(config: &Config) -> Folded {
     let level = match config.verbose {
         0 => "ocifs=warn",
         1 => "ocifs=debug",
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("OCIFS_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+    let fold = Fold::default();
+    let folded = fold.folded();
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(writer())
+        .with_ansi(io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry().with(filter).with(fold);
     match config.log_format {
-        LogFormat::Text => builder.compact().init(),
-        LogFormat::Json => builder.json().init(),
+        LogFormat::Text => registry.with(lines.compact()).init(),
+        LogFormat::Json => registry.with(lines.json()).init(),
+    }
+    folded
+}
+
+/// Standard error. That of a process behind a mount in the background is a file that nobody else looks after.
+fn writer() -> BoxMakeWriter {
+    let ours = std::env::var_os(SERVE).is_some();
+    match ours.then(|| io::stderr().as_fd().try_clone_to_owned()) {
+        Some(Ok(file)) => BoxMakeWriter::new(Mutex::new(Bounded::new(File::from(file)))),
+        _ => BoxMakeWriter::new(io::stderr),
     }
 }

@@ -2,7 +2,7 @@
 //! that change, stores and registries that fail for a while.
 
 mod directories;
-
+mod log;
 mod namespaces;
 mod problems;
 mod stopped;
