@@ -64,6 +64,18 @@ pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
     bail!("{}: too many levels of symbolic links", path.display())
 }
 
+/// The same for a mount that is to be asked or taken down: it is known by its path even if that path leads nowhere any more.
+fn known(path: &Path) -> anyhow::Result<PathBuf> {
+    let is_gone = |error: &anyhow::Error| {
+        let cause = error.downcast_ref::<std::io::Error>();
+        cause.is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+    };
+    match locate(path) {
+        Err(error) if is_gone(&error) => Ok(std::path::absolute(path)?),
+        located => located,
+    }
+}
+
 fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(future))
@@ -72,7 +84,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
     let run = RunDir::open()?;
     let take_down = |path: &Path| -> anyhow::Result<mount::Remainder> {
-        Ok(block_on(mount::take_down(&run, &locate(path)?, args.lazy))??)
+        Ok(block_on(mount::take_down(&run, &known(path)?, args.lazy))??)
     };
     let mut failures: Vec<anyhow::Error> = Vec::new();
     for path in &args.mountpoints {
@@ -145,7 +157,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
 }
 
 pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
-    let status = block_on(mount::status_of(&RunDir::open()?, &locate(&args.mountpoint)?))??;
+    let status = block_on(mount::status_of(&RunDir::open()?, &known(&args.mountpoint)?))??;
     if args.json {
         say!("{}", serde_json::to_string_pretty(&status)?);
     } else {

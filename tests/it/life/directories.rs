@@ -61,6 +61,16 @@ fn a_mount_is_found_where_it_is() {
         assert_eq!(mounted_type(Path::new(moved)), None);
         let pid = status["pid"].as_u64().unwrap() as u32;
         eventually("the process ends", || !alive(pid));
+
+        // A dead one is known by the name that it had, even if that leads nowhere.
+        fs::rename(&after, &before).unwrap();
+        let dead = ocifs.ok([&["mount", "--json"], options, &[&image, path.to_str().unwrap()]].concat());
+        let pid = dead.json()["pid"].as_u64().unwrap() as u32;
+        send(pid, Signal::SIGKILL);
+        eventually("the process is dead", || !alive(pid));
+        fs::rename(&before, &after).unwrap();
+        ocifs.ok(["umount", path.to_str().unwrap()]);
+        assert_eq!(mounted_type(Path::new(moved)), None);
         fs::remove_dir_all(&after).unwrap();
     }
 }
