@@ -7,6 +7,7 @@
 //! is the work of the span index above.
 
 pub mod file;
+mod link;
 pub mod retry;
 
 use std::fmt::Debug;
@@ -17,6 +18,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
+
+pub use link::{Link, LinkId, Pace};
 
 use crate::oci::{Descriptor, Digest};
 
@@ -73,6 +76,11 @@ pub trait BlobSource: Send + Sync + Debug {
     /// An empty range is an empty stream.
     async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError>;
 
+    /// The same over connections of its own, where there are any: those of other reads may hang.
+    async fn read_apart(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
+        self.read(range).await
+    }
+
     /// Takes the verdict of a reader who compared bytes of this blob with a digest: answers that did not say clearly what
     /// they brought are read in another way from then on.
     fn judged(&self, _verdict: Verdict) {}
@@ -90,26 +98,6 @@ pub enum Verdict {
     Wrong,
     /// Those of parts were not, and those of the whole blob were.
     OnlyPartsAreWrong,
-}
-
-/// The way to a blob, as far as it was measured.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Link {
-    /// Time from asking to the first byte of the answer.
-    pub rtt: Option<Duration>,
-    /// Bytes per second of all streams together.
-    pub bandwidth: Option<f64>,
-    /// Bytes that came lately, without a pause: with them the windows of the connections have grown.
-    pub warm: u64,
-}
-
-impl Link {
-    /// A local disk: no trip to speak of, and about what reading and decoding one stream gives.
-    pub const LOCAL: Self = Self {
-        rtt: Some(Duration::from_micros(100)),
-        bandwidth: Some(1e9),
-        warm: 0,
-    };
 }
 
 /// Why bytes could not be had. Each variant says what a user can do about it; [`BlobError::is_transient`] says if trying again

@@ -33,11 +33,10 @@ use self::reading::{Body, Reading};
 use super::access::Answer;
 use super::client::{RegistryClient, refusal};
 use super::content_range::ContentRange;
-use super::elsewhere::Elsewhere;
 use super::encoding::Encoding;
 use super::endpoint::Repository;
 use super::redirects::BlobKey;
-use super::stats::{BlobMeter, BlobStats, HostStats};
+use super::stats::{BlobMeter, BlobStats, HostMeter, HostStats};
 use super::transport::{Ask, Reply};
 use crate::blob::{BlobError, BlobSource, ByteStream, Link, Verdict};
 use crate::oci::Digest;
@@ -55,7 +54,6 @@ struct Core {
     key: BlobKey,
     size: u64,
     inline: Option<Bytes>,
-    elsewhere: Elsewhere,
     meter: BlobMeter,
     belief: Belief,
     kind: Kind,
@@ -81,7 +79,6 @@ impl RegistryBlob {
         size: u64,
         inline: Option<Bytes>,
         kind: Kind,
-        elsewhere: Elsewhere,
     ) -> Self {
         let key = BlobKey {
             repository: repository.to_string(),
@@ -94,7 +91,6 @@ impl RegistryBlob {
                 key,
                 size,
                 inline,
-                elsewhere,
                 meter: BlobMeter::default(),
                 belief: Belief::default(),
                 kind,
@@ -117,7 +113,6 @@ impl RegistryBlob {
             0,
             None,
             Kind::Unchecked,
-            Elsewhere::default(),
         );
         let core = &blob.core;
         let attempt = |wait| core.probe(wait);
@@ -128,10 +123,34 @@ impl RegistryBlob {
 
     /// The measurements of the host that serves this blob: the one last redirected to, else the registry.
     pub fn host_stats(&self) -> HostStats {
+        self.host().snapshot()
+    }
+
+    fn host(&self) -> Arc<HostMeter> {
         let core = &self.core;
         let redirect = core.client.redirects().get(&core.key);
         let url = redirect.as_ref().unwrap_or(core.repository.endpoint.base());
-        core.client.transport().meter(url).snapshot()
+        core.client.transport().meter(url)
+    }
+
+    async fn stream(&self, range: Range<u64>, apart: bool) -> Result<ByteStream, BlobError> {
+        let core = &self.core;
+        if range.start > range.end || range.end > core.size {
+            return Err(BlobError::Invalid {
+                what: format!("the range {}..{} of {}", range.start, range.end, core.what()),
+                reason: format!("it has {} bytes", core.size),
+            });
+        }
+        if range.is_empty() {
+            return Ok(stream::empty().boxed());
+        }
+        if let Some(bytes) = &core.inline {
+            // The inline bytes have the blob's size, so the range lies within them and in usize.
+            let part = bytes.slice(range.start as usize..range.end as usize);
+            return Ok(stream::once(async move { Ok(part) }).boxed());
+        }
+        let reading = Reading::start(Arc::clone(core), range, apart).await?;
+        Ok(reading.into_stream())
     }
 
     /// What was fetched of this blob through this handle and its clones.
@@ -151,23 +170,11 @@ impl BlobSource for RegistryBlob {
     }
 
     async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
-        let core = &self.core;
-        if range.start > range.end || range.end > core.size {
-            return Err(BlobError::Invalid {
-                what: format!("the range {}..{} of {}", range.start, range.end, core.what()),
-                reason: format!("it has {} bytes", core.size),
-            });
-        }
-        if range.is_empty() {
-            return Ok(stream::empty().boxed());
-        }
-        if let Some(bytes) = &core.inline {
-            // The inline bytes have the blob's size, so the range lies within them and in usize.
-            let part = bytes.slice(range.start as usize..range.end as usize);
-            return Ok(stream::once(async move { Ok(part) }).boxed());
-        }
-        let reading = Reading::start(Arc::clone(core), range).await?;
-        Ok(reading.into_stream())
+        self.stream(range, false).await
+    }
+
+    async fn read_apart(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
+        self.stream(range, true).await
     }
 
     fn judged(&self, verdict: Verdict) {
@@ -181,12 +188,12 @@ impl BlobSource for RegistryBlob {
         if self.core.inline.is_some() {
             return Link::LOCAL;
         }
-        let stats = self.host_stats();
-        Link {
-            rtt: stats.rtt,
-            bandwidth: stats.bandwidth,
-            warm: stats.warm,
-        }
+        // The registry is asked first when a redirect has expired, and is where failures are counted.
+        let core = &self.core;
+        let registry = core.client.transport().meter(core.repository.endpoint.base());
+        let mut link = self.host().link();
+        link.resting |= registry.link().resting;
+        link
     }
 }
 
@@ -196,19 +203,19 @@ impl Core {
     }
 
     /// One attempt at an answer with the bytes `wanted` (not empty).
-    async fn open(&self, wanted: &Range<u64>, whole: bool, wait: Duration) -> Result<Body, BlobError> {
+    async fn open(&self, wanted: &Range<u64>, whole: bool, apart: bool, wait: Duration) -> Result<Body, BlobError> {
         let can_skip = wanted.start <= MAX_SKIP || whole;
         if !can_skip && !self.belief.has_ranges() {
             return Err(self.range_unsupported(self.repository.endpoint.name().to_owned()));
         }
         if *wanted != (0..self.size) && self.belief.may_ask_for_parts() {
-            match self.open_part(wanted, can_skip, wait).await {
+            match self.open_part(wanted, can_skip, apart, wait).await {
                 // Asked for without a range below.
                 Err(BlobError::RangeUnsupported { .. }) if can_skip => {}
                 result => return result,
             }
         }
-        let Answer { reply, tried } = self.ask(None, wait).await?;
+        let Answer { reply, tried } = self.ask(None, apart, wait).await?;
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::OK => self.accept_whole(reply, wanted).await,
@@ -218,19 +225,23 @@ impl Core {
                     _ => Err(self.protocol(&reply.host(), "a part although the whole was asked for")),
                 }
             }
-            _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
+            _ => Err(refusal(reply, &self.what(), &tried).await),
         };
         self.forget_if_failed(&from, result)
     }
 
     /// Asks for a part. [`BlobError::RangeUnsupported`] if that is not what comes, or the whole if that will do.
-    async fn open_part(&self, wanted: &Range<u64>, can_skip: bool, wait: Duration) -> Result<Body, BlobError> {
-        let Answer { reply, tried } = self.ask(Some(wanted), wait).await?;
+    async fn open_part(
+        &self,
+        wanted: &Range<u64>,
+        can_skip: bool,
+        apart: bool,
+        wait: Duration,
+    ) -> Result<Body, BlobError> {
+        let Answer { reply, tried } = self.ask(Some(wanted), apart, wait).await?;
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
-            // Some servers send a part and call it the whole.
-            StatusCode::OK if self.is_part(&reply, wanted) => self.accept_part(reply, wanted, can_skip).await,
             StatusCode::OK => {
                 self.belief.ranges_were_ignored();
                 match can_skip {
@@ -242,18 +253,9 @@ impl Core {
                 }
             }
             StatusCode::RANGE_NOT_SATISFIABLE => Err(self.unsatisfied(&reply, wanted)),
-            _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
+            _ => Err(refusal(reply, &self.what(), &tried).await),
         };
         self.forget_if_failed(&from, result)
-    }
-
-    /// Whether an answer with status 200 is the part asked for, by its length and its label.
-    fn is_part(&self, reply: &Reply, wanted: &Range<u64>) -> bool {
-        let labelled = matches!(answer::label(reply), Some(ContentRange::Part { .. }));
-        let asked = wanted.end - wanted.start;
-        reply
-            .length()
-            .is_some_and(|length| length != self.size && (labelled || length == asked))
     }
 
     /// Another copy may be healthier than one that failed.
@@ -264,9 +266,10 @@ impl Core {
         result
     }
 
-    /// Asks where the blob was found the last time, then the registry, then the places that the image names.
-    async fn ask(&self, range: Option<&Range<u64>>, wait: Duration) -> Result<Answer, BlobError> {
+    /// Asks where the blob was found the last time, and the registry if it is not there any more.
+    async fn ask(&self, range: Option<&Range<u64>>, apart: bool, wait: Duration) -> Result<Answer, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
+        ask.apart = apart;
         if let Some(range) = range {
             let range = format!("bytes={}-{}", range.start, range.end - 1);
             let value = HeaderValue::try_from(range).map_err(|_| self.protocol("this machine", "a bad range"))?;
@@ -274,7 +277,7 @@ impl Core {
         }
         match self.ask_storage(&ask, wait).await? {
             Some(answer) => Ok(answer),
-            None => self.ask_everywhere(&ask, wait).await,
+            None => self.ask_registry(&ask, wait).await,
         }
     }
 
@@ -319,34 +322,6 @@ impl Core {
                 Err(error)
             }
         }
-    }
-
-    /// Asks the registry, and if it does not have the blob, the other places that the image names. The one that has it is asked
-    /// first from then on.
-    async fn ask_everywhere(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {
-        let answer = self.ask_registry(ask, wait).await?;
-        if !matches!(answer.reply.status(), StatusCode::NOT_FOUND | StatusCode::GONE) {
-            return Ok(answer);
-        }
-        for url in &self.elsewhere.urls {
-            let mut direct = ask.clone();
-            direct.url = url.clone();
-            direct.guarded = self.client.transport().leads_to_public_only(url);
-            let sent = self.client.request_elsewhere(&self.repository, &direct, wait).await;
-            self.meter.request(sent.as_ref().map_or(1, |answer| answer.reply.hops));
-            match sent {
-                Ok(found) if found.reply.status().is_success() => {
-                    self.client.redirects().remember(&self.key, found.reply.url.clone());
-                    return Ok(found);
-                }
-                Ok(other) => {
-                    let (host, status) = (other.reply.host(), other.reply.status());
-                    tracing::warn!(host, %status, "no foreign layer in the place that the image names");
-                }
-                Err(error) => tracing::warn!(%error, "no foreign layer in the place that the image names"),
-            }
-        }
-        Ok(answer)
     }
 
     async fn ask_registry(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {

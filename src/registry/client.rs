@@ -142,8 +142,10 @@ impl RegistryClient {
     ) -> Result<(), BlobError> {
         tracing::debug!(what, %error, "interrupted");
         // A host that has never answered is not worth waiting for.
-        let reached = self.inner.transport.meter(repository.endpoint.base()).reached();
-        tokio::time::sleep(retry.after(error, reached)?).await;
+        let meter = self.inner.transport.meter(repository.endpoint.base());
+        let delay = retry.after(error, meter.reached())?;
+        meter.rest(delay);
+        tokio::time::sleep(delay).await;
         Ok(())
     }
 

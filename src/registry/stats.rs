@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::blob::{Link, LinkId};
+
 /// The round trip is the shortest seen in this time: longer ones contain handshakes, the server's work and the queue of our
 /// own making, which would grow if it were believed.
 const RTT_WINDOW: Duration = Duration::from_secs(10);
@@ -37,6 +39,10 @@ pub struct HostStats {
     pub bandwidth: Option<f64>,
     /// Body bytes received since the last pause that was long enough for connections to forget their windows.
     pub warm: u64,
+    /// Requests that were sent and whose answers have not come whole.
+    pub streams: u32,
+    /// Requests wait on purpose before they are sent again.
+    pub resting: bool,
 }
 
 /// What was fetched of one blob.
@@ -76,6 +82,7 @@ impl BlobMeter {
 #[derive(Debug)]
 pub(super) struct HostMeter {
     host: String,
+    id: LinkId,
     state: Mutex<State>,
 }
 
@@ -87,6 +94,10 @@ struct State {
     /// The shortest round trip, and when it was seen.
     rtt: Option<(Duration, Instant)>,
     bandwidth: Option<f64>,
+    /// Requests that were sent and whose answers have not come whole.
+    streams: u32,
+    /// Until when requests wait on purpose.
+    rests: Option<Instant>,
     /// Streams that have begun to deliver and have not ended.
     delivering: u32,
     /// When the last bytes came, if a stream is delivering.
@@ -105,6 +116,7 @@ impl HostMeter {
     pub(super) fn new(host: String) -> Self {
         Self {
             host,
+            id: LinkId::next(),
             state: Mutex::default(),
         }
     }
@@ -114,8 +126,37 @@ impl HostMeter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A request is sent.
     pub(super) fn request(&self) {
-        self.state().requests += 1;
+        let mut state = self.state();
+        state.requests += 1;
+        state.streams += 1;
+    }
+
+    /// A request is over, whatever came of it.
+    pub(super) fn closed(&self) {
+        let mut state = self.state();
+        state.streams = state.streams.saturating_sub(1);
+    }
+
+    /// The next attempt of a request waits for so long on purpose.
+    pub(super) fn rest(&self, time: Duration) {
+        let mut state = self.state();
+        let until = Instant::now() + time;
+        state.rests = Some(state.rests.map_or(until, |rests| rests.max(until)));
+    }
+
+    /// What is known of the way to this host.
+    pub(super) fn link(&self) -> Link {
+        let stats = self.snapshot();
+        Link {
+            id: self.id,
+            rtt: stats.rtt,
+            bandwidth: stats.bandwidth,
+            warm: stats.warm,
+            streams: stats.streams,
+            resting: stats.resting,
+        }
     }
 
     /// The head of an answer arrived `elapsed` after the request was sent, which takes `handshakes` round trips before it on a
@@ -175,6 +216,8 @@ impl HostMeter {
             bytes: state.bytes,
             rtt: state.rtt.map(|(rtt, _)| rtt),
             bandwidth: state.bandwidth,
+            streams: state.streams,
+            resting: state.rests.is_some_and(|rests| rests > Instant::now()),
         }
     }
 }
@@ -235,6 +278,22 @@ mod tests {
             state.round_trip(start + Duration::from_secs(seconds), Duration::from_millis(ms));
             assert_eq!(state.rtt.unwrap().0.as_millis(), shortest);
         }
+    }
+
+    #[test]
+    fn requests_under_way_are_counted_and_a_rest_ends() {
+        let meter = HostMeter::new("h".into());
+        meter.request();
+        meter.request();
+        meter.closed();
+        assert_eq!((meter.link().streams, meter.link().resting), (1, false));
+        assert_ne!(meter.link().id, HostMeter::new("h".into()).link().id);
+        meter.rest(Duration::from_secs(60));
+        meter.rest(Duration::ZERO);
+        assert!(meter.link().resting, "the longest rest counts");
+        let meter = HostMeter::new("h".into());
+        meter.rest(Duration::ZERO);
+        assert!(!meter.link().resting);
     }
 
     #[test]

@@ -28,8 +28,6 @@ use crate::blob::BlobError;
 
 /// Redirects followed for one request. Real chains have one or two.
 const MAX_HOPS: usize = 10;
-/// Bytes a second below which a body counts as stalled: less than any link that images are worth fetching over.
-const SLOWEST: f64 = 512.0;
 
 /// Connection pools and what is known about hosts.
 #[derive(Debug)]
@@ -54,6 +52,8 @@ pub(super) struct Ask {
     pub(super) form: Option<Form>,
     /// Sent to a public address only.
     pub(super) guarded: bool,
+    /// Over a connection that other requests do not use.
+    pub(super) apart: bool,
 }
 
 impl Ask {
@@ -64,6 +64,7 @@ impl Ask {
             authorization: None,
             form: None,
             guarded: false,
+            apart: false,
         }
     }
 }
@@ -92,6 +93,12 @@ struct OpenStream {
 }
 
 impl OpenStream {
+    /// A request is about to be sent.
+    fn new(meter: Arc<HostMeter>) -> Self {
+        meter.request();
+        Self { meter, began: false }
+    }
+
     fn bytes(&mut self, count: u64) {
         if self.began {
             self.meter.came(count);
@@ -107,6 +114,7 @@ impl Drop for OpenStream {
         if self.began {
             self.meter.ended();
         }
+        self.meter.closed();
     }
 }
 
@@ -177,7 +185,7 @@ impl Transport {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
             // A form holds credentials and is posted once, to the place it was made for.
             let form = ask.form.as_ref().filter(|_| hop == 0);
-            let (response, meter) = self.exchange(&url, guarded, ask, authorization, form).await?;
+            let (response, open) = self.exchange(&url, guarded, ask, authorization, form).await?;
             let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
             let Some(next) = next else {
                 return Ok(Reply {
@@ -185,7 +193,7 @@ impl Transport {
                     url,
                     crossed,
                     hops: hop as u64 + 1,
-                    open: OpenStream { meter, began: false },
+                    open,
                     // An operation with a short deadline resumes within it.
                     stall: self.config.stall_timeout.min(self.config.timeout / 2),
                     pace: (Duration::ZERO, 0),
@@ -210,9 +218,8 @@ impl Transport {
         ask: &Ask,
         authorization: Option<&HeaderValue>,
         form: Option<&Form>,
-    ) -> Result<(reqwest::Response, Arc<HostMeter>), BlobError> {
-        let meter = self.meter(url);
-        let pool = self.pools.get(url, guarded)?;
+    ) -> Result<(reqwest::Response, OpenStream), BlobError> {
+        let pool = self.pools.get(url, guarded, ask.apart)?;
         let mut request = match form {
             Some(form) => {
                 let fields: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.expose())).collect();
@@ -224,17 +231,18 @@ impl Transport {
         if let Some(authorization) = authorization {
             request = request.header(AUTHORIZATION, authorization);
         }
-        meter.request();
+        let open = OpenStream::new(self.meter(url));
         let sent = Instant::now();
         let response = request
             .send()
             .await
             .map_err(|e| failure::transport(&authority(url), e))?;
         if let Some(address) = response.remote_addr() {
-            meter.is_at(guard::is_public(address.ip()));
+            open.meter.is_at(guard::is_public(address.ip()));
         }
-        meter.answer(sent.elapsed(), if url.scheme() == "https" { 2 } else { 1 });
-        Ok((response, meter))
+        open.meter
+            .answer(sent.elapsed(), if url.scheme() == "https" { 2 } else { 1 });
+        Ok((response, open))
     }
 }
 
@@ -279,7 +287,10 @@ impl Reply {
         self.pace.0 += start.elapsed();
         self.pace.1 += bytes.len() as u64;
         if self.pace.0 >= self.stall {
-            if (self.pace.1 as f64) < SLOWEST * self.stall.as_secs_f64() {
+            // All streams share what the link brings.
+            let link = self.open.meter.link();
+            let least = link.useful_rate() / f64::from(link.streams.max(1));
+            if (self.pace.1 as f64) < least * self.pace.0.as_secs_f64() {
                 return Err(timeout("an answer that hardly moves"));
             }
             self.pace = (Duration::ZERO, 0);

@@ -29,6 +29,8 @@ pub(super) struct Reading {
     rest: Range<u64>,
     /// Whether the caller wants every byte up to the end, so that starting over without ranges is no waste.
     whole: bool,
+    /// Over connections that other reads do not use.
+    apart: bool,
     body: Option<Body>,
     retry: Retry,
     /// Bytes since the last progress.
@@ -42,8 +44,9 @@ const PROGRESS: u64 = 16 << 10;
 
 impl Reading {
     /// Gets `range` flowing; what fails for good fails here, before a stream exists.
-    pub(super) async fn start(core: Arc<Core>, range: Range<u64>) -> Result<Self, BlobError> {
+    pub(super) async fn start(core: Arc<Core>, range: Range<u64>, apart: bool) -> Result<Self, BlobError> {
         let mut reading = Self {
+            apart,
             whole: range.start == 0 && range.end == core.size,
             retry: core.client.retry(),
             rest: range,
@@ -68,7 +71,12 @@ impl Reading {
     /// Gets the rest flowing, trying again while that can help.
     async fn open(&mut self) -> Result<(), BlobError> {
         let (core, what) = (&self.core, self.core.what());
-        let attempt = |wait| core.open(&self.rest, self.whole, wait);
+        // Every other attempt goes over other connections: those that failed may be dead without knowing it.
+        let mut apart = !self.apart;
+        let attempt = |wait| {
+            apart = !apart;
+            core.open(&self.rest, self.whole, apart, wait)
+        };
         let opening = core.client.persist(&core.repository, &what, &mut self.retry, attempt);
         self.body = Some(opening.await?);
         Ok(())
@@ -104,6 +112,8 @@ impl Reading {
                 }
                 Err(error) => {
                     self.body = None;
+                    // Over HTTP/2 the rest would be asked for on the connection that has just stalled.
+                    self.apart ^= matches!(error, BlobError::Timeout { .. });
                     let core = &self.core;
                     core.client
                         .pause(&core.repository, &core.what(), &mut self.retry, error)

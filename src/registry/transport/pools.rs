@@ -26,11 +26,12 @@ const H2_CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Pools by kind of host: loopback or not, with TLS or without, and public or not asked about that. A connection that was made
 /// without asking is never used where it has to be public.
+/// Each is there once more for requests that must not share a connection with others, which all of HTTP/2 would.
 #[derive(Debug)]
 pub(super) struct Pools {
     settings: Settings,
     authorities: Vec<CertificateDer<'static>>,
-    lanes: [OnceLock<Result<Client, BlobError>>; 8],
+    lanes: [OnceLock<Result<Client, BlobError>>; 16],
 }
 
 /// What pools take from the client's configuration.
@@ -55,18 +56,19 @@ impl Pools {
                 stall_timeout: config.stall_timeout,
             },
             authorities,
-            lanes: [const { OnceLock::new() }; 8],
+            lanes: [const { OnceLock::new() }; 16],
         })
     }
 
-    /// The pool for a URL; `guarded` is one that connects to public addresses only.
-    pub(super) fn get(&self, url: &Url, guarded: bool) -> Result<&Client, BlobError> {
+    /// The pool for a URL; `guarded` is one that connects to public addresses only, `apart` one whose connections others do not use.
+    pub(super) fn get(&self, url: &Url, guarded: bool, apart: bool) -> Result<&Client, BlobError> {
         if guarded && let Err(refused) = guard::check(url) {
             return Err(failure::not_public(&authority(url), refused));
         }
         let loopback = url.host_str().is_some_and(is_loopback);
         let tls = url.scheme() == "https";
-        let slot = &self.lanes[usize::from(guarded) * 4 + usize::from(loopback) * 2 + usize::from(tls)];
+        let slot = &self.lanes
+            [usize::from(apart) * 8 + usize::from(guarded) * 4 + usize::from(loopback) * 2 + usize::from(tls)];
         let pool = slot.get_or_init(|| self.make(loopback, tls, guarded));
         pool.as_ref().map_err(BlobError::clone)
     }
