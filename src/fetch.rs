@@ -11,7 +11,8 @@
 //! ```
 //! - [`Policy`] turns what was measured of the link into sizes: how much to ask for at once, across which gaps, how much may
 //!   be under way.
-//! - [`Lanes`] lets requests go in the order of their [`Priority`]: demand at once, the others as far as the link has room.
+//! - [`Lanes`] lets requests go in the order of their [`Priority`]: demand at once, the others as far as the link has room;
+//!   and it gives a [`Hedge`] to what comes too slowly: the right to ask a second time.
 //! - [`Readahead`] guesses from the spans that were read which will be read next, and guesses less when it guessed wrong.
 //! - [`runs`] turns spans wanted in an order into as few requests as are worth it.
 //! - [`Flights`] sees to it that no span is fetched twice at the same time.
@@ -28,7 +29,7 @@ mod readahead;
 mod sync;
 
 pub use flights::{Board, Claim, Flight, Flights};
-pub use lanes::{Lanes, Load, Pass};
+pub use lanes::{Hedge, Lanes, Load, Pass};
 pub use plan::{Wanted, runs};
 pub use policy::Policy;
 pub use readahead::{Readahead, Touch};

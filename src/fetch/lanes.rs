@@ -1,5 +1,8 @@
 //! Passes: who may send a request now.
 //!
+//! Each link has a lane of its own, with its own sizes: what fills a slow link is nothing on a fast one, and a link that hangs
+//! must not hold up requests over another.
+//!
 //! Demand has places of its own and gets its pass at once unless all of those are taken. Everybody else shares what the link
 //! has room for: a number of requests, and bytes under way, of which there are fewer while a reader waits for something, so
 //! that its answer does not queue behind theirs. A request under way is not taken back: they are short, and a connection
@@ -7,16 +10,22 @@
 //! while somebody reads.
 //!
 //! Invariants: a pass is given to the highest priority that waits; one request is always let through, however large; a pass
-//! that is dropped, or whose receiver went away before it arrived, makes room for the next.
+//! that is dropped, or whose receiver went away before it arrived, makes room for the next; what waits for something else than
+//! the link holds no pass; a request that hangs holds no place for long.
+//!
+//! A request that falls far behind may be sent once more over another connection. That takes a [`Hedge`], of which each lane
+//! has a few. When the second request was of no use, the link itself is slow, and the lane gives no hedge for a while.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::{Policy, Priority};
+use crate::blob::LinkId;
 
 /// Demand requests under way at once. Each holds a decoder and a span, and more readers than this rarely wait for different
 /// places.
@@ -27,6 +36,16 @@ const REST: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_millis(300);
 /// The longest that others give way to demand: there may be no end of it, and they have less under way beside it as it is.
 const LONGEST_WAY: Duration = Duration::from_millis(100);
+
+/// Lanes: more hosts than the layers of one image come from. If there are more, some share a lane.
+const LANES: usize = 8;
+/// Requests that hang beside those that do not: each still holds a decoder and a span.
+const PARKED: usize = 24;
+/// Second requests at once, over each link.
+const HEDGES: usize = 4;
+/// How long there are no more of them after one that was of no use: twice as long each time, up to the longest.
+const FIRST_QUIET: Duration = Duration::from_secs(2);
+const LONGEST_QUIET: Duration = Duration::from_secs(60);
 
 /// How many requests are under way, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -39,11 +58,21 @@ pub struct Load {
     pub bytes: u64,
     /// Requests that wait for a pass.
     pub waiting: usize,
+    /// Second requests for what comes too slowly.
+    #[serde(default)]
+    pub hedges: usize,
+    /// Requests that hang, and count among none of the others.
+    #[serde(default)]
+    pub parked: usize,
 }
 
-/// The gate that every request passes.
+/// The gates that requests pass, one for each link.
 #[derive(Debug, Default)]
-pub struct Lanes {
+pub struct Lanes([Arc<Lane>; LANES]);
+
+/// The gate for requests over one link.
+#[derive(Debug, Default)]
+struct Lane {
     state: Mutex<State>,
 }
 
@@ -60,6 +89,12 @@ struct State {
     rested: Option<Instant>,
     policy: Option<Policy>,
     waiting: [VecDeque<Waiter>; 4],
+    hedges: usize,
+    /// Requests that hang, and have given their places to others.
+    parked: usize,
+    /// Second requests in a row that were of no use, and until when there are no more of them.
+    useless: u32,
+    quiet: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -71,15 +106,30 @@ struct Waiter {
 /// The right to have one request under way; given back when dropped.
 #[derive(Debug)]
 pub struct Pass {
-    lanes: Arc<Lanes>,
+    lane: Arc<Lane>,
     priority: Priority,
     bytes: u64,
     before: u64,
     waited: Duration,
     since: Instant,
+    parked: AtomicBool,
 }
 
 impl Pass {
+    /// Its request hangs: the place on the link goes to another one, and this one goes on beside all others, if not too many
+    /// do so.
+    pub fn park(&self) {
+        let mut state = self.lane.state();
+        if state.parked >= PARKED || self.parked.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        state.parked += 1;
+        state.leave(self);
+        let admitted = self.lane.admit(&mut state);
+        drop(state);
+        deliver(admitted);
+    }
+
     /// What it was given for.
     pub fn priority(&self) -> Priority {
         self.priority
@@ -97,39 +147,64 @@ impl Pass {
 
     /// Its request has shown more of the link: there may be room for others.
     pub fn learned(&self, policy: Policy) {
-        let mut state = self.lanes.state.lock().expect("no panic while locked");
+        let mut state = self.lane.state();
         state.policy = Some(policy);
-        let admitted = self.lanes.admit(&mut state);
+        let admitted = self.lane.admit(&mut state);
         drop(state);
         deliver(admitted);
     }
 }
 
+/// The right to send a second request for what comes too slowly; given back when dropped.
+#[derive(Debug)]
+pub struct Hedge {
+    lane: Arc<Lane>,
+}
+
+impl Hedge {
+    /// What came of it: whether the second request brought the bytes sooner than the first.
+    pub fn ended(self, useful: bool) {
+        let mut state = self.lane.state();
+        if useful {
+            (state.useless, state.quiet) = (0, None);
+        } else {
+            let quiet = FIRST_QUIET * (1 << state.useless.min(16));
+            state.quiet = Some(Instant::now() + quiet.min(LONGEST_QUIET));
+            state.useless += 1;
+        }
+    }
+}
+
+impl Drop for Hedge {
+    fn drop(&mut self) {
+        self.lane.state().hedges -= 1;
+    }
+}
+
 impl Lanes {
+    fn lane(&self, link: LinkId) -> &Arc<Lane> {
+        &self.0[link.0 as usize % LANES]
+    }
+
     /// Lines up for a pass for a request of about `bytes` compressed bytes, at once, and waits for it when polled. Whoever is
     /// not of demand also waits until its bytes will come behind those that demand has just asked for. Cancel safe.
-    pub fn enter(
-        self: &Arc<Self>,
-        priority: Priority,
-        bytes: u64,
-        policy: Policy,
-    ) -> impl Future<Output = Pass> + Send + use<> {
+    pub fn enter(&self, priority: Priority, bytes: u64, policy: Policy) -> impl Future<Output = Pass> + Send + use<> {
         let start = Instant::now();
         let (pass, arrival) = oneshot::channel();
-        let mut state = self.state.lock().expect("no panic while locked");
+        let lane = self.lane(policy.link()).clone();
+        let mut state = lane.state();
         state.policy = Some(policy);
         if priority == Priority::Demand {
             state.demanded(bytes, policy);
         }
         state.waiting[priority as usize].push_back(Waiter { bytes, pass });
-        let admitted = self.admit(&mut state);
+        let admitted = lane.admit(&mut state);
         drop(state);
         deliver(admitted);
-        let lanes = self.clone();
         async move {
             let mut pass = arrival.await.expect("a waiter is dropped only with its pass sent");
             if priority != Priority::Demand {
-                lanes.give_way().await;
+                lane.give_way().await;
             }
             pass.waited = start.elapsed();
             pass.since = Instant::now();
@@ -139,8 +214,8 @@ impl Lanes {
 
     /// Waits until a request of this priority may line up: at once, but for what nobody may ever want, which rests between
     /// two requests while there is demand.
-    pub async fn rest(&self, priority: Priority) {
-        let rested = || self.state.lock().expect("no panic while locked").rested();
+    pub async fn rest(&self, priority: Priority, link: LinkId) {
+        let rested = || self.lane(link).state().rested();
         while priority == Priority::Background
             && let Some(rested) = rested()
         {
@@ -148,9 +223,42 @@ impl Lanes {
         }
     }
 
+    /// The right to a second request for what comes too slowly over a link, if there is a place now.
+    pub fn hedge(&self, link: LinkId) -> Option<Hedge> {
+        let lane = self.lane(link);
+        let mut state = lane.state();
+        let quiet = state.quiet.is_some_and(|quiet| quiet > Instant::now());
+        if quiet || state.hedges >= HEDGES {
+            return None;
+        }
+        state.hedges += 1;
+        Some(Hedge { lane: lane.clone() })
+    }
+
+    /// What is under way and what waits.
+    pub fn load(&self) -> Load {
+        let mut load = Load::default();
+        for lane in &self.0 {
+            let state = lane.state();
+            load.demand += state.demand;
+            load.others += state.others;
+            load.bytes += state.bytes;
+            load.waiting += state.waiting.iter().map(VecDeque::len).sum::<usize>();
+            load.hedges += state.hedges;
+            load.parked += state.parked;
+        }
+        load
+    }
+}
+
+impl Lane {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while locked")
+    }
+
     /// Waits until a request sent now will not share the link with what demand has asked for.
     async fn give_way(&self) {
-        let clear = self.state.lock().expect("no panic while locked").clear;
+        let clear = self.state().clear;
         if let Some(clear) = clear {
             tokio::time::sleep_until(clear.into()).await;
         }
@@ -176,14 +284,14 @@ impl Lanes {
                 if !gone {
                     let before = state.bytes;
                     state.enter(priority, bytes);
-                    let lanes = self.clone();
                     let given = Pass {
-                        lanes,
+                        lane: self.clone(),
                         priority,
                         bytes,
                         before,
                         waited: Duration::ZERO,
                         since: Instant::now(),
+                        parked: AtomicBool::new(false),
                     };
                     admitted.push((pass, given));
                 }
@@ -193,39 +301,19 @@ impl Lanes {
     }
 
     fn leave(self: &Arc<Self>, pass: &Pass) {
-        let mut state = self.state.lock().expect("no panic while locked");
-        match pass.priority {
-            Priority::Demand => {
-                state.demand -= 1;
-                state.last_demand = Some(Instant::now());
-            }
-            _ => {
-                state.others -= 1;
-                state.bytes -= pass.bytes;
-                if pass.priority == Priority::Background {
-                    let rest = (pass.since.elapsed() * REST).min(LONGEST_REST);
-                    state.rested = Some(Instant::now() + rest);
-                }
-            }
+        let mut state = self.state();
+        if pass.parked.load(Ordering::Relaxed) {
+            state.parked -= 1;
+            return;
         }
+        state.leave(pass);
         let admitted = self.admit(&mut state);
         drop(state);
         deliver(admitted);
     }
-
-    /// What is under way and what waits.
-    pub fn load(&self) -> Load {
-        let state = self.state.lock().expect("no panic while locked");
-        Load {
-            demand: state.demand,
-            others: state.others,
-            bytes: state.bytes,
-            waiting: state.waiting.iter().map(VecDeque::len).sum(),
-        }
-    }
 }
 
-/// Without the lock: a pass whose receiver is gone is dropped here, and comes back through [`Lanes::leave`].
+/// Without the lock: a pass whose receiver is gone is dropped here, and comes back through [`Lane::leave`].
 fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
     for (sender, pass) in admitted {
         drop(sender.send(pass));
@@ -251,6 +339,23 @@ impl State {
         let beside_demand = self.demand_until().is_some_and(|until| until > Instant::now());
         let room = policy.under_way(priority, beside_demand);
         self.others < policy.requests() && self.bytes + bytes <= room
+    }
+
+    fn leave(&mut self, pass: &Pass) {
+        match pass.priority {
+            Priority::Demand => {
+                self.demand -= 1;
+                self.last_demand = Some(Instant::now());
+            }
+            _ => {
+                self.others -= 1;
+                self.bytes -= pass.bytes;
+                if pass.priority == Priority::Background {
+                    let rest = (pass.since.elapsed() * REST).min(LONGEST_REST);
+                    self.rested = Some(Instant::now() + rest);
+                }
+            }
+        }
     }
 
     /// Until when there is demand, as far as one knows: for a while longer after the last that there was.
@@ -282,151 +387,9 @@ impl State {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.lanes.clone().leave(self);
+        self.lane.clone().leave(self);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use futures::FutureExt as _;
-
-    use super::*;
-    use crate::blob::Link;
-
-    fn policy() -> Policy {
-        Policy::of(Link {
-            rtt: Some(Duration::from_millis(20)),
-            bandwidth: Some(25e6),
-            warm: 0,
-        })
-    }
-
-    fn enter(lanes: &Arc<Lanes>, priority: Priority, bytes: u64) -> impl Future<Output = Pass> + use<> {
-        lanes.enter(priority, bytes, policy())
-    }
-
-    #[tokio::test]
-    async fn demand_goes_at_once_however_much_else_is_under_way() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let mut under_way = Vec::new();
-        let mut queued = Vec::new();
-        for _ in 0..20 {
-            let mut entering = Box::pin(enter(&lanes, Priority::Background, 500_000));
-            match (&mut entering).now_or_never() {
-                Some(pass) => under_way.push(pass),
-                None => queued.push(entering),
-            }
-        }
-        assert_eq!((under_way.len(), queued.len()), (4, 16), "two megabytes fill this link");
-        let demand = enter(&lanes, Priority::Demand, 500_000).now_or_never();
-        assert!(demand.is_some());
-        // Now a reader waits: what ends is not replaced until little is left.
-        under_way.pop();
-        under_way.pop();
-        assert_eq!(lanes.load().others, 2);
-        under_way.clear();
-        assert_eq!(lanes.load().others, 1, "one goes on beside demand");
-    }
-
-    #[tokio::test]
-    async fn higher_priorities_overtake_and_nothing_is_lost_with_who_gives_up() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let first = enter(&lanes, Priority::Background, 2_000_000).now_or_never().unwrap();
-        let mut background = Box::pin(enter(&lanes, Priority::Background, 2_000_000));
-        let mut given_up = Box::pin(enter(&lanes, Priority::Readahead, 2_000_000));
-        let mut profile = Box::pin(enter(&lanes, Priority::Likely, 2_000_000));
-        for waiting in [&mut background, &mut given_up, &mut profile] {
-            assert!(waiting.now_or_never().is_none());
-        }
-        drop(given_up);
-        drop(first);
-        assert!((&mut background).now_or_never().is_none());
-        let pass = profile.now_or_never().expect("it was next");
-        drop(pass);
-        // It has its pass, and goes away without having taken it.
-        assert_eq!(lanes.load().others, 1);
-        drop(background);
-        assert_eq!(lanes.load(), Load::default());
-    }
-
-    #[tokio::test]
-    async fn more_go_as_soon_as_the_link_shows_that_it_can_do_more() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let first = enter(&lanes, Priority::Likely, 2_000_000).now_or_never().unwrap();
-        let mut waiting = Box::pin(enter(&lanes, Priority::Likely, 2_000_000));
-        assert!((&mut waiting).now_or_never().is_none());
-        first.learned(policy());
-        assert!((&mut waiting).now_or_never().is_none(), "nothing new");
-        let far = Link {
-            rtt: Some(Duration::from_millis(80)),
-            bandwidth: Some(25e6),
-            warm: 0,
-        };
-        first.learned(Policy::of(far));
-        assert!(waiting.now_or_never().is_some());
-    }
-
-    #[tokio::test]
-    async fn demand_beyond_its_places_waits_for_demand_alone() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let mut passes: Vec<_> = (0..DEMAND)
-            .map(|_| enter(&lanes, Priority::Demand, 1).now_or_never().unwrap())
-            .collect();
-        let mut next = Box::pin(enter(&lanes, Priority::Demand, 1));
-        let mut other = Box::pin(enter(&lanes, Priority::Background, 1));
-        assert!((&mut next).now_or_never().is_none() && (&mut other).now_or_never().is_none());
-        passes.pop();
-        assert!(next.now_or_never().is_some());
-        other.await;
-    }
-
-    #[tokio::test]
-    async fn what_nobody_may_ever_want_rests_beside_demand() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let background = async || {
-            lanes.rest(Priority::Background).await;
-            let pass = enter(&lanes, Priority::Background, 100_000).await;
-            let start = Instant::now();
-            // So long the request takes.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            drop(pass);
-            start
-        };
-        background().await;
-        assert!(
-            lanes.rest(Priority::Background).now_or_never().is_some(),
-            "nobody reads"
-        );
-        let reader = enter(&lanes, Priority::Demand, 1).await;
-        let start = background().await;
-        assert!(lanes.rest(Priority::Likely).now_or_never().is_some());
-        lanes.rest(Priority::Background).await;
-        assert!(start.elapsed() >= Duration::from_millis(250));
-        drop(reader);
-        background().await;
-        assert!(
-            lanes.rest(Priority::Background).now_or_never().is_none(),
-            "it may read on"
-        );
-        lanes.state.lock().unwrap().last_demand = Some(Instant::now() - policy().demand_is_over());
-        assert!(lanes.rest(Priority::Background).now_or_never().is_some());
-    }
-
-    #[tokio::test]
-    async fn others_send_when_their_bytes_will_come_behind_those_of_demand() {
-        let lanes: Arc<Lanes> = Arc::default();
-        let start = Instant::now();
-        let demand = enter(&lanes, Priority::Demand, 100_000).now_or_never();
-        let mut ahead = Box::pin(enter(&lanes, Priority::Readahead, 100_000));
-        assert!(demand.is_some() && (&mut ahead).now_or_never().is_none());
-        assert_eq!(lanes.load().others, 1, "its place is kept meanwhile");
-        ahead.await;
-        assert!(start.elapsed() >= policy().transfer(100_000));
-        // However much demand asks for.
-        let demands: Vec<_> = (0..DEMAND - 1)
-            .map(|_| enter(&lanes, Priority::Demand, 10_000_000).now_or_never().unwrap())
-            .collect();
-        assert!(lanes.state.lock().unwrap().clear.unwrap() <= Instant::now() + LONGEST_WAY);
-        drop(demands);
-    }
-}
+mod tests;

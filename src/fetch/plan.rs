@@ -115,6 +115,7 @@ mod tests {
             rtt: Some(Duration::from_millis(20)),
             bandwidth: Some(25e6),
             warm: 0,
+            ..Link::LOCAL
         })
     }
 

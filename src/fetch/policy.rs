@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::Priority;
-use crate::blob::Link;
+use crate::blob::{Link, LinkId};
 
 /// What is assumed before anything was measured: a registry in the next region over a common uplink. Both are soon known.
 const GUESSED_RTT: Duration = Duration::from_millis(20);
@@ -62,6 +62,7 @@ const FAR: Duration = Duration::from_millis(4);
 /// Sizes for one link.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
+    link: LinkId,
     rtt: Duration,
     /// Bytes per second.
     bandwidth: f64,
@@ -74,11 +75,17 @@ impl Policy {
     /// The sizes for a link; what was not measured yet is guessed.
     pub fn of(link: Link) -> Self {
         Self {
+            link: link.id,
             rtt: link.rtt.unwrap_or(GUESSED_RTT),
             bandwidth: link.bandwidth.unwrap_or(GUESSED_BANDWIDTH).max(1.0),
             known: link.rtt.is_some() && link.bandwidth.is_some(),
             warm: link.warm,
         }
+    }
+
+    /// The link that this is about.
+    pub fn link(&self) -> LinkId {
+        self.link
     }
 
     /// Bytes that could have come during a round trip.
@@ -177,6 +184,7 @@ mod tests {
             rtt: Some(Duration::from_millis(ms)),
             bandwidth: Some(mbit * 1e6 / 8.0),
             warm: 0,
+            ..Link::LOCAL
         })
     }
 
@@ -186,6 +194,7 @@ mod tests {
             rtt: Some(Duration::from_millis(20)),
             bandwidth: None,
             warm: 0,
+            ..Link::LOCAL
         };
         let parts = |warm, bytes| Policy::of(Link { warm, ..cold }).parts(bytes, Priority::Demand, 1_000_000);
         assert_eq!((parts(0, 10_000), parts(0, 50_000), parts(0, 1_000_000)), (1, 2, 8));
@@ -241,6 +250,7 @@ mod tests {
             rtt: None,
             bandwidth: None,
             warm: 0,
+            ..Link::LOCAL
         });
         let known = policy(20, 200.0);
         assert_eq!(
@@ -260,6 +270,7 @@ mod tests {
             rtt: Some(Duration::ZERO),
             bandwidth: Some(0.0),
             warm: 0,
+            ..Link::LOCAL
         });
         assert_eq!((dead.request(), dead.gap()), (64 << 10, 0));
     }
