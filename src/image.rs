@@ -16,8 +16,8 @@ mod tree_file;
 mod verify;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use futures::StreamExt as _;
@@ -30,7 +30,7 @@ pub use learning::{Learning, stored as stored_profile};
 pub use verify::{StoreReport, verify};
 
 use self::programs::Programs;
-use crate::blob::{BlobError, ImageSource};
+use crate::blob::{BlobError, BlobSource, ImageSource};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{self, FirstPassError, Health, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
@@ -75,12 +75,28 @@ pub enum ImageError {
     Interrupted,
 }
 
+/// What an image does that is being prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Activity {
+    /// Compressed bytes that have come.
+    pub bytes: u64,
+    /// How often other processes, which stream some of the layers, have shown that they get on: about once a second each.
+    pub beats: u64,
+    /// This machine has something to do: it decodes what has come, or merges the layers.
+    pub working: bool,
+    /// Bytes per second that are worth waiting for, as the links to the layers are.
+    pub useful_rate: f64,
+}
+
 /// An image whose manifest and config are known.
 #[derive(Debug)]
 pub struct Preparation {
     source: Arc<dyn ImageSource>,
     resolved: Arc<ResolvedImage>,
     stats: HashMap<Digest, Arc<LayerStats>>,
+    /// Those that were opened.
+    blobs: Mutex<HashMap<Digest, Arc<dyn BlobSource>>>,
+    merging: AtomicBool,
     image: OnceCell<Arc<Image>>,
 }
 
@@ -94,6 +110,8 @@ impl Preparation {
         Self {
             source,
             stats: stats.collect(),
+            blobs: Mutex::default(),
+            merging: AtomicBool::new(false),
             image: OnceCell::new(),
             resolved: Arc::new(resolved),
         }
@@ -115,6 +133,23 @@ impl Preparation {
         layers
             .map(|d| self.stats[&d.digest].snapshot(d.digest.to_string(), 0, (0, 0)))
             .collect()
+    }
+
+    /// What it does at the moment.
+    pub fn activity(&self) -> Activity {
+        let stats = self.stats.values();
+        let blobs = self.blobs.lock().expect("no panic while locked");
+        Activity {
+            bytes: stats.clone().map(|s| s.fetched()).sum(),
+            beats: stats.clone().map(|s| s.beats()).sum(),
+            working: self.merging.load(Ordering::Relaxed) || stats.clone().any(|s| s.is_working()),
+            useful_rate: blobs.values().map(|b| b.link().useful_rate()).fold(0.0, f64::max),
+        }
+    }
+
+    /// Why layers do not come that are asked for again.
+    pub fn trouble(&self) -> Option<String> {
+        self.stats.values().find_map(|stats| stats.trouble())
     }
 
     /// Opens all layers and the tree, once: whoever asks meanwhile waits for the same image. A stored table of contents that
@@ -153,6 +188,7 @@ impl Preparation {
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
+        self.merging.store(true, Ordering::Relaxed);
         let building = tokio::task::spawn_blocking(move || {
             let tree = match tree_file::open(&store, &manifest, &sizes) {
                 Some(tree) => tree,
@@ -169,7 +205,9 @@ impl Preparation {
             let programs = programs(&store, &manifest, &tree, &order);
             Ok::<_, ImageError>((tree, charge, programs))
         });
-        let (tree, charge, programs) = building.await.map_err(|_| ImageError::Interrupted)??;
+        let built = building.await;
+        self.merging.store(false, Ordering::Relaxed);
+        let (tree, charge, programs) = built.map_err(|_| ImageError::Interrupted)??;
         Ok(Image {
             resolved: self.resolved.clone(),
             tree,
@@ -217,6 +255,12 @@ impl Preparation {
         Ok(opened)
     }
 
+    /// A layer's bytes are there.
+    fn found(&self, digest: &Digest, blob: &Arc<dyn BlobSource>) {
+        let mut blobs = self.blobs.lock().expect("no panic while locked");
+        blobs.insert(digest.clone(), blob.clone());
+    }
+
     async fn open_layer(
         &self,
         context: &LayerContext,
@@ -224,6 +268,7 @@ impl Preparation {
         position: usize,
     ) -> Result<(Digest, Opened), ImageError> {
         let blob = self.source.blob(&descriptor).await?;
+        self.found(&descriptor.digest, &blob);
         let diff_id = self.resolved.diff_ids()[position].clone();
         let stats = self.stats[&descriptor.digest].clone();
         let opened = layer::open(context, blob, diff_id, stats).await?;

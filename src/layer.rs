@@ -24,6 +24,7 @@ mod memory;
 mod open;
 mod prefetch;
 mod programs;
+mod race;
 mod stats;
 mod stripes;
 mod touch;
@@ -44,13 +45,14 @@ pub use memory::SpanMemory;
 pub use open::{LayerContext, OpenError, Opened, open, stored_index, stored_toc};
 pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
+use race::Origin;
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 use stripes::Ahead;
 use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{DataDevice, Piece};
-use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Policy, Priority, Readahead, Spans as _};
+use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Pass, Policy, Priority, Readahead, Spans as _};
 use crate::index::{IndexError, SpanId, SpanIndex};
 use crate::memory::Charge;
 use crate::oci::Digest;
@@ -183,6 +185,16 @@ impl Layer {
         (spans, if whole { self.index.blob_size() } else { bytes })
     }
 
+    /// Where the bytes come from.
+    fn origin(&self) -> Origin {
+        Origin {
+            blob: self.blob.clone(),
+            lanes: self.lanes.clone(),
+            stats: self.stats.clone(),
+            patient: false,
+        }
+    }
+
     /// Whether a range of the device has any content.
     fn has_content(&self, range: Range<u64>) -> bool {
         self.extents.pieces_in_device(range).next().is_some()
@@ -255,10 +267,9 @@ impl Layer {
         present
     }
 
-    /// Fills `buf` from device offset `offset`, fetching what is missing. Cancel safe: a dropped read leaves its flights
-    /// running.
+    /// Fills `buf`, which is zeros, from device offset `offset`, fetching what is missing. Cancel safe: a dropped read leaves its
+    /// flights running.
     pub async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
-        buf.fill(0);
         let extents: Vec<Extent> = self
             .extents
             .pieces_in_device(offset..offset + buf.len() as u64)
@@ -406,11 +417,16 @@ impl Layer {
         };
         for run in runs {
             // In line at once, before what is fetched ahead of this reader.
-            let bytes = self.index.bytes(run.spans.clone());
-            let pass = self.lanes.enter(Priority::Demand, bytes, self.policy());
+            let pass = self.line_up(run.spans.clone());
             flight::start(run, pass.map(Arc::new));
         }
         first
+    }
+
+    /// Lines up for a request that a reader waits for.
+    fn line_up(&self, spans: Range<u32>) -> impl Future<Output = Pass> + Send + use<> {
+        let bytes = self.index.bytes(spans);
+        self.lanes.enter(Priority::Demand, bytes, self.policy())
     }
 
     /// Claims what is missing of `spans`: a run for each stretch of neighbours.

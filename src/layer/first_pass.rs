@@ -23,8 +23,9 @@ use tokio::sync::mpsc;
 
 use super::LayerStats;
 use super::open::LayerContext;
+use super::race::Origin;
 use super::stripes;
-use crate::blob::{BlobError, BlobSource, ByteStream};
+use crate::blob::{BlobError, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
     Compression, DecodeSink, Identity, IndexError, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
@@ -145,15 +146,16 @@ pub(super) struct Destination {
 
 /// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
 pub(super) async fn run(
-    blob: Arc<dyn BlobSource>,
+    origin: Origin,
     diff_id: DiffId,
     context: &LayerContext,
     destination: Option<Destination>,
-    stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
-    let layer = blob.digest().clone();
+    let layer = origin.blob.digest().clone();
+    let (blob_size, stats) = (origin.blob.size(), origin.stats.clone());
+    let opening = stripes::read(origin, &context.ahead);
     let mut source = Source {
-        stream: stripes::read(blob.clone(), &context.ahead, stats.clone()).await?,
+        stream: stats.waiting(opening).await?,
         stats: &stats,
     };
     let prefix = source.prefix().await?;
@@ -200,7 +202,7 @@ pub(super) async fn run(
     }
     let identity = Identity {
         blob: layer.clone(),
-        blob_size: blob.size(),
+        blob_size,
         diff_id,
     };
     let finishing = tokio::task::spawn_blocking(move || table.finish(identity));
@@ -215,7 +217,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        let Some(bytes) = self.stream.next().await.transpose()? else {
+        let Some(bytes) = self.stats.waiting(self.stream.next()).await.transpose()? else {
             return Ok(None);
         };
         self.stats.fetched_more(bytes.len());
@@ -473,7 +475,7 @@ impl Table {
             verified: true,
         })?;
         for warning in &tables.warnings {
-            tracing::warn!(%layer, warning, "odd tar");
+            tracing::debug!(%layer, warning, "oddity in the tar");
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;

@@ -21,6 +21,8 @@ const LOOK: Duration = Duration::from_millis(2);
 /// A process that fetches a span and does not get on for this long is not waited for any more: the span is then fetched here
 /// too, and kept in memory only.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A request that brings nothing for this long hangs.
+const HANGS: Duration = Duration::from_secs(1);
 /// Spans before the one waited for in which the other process shows that it gets on: more than one request has.
 const BEFORE: u32 = 64;
 
@@ -73,18 +75,37 @@ pub async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
 pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
-        let pass = pass.await;
-        fly(run, &pass).await
+        let mut ticket = Ticket(Some(pass.await));
+        fly(run, &mut ticket).await
     })
 }
 
+/// The pass of a flight, as long as it needs one: whoever waits for another process must not keep others from the link.
+struct Ticket(Option<Arc<Pass>>);
+
+impl Ticket {
+    /// Gives the pass back.
+    fn drop_pass(&mut self) {
+        self.0 = None;
+    }
+
+    /// The pass; lines up for another one if it was given back.
+    async fn pass(&mut self, layer: &Layer, spans: Range<u32>) -> Arc<Pass> {
+        if let Some(pass) = &self.0 {
+            return pass.clone();
+        }
+        let pass = Arc::new(layer.line_up(spans).await);
+        self.0.insert(pass).clone()
+    }
+}
+
 /// Fetches and delivers the run, however often that takes, and lands every span with bytes or an error.
-async fn fly(mut run: Run, pass: &Pass) -> Result<Vec<u32>, LayerError> {
+async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let (mut from_start, mut failed_checks) = (false, 0);
     for attempt in 1..=ATTEMPTS {
-        outcome = attempt_run(&layer, &mut run, pass, from_start || attempt == ATTEMPTS).await;
+        outcome = attempt_run(&layer, &mut run, ticket, from_start || attempt == ATTEMPTS).await;
         match &outcome {
             Err(error @ LayerError::Corrupt { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "span failed its check, fetching it again");
@@ -115,7 +136,12 @@ async fn fly(mut run: Run, pass: &Pass) -> Result<Vec<u32>, LayerError> {
 
 /// Locks spans and decodes them. Those that another process has locked are left to it if no reader waits for them here, and
 /// waited for if one does.
-async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start: bool) -> Result<(), LayerError> {
+async fn attempt_run(
+    layer: &Arc<Layer>,
+    run: &mut Run,
+    ticket: &mut Ticket,
+    from_start: bool,
+) -> Result<(), LayerError> {
     let mut patience = Patience::new();
     while !run.claim.is_done() {
         let wanted: Vec<u32> = run.claim.spans().collect();
@@ -130,6 +156,7 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start:
         if mine.is_empty() && !run.claim.is_done() {
             let theirs: Vec<u32> = run.claim.spans().collect();
             if patience.lasts(layer, &theirs) {
+                ticket.drop_pass();
                 tokio::time::sleep(LOOK).await;
                 continue;
             }
@@ -143,7 +170,8 @@ async fn attempt_run(layer: &Arc<Layer>, run: &mut Run, pass: &Pass, from_start:
         }
         let mut delivery = Delivery { layer, run, lock };
         for stretch in stretches(layer, &left) {
-            decode(&mut delivery, stretch, pass, from_start).await?;
+            let pass = ticket.pass(layer, stretch.clone()).await;
+            decode(&mut delivery, stretch, &pass, from_start).await?;
         }
     }
     Ok(())
@@ -244,17 +272,15 @@ async fn decode(
     let mut decoder = layer.index.decoder(first, last).map_err(corrupt)?;
     let bytes = range.end - range.start;
     let mut timing = Timing::new(bytes);
-    let (blob, stats) = (layer.blob.clone(), layer.stats.clone());
     // What is asked for without a range cannot be cut.
     let parts = if from_start {
         1
     } else {
         layer.policy().parts(bytes, pass.priority(), pass.before())
     };
-    let mut stream = stripes::read_range(blob, range, parts, &layer.ahead, stats)
-        .await
-        .map_err(unreadable)?;
-    while let Some(bytes) = stream.next().await {
+    let opening = stripes::read_range(layer.origin(), range, parts, &layer.ahead);
+    let mut stream = parked(pass, opening).await.map_err(unreadable)?;
+    while let Some(bytes) = parked(pass, stream.next()).await {
         let bytes = bytes.map_err(unreadable)?;
         if timing.came() {
             pass.learned(layer.policy());
@@ -276,6 +302,18 @@ async fn decode(
     Err(corrupt(IndexError::Truncated {
         offset: layer.index.blob_size(),
     }))
+}
+
+/// Waits for the link, and gives the place on it to others if that takes long.
+async fn parked<T>(pass: &Pass, waiting: impl Future<Output = T>) -> T {
+    let mut waiting = std::pin::pin!(waiting);
+    match tokio::time::timeout(HANGS, &mut waiting).await {
+        Ok(came) => came,
+        Err(_) => {
+            pass.park();
+            waiting.await
+        }
+    }
 }
 
 /// When what happened to a request, for the log.

@@ -9,6 +9,7 @@ use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::health::Health;
 use super::programs;
+use super::race::Origin;
 use super::stripes::Ahead;
 use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
@@ -37,6 +38,8 @@ pub struct LayerContext {
     pub budget: Arc<CacheBudget>,
     /// What stopped working without stopping the mount.
     pub health: Arc<Health>,
+    /// Layers that are streamed are asked for until they come.
+    patient: bool,
     passes: Arc<Semaphore>,
     /// For passes that need much memory to decode.
     pub(super) windows: Arc<Semaphore>,
@@ -54,11 +57,18 @@ impl LayerContext {
             memory: Arc::new(SpanMemory::new(memory)),
             tables: Allowance::new(TABLES + memory as u64),
             health: Arc::default(),
+            patient: false,
             passes: Arc::new(Semaphore::new(PASSES)),
             windows: Arc::new(Semaphore::new(1)),
             ahead: Ahead::default(),
             lanes: Arc::default(),
         }
+    }
+
+    /// With layers that are streamed asked for until they come, whatever the timeout is: whoever waits for them is told
+    /// otherwise when that takes too long.
+    pub fn patient(self) -> Self {
+        Self { patient: true, ..self }
     }
 }
 
@@ -106,13 +116,23 @@ pub async fn open(
     diff_id: DiffId,
     stats: Arc<LayerStats>,
 ) -> Result<Opened, OpenError> {
+    let opening = open_or_stream(context, blob, diff_id, stats.clone());
+    stats.opening(opening).await
+}
+
+async fn open_or_stream(
+    context: &LayerContext,
+    blob: Arc<dyn BlobSource>,
+    diff_id: DiffId,
+    stats: Arc<LayerStats>,
+) -> Result<Opened, OpenError> {
     let dir = context.store.layer(blob.digest());
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
     }
     let (dir, turn) = match dir.filter(|_| context.store.is_writable()) {
         None => (None, None),
-        Some(dir) => match Turn::wait(&dir).await {
+        Some(dir) => match Turn::wait(&dir, &stats).await {
             Ok(turn) => (Some(dir), turn),
             Err(error) => {
                 context.health.store_lost(&error);
@@ -123,9 +143,10 @@ pub async fn open(
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
     }
+    let link = blob.clone();
     let streaming = stream(context, blob, diff_id, dir, stats.clone());
     match turn {
-        Some(turn) => turn.take(&stats, streaming).await,
+        Some(turn) => turn.take(&stats, || link.link().useful_rate(), streaming).await,
         None => streaming.await,
     }
 }
@@ -139,7 +160,10 @@ async fn stream(
     stats: Arc<LayerStats>,
 ) -> Result<Opened, OpenError> {
     // Not before the layer's lock: whoever waits for another process must not keep this one from its other layers.
-    let _permit = context.passes.acquire().await.map_err(|_| OpenError::Interrupted)?;
+    let _permit = stats
+        .waiting(context.passes.acquire())
+        .await
+        .map_err(|_| OpenError::Interrupted)?;
     let destination = || {
         dir.clone().map(|dir| Destination {
             store: context.store.clone(),
@@ -147,10 +171,13 @@ async fn stream(
             budget: context.budget.clone(),
         })
     };
-    let pass = || {
-        let (blob, diff_id) = (blob.clone(), diff_id.clone());
-        first_pass::run(blob, diff_id, context, destination(), stats.clone())
+    let origin = Origin {
+        blob: blob.clone(),
+        lanes: context.lanes.clone(),
+        stats: stats.clone(),
+        patient: context.patient,
     };
+    let pass = || first_pass::run(origin.clone(), diff_id.clone(), context, destination());
     let mut indexed = match pass().await {
         // What went wrong on the way does not go wrong twice; what is wrong at the source does.
         Err(error) if error.is_corruption() => {

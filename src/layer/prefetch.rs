@@ -105,7 +105,7 @@ impl Layer {
         if bytes == 0 {
             return Begun::default();
         }
-        self.lanes.rest(priority).await;
+        self.lanes.rest(priority, self.link().id).await;
         let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
         let (runs, flying) = {
             let mut board = self.flights.board();

@@ -1,7 +1,7 @@
 //! Counters of one layer, shared with whoever reports them.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +29,13 @@ pub struct LayerStats {
     misses: AtomicU64,
     requests: AtomicU64,
     healed: AtomicU64,
+    hedges: AtomicU64,
+    /// While the layer is opened: tasks that do so, and those of them that wait for somebody else.
+    opening: AtomicUsize,
+    waiting: AtomicUsize,
+    /// Seconds in which another process that streams the layer got on.
+    beats: AtomicU64,
+    trouble: Mutex<Option<String>>,
     source: Mutex<IndexSource>,
 }
 
@@ -54,6 +61,9 @@ pub struct LayerStatus {
     /// Spans that were damaged on the local device and were fetched again; a device that was made anew counts as one.
     #[serde(default)]
     pub healed: u64,
+    /// Those of them that were made because an earlier one was far too slow.
+    #[serde(default)]
+    pub hedges: u64,
     /// Spans in the layer; 0 until the index is there.
     pub spans: u32,
     /// Spans on the local device.
@@ -84,6 +94,11 @@ impl LayerStats {
             misses: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             healed: AtomicU64::new(0),
+            hedges: AtomicU64::new(0),
+            opening: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            beats: AtomicU64::new(0),
+            trouble: Mutex::default(),
             source: Mutex::new(IndexSource::Pending),
         }
     }
@@ -112,6 +127,54 @@ impl LayerStats {
 
     pub(super) fn healed(&self) {
         self.healed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request is made once more, because it is too slow.
+    pub(super) fn hedged(&self) {
+        self.request();
+        self.hedges.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Requests made because an earlier one was too slow.
+    pub fn hedges(&self) -> u64 {
+        self.hedges.load(Ordering::Relaxed)
+    }
+
+    /// Opens the layer by `work`.
+    pub(super) async fn opening<T>(&self, work: impl Future<Output = T>) -> T {
+        let _count = Count::up(&self.opening);
+        work.await
+    }
+
+    /// Opening the layer needs something from somebody else: bytes, or another process.
+    pub(super) async fn waiting<T>(&self, work: impl Future<Output = T>) -> T {
+        let _count = Count::up(&self.waiting);
+        work.await
+    }
+
+    /// Another process that streams the layer has shown that it gets on.
+    pub(super) fn beat(&self) {
+        self.beats.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often another process that streams the layer has shown that it gets on.
+    pub fn beats(&self) -> u64 {
+        self.beats.load(Ordering::Relaxed)
+    }
+
+    /// Why the layer did not come, if it is asked for again.
+    pub(super) fn set_trouble(&self, trouble: Option<String>) {
+        *self.trouble.lock().expect("no panic while locked") = trouble;
+    }
+
+    /// Why the layer did not come, if it is asked for again.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().expect("no panic while locked").clone()
+    }
+
+    /// Whether the layer is being opened and waits for nobody: this machine has to do something.
+    pub fn is_working(&self) -> bool {
+        self.opening.load(Ordering::Relaxed) > 0 && self.waiting.load(Ordering::Relaxed) == 0
     }
 
     pub(super) fn hit(&self, bytes: usize) {
@@ -145,10 +208,27 @@ impl LayerStats {
             misses: self.misses.load(Ordering::Relaxed),
             requests: self.requests(),
             healed: self.healed.load(Ordering::Relaxed),
+            hedges: self.hedges(),
             spans,
             local_spans,
             local,
             index_source: self.source(),
         }
+    }
+}
+
+/// One more, until dropped.
+struct Count<'a>(&'a AtomicUsize);
+
+impl<'a> Count<'a> {
+    fn up(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Count<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

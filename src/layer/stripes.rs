@@ -14,21 +14,24 @@
 //! A range is cut into parts, of at most a stripe, because connections that have been idle bring little in their first round
 //! trips ([`Policy::parts`]): so many are asked for at once.
 //!
+//! Over a link that is slower than what is worth waiting for, stripes ahead only take from the first one, and nobody could
+//! tell that link from a server that hardly gives anything. So then there are none, until the first one comes better.
+//!
 //! Invariants: bytes come in order, each once; a server that turns out to know no ranges is asked for the whole blob instead,
 //! if that was wanted; what is under way ends when the stream is dropped.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
 use futures::stream::{self, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
-use super::LayerStats;
-use crate::blob::{BlobError, BlobSource, ByteStream};
+use super::race::Origin;
+use crate::blob::{BlobError, ByteStream};
 
 /// Bytes of a stripe: several round trips' worth, so that asking for it costs little.
 const STRIPE: u64 = 1 << 20;
@@ -38,6 +41,11 @@ const SMALLEST: u64 = 16 * STRIPE;
 const AHEAD: usize = 6;
 /// Parts of ranges beside the first ones, in all layers together.
 const PARTS: usize = 24;
+/// The pace of the first stripe is looked at when it was waited for this long. Below the one rate (bytes per second) nothing is
+/// fetched ahead, from the other one on something is again.
+const LOOK: Duration = Duration::from_secs(2);
+const NARROW: f64 = 4.0 * 1024.0;
+const WIDE: f64 = 32.0 * 1024.0;
 /// A blob nearer than this fills its link with one stream.
 const NEAR: Duration = Duration::from_millis(2);
 
@@ -57,39 +65,32 @@ impl Default for Ahead {
     }
 }
 
-/// Reads all of `blob`.
-pub(super) async fn read(
-    blob: Arc<dyn BlobSource>,
-    ahead: &Ahead,
-    stats: Arc<LayerStats>,
-) -> Result<ByteStream, BlobError> {
-    let size = blob.size();
-    let near = blob.link().rtt.is_some_and(|rtt| rtt < NEAR);
+/// Reads all of a blob.
+pub(super) async fn read(origin: Origin, ahead: &Ahead) -> Result<ByteStream, BlobError> {
+    let size = origin.blob.size();
+    let near = origin.blob.link().rtt.is_some_and(|rtt| rtt < NEAR);
     if near || size < SMALLEST {
-        stats.request();
-        return blob.read(0..size).await;
+        return origin.read(0..size).await;
     }
-    let mut stripes = Stripes::new(blob, 0..size, STRIPE, AHEAD, ahead.stripes.clone(), stats);
+    let mut stripes = Stripes::new(origin, 0..size, STRIPE, AHEAD, ahead.stripes.clone());
     // What is wrong with the blob as a whole shows here.
     stripes.advance().await?;
     Ok(stripes.into_stream())
 }
 
-/// Reads a range of `blob` in at most `parts` parts at a time.
+/// Reads a range of a blob in at most `parts` parts at a time.
 pub(super) async fn read_range(
-    blob: Arc<dyn BlobSource>,
+    origin: Origin,
     range: Range<u64>,
     parts: u64,
     ahead: &Ahead,
-    stats: Arc<LayerStats>,
 ) -> Result<ByteStream, BlobError> {
     let parts = parts.min(1 + ahead.parts.available_permits() as u64);
     if parts == 1 {
-        stats.request();
-        return blob.read(range).await;
+        return origin.read(range).await;
     }
     let part = (range.end - range.start).div_ceil(parts).min(STRIPE);
-    let mut stripes = Stripes::new(blob, range, part, parts as usize - 1, ahead.parts.clone(), stats);
+    let mut stripes = Stripes::new(origin, range, part, parts as usize - 1, ahead.parts.clone());
     let first = stripes.next_range();
     stripes.look_ahead();
     stripes.open(first).await?;
@@ -97,7 +98,7 @@ pub(super) async fn read_range(
 }
 
 struct Stripes {
-    blob: Arc<dyn BlobSource>,
+    origin: Origin,
     stripe: u64,
     end: u64,
     /// Whether the server can be asked for all of it without ranges.
@@ -107,11 +108,18 @@ struct Stripes {
     /// asked for up to here.
     asked: u64,
     first: Receiving,
+    /// Where the first stripe ends.
+    first_end: u64,
+    /// Where it was asked for once more.
+    reopened: Option<u64>,
     queue: VecDeque<Stripe>,
     tasks: JoinSet<()>,
     most_ahead: usize,
     ahead: Arc<Semaphore>,
-    stats: Arc<LayerStats>,
+    /// Nothing is fetched ahead, because the first stripe is too slow.
+    narrow: bool,
+    /// How long was waited for how many bytes, since the last look.
+    pace: (Duration, u64),
 }
 
 enum Receiving {
@@ -122,32 +130,30 @@ enum Receiving {
 
 /// A stripe that waits for its turn.
 struct Stripe {
+    end: u64,
+    task: AbortHandle,
     chunks: mpsc::UnboundedReceiver<Result<Bytes, BlobError>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Stripes {
-    fn new(
-        blob: Arc<dyn BlobSource>,
-        range: Range<u64>,
-        stripe: u64,
-        most_ahead: usize,
-        ahead: Arc<Semaphore>,
-        stats: Arc<LayerStats>,
-    ) -> Self {
+    fn new(origin: Origin, range: Range<u64>, stripe: u64, most_ahead: usize, ahead: Arc<Semaphore>) -> Self {
         Self {
             stripe,
             position: range.start,
             asked: range.start,
             end: range.end,
-            is_whole: range == (0..blob.size()),
+            is_whole: range == (0..origin.blob.size()),
             first: Receiving::Direct(stream::empty().boxed()),
+            first_end: range.start,
+            reopened: None,
             queue: VecDeque::new(),
             tasks: JoinSet::new(),
-            blob,
+            origin,
             most_ahead,
             ahead,
-            stats,
+            narrow: false,
+            pace: (Duration::ZERO, 0),
         }
     }
 
@@ -162,18 +168,22 @@ impl Stripes {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
         while self.position < self.end {
             self.look_ahead();
+            let start = Instant::now();
             let received = match &mut self.first {
                 Receiving::Direct(stream) => stream.next().await,
                 Receiving::Kept(chunks) => chunks.recv().await,
             };
             match received {
                 Some(Ok(bytes)) => {
+                    self.paced(start.elapsed(), bytes.len() as u64);
                     self.position += bytes.len() as u64;
                     return Ok(Some(bytes));
                 }
                 Some(Err(BlobError::RangeUnsupported { .. })) if self.is_whole => self.start_over().await?,
                 Some(Err(error)) => return Err(error),
-                None => self.advance().await?,
+                None if self.position == self.first_end => self.advance().await?,
+                // What received this stripe has ended without an error, and without all of it.
+                None => self.reopen().await?,
             }
         }
         Ok(None)
@@ -183,6 +193,7 @@ impl Stripes {
     async fn advance(&mut self) -> Result<(), BlobError> {
         if let Some(stripe) = self.queue.pop_front() {
             self.first = Receiving::Kept(stripe.chunks);
+            self.first_end = stripe.end;
             return Ok(());
         }
         let range = self.next_range();
@@ -192,10 +203,44 @@ impl Stripes {
         }
     }
 
+    /// Asks for what is missing of the first stripe. That brings something, or it is an error.
+    async fn reopen(&mut self) -> Result<(), BlobError> {
+        if self.reopened == Some(self.position) {
+            return Err(BlobError::Protocol {
+                host: "the source".to_owned(),
+                what: format!("blob {}", self.origin.blob.digest()),
+                detail: format!("the bytes end at offset {}", self.position),
+                transient: true,
+            });
+        }
+        self.reopened = Some(self.position);
+        self.open(self.position..self.first_end).await
+    }
+
     async fn open(&mut self, range: Range<u64>) -> Result<(), BlobError> {
-        self.stats.request();
-        self.first = Receiving::Direct(self.blob.read(range).await?);
+        self.first_end = range.end;
+        self.first = Receiving::Direct(self.origin.read(range).await?);
         Ok(())
+    }
+
+    /// So many bytes of the first stripe came after this time.
+    fn paced(&mut self, waited: Duration, bytes: u64) {
+        self.pace.0 += waited;
+        self.pace.1 += bytes;
+        if self.pace.0 < LOOK {
+            return;
+        }
+        let rate = self.pace.1 as f64 / self.pace.0.as_secs_f64();
+        self.pace = (Duration::ZERO, 0);
+        if rate >= WIDE {
+            self.narrow = false;
+        } else if rate < NARROW && !self.narrow {
+            self.narrow = true;
+            for stripe in self.queue.drain(..) {
+                stripe.task.abort();
+            }
+            self.asked = self.first_end;
+        }
     }
 
     fn next_range(&mut self) -> Range<u64> {
@@ -205,15 +250,21 @@ impl Stripes {
 
     /// Asks for as many stripes as may be ahead.
     fn look_ahead(&mut self) {
-        while self.asked < self.end
+        // A task that ended and was not taken note of would be kept as long as the stream.
+        while self.tasks.try_join_next().is_some() {}
+        while !self.narrow
+            && self.asked < self.end
             && self.queue.len() < self.most_ahead
             && let Ok(permit) = self.ahead.clone().try_acquire_owned()
         {
             let range = self.next_range();
             let (sender, chunks) = mpsc::unbounded_channel();
-            self.stats.request();
-            self.tasks.spawn(receive(self.blob.clone(), range, sender));
+            let end = range.end;
+            self.origin.stats.request();
+            let task = self.tasks.spawn(receive(self.origin.clone(), range, sender));
             self.queue.push_back(Stripe {
+                end,
+                task,
                 chunks,
                 _permit: permit,
             });
@@ -225,8 +276,8 @@ impl Stripes {
         self.queue.clear();
         self.tasks.abort_all();
         self.asked = self.end;
-        self.stats.request();
-        let stream = self.blob.read(0..self.end).await?;
+        self.first_end = self.end;
+        let stream = self.origin.read(0..self.end).await?;
         let mut skip = self.position;
         let rest = stream.filter_map(move |bytes| {
             let rest = bytes.map(|mut bytes| {
@@ -244,8 +295,8 @@ impl Stripes {
 }
 
 /// Receives a stripe, until nobody wants it any more.
-async fn receive(blob: Arc<dyn BlobSource>, range: Range<u64>, kept: mpsc::UnboundedSender<Result<Bytes, BlobError>>) {
-    let mut stream = match blob.read(range).await {
+async fn receive(origin: Origin, range: Range<u64>, kept: mpsc::UnboundedSender<Result<Bytes, BlobError>>) {
+    let mut stream = match origin.read_counted(range).await {
         Ok(stream) => stream,
         Err(error) => return drop(kept.send(Err(error))),
     };
@@ -257,182 +308,4 @@ async fn receive(blob: Arc<dyn BlobSource>, range: Range<u64>, kept: mpsc::Unbou
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    use async_trait::async_trait;
-    use futures::TryStreamExt as _;
-
-    use super::*;
-    use crate::blob::Link;
-    use crate::oci::Digest;
-
-    /// Bytes far away, in pieces; how many readings were under way at once.
-    #[derive(Debug)]
-    struct Far {
-        digest: Digest,
-        bytes: Bytes,
-        /// Offset from which on it has no ranges.
-        ranges_until: u64,
-        open: Arc<AtomicUsize>,
-        most: Arc<AtomicUsize>,
-    }
-
-    struct Opened(Arc<AtomicUsize>);
-
-    impl Drop for Opened {
-        fn drop(&mut self) {
-            self.0.fetch_sub(1, Ordering::SeqCst);
-        }
-    }
-
-    impl Far {
-        fn new(size: usize, ranges_until: u64) -> Self {
-            let bytes: Bytes = (0..size).map(|i| (i / 7 + i / 65_537) as u8).collect();
-            Self {
-                digest: Digest::of(&bytes),
-                bytes,
-                ranges_until,
-                open: Arc::default(),
-                most: Arc::default(),
-            }
-        }
-    }
-
-    #[async_trait]
-    impl BlobSource for Far {
-        fn digest(&self) -> &Digest {
-            &self.digest
-        }
-
-        fn size(&self) -> u64 {
-            self.bytes.len() as u64
-        }
-
-        async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
-            if range.start >= self.ranges_until {
-                return Err(BlobError::RangeUnsupported {
-                    host: "far".into(),
-                    what: "it".into(),
-                });
-            }
-            let opened = Opened(self.open.clone());
-            let now = self.open.fetch_add(1, Ordering::SeqCst) + 1;
-            self.most.fetch_max(now, Ordering::SeqCst);
-            let bytes = self.bytes.slice(range.start as usize..range.end as usize);
-            let pieces = stream::unfold((bytes, opened), |(mut rest, opened)| async move {
-                tokio::task::yield_now().await;
-                let piece = rest.split_to(rest.len().min(100_000));
-                (!piece.is_empty()).then_some((Ok(piece), (rest, opened)))
-            });
-            Ok(pieces.boxed())
-        }
-
-        fn link(&self) -> Link {
-            Link {
-                rtt: Some(Duration::from_millis(20)),
-                bandwidth: None,
-                warm: 0,
-            }
-        }
-    }
-
-    async fn read_all(blob: &Arc<Far>) -> (Vec<u8>, u64) {
-        let stats = Arc::new(LayerStats::new(blob.size()));
-        let ahead = Ahead::default();
-        let stream = read(blob.clone(), &ahead, stats.clone()).await.unwrap();
-        let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
-        assert_eq!(ahead.stripes.available_permits(), AHEAD);
-        (chunks.concat(), stats.requests())
-    }
-
-    #[tokio::test]
-    async fn bytes_come_in_order_and_several_stripes_at_once() {
-        let blob = Arc::new(Far::new(SMALLEST as usize + STRIPE as usize + 12_345, u64::MAX));
-        let (bytes, requests) = read_all(&blob).await;
-        assert!(bytes == blob.bytes);
-        assert_eq!(requests, blob.size().div_ceil(STRIPE));
-        assert_eq!(blob.most.load(Ordering::SeqCst), 1 + AHEAD, "the first and those ahead");
-    }
-
-    #[tokio::test]
-    async fn a_server_without_ranges_is_asked_for_the_whole() {
-        for ranges_until in [1, STRIPE + 1, 3 * STRIPE] {
-            let blob = Arc::new(Far::new(SMALLEST as usize + 1, ranges_until));
-            let (bytes, _) = read_all(&blob).await;
-            assert!(bytes == blob.bytes, "{ranges_until}");
-        }
-    }
-
-    #[tokio::test]
-    async fn what_is_under_way_ends_with_the_stream() {
-        let blob = Arc::new(Far::new(SMALLEST as usize + STRIPE as usize, u64::MAX));
-        let stats = Arc::new(LayerStats::new(blob.size()));
-        let ahead = Ahead::default();
-        let mut stream = read(blob.clone(), &ahead, stats).await.unwrap();
-        stream.next().await.unwrap().unwrap();
-        assert!(ahead.stripes.available_permits() < AHEAD);
-        drop(stream);
-        while blob.open.load(Ordering::SeqCst) > 0 {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(ahead.stripes.available_permits(), AHEAD);
-    }
-
-    #[tokio::test]
-    async fn all_parts_of_a_range_are_asked_for_at_once_as_far_as_there_is_room() {
-        let blob = Arc::new(Far::new(1_000_000, u64::MAX));
-        let stats = Arc::new(LayerStats::new(blob.size()));
-        let ahead = Ahead::default();
-        let mut streams = Vec::new();
-        for requests in [10, 20, 27, 28] {
-            streams.push(
-                read_range(blob.clone(), 1_000..201_234, 10, &ahead, stats.clone())
-                    .await
-                    .unwrap(),
-            );
-            assert_eq!(stats.requests(), requests);
-        }
-        for stream in streams {
-            let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
-            assert!(chunks.concat() == blob.bytes[1_000..201_234]);
-        }
-        assert_eq!(ahead.parts.available_permits(), PARTS);
-    }
-
-    #[tokio::test]
-    async fn of_a_long_range_no_more_than_a_few_stripes_are_ahead() {
-        let blob = Arc::new(Far::new(20 * STRIPE as usize, u64::MAX));
-        let stats = Arc::new(LayerStats::new(blob.size()));
-        let ahead = Ahead::default();
-        let mut stream = read_range(blob.clone(), 5..blob.size(), 4, &ahead, stats.clone())
-            .await
-            .unwrap();
-        assert_eq!(stats.requests(), 4);
-        let first = stream.next().await.unwrap().unwrap();
-        while blob.open.load(Ordering::SeqCst) > 1 {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(stats.requests(), 4, "those ahead have come and wait for their turn");
-        let rest: Vec<Bytes> = stream.try_collect().await.unwrap();
-        assert!([first].concat() == blob.bytes[5..][..100_000] && rest.concat() == blob.bytes[100_005..]);
-        assert_eq!((stats.requests(), ahead.parts.available_permits()), (20, PARTS));
-    }
-
-    #[tokio::test]
-    async fn a_part_that_fails_ends_the_range() {
-        let blob = Arc::new(Far::new(1_000_000, 500_000));
-        let stats = Arc::new(LayerStats::new(blob.size()));
-        let stream = read_range(blob.clone(), 1..1_000_000, 4, &Ahead::default(), stats)
-            .await
-            .unwrap();
-        let result: Result<Vec<Bytes>, BlobError> = stream.try_collect().await;
-        assert!(matches!(result, Err(BlobError::RangeUnsupported { .. })));
-    }
-
-    #[tokio::test]
-    async fn a_small_blob_is_one_request() {
-        let blob = Arc::new(Far::new(STRIPE as usize, u64::MAX));
-        assert_eq!(read_all(&blob).await, (blob.bytes.to_vec(), 1));
-    }
-}
+mod tests;

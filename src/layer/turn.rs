@@ -28,11 +28,15 @@ pub(super) struct Turn {
 
 impl Turn {
     /// Waits until no other process streams the layer; nothing if one has it and does not get on.
-    pub(super) async fn wait(dir: &LayerDir) -> Result<Option<Self>, StoreError> {
-        Self::wait_patiently(dir, PATIENCE).await
+    pub(super) async fn wait(dir: &LayerDir, stats: &LayerStats) -> Result<Option<Self>, StoreError> {
+        stats.waiting(Self::wait_patiently(dir, stats, PATIENCE)).await
     }
 
-    async fn wait_patiently(dir: &LayerDir, patience: Duration) -> Result<Option<Self>, StoreError> {
+    async fn wait_patiently(
+        dir: &LayerDir,
+        stats: &LayerStats,
+        patience: Duration,
+    ) -> Result<Option<Self>, StoreError> {
         let mut file = dir.lock_file()?;
         let mut seen = (modified(&file), Instant::now());
         loop {
@@ -46,6 +50,7 @@ impl Turn {
             let now = modified(&file);
             if now != seen.0 {
                 seen = (now, Instant::now());
+                stats.beat();
             } else if seen.1.elapsed() > patience {
                 let dir = dir.path().display();
                 tracing::warn!(%dir, "another process streams this layer and does not get on, streaming it here too");
@@ -55,8 +60,14 @@ impl Turn {
         }
     }
 
-    /// Does `work` while showing others that it gets on: as long as it queues for its start, or receives bytes.
-    pub(super) async fn take<T>(self, stats: &LayerStats, work: impl Future<Output = T>) -> T {
+    /// Does `work` while showing others that it gets on: as long as it queues for its start, receives bytes at a useful rate
+    /// (so many a second), or works on what it has.
+    pub(super) async fn take<T>(
+        self,
+        stats: &LayerStats,
+        useful_rate: impl Fn() -> f64,
+        work: impl Future<Output = T>,
+    ) -> T {
         let mut work = std::pin::pin!(work);
         let mut beat = tokio::time::interval(BEAT);
         let (start, mut before) = (stats.requests(), stats.fetched());
@@ -65,7 +76,9 @@ impl Turn {
                 result = &mut work => return result,
                 _ = beat.tick() => {
                     let fetched = stats.fetched();
-                    if (fetched != before || stats.requests() == start)
+                    let came = (fetched - before) as f64;
+                    let useful = came >= useful_rate() * BEAT.as_secs_f64() || stats.is_working();
+                    if (useful || stats.requests() == start)
                         && let Err(error) = self.lock.set_modified(SystemTime::now())
                     {
                         tracing::debug!(%error, "cannot show progress to other processes");
@@ -91,15 +104,15 @@ mod tests {
     async fn turns_are_taken_one_after_the_other() {
         let dir = tempfile::tempdir().unwrap();
         let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
-        let first = Turn::wait(&layer).await.unwrap().unwrap();
+        let first = Turn::wait(&layer, &LayerStats::new(1)).await.unwrap().unwrap();
         let stats = LayerStats::new(1);
         let order = std::sync::Mutex::new(Vec::new());
-        let working = first.take(&stats, async {
+        let working = first.take(&stats, || 1.0, async {
             tokio::time::sleep(5 * LOOK).await;
             order.lock().unwrap().push("first");
         });
         let waiting = async {
-            assert!(Turn::wait(&layer).await.unwrap().is_some());
+            assert!(Turn::wait(&layer, &LayerStats::new(1)).await.unwrap().is_some());
             order.lock().unwrap().push("second");
         };
         tokio::join!(working, waiting);
@@ -110,8 +123,10 @@ mod tests {
     async fn a_process_that_shows_nothing_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
-        let _hanging = Turn::wait(&layer).await.unwrap().unwrap();
-        let waited = Turn::wait_patiently(&layer, 3 * LOOK).await.unwrap();
+        let _hanging = Turn::wait(&layer, &LayerStats::new(1)).await.unwrap().unwrap();
+        let waited = Turn::wait_patiently(&layer, &LayerStats::new(1), 3 * LOOK)
+            .await
+            .unwrap();
         assert!(waited.is_none());
     }
 
@@ -119,9 +134,9 @@ mod tests {
     async fn a_deleted_lock_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let layer = Store::open(dir.path()).unwrap().layer(&Digest::of(b"x")).unwrap();
-        let old = Turn::wait(&layer).await.unwrap().unwrap();
+        let old = Turn::wait(&layer, &LayerStats::new(1)).await.unwrap().unwrap();
         let waiting = async {
-            let turn = Turn::wait(&layer).await.unwrap().unwrap();
+            let turn = Turn::wait(&layer, &LayerStats::new(1)).await.unwrap().unwrap();
             assert!(layer.is_lock_file(&turn.lock));
         };
         let deleting = async {

@@ -1,0 +1,224 @@
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use futures::TryStreamExt as _;
+
+use super::*;
+use crate::oci::Digest;
+
+const SIZE: usize = 400_000;
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    /// All of it at once.
+    Good,
+    /// So many bytes, and then nothing more.
+    Stalls(usize),
+    /// So many bytes each tenth of a second.
+    Slow(usize),
+    /// No answer.
+    Silent,
+    Fails,
+}
+
+/// A blob whose requests are answered by plan, the last answer for ever.
+#[derive(Debug)]
+struct Planned {
+    digest: Digest,
+    bytes: Bytes,
+    answers: Mutex<VecDeque<Answer>>,
+    asked: Mutex<Vec<(Range<u64>, bool)>>,
+    link: Mutex<Link>,
+}
+
+impl Planned {
+    fn new(answers: &[Answer]) -> Arc<Self> {
+        let bytes: Bytes = (0..SIZE).map(|i| (i / 7 + i / 65_537) as u8).collect();
+        Arc::new(Self {
+            digest: Digest::of(&bytes),
+            bytes,
+            answers: Mutex::new(answers.iter().copied().collect()),
+            asked: Mutex::default(),
+            link: Mutex::new(Link {
+                id: LinkId(1),
+                rtt: Some(Duration::from_millis(20)),
+                bandwidth: Some(25e6),
+                warm: 0,
+                streams: 1,
+                resting: false,
+            }),
+        })
+    }
+
+    async fn answer(&self, range: Range<u64>, apart: bool) -> Result<ByteStream, BlobError> {
+        self.asked.lock().unwrap().push((range.clone(), apart));
+        let answer = {
+            let mut answers = self.answers.lock().unwrap();
+            match answers.len() {
+                1 => answers[0],
+                _ => answers.pop_front().unwrap(),
+            }
+        };
+        let bytes = self.bytes.slice(range.start as usize..range.end as usize);
+        let pieces = |bytes: Bytes, size: usize, pause: Duration| {
+            stream::unfold(bytes, move |mut rest| async move {
+                tokio::time::sleep(pause).await;
+                let piece = rest.split_to(rest.len().min(size));
+                (!piece.is_empty()).then_some((Ok(piece), rest))
+            })
+        };
+        Ok(match answer {
+            Answer::Good => pieces(bytes, 100_000, Duration::ZERO).boxed(),
+            Answer::Stalls(after) => {
+                let some = bytes.slice(..after.min(bytes.len()));
+                pieces(some, 10_000, Duration::ZERO).chain(stream::pending()).boxed()
+            }
+            Answer::Slow(size) => pieces(bytes, size, Duration::from_millis(100)).boxed(),
+            Answer::Silent => std::future::pending().await,
+            Answer::Fails => {
+                return Err(BlobError::Unreachable {
+                    host: "far".into(),
+                    reason: "reset".into(),
+                });
+            }
+        })
+    }
+
+    fn asked(&self) -> Vec<(Range<u64>, bool)> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+#[async_trait]
+impl BlobSource for Planned {
+    fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    fn size(&self) -> u64 {
+        SIZE as u64
+    }
+
+    async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
+        self.answer(range, false).await
+    }
+
+    async fn read_apart(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
+        self.answer(range, true).await
+    }
+
+    fn link(&self) -> Link {
+        *self.link.lock().unwrap()
+    }
+}
+
+fn origin(blob: &Arc<Planned>) -> Origin {
+    Origin {
+        blob: blob.clone(),
+        lanes: Arc::default(),
+        stats: Arc::new(LayerStats::new(SIZE as u64)),
+        patient: false,
+    }
+}
+
+/// Reads a range, which must come right, and how long that took by the clock of the test.
+async fn read(origin: &Origin, blob: &Planned, range: Range<u64>) -> Duration {
+    let start = tokio::time::Instant::now();
+    let stream = origin.read(range.clone()).await.unwrap();
+    let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
+    assert!(chunks.concat() == blob.bytes[range.start as usize..range.end as usize]);
+    assert_eq!(origin.lanes.load().hedges, 0);
+    start.elapsed()
+}
+
+#[tokio::test]
+async fn what_comes_well_is_asked_for_once() {
+    // Also if it takes a while: 50 kB in each tenth of a second.
+    for answer in [Answer::Good, Answer::Slow(50_000)] {
+        let blob = Planned::new(&[answer]);
+        let origin = origin(&blob);
+        read(&origin, &blob, 5..SIZE as u64).await;
+        assert_eq!(blob.asked(), [(5..SIZE as u64, false)]);
+        assert_eq!(origin.stats.hedges(), 0);
+    }
+}
+
+#[tokio::test]
+async fn what_stalls_comes_over_another_connection() {
+    for answer in [
+        Answer::Stalls(30_000),
+        Answer::Stalls(0),
+        Answer::Silent,
+        Answer::Slow(100),
+    ] {
+        let blob = Planned::new(&[answer, Answer::Good]);
+        let origin = origin(&blob);
+        let took = read(&origin, &blob, 1_000..SIZE as u64).await;
+        assert!(took < Duration::from_secs(3), "{answer:?}: {took:?}");
+        let asked = blob.asked();
+        assert_eq!(asked.len(), 2, "{answer:?}");
+        let ((rest, apart), at) = (asked[1].clone(), asked[0].0.start);
+        assert!(
+            apart && rest.start >= at && rest.end == SIZE as u64,
+            "{answer:?}: {rest:?}"
+        );
+        assert_eq!(origin.stats.hedges(), 1);
+        // It was of use, so there may be more.
+        assert!(origin.lanes.hedge(LinkId(1)).is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_second_connection_that_stalls_too_is_replaced() {
+    let blob = Planned::new(&[Answer::Stalls(10_000), Answer::Stalls(100_000), Answer::Good]);
+    let origin = origin(&blob);
+    read(&origin, &blob, 0..SIZE as u64).await;
+    assert_eq!(blob.asked().last().unwrap().0.start, 110_000);
+    // One that brings next to nothing is no better than the first, and the next try waits a while.
+    let blob = Planned::new(&[Answer::Stalls(10_000), Answer::Slow(50), Answer::Good]);
+    let origin = self::origin(&blob);
+    read(&origin, &blob, 0..SIZE as u64).await;
+    assert_eq!(blob.asked().len(), 3);
+}
+
+#[tokio::test]
+async fn a_second_request_that_is_slower_or_fails_hurts_nobody() {
+    for second in [Answer::Silent, Answer::Fails, Answer::Slow(10)] {
+        let blob = Planned::new(&[Answer::Slow(1_000), second]);
+        let origin = origin(&blob);
+        let end = 20_000;
+        read(&origin, &blob, 0..end).await;
+        assert_eq!(blob.asked().len(), 2, "{second:?}");
+        assert!(origin.lanes.hedge(LinkId(1)).is_none(), "{second:?}: not again soon");
+    }
+}
+
+#[tokio::test]
+async fn the_error_of_the_last_request_is_the_error() {
+    let blob = Planned::new(&[Answer::Fails]);
+    assert!(origin(&blob).read(0..10).await.is_err());
+}
+
+#[tokio::test]
+async fn a_patient_reading_asks_until_it_has_the_bytes() {
+    let blob = Planned::new(&[Answer::Fails, Answer::Fails, Answer::Good]);
+    let origin = Origin {
+        patient: true,
+        ..origin(&blob)
+    };
+    read(&origin, &blob, 10..SIZE as u64).await;
+    assert_eq!(blob.asked().len(), 3);
+    assert_eq!(origin.stats.trouble(), None, "it is over");
+}
+
+#[tokio::test]
+async fn nothing_is_asked_twice_of_a_server_that_wants_to_be_left_alone() {
+    let blob = Planned::new(&[Answer::Silent, Answer::Good]);
+    blob.link.lock().unwrap().resting = true;
+    let origin = origin(&blob);
+    let waiting = tokio::time::timeout(Duration::from_millis(2_500), origin.read(0..10));
+    assert!(waiting.await.is_err());
+    assert_eq!(blob.asked().len(), 1);
+}
