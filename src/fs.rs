@@ -6,6 +6,7 @@
 //! Inode numbers are the EROFS nids of the tree, so they are the same on every host and after every remount, and there is no
 //! lookup count to keep.
 
+mod asked;
 pub mod error;
 mod latency;
 
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use error::{Errno, FsError, ToErrno};
 pub use latency::{ReadStatus, Reads};
+
+use self::asked::Asked;
 
 use crate::erofs::{FileType, Inode, Mapping, Nid};
 use crate::image::Image;
@@ -56,15 +59,18 @@ pub struct FsStat {
 pub struct ImageFs {
     image: Arc<Image>,
     timeout: Option<Duration>,
+    asked: Arc<Asked>,
     reads: Arc<Reads>,
 }
 
 impl ImageFs {
-    /// Serves `image`; a read that waits longer than `timeout` fails (never, if there is none).
+    /// Serves `image`. A read that waits longer than `timeout` fails (never, if there is none), and so do others of the same
+    /// bytes right after it: the kernel repeats what failed.
     pub fn new(image: Arc<Image>, timeout: Option<Duration>) -> Self {
         Self {
             image,
             timeout,
+            asked: Arc::default(),
             reads: Arc::default(),
         }
     }
@@ -144,11 +150,6 @@ impl ImageFs {
         self.image.tree().has_any_xattr()
     }
 
-    /// Whether any inode has an access control list; if not, modes and owners decide everything.
-    pub fn has_acls(&self) -> bool {
-        self.image.tree().has_any_acl()
-    }
-
     /// Size of the file system.
     pub fn stat(&self) -> FsStat {
         let tree = self.image.tree();
@@ -190,6 +191,28 @@ impl ImageFs {
 
     /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
+        let Some(timeout) = self.timeout else {
+            return self.read_until(None, ino, offset, size).await;
+        };
+        let bytes = offset..offset.saturating_add(size as u64);
+        let wait = self.asked.wait(ino, bytes, timeout, Instant::now());
+        if wait.is_over() {
+            return Err(FsError::Timeout { timeout });
+        }
+        let result = self.read_until(Some(wait.deadline), ino, offset, size).await;
+        if result.is_err() {
+            self.asked.failed(wait, Instant::now());
+        }
+        result
+    }
+
+    async fn read_until(
+        &self,
+        deadline: Option<Instant>,
+        ino: Nid,
+        offset: u64,
+        size: usize,
+    ) -> Result<Vec<u8>, FsError> {
         let waiting = self.reads.wait();
         let mut reading = std::pin::pin!(self.read_waiting(ino, offset, size));
         // What the reader waits for is asked for first, then what may be loaded with it.
@@ -199,11 +222,14 @@ impl ImageFs {
         if offset == 0 {
             self.image.started(ino);
         }
-        let result = match self.timeout {
+        let late = FsError::Timeout {
+            timeout: self.timeout.unwrap_or_default(),
+        };
+        let result = match deadline {
             None => reading.await,
-            Some(timeout) => tokio::time::timeout(timeout, reading)
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), reading)
                 .await
-                .unwrap_or(Err(FsError::Timeout { timeout })),
+                .unwrap_or(Err(late)),
         };
         tracing::debug!(
             ino = ino.0,

@@ -30,6 +30,15 @@ pub enum FsError {
     /// Something without content was read.
     #[error("is not a regular file")]
     NotAFile,
+    /// The image is being prepared, and that does not come on.
+    #[error("nothing useful of the image came within {}s", timeout.as_secs_f32())]
+    Stalled {
+        /// How long one waited.
+        timeout: Duration,
+    },
+    /// A signal ended the wait.
+    #[error("interrupted")]
+    Interrupted,
     /// The image could not be made readable at all.
     #[error("{reason}")]
     Failed {
@@ -61,6 +70,9 @@ impl ToErrno for FsError {
             },
             Self::Layer(error) => error.errno(),
             Self::Timeout { .. } => Errno::ETIMEDOUT,
+            // As when an image cannot be prepared at all: for a program it is the same.
+            Self::Stalled { .. } => Errno::EIO,
+            Self::Interrupted => Errno::EINTR,
             Self::IsDirectory => Errno::EISDIR,
             Self::NotAFile => Errno::EINVAL,
             Self::Failed { .. } => Errno::EIO,
