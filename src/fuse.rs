@@ -5,10 +5,12 @@
 //! RELEASE, FLUSH at all and keeps pages and directories cached. Hits are answered on the thread that took the request; a
 //! read that has to wait becomes a task that answers later, so waiting reads never hold up others.
 //!
-//! The session starts only when the tree is ready. Until then requests wait inside the kernel, where a fatal signal can still
-//! end the waiting process; once a request was handed to a server that cannot handle INTERRUPT, it could not.
+//! The session starts when the tree is ready, or when preparing it does not come on. Until then requests wait inside the
+//! kernel, where a fatal signal ends the waiting process at once. Once a request was handed over, [`watch`] looks after that.
 
 mod attr;
+mod served;
+mod watch;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -25,6 +27,9 @@ use fuser::{
 };
 use tokio::runtime::Handle;
 
+pub use served::{Served, Stage};
+
+use self::watch::Watch;
 use crate::erofs::Nid;
 use crate::fs::{FsError, ImageFs, ToErrno as _};
 
@@ -32,8 +37,9 @@ use crate::fs::{FsError, ImageFs, ToErrno as _};
 const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 /// A READ of the kernel is at most this long; one page array (fs.fuse.max_pages_limit) is 1 MiB.
 const MAX_READ: u32 = 1 << 20;
-/// Readahead requests in flight. Each may wait for the network, so more than fuse's default of 12.
-const MAX_BACKGROUND: u16 = 64;
+/// Readahead requests in flight. Each may wait for the network, and what is beyond waits inside the kernel without a deadline:
+/// so as many as there can be readers who wait.
+const MAX_BACKGROUND: u16 = 512;
 /// Threads taking requests. One is woken on the other CPU for each request, which costs more than serving it; several
 /// find one still awake.
 const THREADS: usize = 8;
@@ -43,94 +49,95 @@ const THREADS: usize = 8;
 pub enum Access {
     /// Everybody, as modes and owners allow.
     Everybody,
-    /// Only the user who mounted, as modes and owners allow.
+    /// Only the user who mounted.
     Owner,
-    /// Only the user who mounted, who may read everything.
-    OwnerWithoutCheck,
-}
-
-impl Access {
-    /// The part that fuser decides.
-    fn session(self) -> SessionACL {
-        match self {
-            Self::Everybody => SessionACL::All,
-            Self::Owner | Self::OwnerWithoutCheck => SessionACL::Owner,
-        }
-    }
-
-    /// What the kernel can decide of it besides modes and owners, for a tree that has access control lists or not.
-    ///
-    /// Either flag makes the kernel check permissions, which a mount without check must not have. Lists are looked up for each
-    /// inode once, which costs a round trip, so they are asked for only where there are some.
-    fn flags(self, has_acls: bool) -> InitFlags {
-        let acl = if has_acls {
-            InitFlags::FUSE_POSIX_ACL
-        } else {
-            InitFlags::empty()
-        };
-        match self {
-            // Nobody but the owner's user id passes in a private mount, and an ID-mapped one has others.
-            Self::Everybody => acl | InitFlags::FUSE_ALLOW_IDMAP,
-            Self::Owner => acl,
-            Self::OwnerWithoutCheck => InitFlags::empty(),
-        }
-    }
-}
-
-/// What is served: the image, or an error for everything after the image could not be prepared.
-#[derive(Debug, Clone)]
-pub enum Served {
-    /// The image.
-    Image(ImageFs),
-    /// EIO for every request.
-    Failed(Arc<FsError>),
 }
 
 /// Serves requests from `fuse` (an open /dev/fuse that is mounted) until it is unmounted. Blocks.
 /// `runtime` runs the reads that have to wait.
-pub fn serve(fuse: OwnedFd, access: Access, served: Served, runtime: Handle) -> io::Result<()> {
+pub fn serve(fuse: OwnedFd, access: Access, served: Arc<Served>, runtime: Handle) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
-    config.acl = access.session();
-    let adapter = Adapter {
-        served,
-        access,
-        runtime,
+    config.acl = match access {
+        Access::Everybody => SessionACL::All,
+        Access::Owner => SessionACL::Owner,
     };
-    Session::from_fd(adapter, fuse, config.acl, config)?.run()
+    let watch: Arc<Watch> = Arc::default();
+    let watching = runtime.spawn(watch.clone().run());
+    let adapter = Adapter { served, watch, runtime };
+    let result = Session::from_fd(adapter, fuse, config.acl, config).and_then(Session::run);
+    watching.abort();
+    result
 }
 
 #[derive(Debug)]
 struct Adapter {
-    served: Served,
-    access: Access,
+    served: Arc<Served>,
+    watch: Arc<Watch>,
     runtime: Handle,
 }
 
+/// A reply that can be an error: all of them.
+trait Refuse: Send + 'static {
+    fn refuse(self, errno: Errno);
+}
+
+macro_rules! refuse {
+    ($($reply:ty),*) => {
+        $(impl Refuse for $reply {
+            fn refuse(self, errno: Errno) {
+                self.error(errno);
+            }
+        })*
+    };
+}
+
+refuse!(
+    ReplyAttr,
+    ReplyData,
+    ReplyDirectory,
+    ReplyDirectoryPlus,
+    ReplyEmpty,
+    ReplyEntry,
+    ReplyStatfs,
+    ReplyXattr
+);
+
 impl Adapter {
-    fn fs(&self) -> Result<&ImageFs, Errno> {
-        match &self.served {
-            Served::Image(fs) => Ok(fs),
-            Served::Failed(error) => Err(errno(error)),
+    /// Answers from the image: at once if it is here, else when it is.
+    fn answer<R: Refuse>(&self, request: &Request, reply: R, answer: impl FnOnce(&ImageFs, R) + Send + 'static) {
+        if let Some(fs) = self.served.ready() {
+            return answer(fs, reply);
         }
+        let (served, mut watched) = (self.served.clone(), self.watch.add(request.pid()));
+        self.runtime.spawn(async move {
+            let image = tokio::select! {
+                biased;
+                image = served.image() => image,
+                () = watched.interrupted() => Err(Arc::new(FsError::Interrupted)),
+            };
+            match image {
+                Ok(fs) => answer(&fs, reply),
+                // Who prepares the image has said why.
+                Err(error) => reply.refuse(errno(&error)),
+            }
+        });
     }
+}
 
-    /// FUSE calls the root 1; no other inode has that number, because the superblock lies there.
-    fn nid(&self, fs: &ImageFs, ino: INodeNo) -> Nid {
-        if ino == INodeNo::ROOT { fs.root() } else { Nid(ino.0) }
-    }
+/// FUSE calls the root 1; no other inode has that number, because the superblock lies there.
+fn nid(fs: &ImageFs, ino: INodeNo) -> Nid {
+    if ino == INodeNo::ROOT { fs.root() } else { Nid(ino.0) }
+}
 
-    fn lookup_attr(&self, parent: INodeNo, name: &OsStr) -> Result<Option<fuser::FileAttr>, Errno> {
-        let fs = self.fs()?;
-        let found = fs.lookup(self.nid(fs, parent), name.as_bytes());
-        Ok(found.map_err(report)?.map(|a| attr::to_fuse(fs, &a)))
-    }
+fn lookup_attr(fs: &ImageFs, parent: INodeNo, name: &OsStr) -> Result<Option<fuser::FileAttr>, Errno> {
+    let found = fs.lookup(nid(fs, parent), name.as_bytes());
+    Ok(found.map_err(report)?.map(|a| attr::to_fuse(fs, &a)))
+}
 
-    fn attr(&self, ino: INodeNo) -> Result<fuser::FileAttr, Errno> {
-        let fs = self.fs()?;
-        let found = fs.attr(self.nid(fs, ino));
-        Ok(attr::to_fuse(fs, &found.map_err(report)?))
-    }
+fn attr_of(fs: &ImageFs, ino: INodeNo) -> Result<fuser::FileAttr, Errno> {
+    let found = fs.attr(nid(fs, ino));
+    Ok(attr::to_fuse(fs, &found.map_err(report)?))
 }
 
 /// Logs an error where it leaves the program, and turns it into fuser's errno.
@@ -163,9 +170,7 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_NO_OPEN_SUPPORT
             | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
-        let has_acls = self.fs().is_ok_and(ImageFs::has_acls);
-        let wanted = wanted | self.access.flags(has_acls);
-        // Old kernels lack some: then something is slower, or an ID-mapped mount is refused.
+        // Old kernels lack some; each is only an acceleration.
         let offered = wanted & config.capabilities();
         if let Err(refused) = config.add_capabilities(offered) {
             tracing::warn!(?refused, "the kernel offers a capability and refuses it");
@@ -177,28 +182,30 @@ impl Filesystem for Adapter {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.lookup_attr(parent, name) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let name = name.to_owned();
+        self.answer(request, reply, move |fs, reply| match lookup_attr(fs, parent, &name) {
             Ok(Some(attr)) => reply.entry(&FOREVER, &attr, Generation(0)),
             // Inode 0 with a lifetime: the kernel remembers that the name is absent.
             Ok(None) => reply.entry(&FOREVER, &attr::absent(), Generation(0)),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        match self.attr(ino) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        self.answer(request, reply, move |fs, reply| match attr_of(fs, ino) {
             Ok(attr) => reply.attr(&FOREVER, &attr),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
-    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
-        let target = self.fs().and_then(|fs| fs.read_link(self.nid(fs, ino)).map_err(report));
-        match target {
-            Ok(target) => reply.data(&target),
-            Err(errno) => reply.error(errno),
-        }
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        self.answer(request, reply, move |fs, reply| {
+            match fs.read_link(nid(fs, ino)).map_err(report) {
+                Ok(target) => reply.data(&target),
+                Err(errno) => reply.error(errno),
+            }
+        });
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -215,7 +222,7 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _handle: FileHandle,
         offset: u64,
@@ -224,38 +231,32 @@ impl Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let fs = match self.fs() {
-            Ok(fs) => fs,
-            Err(errno) => return reply.error(errno),
-        };
-        let nid = self.nid(fs, ino);
-        let size = size.min(MAX_READ) as usize;
-        let missed = READ_BUFFER.with_borrow_mut(|buffer| {
-            // It only grows: clearing it again for every other read would cost as much as the copy.
-            if buffer.len() < size {
-                buffer.resize(size, 0);
-            }
-            match fs.read_local(nid, offset, &mut buffer[..size]) {
-                Ok(Some(length)) => reply.data(&buffer[..length]),
-                Ok(None) => return Some(reply),
-                Err(error) => reply.error(report(error)),
-            }
-            None
-        });
-        if let Some(reply) = missed {
+        let (watch, runtime, thread) = (self.watch.clone(), self.runtime.clone(), request.pid());
+        self.answer(request, reply, move |fs, reply| {
+            let nid = nid(fs, ino);
+            let size = size.min(MAX_READ) as usize;
+            let Some(reply) = read_at_once(fs, nid, offset, size, reply) else {
+                return;
+            };
             let fs = fs.clone();
-            self.runtime.spawn(async move {
-                match fs.read(nid, offset, size).await {
+            runtime.spawn(async move {
+                let mut watched = watch.add(thread);
+                let read = tokio::select! {
+                    biased;
+                    read = fs.read(nid, offset, size) => read,
+                    () = watched.interrupted() => Err(FsError::Interrupted),
+                };
+                match read {
                     Ok(bytes) => reply.data(&bytes),
                     Err(error) => reply.error(errno(&error)),
                 }
             });
-        }
+        });
     }
 
-    fn readdir(&self, _request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let listed = self.fs().and_then(|fs| {
-            fs.read_dir(self.nid(fs, ino), offset, |entry| {
+    fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.answer(request, reply, move |fs, mut reply| {
+            let listed = fs.read_dir(nid(fs, ino), offset, |entry| {
                 let ino = attr::fuse_ino(fs, entry.ino);
                 !reply.add(
                     ino,
@@ -263,26 +264,25 @@ impl Filesystem for Adapter {
                     attr::fuse_type(entry.file_type),
                     OsStr::from_bytes(entry.name),
                 )
-            })
-            .map_err(report)
+            });
+            match listed.map_err(report) {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            }
         });
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
     }
 
     fn readdirplus(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         _handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectoryPlus,
+        reply: ReplyDirectoryPlus,
     ) {
-        let mut failed = None;
-        let listed = self.fs().and_then(|fs| {
-            fs.read_dir(self.nid(fs, ino), offset, |entry| match fs.attr(entry.ino) {
+        self.answer(request, reply, move |fs, mut reply| {
+            let mut failed = None;
+            let listed = fs.read_dir(nid(fs, ino), offset, |entry| match fs.attr(entry.ino) {
                 Ok(found) => {
                     let attr = attr::to_fuse(fs, &found);
                     let name = OsStr::from_bytes(entry.name);
@@ -292,59 +292,53 @@ impl Filesystem for Adapter {
                     failed = Some(error);
                     false
                 }
-            })
-            .map_err(report)
-        });
-        match (listed, failed) {
-            (Ok(()), None) => reply.ok(),
-            (Ok(()), Some(error)) => reply.error(report(error)),
-            (Err(errno), _) => reply.error(errno),
-        }
-    }
-
-    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        match self.fs() {
-            Ok(fs) => {
-                let stat = fs.stat();
-                reply.statfs(stat.blocks, 0, 0, stat.inodes, 0, attr::BLOCK, 255, attr::BLOCK);
+            });
+            match listed.and(failed.map_or(Ok(()), Err)).map_err(report) {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
             }
-            Err(errno) => reply.error(errno),
-        }
+        });
     }
 
-    fn getxattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let value = self.fs().and_then(|fs| {
+    fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.answer(request, reply, |fs, reply| {
+            let stat = fs.stat();
+            reply.statfs(stat.blocks, 0, 0, stat.inodes, 0, attr::BLOCK, 255, attr::BLOCK);
+        });
+    }
+
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let name = name.to_owned();
+        self.answer(request, reply, move |fs, reply| {
             if !fs.has_xattrs() {
                 // The kernel stops asking, which saves a round trip on every permission check and copy-up.
-                return Err(Errno::ENOSYS);
+                return reply.error(Errno::ENOSYS);
             }
-            let value = fs.xattr(self.nid(fs, ino), name.as_bytes()).map_err(report)?;
-            value.ok_or(Errno::NO_XATTR)
+            match fs.xattr(nid(fs, ino), name.as_bytes()).map_err(report) {
+                Ok(Some(value)) => reply_sized(reply, size, &value),
+                Ok(None) => reply.error(Errno::NO_XATTR),
+                Err(errno) => reply.error(errno),
+            }
         });
-        match value {
-            Ok(value) => reply_sized(reply, size, &value),
-            Err(errno) => reply.error(errno),
-        }
     }
 
-    fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         // Always served, unlike getxattr: it is rare, and programs take "not supported" for an error here.
-        let names = self
-            .fs()
-            .and_then(|fs| fs.xattr_names(self.nid(fs, ino)).map_err(report));
-        match names {
-            Ok(names) => {
-                let list: Vec<u8> = names.into_iter().flat_map(|n| [n, vec![0]].concat()).collect();
-                reply_sized(reply, size, &list);
+        self.answer(request, reply, move |fs, reply| {
+            match fs.xattr_names(nid(fs, ino)).map_err(report) {
+                Ok(names) => {
+                    let list: Vec<u8> = names.into_iter().flat_map(|n| [n, vec![0]].concat()).collect();
+                    reply_sized(reply, size, &list);
+                }
+                Err(errno) => reply.error(errno),
             }
-            Err(errno) => reply.error(errno),
-        }
+        });
     }
 
-    fn access(&self, _request: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+    fn access(&self, request: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
         // With default_permissions, which a mount that others may use has, the kernel does not ask: it decides by mode and
         // owner. In a private mount its owner may read all, but a program is one only if somebody may execute it.
-        match self.attr(ino) {
+        self.answer(request, reply, move |fs, reply| match attr_of(fs, ino) {
             Err(errno) => reply.error(errno),
             Ok(_) if mask.contains(AccessFlags::W_OK) => reply.error(Errno::EROFS),
             Ok(attr)
@@ -353,8 +347,24 @@ impl Filesystem for Adapter {
                 reply.error(Errno::EACCES);
             }
             Ok(_) => reply.ok(),
-        }
+        });
     }
+}
+
+/// Answers a read if that needs no waiting; else the reply comes back.
+fn read_at_once(fs: &ImageFs, nid: Nid, offset: u64, size: usize, reply: ReplyData) -> Option<ReplyData> {
+    READ_BUFFER.with_borrow_mut(|buffer| {
+        // It only grows: clearing it again for every other read would cost as much as the copy.
+        if buffer.len() < size {
+            buffer.resize(size, 0);
+        }
+        match fs.read_local(nid, offset, &mut buffer[..size]) {
+            Ok(Some(length)) => reply.data(&buffer[..length]),
+            Ok(None) => return Some(reply),
+            Err(error) => reply.error(report(error)),
+        }
+        None
+    })
 }
 
 thread_local! {
