@@ -4,12 +4,14 @@
 //!            ┌─────────── unmount, signal ───────────┐
 //!            │                                       ▼
 //! attach ─▶ Preparing ── tree ready ──▶ Ready ──▶ taken down
-//!            │                                       ▲
-//!            └── cannot be prepared ──▶ Failed ──────┘
+//!           │ ▲      │                               ▲
+//!           ▼ │      └ cannot be prepared ▶ Failed ──┘
+//!         Stalled
 //! ```
 //! The directory is mounted as soon as manifest and config are known. Until the tree is ready no request is taken from the
 //! kernel, so that waiting processes can be killed; afterwards every request is answered: from the image, or with an error if
-//! it could not be prepared.
+//! it could not be prepared. If nothing useful comes for as long as a read may take, requests are taken all the same: they
+//! fail until the image comes on, wait while it does, and get the image when it is there.
 //!
 //! A writable mount appears only when the tree is ready: the image is mounted in the run directory, an overlay is put on the
 //! mount point, and the image's own mount goes away again. The overlay holds the image by itself, nobody else can reach it, and
@@ -36,6 +38,7 @@ mod privilege;
 mod process;
 mod registration;
 mod server;
+mod stall;
 mod status;
 mod survey;
 mod takedown;

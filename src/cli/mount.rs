@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::config::Config;
 use super::mounts::locate;
 use super::say;
-use super::{ImageArgs, explain, open, progress, runtime, text};
+use super::{ImageArgs, explain, open, progress, runtime};
 use crate::image::Early;
 use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
 use crate::profile::Label;
@@ -244,11 +243,10 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mu
         {
             bar.finish();
             if args.json {
-                let mut object = serde_json::json!({
-                    "image": &*args.image.image, "digest": digest,
+                let object = serde_json::json!({
+                    "image": args.image.image, "digest": digest, "mountpoint": mountpoint.to_string_lossy(),
                     "pid": child.id(), "mount_seconds": seconds, "ready_seconds": ready_seconds,
                 });
-                text::put(&mut object, "mountpoint", mountpoint.as_os_str().as_bytes());
                 say!("{object}");
             }
             return Ok(());
@@ -296,12 +294,16 @@ async fn serve_async(
     log: Option<PathBuf>,
     reports: Arc<Reports>,
 ) -> anyhow::Result<()> {
-    let context = open::context(config)?;
+    let mut context = open::context(config)?;
     match context.store.probe(0) {
         // That is said already, or it is meant to be so.
         Err(error) if error.is_by_design() => {}
         Err(error) => context.health.store_failed(&error),
         Ok(()) => {}
+    }
+    if args.wait().is_none() {
+        // The mount tells who waits how it goes, and goes on.
+        context = context.patient();
     }
     let mut options = FuseOptions::defaults(nix::unistd::geteuid().is_root());
     for list in &args.options {
@@ -329,7 +331,7 @@ async fn serve_async(
         None => (Arc::new(preparation), None),
     };
     let mount = MountConfig {
-        image: args.image.image.to_string(),
+        image: args.image.image.clone(),
         mountpoint,
         options,
         require_ready: args.wait().is_some(),

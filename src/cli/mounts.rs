@@ -1,6 +1,5 @@
 //! `ocifs umount`, `list`, `status`.
 
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -9,7 +8,6 @@ use clap::Args;
 use super::explain;
 use super::files::MAX_LINKS;
 use super::say;
-use super::text::{self, shown};
 use super::units::human;
 use crate::fs::ReadStatus;
 use crate::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
@@ -94,10 +92,10 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
         let remainder = result.as_ref().ok().cloned().flatten();
         if args.json {
             let problem = result.as_ref().err().map(explain);
-            let mut object = serde_json::json!({
-                "unmounted": problem.is_none(), "problem": problem, "remainder": remainder,
+            let object = serde_json::json!({
+                "mountpoint": path.to_string_lossy(), "unmounted": problem.is_none(), "problem": problem,
+                "remainder": remainder,
             });
-            text::put(&mut object, "mountpoint", path.as_os_str().as_bytes());
             say!("{object}");
         } else if let Some(remainder) = remainder {
             eprintln!("ocifs: {}: {remainder}", path.display());
@@ -120,6 +118,7 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
 fn state(state: MountState) -> &'static str {
     match state {
         MountState::Preparing => "preparing",
+        MountState::Stalled => "stalled",
         MountState::Ready => "ready",
         MountState::Failed => "failed",
         MountState::Dead => "dead",
@@ -148,11 +147,11 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
             state(m.state),
             m.pid,
             fetched,
-            shown(&m.mountpoint),
-            shown(&m.image)
+            m.mountpoint,
+            m.image
         );
         if let Some(problem) = &m.problem {
-            say!("{:<10} {}", "", shown(problem));
+            say!("{:<10} {problem}", "");
         }
     }
     Ok(())
@@ -166,7 +165,7 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
         show(&status)?;
     }
     match status.state {
-        MountState::Preparing | MountState::Ready | MountState::Failed => Ok(()),
+        MountState::Preparing | MountState::Stalled | MountState::Ready | MountState::Failed => Ok(()),
         MountState::Dead => bail!("the process behind this mount is dead"),
         MountState::Unresponsive => bail!("the process behind this mount does not answer"),
         MountState::Detached => bail!("this is not mounted any more, only still in use"),
@@ -174,7 +173,7 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
 }
 
 fn show(status: &MountStatus) -> anyhow::Result<()> {
-    say!("image       {}", shown(&status.image));
+    say!("image       {}", status.image);
     say!("digest      {}", status.digest);
     if let Some(unconfirmed) = &status.unconfirmed {
         let since = unconfirmed.since.as_deref().unwrap_or("an unknown time");
@@ -186,16 +185,22 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     }
     say!(
         "mounted on  {}{}",
-        shown(&status.mountpoint),
+        status.mountpoint,
         if status.writable { " (writable)" } else { "" }
     );
     say!("process     {}, up {:.0} s", status.pid, status.uptime);
-    say!("state       {}", state(status.state));
+    match (status.stalled_seconds, status.rate) {
+        (Some(seconds), Some(rate)) => say!(
+            "state       stalled, reads fail: nothing useful for {seconds:.0} s, {}/s now",
+            human(rate as u64)
+        ),
+        _ => say!("state       {}", state(status.state)),
+    }
     if let Some(problem) = &status.problem {
-        say!("problem     {}", shown(problem));
+        say!("problem     {problem}");
     }
     if let Some(log) = &status.log {
-        say!("log         {}", shown(log));
+        say!("log         {log}");
     }
     let ready = status
         .ready_seconds

@@ -1,5 +1,8 @@
 //! The process behind a mount.
 
+mod report;
+mod stage;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -8,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use tokio::net::UnixListener;
-use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,12 +25,12 @@ use super::prefetch::{Prefetch, Side};
 use super::private;
 use super::process::process_start;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
-use super::status::{LinkStatus, MountState, MountStatus};
+use super::stall::Stall;
 use super::takedown::{self, TakedownError};
-use crate::fs::{FsError, ImageFs, Reads};
-use crate::fuse::{self, Served};
+use crate::fs::{FsError, Reads};
+use crate::fuse::Served;
 use crate::image::{Image, ImageError, Learning, Preparation, Replay, Unconfirmed};
-use crate::layer::{self, LayerContext};
+use crate::layer::LayerContext;
 use crate::profile::Label;
 use crate::store::gone;
 
@@ -99,6 +101,9 @@ pub enum MountError {
     /// The image could not be prepared.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Nothing useful came for too long.
+    #[error(transparent)]
+    Stalled(FsError),
     /// Signals, sockets, threads.
     #[error("cannot {action}: {source}")]
     System {
@@ -118,6 +123,21 @@ const LINGER: Duration = Duration::from_secs(1);
 /// How often a store that could not be written is looked at, and how many bytes it must have room for.
 const STORE_LOOK: Duration = Duration::from_secs(2);
 const STORE_ROOM: u64 = 8 << 20;
+/// How often one looks whether the image comes on that is being prepared.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long nothing useful may come before that is said, where reads wait for ever.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// What a request that fails gets beside that where its error ends the mount, since it says more.
+const MARGIN: Duration = Duration::from_millis(500);
+
+/// How long nothing useful may come.
+fn patience(config: &MountConfig) -> Duration {
+    let patience = config.timeout.unwrap_or(PATIENCE);
+    match config.require_ready {
+        true => patience.saturating_add(MARGIN),
+        false => patience,
+    }
+}
 
 /// Mounts and serves until unmounted. `events` hears how it goes.
 pub async fn serve(
@@ -145,6 +165,9 @@ pub async fn serve(
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         reads: None,
+        served: Arc::default(),
+        session: None,
+        stall: Stall::new(patience(&config), Instant::now()),
         attached: Attached::new(entry, record, turn),
         directory: Some(directory),
         config,
@@ -157,6 +180,7 @@ pub async fn serve(
     };
     let fuse = mount.attach_lower()?;
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
+    mount.session = Some(fuse);
     mount.attached.turn = None;
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
@@ -164,7 +188,7 @@ pub async fn serve(
     if mount.config.upper.is_none() {
         events(Event::Mounted);
     }
-    let asked = mount.run(fuse, requests, signals, events).await;
+    let asked = mount.run(requests, signals, events).await;
     looking.abort();
     mount.side.stop().await;
     let asked = asked?;
@@ -264,6 +288,12 @@ struct Mount {
     /// Until there is an image to listen to.
     learning: Option<Learning>,
     reads: Option<Arc<Reads>>,
+    /// What requests get.
+    served: Arc<Served>,
+    /// The open /dev/fuse, until a session serves it.
+    session: Option<OwnedFd>,
+    /// Whether the image still comes on.
+    stall: Stall,
     image: Option<Arc<Image>>,
     failure: Option<Arc<FsError>>,
     mounted: Duration,
@@ -274,15 +304,17 @@ impl Mount {
     /// Prepares, serves and answers until the session ends or has to. Returns those who wait for the answer to an unmount.
     async fn run(
         &mut self,
-        fuse: OwnedFd,
         mut requests: mpsc::Receiver<control::Call>,
         mut signals: Signals,
         events: impl Fn(Event),
     ) -> Result<Asked, MountError> {
-        let (ended, mut session_end) = oneshot::channel();
+        let (ended, mut session_end) = mpsc::channel(1);
         // Only until the session starts: a watcher would be woken for every request.
-        let mut watched = Some(kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?);
-        let mut unstarted = Some((fuse, ended));
+        let watched = self.session.as_ref().map(kernel::watch).transpose();
+        let mut watched = watched.map_err(system("watch /dev/fuse"))?;
+        let mut prepares = true;
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut asked = Asked::new();
         let mut linger = None;
         let mut abandoned = self.abandoned();
@@ -290,10 +322,11 @@ impl Mount {
         let mut preparing = std::pin::pin!(preparation.finish(&context));
         loop {
             tokio::select! {
-                prepared = &mut preparing, if unstarted.is_some() => {
-                    let (fuse, ended) = unstarted.take().expect("the guard of this branch");
+                prepared = &mut preparing, if prepares => {
+                    prepares = false;
                     watched = None;
-                    self.start_session(prepared, fuse, ended)?;
+                    self.prepared(prepared)?;
+                    self.start_session(&ended)?;
                     if self.attach_overlay().await? {
                         abandoned = self.abandoned();
                         events(Event::Mounted);
@@ -304,10 +337,16 @@ impl Mount {
                         (None, None) => {}
                     }
                 }
+                _ = look.tick(), if prepares => {
+                    if self.look()? {
+                        watched = None;
+                        self.start_session(&ended)?;
+                    }
+                }
                 Some((request, answer)) = requests.recv() => {
                     let Some(answer) = self.answer(request, answer) else { continue };
                     asked.push(answer);
-                    if unstarted.is_some() {
+                    if self.session.is_some() {
                         return Ok(asked);
                     }
                     // Whoever still uses the mount is served until the session ends by itself, and nothing is fetched for
@@ -329,14 +368,13 @@ impl Mount {
                     self.attached.forget_mounts();
                     return Ok(asked);
                 }
-                result = &mut session_end, if unstarted.is_none() => {
+                Some(result) = session_end.recv(), if self.session.is_none() => {
                     match result {
-                        Ok(Ok(())) => {
+                        Ok(()) => {
                             tracing::info!("unmounted");
                             self.attached.forget_mounts();
                         }
-                        Ok(Err(error)) => tracing::error!(%error, "the FUSE session ended"),
-                        Err(_) => tracing::error!("the thread of the FUSE session ended"),
+                        Err(error) => tracing::error!(%error, "the FUSE session ended"),
                     }
                     return Ok(asked);
                 }
@@ -378,44 +416,6 @@ impl Mount {
         Ok(Control::serve(listener, calls))
     }
 
-    /// Begins to answer requests: from the image, or with the error that kept it from being prepared.
-    fn start_session(
-        &mut self,
-        prepared: Result<Arc<Image>, ImageError>,
-        fuse: OwnedFd,
-        ended: oneshot::Sender<io::Result<()>>,
-    ) -> Result<(), MountError> {
-        let served = match prepared {
-            Ok(image) => {
-                self.image = Some(image.clone());
-                self.ready = Some(self.config.started.elapsed());
-                if let Some(learning) = self.learning.take() {
-                    self.side.start(&image, learning);
-                }
-                let fs = ImageFs::new(image, self.config.timeout);
-                self.reads = Some(fs.reads().clone());
-                Served::Image(fs)
-            }
-            Err(error) if self.config.require_ready => return Err(error.into()),
-            Err(error) => {
-                tracing::error!(%error, "the image cannot be prepared, every operation will fail");
-                let error = Arc::new(FsError::Failed {
-                    reason: error.to_string(),
-                });
-                self.failure = Some(error.clone());
-                Served::Failed(error)
-            }
-        };
-        let (access, runtime) = (self.config.options.access(), Handle::current());
-        let serve = move || {
-            // Nobody waits for the end any more if the process is going down.
-            let _ = ended.send(fuse::serve(fuse, access, served, runtime));
-        };
-        let thread = std::thread::Builder::new().name("fuse".to_owned());
-        thread.spawn(serve).map_err(system("start the FUSE session"))?;
-        Ok(())
-    }
-
     /// Puts the overlay on the mount point, if one is wanted, and takes away the image's own mount.
     async fn attach_overlay(&mut self) -> Result<bool, MountError> {
         let Some(upper) = self.config.upper.clone() else {
@@ -450,57 +450,6 @@ impl Mount {
         // A client that went away does not need the answer.
         let _ = answer.send(response);
         None
-    }
-
-    fn status(&self) -> MountStatus {
-        let layers = match &self.image {
-            Some(image) => image.status(),
-            None => self.preparation.status(),
-        };
-        let record = &self.attached.record;
-        let size: u64 = layers.iter().map(|l| l.size).sum();
-        let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
-        let link = self.image.as_ref().and_then(|image| image.link());
-        let (done, total) = layer::progress(&layers);
-        let preparing = self.image.is_none() && self.failure.is_none();
-        let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
-        let rate = (preparing && done > 0).then(|| done as f64 / seconds);
-        MountStatus {
-            pid: record.pid,
-            image: record.image.clone(),
-            digest: record.digest.clone(),
-            unconfirmed: self.config.unconfirmed.clone(),
-            mountpoint: record.mountpoint.display().to_string(),
-            mountpoint_base64: record.mountpoint_base64(),
-            // Whoever asks knows better where it is by now.
-            log: None,
-            state: match (&self.image, &self.failure) {
-                (Some(_), _) => MountState::Ready,
-                (None, Some(_)) => MountState::Failed,
-                (None, None) => MountState::Preparing,
-            },
-            problem: match &self.failure {
-                Some(error) => Some(error.to_string()),
-                None => self.context.health.problem(),
-            },
-            writable: record.writable,
-            uptime: self.config.started.elapsed().as_secs_f64(),
-            mount_seconds: self.mounted.as_secs_f64(),
-            ready_seconds: self.ready.map(|d| d.as_secs_f64()),
-            size,
-            fetched,
-            rate,
-            remaining_seconds: rate.map(|rate| total.saturating_sub(done) as f64 / rate),
-            memory: self.context.memory.bytes() as u64,
-            used: layers.iter().map(|l| l.used).sum(),
-            local: layers.iter().map(|l| l.local).sum(),
-            requests: layers.iter().map(|l| l.requests).sum(),
-            in_flight: self.context.lanes.load(),
-            link: link.map(LinkStatus::from),
-            reads: self.reads.as_ref().map(|reads| reads.snapshot()).unwrap_or_default(),
-            prefetch: Some(self.side.status()),
-            layers,
-        }
     }
 }
 

@@ -15,6 +15,8 @@ use crate::layer::LayerStatus;
 pub enum MountState {
     /// Mounted; operations wait for the tree.
     Preparing,
+    /// The same, but nothing useful has come for as long as a read may take: operations fail until something does.
+    Stalled,
     /// Serving.
     Ready,
     /// The image could not be made readable; every operation gets an error.
@@ -58,9 +60,6 @@ pub struct MountStatus {
     pub unconfirmed: Option<Unconfirmed>,
     /// Where it is mounted.
     pub mountpoint: String,
-    /// The same path whole, in base64, if it is not UTF-8.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mountpoint_base64: Option<String>,
     /// The log of the process, if it runs in the background.
     #[serde(default)]
     pub log: Option<String>,
@@ -80,8 +79,12 @@ pub struct MountStatus {
     pub size: u64,
     /// Compressed bytes fetched by this mount.
     pub fetched: u64,
-    /// While preparing: how fast layers come in, compressed bytes per second, on average since it was mounted.
+    /// While preparing: how fast layers come in, compressed bytes per second, on average since it was mounted; while stalled:
+    /// over the last seconds.
     pub rate: Option<f64>,
+    /// While stalled: seconds in which nothing useful has come.
+    #[serde(default)]
+    pub stalled_seconds: Option<f64>,
     /// While preparing: seconds until all layers are in, at that rate.
     pub remaining_seconds: Option<f64>,
     /// Decoded spans held in memory, bytes.

@@ -55,7 +55,7 @@ async fn ask(entry: &RunEntry, record: &MountRecord) -> Option<MountStatus> {
     };
     if matches!(
         status.state,
-        MountState::Preparing | MountState::Ready | MountState::Failed | MountState::Unresponsive
+        MountState::Preparing | MountState::Stalled | MountState::Ready | MountState::Failed | MountState::Unresponsive
     ) && let Some((_, reason)) = still_used(record)
     {
         status.state = MountState::Detached;
@@ -130,7 +130,6 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         digest: record.digest.clone(),
         unconfirmed: None,
         mountpoint: record.mountpoint.display().to_string(),
-        mountpoint_base64: record.mountpoint_base64(),
         log: None,
         state,
         problem: Some(problem),
@@ -141,6 +140,7 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         size: 0,
         fetched: 0,
         rate: None,
+        stalled_seconds: None,
         remaining_seconds: None,
         memory: 0,
         used: 0,

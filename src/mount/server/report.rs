@@ -1,0 +1,65 @@
+//! What the process behind a mount says about it.
+
+use super::Mount;
+use crate::layer;
+use crate::mount::status::{LinkStatus, MountState, MountStatus};
+
+impl Mount {
+    pub(super) fn status(&self) -> MountStatus {
+        let layers = match &self.image {
+            Some(image) => image.status(),
+            None => self.preparation.status(),
+        };
+        let record = &self.attached.record;
+        let size: u64 = layers.iter().map(|l| l.size).sum();
+        let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
+        let link = self.image.as_ref().and_then(|image| image.link());
+        let (done, total) = layer::progress(&layers);
+        let preparing = self.image.is_none() && self.failure.is_none();
+        let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
+        let stalled = preparing && self.stall.is_stalled();
+        let rate = match stalled {
+            true => Some(self.stall.rate()),
+            false => (preparing && done > 0).then(|| done as f64 / seconds),
+        };
+        MountStatus {
+            pid: record.pid,
+            image: record.image.clone(),
+            digest: record.digest.clone(),
+            unconfirmed: self.config.unconfirmed.clone(),
+            mountpoint: record.mountpoint.display().to_string(),
+            // Whoever asks knows better where it is by now.
+            log: None,
+            state: match (&self.image, &self.failure) {
+                (Some(_), _) => MountState::Ready,
+                (None, Some(_)) => MountState::Failed,
+                (None, None) if stalled => MountState::Stalled,
+                (None, None) => MountState::Preparing,
+            },
+            problem: match &self.failure {
+                Some(error) => Some(error.to_string()),
+                None => self.context.health.problem().or_else(|| self.preparation.trouble()),
+            },
+            writable: record.writable,
+            uptime: self.config.started.elapsed().as_secs_f64(),
+            mount_seconds: self.mounted.as_secs_f64(),
+            ready_seconds: self.ready.map(|d| d.as_secs_f64()),
+            size,
+            fetched,
+            rate,
+            stalled_seconds: stalled.then(|| self.stall.since().as_secs_f64()),
+            remaining_seconds: rate
+                .filter(|_| !stalled)
+                .map(|rate| total.saturating_sub(done) as f64 / rate),
+            memory: self.context.memory.bytes() as u64,
+            used: layers.iter().map(|l| l.used).sum(),
+            local: layers.iter().map(|l| l.local).sum(),
+            requests: layers.iter().map(|l| l.requests).sum(),
+            in_flight: self.context.lanes.load(),
+            link: link.map(LinkStatus::from),
+            reads: self.reads.as_ref().map(|reads| reads.snapshot()).unwrap_or_default(),
+            prefetch: Some(self.side.status()),
+            layers,
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! From an image that is being prepared to one that is served, or not.
+
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::{Mount, MountError, system};
+use crate::fs::{FsError, ImageFs};
+use crate::fuse::{self, Stage};
+use crate::image::{Image, ImageError};
+
+impl Mount {
+    /// Looks whether the image comes on, and tells waiting requests if that has changed. Whether requests are to be taken from
+    /// the kernel, because they have to be answered now.
+    pub(super) fn look(&mut self) -> Result<bool, MountError> {
+        let was = self.stall.is_stalled();
+        self.stall.look(self.preparation.activity(), Instant::now());
+        let (is, Some(timeout)) = (self.stall.is_stalled(), self.config.timeout) else {
+            return Ok(false);
+        };
+        if was == is {
+            return Ok(false);
+        }
+        if !is {
+            tracing::info!("the image comes on again");
+            self.served.set(Stage::Preparing);
+            return Ok(false);
+        }
+        let error = FsError::Stalled { timeout };
+        if self.config.require_ready {
+            return Err(MountError::Stalled(error));
+        }
+        tracing::warn!(%error, "operations fail until something does");
+        self.served.set(Stage::Failing(Arc::new(error)));
+        Ok(self.session.is_some())
+    }
+
+    /// From now on requests get the image, or the error that kept it from being prepared.
+    pub(super) fn prepared(&mut self, prepared: Result<Arc<Image>, ImageError>) -> Result<(), MountError> {
+        let stage = match prepared {
+            Ok(image) => {
+                self.image = Some(image.clone());
+                self.ready = Some(self.config.started.elapsed());
+                if let Some(learning) = self.learning.take() {
+                    self.side.start(&image, learning);
+                }
+                let fs = ImageFs::new(image, self.config.timeout);
+                self.reads = Some(fs.reads().clone());
+                Stage::Ready(fs)
+            }
+            Err(error) if self.config.require_ready => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(%error, "the image cannot be prepared, every operation will fail");
+                let error = Arc::new(FsError::Failed {
+                    reason: error.to_string(),
+                });
+                self.failure = Some(error.clone());
+                Stage::Failing(error)
+            }
+        };
+        self.served.set(stage);
+        Ok(())
+    }
+
+    /// Begins to take requests from the kernel, if that was not begun before.
+    pub(super) fn start_session(&mut self, ended: &mpsc::Sender<io::Result<()>>) -> Result<(), MountError> {
+        let Some(fuse) = self.session.take() else { return Ok(()) };
+        let (access, runtime) = (self.config.options.access(), Handle::current());
+        let (served, ended) = (self.served.clone(), ended.clone());
+        let serve = move || {
+            let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, served, runtime));
+            let result = std::panic::catch_unwind(serving);
+            let result = result.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
+            // Nobody waits for the end any more if the process is going down.
+            let _ = ended.blocking_send(result);
+        };
+        let thread = std::thread::Builder::new().name("fuse".to_owned());
+        thread.spawn(serve).map_err(system("start the FUSE session"))?;
+        Ok(())
+    }
+}
