@@ -6,7 +6,6 @@ mod cache;
 mod config;
 mod export;
 mod files;
-mod image_name;
 mod inspect;
 mod log;
 mod mount;
@@ -15,7 +14,6 @@ mod open;
 mod profile;
 mod progress;
 mod pull;
-mod text;
 mod units;
 
 use std::io::Write as _;
@@ -27,7 +25,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use config::Globals;
-use image_name::ImageName;
 use units::Size;
 
 use crate::image::Confirm;
@@ -83,7 +80,7 @@ enum Command {
 #[derive(Debug, Clone, Args)]
 struct ImageArgs {
     /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF] or docker-archive:FILE[:REF] (see `ocifs --help`)
-    image: ImageName,
+    image: String,
     /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
@@ -151,7 +148,7 @@ fn explain(error: &anyhow::Error) -> String {
     text
 }
 
-/// Writes a line to standard output, without what would control a terminal; ends the function with an error if that is closed.
+/// Writes a line to standard output; ends the function with an error if that is closed.
 macro_rules! say {
     ($($arguments:tt)*) => {
         $crate::cli::write_line(format_args!($($arguments)*))?
@@ -160,11 +157,7 @@ macro_rules! say {
 use say;
 
 fn write_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
-    let mut out = std::io::stdout();
-    if text::on_terminal() {
-        return writeln!(out, "{}", text::harmless(&line.to_string()));
-    }
-    writeln!(out, "{line}")
+    writeln!(std::io::stdout(), "{line}")
 }
 
 /// Whether our standard output was closed. The socket of a mount can break as well, which is another matter.

@@ -31,7 +31,6 @@ mod client;
 mod config;
 pub mod content_range;
 pub mod credentials;
-mod elsewhere;
 pub mod encoding;
 mod endpoint;
 pub mod expiry;

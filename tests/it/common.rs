@@ -5,4 +5,5 @@ pub mod docker_registry;
 pub mod layers;
 pub mod oci_layout;
 pub mod ocifs;
+pub mod reader;
 pub mod registry;
