@@ -22,7 +22,8 @@ const SYSTEM_CONFIG: &str = "/etc/ocifs.toml";
 pub(super) struct Globals {
     #[command(flatten)]
     store: StoreArgs,
-    /// Memory for decoded data on its way to readers [default: 64MiB]
+    /// Memory for decoded data on its way to readers; with 256 MiB more also that for the tables of an image's files
+    /// [default: 64MiB]
     #[arg(long, global = true, value_name = "SIZE")]
     memory: Option<Size>,
     /// Longest that a read, or a wait for the registry, may take: 30s, 2m, never [default: 30s]

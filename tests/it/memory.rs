@@ -11,7 +11,7 @@ use nix::libc;
 
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::oci_layout;
-use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, eventually, isolate, mountpoint, tool};
+use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, alive, bounded, eventually, isolate, mountpoint, tool};
 use crate::common::registry::TestRegistry;
 
 const BIG: usize = 8 << 20;
@@ -226,24 +226,17 @@ fn with_files(limit: u32, direct: &Command, ocifs: &Ocifs) -> Command {
     command
 }
 
-#[test]
-fn an_image_can_have_more_layers_than_a_process_has_files() {
-    const LAYERS: usize = 2000;
-    const FILES: u32 = 1024;
-    let layers: Vec<_> = (0..LAYERS)
-        .map(|number| Blob::gzip(&Tar::new().file(format!("f{number}"), format!("{number}")).finish()))
-        .collect();
-    let directory = tempfile::tempdir().unwrap();
-    let image = oci_layout::write(directory.path(), &layers);
+/// Mounts an image of layers that have a file each, named and filled by its number, twice: everything must be there.
+fn assert_readable_with_files(image: &str, layers: usize, files: u32) {
     let ocifs = Ocifs::new();
     for _ in 0..2 {
         let point = mountpoint();
         let path = point.path().to_str().unwrap();
-        let mount = ocifs.command(["mount", "--json", "--wait", "ready", &image, path]);
-        let said = crate::common::ocifs::bounded(&mut with_files(FILES, &mount, &ocifs));
+        let mount = ocifs.command(["mount", "--json", "--wait", "ready", image, path]);
+        let said = bounded(&mut with_files(files, &mount, &ocifs));
         assert_eq!(said.code, Some(0), "{said:?}");
         let pid = said.json()["pid"].as_u64().unwrap();
-        for number in (0..LAYERS).chain([0, LAYERS - 1]) {
+        for number in (0..layers).chain([0, layers - 1]) {
             let name = format!("f{number}");
             assert_eq!(
                 std::fs::read(point.path().join(&name)).unwrap(),
@@ -251,11 +244,41 @@ fn an_image_can_have_more_layers_than_a_process_has_files() {
             );
         }
         let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-        assert!(open < FILES as usize, "{open}");
+        assert!(open < files as usize, "{open}");
         let problem = ocifs.ok(["status", "--json", path]).json()["problem"].clone();
         assert!(problem.is_null(), "{problem}");
         ocifs.ok(["umount", path]);
-        eventually("the process ends", || !crate::common::ocifs::alive(pid as u32));
+        eventually("the process ends", || !alive(pid as u32));
     }
-    ocifs.ok(["cache", "prune", "--to", "0B"]);
+    let prune = ocifs.command(["cache", "prune", "--to", "0B"]);
+    let said = bounded(&mut with_files(files, &prune, &ocifs));
+    assert_eq!(said.code, Some(0), "{said:?}");
+}
+
+fn small_layers(count: usize) -> Vec<Blob> {
+    let tar = |number| Tar::new().file(format!("f{number}"), format!("{number}")).finish();
+    (0..count).map(|number| Blob::gzip(&tar(number))).collect()
+}
+
+#[test]
+fn an_image_can_have_more_layers_than_a_process_has_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = oci_layout::write(directory.path(), &small_layers(2000));
+    assert_readable_with_files(&image, 2000, 1024);
+}
+
+#[test]
+fn so_can_one_from_a_registry() {
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &small_layers(400));
+    assert_readable_with_files(&format!("{}/app:1", registry.host()), 400, 256);
+}
+
+#[test]
+fn so_can_one_from_an_archive() {
+    let directory = tempfile::tempdir().unwrap();
+    let layout = oci_layout::write(&directory.path().join("layout"), &small_layers(400));
+    let archive = format!("docker-archive:{}", directory.path().join("archive.tar").display());
+    tool("skopeo", ["copy", "--quiet", &layout, &format!("{archive}:app:1")]);
+    assert_readable_with_files(&archive, 400, 256);
 }
