@@ -6,6 +6,7 @@ mod cache;
 mod config;
 mod export;
 mod files;
+mod image_name;
 mod inspect;
 mod log;
 mod mount;
@@ -14,6 +15,7 @@ mod open;
 mod profile;
 mod progress;
 mod pull;
+mod text;
 mod units;
 
 use std::io::Write as _;
@@ -25,6 +27,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use config::Globals;
+use image_name::ImageName;
 use units::Size;
 
 use crate::image::Confirm;
@@ -80,7 +83,7 @@ enum Command {
 #[derive(Debug, Clone, Args)]
 struct ImageArgs {
     /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF] or docker-archive:FILE[:REF] (see `ocifs --help`)
-    image: String,
+    image: ImageName,
     /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
@@ -148,7 +151,7 @@ fn explain(error: &anyhow::Error) -> String {
     text
 }
 
-/// Writes a line to standard output; ends the function with an error if that is closed.
+/// Writes a line to standard output, without what would control a terminal; ends the function with an error if that is closed.
 macro_rules! say {
     ($($arguments:tt)*) => {
         $crate::cli::write_line(format_args!($($arguments)*))?
@@ -157,7 +160,11 @@ macro_rules! say {
 use say;
 
 fn write_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
-    writeln!(std::io::stdout(), "{line}")
+    let mut out = std::io::stdout();
+    if text::on_terminal() {
+        return writeln!(out, "{}", text::harmless(&line.to_string()));
+    }
+    writeln!(out, "{line}")
 }
 
 /// Whether our standard output was closed. The socket of a mount can break as well, which is another matter.

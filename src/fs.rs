@@ -150,6 +150,11 @@ impl ImageFs {
         self.image.tree().has_any_xattr()
     }
 
+    /// Whether any inode has an access control list; if not, modes and owners decide everything.
+    pub fn has_acls(&self) -> bool {
+        self.image.tree().has_any_acl()
+    }
+
     /// Size of the file system.
     pub fn stat(&self) -> FsStat {
         let tree = self.image.tree();

@@ -49,8 +49,38 @@ const THREADS: usize = 8;
 pub enum Access {
     /// Everybody, as modes and owners allow.
     Everybody,
-    /// Only the user who mounted.
+    /// Only the user who mounted, as modes and owners allow.
     Owner,
+    /// Only the user who mounted, who may read everything.
+    OwnerWithoutCheck,
+}
+
+impl Access {
+    /// The part that fuser decides.
+    fn session(self) -> SessionACL {
+        match self {
+            Self::Everybody => SessionACL::All,
+            Self::Owner | Self::OwnerWithoutCheck => SessionACL::Owner,
+        }
+    }
+
+    /// What the kernel can decide of it besides modes and owners, for a tree that has access control lists or not.
+    ///
+    /// Either flag makes the kernel check permissions, which a mount without check must not have. Lists are looked up for each
+    /// inode once, which costs a round trip, so they are asked for only where there are some.
+    fn flags(self, has_acls: bool) -> InitFlags {
+        let acl = if has_acls {
+            InitFlags::FUSE_POSIX_ACL
+        } else {
+            InitFlags::empty()
+        };
+        match self {
+            // Nobody but the owner's user id passes in a private mount, and an ID-mapped one has others.
+            Self::Everybody => acl | InitFlags::FUSE_ALLOW_IDMAP,
+            Self::Owner => acl,
+            Self::OwnerWithoutCheck => InitFlags::empty(),
+        }
+    }
 }
 
 /// Serves requests from `fuse` (an open /dev/fuse that is mounted) until it is unmounted. Blocks.
@@ -58,13 +88,15 @@ pub enum Access {
 pub fn serve(fuse: OwnedFd, access: Access, served: Arc<Served>, runtime: Handle) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
-    config.acl = match access {
-        Access::Everybody => SessionACL::All,
-        Access::Owner => SessionACL::Owner,
-    };
+    config.acl = access.session();
     let watch: Arc<Watch> = Arc::default();
     let watching = runtime.spawn(watch.clone().run());
-    let adapter = Adapter { served, watch, runtime };
+    let adapter = Adapter {
+        served,
+        access,
+        watch,
+        runtime,
+    };
     let result = Session::from_fd(adapter, fuse, config.acl, config).and_then(Session::run);
     watching.abort();
     result
@@ -73,6 +105,7 @@ pub fn serve(fuse: OwnedFd, access: Access, served: Arc<Served>, runtime: Handle
 #[derive(Debug)]
 struct Adapter {
     served: Arc<Served>,
+    access: Access,
     watch: Arc<Watch>,
     runtime: Handle,
 }
@@ -170,7 +203,10 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_NO_OPEN_SUPPORT
             | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
-        // Old kernels lack some; each is only an acceleration.
+        // What is not known yet may have some.
+        let has_acls = self.served.ready().is_none_or(ImageFs::has_acls);
+        let wanted = wanted | self.access.flags(has_acls);
+        // Old kernels lack some: then something is slower, or an ID-mapped mount is refused.
         let offered = wanted & config.capabilities();
         if let Err(refused) = config.add_capabilities(offered) {
             tracing::warn!(?refused, "the kernel offers a capability and refuses it");

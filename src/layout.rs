@@ -112,8 +112,17 @@ impl ImageSource for OciLayout {
 
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
         let (this, digest, size) = (self.clone(), descriptor.digest.clone(), descriptor.size);
+        let is_foreign = descriptor.is_foreign();
         blocking(&self.dir, move || {
-            let (_, len, path) = this.open_blob(&digest)?;
+            let (_, len, path) = this.open_blob(&digest).map_err(|error| match error {
+                BlobError::NotFound { what, .. } if is_foreign => BlobError::NotFound {
+                    what,
+                    hint: Some(
+                        "it is a foreign layer, which tools that copy images leave out: put its blob there".to_owned(),
+                    ),
+                },
+                error => error,
+            })?;
             if u64::try_from(size) != Ok(len) {
                 return Err(wrong_size(&path, size, len));
             }

@@ -31,6 +31,7 @@ mod client;
 mod config;
 pub mod content_range;
 pub mod credentials;
+mod elsewhere;
 pub mod encoding;
 mod endpoint;
 pub mod expiry;

@@ -23,6 +23,7 @@
 //! What a tar means is taken from the engines that unpack layers (containerd, docker, podman), not from POSIX where the two
 //! differ: global pax headers are dropped, a symbolic link's mode is 0777, `trusted.*` attributes do not survive.
 
+mod acl;
 mod attributes;
 mod builder;
 mod codec;
@@ -40,6 +41,7 @@ pub use codec::{AttributeRef, Entries, PackedEntry, PackedToc};
 pub use error::{NameProblem, TocError};
 pub use extents::ExtentTable;
 pub use reader::{Limits, TarReader};
+pub(crate) use xattr::chmod as chmod_acl;
 
 use crate::memory::Charge;
 
@@ -104,9 +106,9 @@ pub type Xattrs = Vec<Attribute>;
 pub struct Metadata {
     /// Permission bits with set-id and sticky: `mode & 0o7777`.
     pub mode: u16,
-    /// Owner.
+    /// Owner; 4294967295 stands for no user and does not occur.
     pub uid: u32,
-    /// Group.
+    /// Group; 4294967295 does not occur.
     pub gid: u32,
     /// Modification time, seconds since the epoch, may be negative.
     pub mtime: i64,
@@ -125,13 +127,13 @@ pub enum EntryKind {
     Symlink(Box<[u8]>),
     /// Another name for the entry at this canonical path (of this layer, or of a lower one).
     Hardlink(Box<[u8]>),
-    /// Character device.
+    /// Character device; [`DeviceNumber::WHITEOUT`] hides the lower layers' entry of this name, and so do hard links to it.
     CharDevice(DeviceNumber),
     /// Block device.
     BlockDevice(DeviceNumber),
     /// Named pipe.
     Fifo,
-    /// Hides the lower layers' entry at `path` (a `.wh.NAME` entry, or a character device 0:0).
+    /// Hides the lower layers' entry at `path` (a `.wh.NAME` entry).
     Whiteout,
     /// Hides all that lower layers have below the directory `path` (`.wh..wh..opq`).
     Opaque,
@@ -149,6 +151,9 @@ pub struct DeviceNumber {
 }
 
 impl DeviceNumber {
+    /// Number of the character device that overlayfs takes for a whiteout. A tar of an overlay's upper directory has them.
+    pub const WHITEOUT: Self = Self { major: 0, minor: 0 };
+
     /// The 32 bits that inodes, FUSE and EROFS carry (`new_encode_dev` of linux/kdev_t.h).
     pub fn encoded(self) -> u32 {
         (self.minor & 0xff) | (self.major & 0xfff) << 8 | (self.minor & 0xfff00) << 12

@@ -10,7 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::config::Config;
 use super::open::{self, Named};
 use super::units::{Size, human};
-use super::{ImageArgs, say};
+use super::{ImageArgs, ImageName, say};
 use crate::device::{Scope, evict_to};
 use crate::image;
 use crate::store::{LayerDir, Store, gone};
@@ -29,7 +29,7 @@ pub(super) enum CacheCommand {
     /// Exits with 1 if anything was damaged.
     Verify {
         /// Only what belongs to this image, as it was named when it was mounted or pulled
-        image: Option<String>,
+        image: Option<ImageName>,
         /// Platform of the image, as OS/ARCH[/VARIANT] [default: this machine's]
         #[arg(long, value_name = "PLATFORM")]
         platform: Option<String>,

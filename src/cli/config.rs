@@ -41,8 +41,11 @@ pub(super) struct Globals {
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
+    /// Host from which foreign layers may be fetched that the registry does not have
+    #[arg(long, global = true, value_name = "HOST")]
+    foreign_layers_from: Vec<String>,
     /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, allow-private-redirects,
-    /// log-format)
+    /// foreign-layers-from (a list of hosts), log-format)
     /// [default: /etc/ocifs.toml]
     #[arg(long, global = true, env = "OCIFS_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -78,6 +81,8 @@ struct FileConfig {
     ca: Vec<PathBuf>,
     #[serde(default)]
     allow_private_redirects: bool,
+    #[serde(default)]
+    foreign_layers_from: Vec<String>,
     prefetch: Option<PrefetchMode>,
     log_format: Option<LogFormat>,
 }
@@ -96,6 +101,8 @@ pub(super) struct Config {
     pub(super) ca: Vec<PathBuf>,
     /// Whether a public registry may lead to addresses that are not public.
     pub(super) allow_private_redirects: bool,
+    /// Hosts that are asked for foreign layers which the registry does not have.
+    pub(super) foreign_layers_from: Vec<String>,
     pub(super) log_format: LogFormat,
     pub(super) verbose: u8,
 }
@@ -125,6 +132,7 @@ impl Config {
                 (false, false) => PlainHttp::Hosts(file.plain_http.into_iter().collect()),
             },
             ca: [globals.ca, file.ca].concat(),
+            foreign_layers_from: [globals.foreign_layers_from, file.foreign_layers_from].concat(),
             allow_private_redirects: globals.allow_private_redirects || file.allow_private_redirects,
             log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             verbose: globals.verbose,

@@ -5,14 +5,14 @@ use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use tar::{EntryType, Header};
 use tokio::runtime::Handle;
 
 use super::config::Config;
 use super::open::open_image;
-use super::{ImageArgs, runtime};
+use super::{ImageArgs, runtime, text};
 use crate::erofs::{FileType, Inode, Nid};
 use crate::fs::{Attr, ImageFs};
 use crate::toc::DeviceNumber;
@@ -42,6 +42,9 @@ enum Format {
 }
 
 pub(super) fn run(config: &Config, args: ExportArgs) -> anyhow::Result<()> {
+    if args.output.is_none() && text::on_terminal() {
+        bail!("an image is nothing for a terminal: write it to a file with --output FILE, or into a pipe");
+    }
     let runtime = runtime()?;
     let fs = open_image(&runtime, config, &args.image)?;
     let handle = runtime.handle();
@@ -233,7 +236,7 @@ impl<W: Write> TarExport<'_, W> {
             }
             self.links.insert(attr.ino, path.to_vec());
         }
-        let xattrs = self.xattrs(attr.ino)?;
+        let xattrs = self.xattrs(path, attr.ino)?;
         let target = match inode.file_type {
             FileType::Symlink => Some(self.fs.read_link(attr.ino)?),
             _ => None,
@@ -257,9 +260,15 @@ impl<W: Write> TarExport<'_, W> {
         self.entry(kind, &name, inode, size, target.as_deref(), &xattrs, content.take(size))
     }
 
-    fn xattrs(&self, ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    fn xattrs(&self, path: &[u8], ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut xattrs = Vec::new();
         for name in self.fs.xattr_names(ino)? {
+            // The first equals sign ends the keyword of a pax record, and nothing can stand for one in it.
+            if name.contains(&b'=') {
+                let (path, name) = (path.escape_ascii(), name.escape_ascii());
+                eprintln!("ocifs: /{path}: a tar cannot hold the extended attribute {name}, it is left out");
+                continue;
+            }
             let value = self.fs.xattr(ino, &name)?.unwrap_or_default();
             xattrs.push(([b"SCHILY.xattr.", name.as_slice()].concat(), value));
         }

@@ -1,13 +1,15 @@
 //! `ocifs ls` and `ocifs cat`: looking into an image without mounting it.
 
+use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::config::Config;
 use super::open::open_image;
-use super::{ImageArgs, runtime};
+use super::{ImageArgs, runtime, text};
 use crate::erofs::{FileType, Nid};
 use crate::fs::{Attr, ImageFs, mtime};
 
@@ -23,8 +25,8 @@ pub(super) struct LsArgs {
     image: ImageArgs,
     /// Path in the image
     #[arg(default_value = "/")]
-    path: String,
-    /// Print one JSON object a line
+    path: OsString,
+    /// Print one JSON object a line; a name that is not UTF-8 is whole in `name_base64`
     #[arg(long)]
     json: bool,
 }
@@ -36,13 +38,14 @@ pub(super) struct CatArgs {
     image: ImageArgs,
     /// Paths of files in the image
     #[arg(required = true)]
-    paths: Vec<String>,
+    paths: Vec<OsString>,
 }
 
 /// Follows `path` from the root, symbolic links included, as a chroot would.
-fn walk(fs: &ImageFs, path: &str) -> anyhow::Result<Attr> {
+fn walk(fs: &ImageFs, path: &OsStr) -> anyhow::Result<Attr> {
     let split = |text: &[u8]| -> Vec<Vec<u8>> { text.split(|&b| b == b'/').rev().map(<[u8]>::to_vec).collect() };
     let mut todo = split(path.as_bytes());
+    let path = path.display();
     let mut parents: Vec<Nid> = Vec::new();
     let mut here = fs.attr(fs.root())?;
     let mut links = 0;
@@ -107,27 +110,36 @@ fn permissions(mode: u16) -> String {
     text
 }
 
-fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, json: bool) -> anyhow::Result<()> {
+/// How entries are written.
+#[derive(Debug, Clone, Copy)]
+struct Style {
+    json: bool,
+    on_terminal: bool,
+}
+
+fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, style: Style) -> anyhow::Result<()> {
     let inode = &attr.inode;
     let target = match inode.file_type {
         FileType::Symlink => Some(fs.read_link(attr.ino)?),
         _ => None,
     };
-    let name = String::from_utf8_lossy(name);
-    let target = target.as_deref().map(String::from_utf8_lossy);
-    if json {
-        let object = serde_json::json!({
-            "name": name, "type": letter(inode.file_type).to_string(), "mode": format!("{:04o}", inode.mode & 0o7777),
+    if style.json {
+        let mut object = serde_json::json!({
+            "type": letter(inode.file_type).to_string(), "mode": format!("{:04o}", inode.mode & 0o7777),
             "uid": inode.uid, "gid": inode.gid, "size": inode.size, "mtime": inode.mtime, "nlink": inode.nlink,
-            "target": target,
+            "target": null,
         });
+        text::put(&mut object, "name", name);
+        if let Some(target) = target {
+            text::put(&mut object, "target", &target);
+        }
         writeln!(out, "{object}")?;
         return Ok(());
     }
     let time = humantime::format_rfc3339_seconds(mtime(inode));
     write!(
         out,
-        "{}{} {:>3} {:>5} {:>5} {:>11} {time} {name}",
+        "{}{} {:>3} {:>5} {:>5} {:>11} {time} ",
         letter(inode.file_type),
         permissions(inode.mode),
         inode.nlink,
@@ -135,11 +147,12 @@ fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, j
         inode.gid,
         inode.size,
     )?;
-    match target {
-        Some(target) => writeln!(out, " -> {target}")?,
-        None => writeln!(out)?,
+    out.write_all(&text::name(name, style.on_terminal))?;
+    if let Some(target) = target {
+        out.write_all(b" -> ")?;
+        out.write_all(&text::name(&target, style.on_terminal))?;
     }
-    Ok(())
+    Ok(writeln!(out)?)
 }
 
 pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
@@ -147,8 +160,12 @@ pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
     let fs = open_image(&runtime, config, &args.image)?;
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     let attr = walk(&fs, &args.path)?;
+    let style = Style {
+        json: args.json,
+        on_terminal: text::on_terminal(),
+    };
     if attr.inode.file_type != FileType::Directory {
-        show(&fs, &mut out, args.path.as_bytes(), &attr, args.json)?;
+        show(&fs, &mut out, args.path.as_bytes(), &attr, style)?;
         return Ok(out.flush()?);
     }
     let mut entries = Vec::new();
@@ -159,7 +176,7 @@ pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
         true
     })?;
     for (name, ino) in entries {
-        show(&fs, &mut out, &name, &fs.attr(ino)?, args.json)?;
+        show(&fs, &mut out, &name, &fs.attr(ino)?, style)?;
     }
     Ok(out.flush()?)
 }
@@ -174,7 +191,7 @@ pub(super) fn cat(config: &Config, args: CatArgs) -> anyhow::Result<()> {
         loop {
             let bytes = runtime
                 .block_on(fs.read(attr.ino, offset, READ))
-                .with_context(|| path.clone())?;
+                .with_context(|| path.display().to_string())?;
             if bytes.is_empty() {
                 break;
             }

@@ -1,11 +1,16 @@
 //! `ocifs inspect`.
 
 use clap::Args;
+use serde_json::json;
 
 use super::config::Config;
 use super::say;
+use super::text::shown;
 use super::units::human;
 use super::{ImageArgs, open, runtime};
+use crate::layer::stored_toc;
+use crate::oci::Descriptor;
+use crate::store::Store;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
@@ -17,26 +22,41 @@ pub(super) struct InspectArgs {
     json: bool,
 }
 
+/// What is strange in the layers' tars and what was made of it, of those layers that were indexed before.
+fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
+    let mut oddities = Vec::new();
+    for layer in layers {
+        // A layer that nobody has read yet has no table, and one with a damaged table is indexed again when it is read.
+        let warnings = stored_toc(store, &layer.digest).map(|toc| toc.warnings());
+        if let Ok(Ok(warnings)) = warnings {
+            oddities.extend(warnings.into_iter().map(|text| (layer.digest.to_string(), text)));
+        }
+    }
+    oddities
+}
+
 pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
     let context = open::context(config)?;
     let preparing = open::prepare_and_tell(config, &args.image, &context);
     let (preparation, unconfirmed) = runtime()?.block_on(preparing)?;
     let image = preparation.resolved();
+    let oddities = oddities(&context.store, image.layers());
     if args.json {
         let manifest: serde_json::Value = serde_json::from_slice(&image.manifest_document.bytes)?;
         let document: serde_json::Value = serde_json::from_slice(&image.config_document.bytes)?;
-        let object = serde_json::json!({
-            "image": args.image.image,
+        let object = json!({
+            "image": &*args.image.image,
             "index_digest": image.index.as_ref().map(|d| d.digest.to_string()),
             "digest": image.manifest_document.digest,
             "manifest": manifest,
             "config": document,
             "unconfirmed": unconfirmed,
+            "oddities": oddities.iter().map(|(layer, text)| json!({"layer": layer, "text": text})).collect::<Vec<_>>(),
         });
         say!("{}", serde_json::to_string_pretty(&object)?);
         return Ok(());
     }
-    say!("image     {}", args.image.image);
+    say!("image     {}", shown(&args.image.image));
     if let Some(index) = &image.index {
         say!("index     {}", index.digest);
     }
@@ -50,15 +70,18 @@ pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
     }
     for (label, text) in [("user", &run.user), ("workdir", &run.working_dir)] {
         if !text.is_empty() {
-            say!("{label:<9} {text}");
+            say!("{label:<9} {}", shown(text));
         }
     }
     for variable in &run.env {
-        say!("env       {variable}");
+        say!("env       {}", shown(variable));
     }
     for layer in image.layers() {
         let size = human(u64::try_from(layer.size).unwrap_or(0));
-        say!("layer     {} {size:>9}  {}", layer.digest, layer.media_type);
+        say!("layer     {} {size:>9}  {}", layer.digest, shown(&layer.media_type));
+    }
+    for (layer, text) in &oddities {
+        say!("odd       {layer} {}", shown(text));
     }
     Ok(())
 }

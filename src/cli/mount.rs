@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::config::Config;
 use super::mounts::locate;
 use super::say;
-use super::{ImageArgs, explain, open, progress, runtime};
+use super::{ImageArgs, explain, open, progress, runtime, text};
 use crate::image::Early;
 use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
 use crate::profile::Label;
@@ -243,10 +244,11 @@ async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mu
         {
             bar.finish();
             if args.json {
-                let object = serde_json::json!({
-                    "image": args.image.image, "digest": digest, "mountpoint": mountpoint.to_string_lossy(),
+                let mut object = serde_json::json!({
+                    "image": &*args.image.image, "digest": digest,
                     "pid": child.id(), "mount_seconds": seconds, "ready_seconds": ready_seconds,
                 });
+                text::put(&mut object, "mountpoint", mountpoint.as_os_str().as_bytes());
                 say!("{object}");
             }
             return Ok(());
@@ -331,7 +333,7 @@ async fn serve_async(
         None => (Arc::new(preparation), None),
     };
     let mount = MountConfig {
-        image: args.image.image.clone(),
+        image: args.image.image.to_string(),
         mountpoint,
         options,
         require_ready: args.wait().is_some(),

@@ -1,5 +1,6 @@
 //! `ocifs umount`, `list`, `status`.
 
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -8,6 +9,7 @@ use clap::Args;
 use super::explain;
 use super::files::MAX_LINKS;
 use super::say;
+use super::text::{self, shown};
 use super::units::human;
 use crate::fs::ReadStatus;
 use crate::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
@@ -92,10 +94,10 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
         let remainder = result.as_ref().ok().cloned().flatten();
         if args.json {
             let problem = result.as_ref().err().map(explain);
-            let object = serde_json::json!({
-                "mountpoint": path.to_string_lossy(), "unmounted": problem.is_none(), "problem": problem,
-                "remainder": remainder,
+            let mut object = serde_json::json!({
+                "unmounted": problem.is_none(), "problem": problem, "remainder": remainder,
             });
+            text::put(&mut object, "mountpoint", path.as_os_str().as_bytes());
             say!("{object}");
         } else if let Some(remainder) = remainder {
             eprintln!("ocifs: {}: {remainder}", path.display());
@@ -147,11 +149,11 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
             state(m.state),
             m.pid,
             fetched,
-            m.mountpoint,
-            m.image
+            shown(&m.mountpoint),
+            shown(&m.image)
         );
         if let Some(problem) = &m.problem {
-            say!("{:<10} {problem}", "");
+            say!("{:<10} {}", "", shown(problem));
         }
     }
     Ok(())
@@ -173,7 +175,7 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
 }
 
 fn show(status: &MountStatus) -> anyhow::Result<()> {
-    say!("image       {}", status.image);
+    say!("image       {}", shown(&status.image));
     say!("digest      {}", status.digest);
     if let Some(unconfirmed) = &status.unconfirmed {
         let since = unconfirmed.since.as_deref().unwrap_or("an unknown time");
@@ -185,7 +187,7 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     }
     say!(
         "mounted on  {}{}",
-        status.mountpoint,
+        shown(&status.mountpoint),
         if status.writable { " (writable)" } else { "" }
     );
     say!("process     {}, up {:.0} s", status.pid, status.uptime);
@@ -197,10 +199,10 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
         _ => say!("state       {}", state(status.state)),
     }
     if let Some(problem) = &status.problem {
-        say!("problem     {problem}");
+        say!("problem     {}", shown(problem));
     }
     if let Some(log) = &status.log {
-        say!("log         {log}");
+        say!("log         {}", shown(log));
     }
     let ready = status
         .ready_seconds

@@ -73,7 +73,7 @@ pub(super) struct Named {
 
 impl Named {
     pub(super) async fn open(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Self> {
-        let image: ImageRef = args.image.parse()?;
+        let image = args.image.reference()?;
         let platform = args.platform.as_ref().map(|text| text.parse()).transpose()?;
         let (source, pinned) = open(config, &image).await?;
         Ok(Self {
@@ -127,6 +127,7 @@ fn registry_config(config: &Config) -> RegistryConfig {
     RegistryConfig {
         plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),
+        foreign_layer_hosts: config.foreign_layers_from.clone(),
         allow_private_redirects: config.allow_private_redirects,
         timeout: config.timeout.unwrap_or(Duration::MAX),
         ..RegistryConfig::default()

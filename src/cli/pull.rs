@@ -42,7 +42,7 @@ pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
     let (size, fetched) = layers.iter().fold((0, 0), |(s, f), l| (s + l.size, f + l.fetched));
     if args.json {
         let object = serde_json::json!({
-            "image": args.image.image, "digest": digest, "size": size, "fetched": fetched, "layers": layers,
+            "image": &*args.image.image, "digest": digest, "size": size, "fetched": fetched, "layers": layers,
             "unconfirmed": unconfirmed,
         });
         say!("{object}");

@@ -32,9 +32,30 @@ pub(super) const INCOMPAT_CHUNKED: u32 = 4;
 /// First inode, which is the root: right behind the superblock, so that its nid fits the 16 bits the superblock has for it.
 pub(super) const FIRST_INODE: u64 = SUPER_OFFSET + SUPER_SIZE;
 
-/// Volume names: they tell a reader whether it may answer "no attributes" without looking. Any other name means "look".
-pub(super) const LABEL_NO_XATTRS: &[u8; 16] = b"ocifs:noxattr\0\0\0";
-pub(super) const LABEL_XATTRS: &[u8; 16] = b"ocifs:xattr\0\0\0\0\0";
+/// What extended attributes the inodes have. The volume name tells, so that a reader knows without looking at all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Attributes {
+    None,
+    /// Some, but no access control list.
+    Plain,
+    AccessControl,
+}
+
+impl Attributes {
+    /// Volume name. The number goes up when equal layers give another tree than before, so that stored ones are made again.
+    fn label(self) -> &'static [u8; 16] {
+        match self {
+            Self::None => b"ocifs2:noxattr\0\0",
+            Self::Plain => b"ocifs2:xattr\0\0\0\0",
+            Self::AccessControl => b"ocifs2:acl\0\0\0\0\0\0",
+        }
+    }
+
+    fn from_label(label: &[u8]) -> Option<Self> {
+        let all = [Self::None, Self::Plain, Self::AccessControl];
+        all.into_iter().find(|attributes| attributes.label() == label)
+    }
+}
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
@@ -60,7 +81,8 @@ pub(super) struct Superblock {
     /// Blocks of the whole disk: metadata and all data devices.
     pub blocks: u32,
     pub uuid: [u8; 16],
-    pub label: [u8; 16],
+    /// None if another version or program has written the image.
+    pub attributes: Option<Attributes>,
     pub incompat: u32,
     /// First block of the attributes that inodes share; 0 if there are none.
     pub xattr_block: u32,
@@ -78,7 +100,8 @@ impl Superblock {
         put(bytes, 36, &self.blocks.to_le_bytes());
         put(bytes, 44, &self.xattr_block.to_le_bytes());
         put(bytes, 48, &self.uuid);
-        put(bytes, 64, &self.label);
+        let label = self.attributes.map_or(&[0; 16], Attributes::label);
+        put(bytes, 64, label);
         put(bytes, 80, &self.incompat.to_le_bytes());
         let sum = checksum(bytes);
         put(bytes, 4, &sum.to_le_bytes());
@@ -124,7 +147,7 @@ impl Superblock {
             blocks: u32_of(36)?,
             xattr_block: u32_of(44)?,
             uuid: *bytes.get(48..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?,
-            label: *bytes.get(64..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?,
+            attributes: Attributes::from_label(&bytes[64..80]),
             incompat,
         })
     }

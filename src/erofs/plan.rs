@@ -3,8 +3,8 @@
 
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{FileType, Measure};
-use crate::erofs::format::{BLOCK, FIRST_INODE, INODE, Layout, SLOT};
-use crate::erofs::xattr::Shared;
+use crate::erofs::format::{Attributes, BLOCK, FIRST_INODE, INODE, Layout, SLOT};
+use crate::erofs::xattr::{self, Shared};
 use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
 /// Entries of chunk maps in one image: 256 MiB of them. A few header bytes in a tar can claim exabytes of holes.
@@ -46,7 +46,7 @@ pub(super) struct Plan {
     pub metadata_blocks: u64,
     /// First block of each layer's data device, then that behind the last.
     pub device_starts: Vec<u64>,
-    pub any_xattrs: bool,
+    pub attributes: Attributes,
     pub dropped_xattrs: u64,
     pub any_chunked: bool,
 }
@@ -71,7 +71,7 @@ impl Plan {
             xattr_block: 0,
             metadata_blocks: 0,
             device_starts: Vec::new(),
-            any_xattrs: false,
+            attributes: Attributes::None,
             dropped_xattrs: 0,
             any_chunked: false,
         };
@@ -118,7 +118,9 @@ impl Plan {
             .shared
             .measure(tree, id)
             .map_err(|(size, limit)| Flaw::Xattrs { size, limit })?;
-        self.any_xattrs |= xattr_size > 0;
+        if xattr_size > 0 {
+            self.attributes = self.attributes.max(xattr::attributes(tree, id));
+        }
         self.dropped_xattrs += dropped;
         let view = tree.view(id);
         match view {

@@ -1,7 +1,7 @@
 //! Answers from an image's bytes, usually a memory map: nothing is parsed in advance and a lookup allocates nothing.
 
 use crate::erofs::dirent::{Block, DIRENT};
-use crate::erofs::format::{BLOCK, INODE, LABEL_NO_XATTRS, Layout, RawInode, SLOT, Superblock};
+use crate::erofs::format::{Attributes, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};
 use crate::erofs::plan::device_starts;
 use crate::erofs::xattr::{Xattr, XattrIter};
 use crate::erofs::{ErofsError, FileType, Nid};
@@ -113,7 +113,17 @@ impl<B: AsRef<[u8]>> Reader<B> {
 
     /// False only if no inode has extended attributes.
     pub fn has_any_xattr(&self) -> bool {
-        self.superblock.label != *LABEL_NO_XATTRS
+        self.superblock.attributes != Some(Attributes::None)
+    }
+
+    /// False only if no inode has an access control list.
+    pub fn has_any_acl(&self) -> bool {
+        !matches!(self.superblock.attributes, Some(Attributes::None | Attributes::Plain))
+    }
+
+    /// Whether the layers give the same tree today: other versions of ocifs made other ones of some.
+    pub fn is_current(&self) -> bool {
+        self.superblock.attributes.is_some()
     }
 
     /// The inode `nid`.

@@ -5,9 +5,7 @@ use std::io::{BufWriter, Write};
 
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{self, FileType, Measure};
-use crate::erofs::format::{
-    BLOCK, INCOMPAT_CHUNKED, INODE, LABEL_NO_XATTRS, LABEL_XATTRS, Layout, NULL_BLOCK, RawInode, SLOT, Superblock,
-};
+use crate::erofs::format::{BLOCK, INCOMPAT_CHUNKED, INODE, Layout, NULL_BLOCK, RawInode, SLOT, Superblock};
 use crate::erofs::plan::{Plan, Shape, entries, file_type};
 use crate::erofs::xattr;
 use crate::oci::Digest;
@@ -62,7 +60,7 @@ impl<'a> Planned<'a> {
             inodes: tree.len() as u64,
             blocks: u32::try_from(disk_blocks).expect("checked by the plan"),
             uuid: uuid(seed),
-            label: *if plan.any_xattrs { LABEL_XATTRS } else { LABEL_NO_XATTRS },
+            attributes: Some(plan.attributes),
             incompat: if plan.any_chunked { INCOMPAT_CHUNKED } else { 0 },
             // Fits, as the number of all blocks does.
             xattr_block: if plan.shared.bytes > 0 {

@@ -4,7 +4,7 @@
 //! Shared attributes stand together in an area of their own; their numbers are their offsets in it, divided by 4.
 
 use crate::erofs::ErofsError;
-use crate::erofs::format::{XATTR_HEADER, u16_at};
+use crate::erofs::format::{Attributes, XATTR_HEADER, u16_at};
 use crate::toc::AttributeId;
 use crate::tree::{NodeId, Tree};
 
@@ -35,6 +35,16 @@ fn storable<'a>(name: &'a [u8], value: &[u8]) -> Option<(u8, &'a [u8])> {
 
 fn entry_size(rest: &[u8], value: &[u8]) -> u64 {
     (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4)
+}
+
+/// Which of a node's attributes a reader wants to know of beforehand; at least one can be stored.
+pub(super) fn attributes(tree: &Tree, node: NodeId) -> Attributes {
+    let is_list = |id: &AttributeId| tree.attributes().get(*id).0.starts_with(b"system.posix_acl_");
+    if tree.xattrs(node).iter().any(is_list) {
+        Attributes::AccessControl
+    } else {
+        Attributes::Plain
+    }
 }
 
 /// Bytes an attribute has to take to be shared: reading a shared one costs the kernel a block more.

@@ -21,6 +21,10 @@ pub(super) fn open(store: &Store, manifest: &Digest, sizes: &[u64]) -> Option<Re
     };
     let image = read_sealed(&path).map_err(|error| unusable(&error)).ok()??;
     let reader = Reader::open(image, sizes).map_err(|error| unusable(&error)).ok()?;
+    if !reader.is_current() {
+        tracing::debug!(path = %path.display(), "another version made the stored tree, making it again");
+        return None;
+    }
     store.touch_tree(&path);
     Some(reader)
 }

@@ -475,7 +475,7 @@ impl Table {
             verified: true,
         })?;
         for warning in &tables.warnings {
-            tracing::debug!(%layer, warning, "oddity in the tar");
+            tracing::warn!(%layer, warning, "odd tar");
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;

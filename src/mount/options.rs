@@ -80,10 +80,10 @@ impl FuseOptions {
 
     /// Who may use the mount.
     pub fn access(&self) -> Access {
-        if self.allow_other {
-            Access::Everybody
-        } else {
-            Access::Owner
+        match (self.allow_other, self.default_permissions) {
+            (true, _) => Access::Everybody,
+            (false, true) => Access::Owner,
+            (false, false) => Access::OwnerWithoutCheck,
         }
     }
 

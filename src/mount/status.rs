@@ -60,6 +60,9 @@ pub struct MountStatus {
     pub unconfirmed: Option<Unconfirmed>,
     /// Where it is mounted.
     pub mountpoint: String,
+    /// The same path whole, in base64, if it is not UTF-8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mountpoint_base64: Option<String>,
     /// The log of the process, if it runs in the background.
     #[serde(default)]
     pub log: Option<String>,

@@ -130,6 +130,7 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         digest: record.digest.clone(),
         unconfirmed: None,
         mountpoint: record.mountpoint.display().to_string(),
+        mountpoint_base64: record.mountpoint_base64(),
         log: None,
         state,
         problem: Some(problem),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::Digest;
+use super::{Digest, media_type};
 
 /// Media type, digest and size of a blob, with what was said about it where it was named.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +47,13 @@ impl Descriptor {
         let bytes = base64::engine::general_purpose::STANDARD.decode(data).ok()?;
         let intact = i64::try_from(bytes.len()) == Ok(self.size) && self.digest.matches(&bytes);
         intact.then_some(bytes)
+    }
+}
+
+impl Descriptor {
+    /// Whether it is that of a layer which may be kept elsewhere, because its license forbids to distribute it.
+    pub fn is_foreign(&self) -> bool {
+        media_type::is_foreign_layer(&self.media_type)
     }
 }
 

@@ -4,7 +4,9 @@
 //! `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot hold one. An image called `oci` in a registry is
 //! written `docker://oci:TAG`.
 
+use std::ffi::OsStr;
 use std::fmt;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -109,6 +111,38 @@ impl FromStr for ImageRef {
             }
             _ => Ok(Self::Registry(text.parse()?)),
         }
+    }
+}
+
+impl ImageRef {
+    /// Like parsing text; but a path can be any bytes, as on a command line.
+    pub fn from_os_str(given: &OsStr) -> Result<Self, ImageRefError> {
+        if let Some(text) = given.to_str() {
+            return text.parse();
+        }
+        let shown = given.to_string_lossy();
+        for transport in ["oci", "docker-archive"] {
+            let rest = given.as_bytes().strip_prefix(transport.as_bytes());
+            let Some(rest) = rest.and_then(|rest| rest.strip_prefix(b":")) else {
+                continue;
+            };
+            let mut parts = rest.splitn(2, |byte| *byte == b':');
+            let path = parts.next().unwrap_or_default();
+            // What is no text in the name is in no list of images either.
+            let image = parts.next().map(|image| String::from_utf8_lossy(image).into_owned());
+            if image.as_deref() == Some("") {
+                return Err(ImageRefError::NoImage { text: shown.into() });
+            }
+            if path.is_empty() {
+                return Err(ImageRefError::NoPath { transport });
+            }
+            let path = PathBuf::from(OsStr::from_bytes(path));
+            return Ok(match transport {
+                "oci" => Self::Layout { dir: path, image },
+                _ => Self::Archive { file: path, image },
+            });
+        }
+        shown.parse()
     }
 }
 

@@ -41,8 +41,9 @@ pub(super) fn is_image_config(media_type: &str) -> bool {
     matches!(essence(media_type), OCI_CONFIG | DOCKER_CONFIG)
 }
 
-/// Whether a layer of this type is kept outside the registry.
+/// Whether a layer of this type may be kept outside the registry.
 pub(super) fn is_foreign_layer(media_type: &str) -> bool {
+    let media_type = essence(media_type);
     media_type.starts_with(OCI_FOREIGN) || media_type.starts_with(DOCKER_FOREIGN)
 }
 

@@ -43,14 +43,6 @@ pub enum Refusal {
     /// A nydus image, which has no ordinary layers.
     #[error("it is a nydus (RAFS) image without ordinary layers: use the original image it was converted from")]
     Nydus,
-    /// A layer is kept outside the registry.
-    #[error("layer {digest} is a foreign layer, kept outside the registry{}: rebuild the image on a base with ordinary layers", url.as_deref().map(|u| format!(" (at {})", shown(u))).unwrap_or_default())]
-    Foreign {
-        /// The layer.
-        digest: Digest,
-        /// Where the layer is said to be.
-        url: Option<String>,
-    },
     /// Something else kept in a registry.
     #[error(
         "it is {name} (`{}`), not an image: fetch it with the tool that made it, or with `oras pull`",
@@ -139,12 +131,6 @@ fn layer_refusal(layer: &Descriptor) -> Option<Refusal> {
         return Some(Refusal::Encrypted {
             digest,
             media_type: media_type.to_owned(),
-        });
-    }
-    if media_type::is_foreign_layer(media_type) {
-        return Some(Refusal::Foreign {
-            digest,
-            url: layer.urls.first().cloned(),
         });
     }
     if media_type::artifact_name(media_type).is_some() {
@@ -314,18 +300,6 @@ mod tests {
                 r#""artifactType":"application/vnd.nydus.image.manifest.v1+json","#,
                 "nydus",
             ),
-            (
-                DOCKER_CONFIG,
-                &["application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"],
-                "",
-                "is a foreign layer",
-            ),
-            (
-                OCI_CONFIG,
-                &["application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"],
-                "",
-                "is a foreign layer",
-            ),
             (OCI_CONFIG, &["application/json"], "", "is no file system layer"),
             (
                 OCI_CONFIG,
@@ -344,19 +318,15 @@ mod tests {
             .annotations
             .insert(NYDUS_BOOTSTRAP.into(), "true".into());
         assert_eq!(bootstrap.refusal(), Some(Refusal::Nydus));
-        let mut foreign = manifest(
-            OCI_CONFIG,
-            &["application/vnd.oci.image.layer.nondistributable.v1.tar"],
-            "",
-        );
-        foreign.layers[0].urls.push("https://example.com/base".into());
-        assert!(
-            foreign
-                .refusal()
-                .unwrap()
-                .to_string()
-                .contains("at https://example.com/base")
-        );
+        // Whether a foreign layer is here shows when it is read.
+        for foreign in [
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+        ] {
+            let manifest = manifest(OCI_CONFIG, &[foreign], "");
+            assert_eq!(manifest.refusal(), None);
+            assert!(manifest.layers[0].is_foreign());
+        }
     }
 
     #[test]

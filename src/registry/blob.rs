@@ -33,6 +33,7 @@ use self::reading::{Body, Reading};
 use super::access::Answer;
 use super::client::{RegistryClient, refusal};
 use super::content_range::ContentRange;
+use super::elsewhere::Elsewhere;
 use super::encoding::Encoding;
 use super::endpoint::Repository;
 use super::redirects::BlobKey;
@@ -54,6 +55,7 @@ struct Core {
     key: BlobKey,
     size: u64,
     inline: Option<Bytes>,
+    elsewhere: Elsewhere,
     meter: BlobMeter,
     belief: Belief,
     kind: Kind,
@@ -79,6 +81,7 @@ impl RegistryBlob {
         size: u64,
         inline: Option<Bytes>,
         kind: Kind,
+        elsewhere: Elsewhere,
     ) -> Self {
         let key = BlobKey {
             repository: repository.to_string(),
@@ -91,6 +94,7 @@ impl RegistryBlob {
                 key,
                 size,
                 inline,
+                elsewhere,
                 meter: BlobMeter::default(),
                 belief: Belief::default(),
                 kind,
@@ -113,6 +117,7 @@ impl RegistryBlob {
             0,
             None,
             Kind::Unchecked,
+            Elsewhere::default(),
         );
         let core = &blob.core;
         let attempt = |wait| core.probe(wait);
@@ -225,7 +230,7 @@ impl Core {
                     _ => Err(self.protocol(&reply.host(), "a part although the whole was asked for")),
                 }
             }
-            _ => Err(refusal(reply, &self.what(), &tried).await),
+            _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
         };
         self.forget_if_failed(&from, result)
     }
@@ -253,7 +258,7 @@ impl Core {
                 }
             }
             StatusCode::RANGE_NOT_SATISFIABLE => Err(self.unsatisfied(&reply, wanted)),
-            _ => Err(refusal(reply, &self.what(), &tried).await),
+            _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
         };
         self.forget_if_failed(&from, result)
     }
@@ -266,7 +271,7 @@ impl Core {
         result
     }
 
-    /// Asks where the blob was found the last time, and the registry if it is not there any more.
+    /// Asks where the blob was found the last time, then the registry, then the places that the image names.
     async fn ask(&self, range: Option<&Range<u64>>, apart: bool, wait: Duration) -> Result<Answer, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.apart = apart;
@@ -277,7 +282,7 @@ impl Core {
         }
         match self.ask_storage(&ask, wait).await? {
             Some(answer) => Ok(answer),
-            None => self.ask_registry(&ask, wait).await,
+            None => self.ask_everywhere(&ask, wait).await,
         }
     }
 
@@ -322,6 +327,34 @@ impl Core {
                 Err(error)
             }
         }
+    }
+
+    /// Asks the registry, and if it does not have the blob, the other places that the image names. The one that has it is asked
+    /// first from then on.
+    async fn ask_everywhere(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {
+        let answer = self.ask_registry(ask, wait).await?;
+        if !matches!(answer.reply.status(), StatusCode::NOT_FOUND | StatusCode::GONE) {
+            return Ok(answer);
+        }
+        for url in &self.elsewhere.urls {
+            let mut direct = ask.clone();
+            direct.url = url.clone();
+            direct.guarded = self.client.transport().leads_to_public_only(url);
+            let sent = self.client.request_elsewhere(&self.repository, &direct, wait).await;
+            self.meter.request(sent.as_ref().map_or(1, |answer| answer.reply.hops));
+            match sent {
+                Ok(found) if found.reply.status().is_success() => {
+                    self.client.redirects().remember(&self.key, found.reply.url.clone());
+                    return Ok(found);
+                }
+                Ok(other) => {
+                    let (host, status) = (other.reply.host(), other.reply.status());
+                    tracing::warn!(host, %status, "no foreign layer in the place that the image names");
+                }
+                Err(error) => tracing::warn!(%error, "no foreign layer in the place that the image names"),
+            }
+        }
+        Ok(answer)
     }
 
     async fn ask_registry(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {

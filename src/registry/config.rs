@@ -24,6 +24,8 @@ pub struct RegistryConfig {
     pub stall_timeout: Duration,
     /// Time for one TCP and TLS handshake.
     pub connect_timeout: Duration,
+    /// Hosts (with port, unless it is the usual one) from which foreign layers are fetched that the registry does not have.
+    pub foreign_layer_hosts: Vec<String>,
     /// The `User-Agent` header.
     pub user_agent: String,
 }
@@ -40,6 +42,7 @@ impl Default for RegistryConfig {
             stall_timeout: Duration::from_secs(10),
             // Covers two lost SYN packets (1 s + 2 s) and a slow handshake.
             connect_timeout: Duration::from_secs(8),
+            foreign_layer_hosts: Vec::new(),
             user_agent: concat!("ocifs/", env!("CARGO_PKG_VERSION")).to_owned(),
         }
     }

@@ -51,6 +51,7 @@ use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
 
 use super::blob::{Kind, RegistryBlob};
 use super::client::RegistryClient;
+use super::elsewhere::Elsewhere;
 use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
 use crate::oci::{
     Digest, DocumentError, DocumentKind, ImageIndex as OwnIndex, Manifest as OwnManifest, Platform, ReferenceSelector,
@@ -156,9 +157,17 @@ impl Puller {
         let target = Arc::new(self.client.repository(&self.registry, repository)?);
         let size = RegistryBlob::find_size(&self.client, &target, digest).await?;
         let range = normalise(bounds, size);
-        RegistryBlob::new(self.client.clone(), target, digest.clone(), size, None, Kind::Unchecked)
-            .read(range)
-            .await
+        RegistryBlob::new(
+            self.client.clone(),
+            target,
+            digest.clone(),
+            size,
+            None,
+            Kind::Unchecked,
+            Elsewhere::default(),
+        )
+        .read(range)
+        .await
     }
 
     /// Pulls an image into `directory`, an OCI image layout afterwards.

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 
 use super::blob::{Kind, RegistryBlob};
 use super::client::{MAX_CONFIG, RegistryClient};
+use super::elsewhere::Elsewhere;
 use super::endpoint::Repository;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, ReferenceSelector};
@@ -48,6 +49,7 @@ impl RegistrySource {
             size,
             descriptor.embedded().map(Into::into),
             Kind::Layer { is_compressed },
+            Elsewhere::of(descriptor, &self.client.transport().config().foreign_layer_hosts),
         ))
     }
 }

@@ -8,9 +8,7 @@ use super::codec::Packer;
 use super::error::{TocError, shown};
 use super::path::{self, Place};
 use super::sparse::{self, Fragment, Placed};
-use super::{
-    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs,
-};
+use super::{DEVICE_BLOCK, DataLayout, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs};
 use crate::memory::Charge;
 
 /// Warnings kept in full; the others are only counted.
@@ -258,12 +256,7 @@ impl Builder {
         })
     }
 
-    fn push(&mut self, mut entry: TocEntry) -> Result<(), TocError> {
-        // What overlayfs takes for a whiteout, and thus what every engine built on it shows as one.
-        if let EntryKind::CharDevice(DeviceNumber { major: 0, minor: 0 }) = entry.kind {
-            entry.kind = EntryKind::Whiteout;
-            entry.xattrs.clear();
-        }
+    fn push(&mut self, entry: TocEntry) -> Result<(), TocError> {
         self.packer.add(&entry)?;
         self.check_count(&entry.path)
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0  magic "ocifsTOC"
-//!  8  version u32 = 2
+//!  8  version u32 = 3
 //! 12  number of entries u32, of extents u32, of warnings u32
 //! 24  device size u64
 //! 32  length of the body u64
@@ -40,7 +40,7 @@ pub use decode::{AttributeRef, Entries, PackedEntry};
 pub(super) use encode::Packer;
 
 const MAGIC: &[u8; 8] = b"ocifsTOC";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEAD: usize = 40;
 const HASH: usize = 32;
 const WHAT: &str = "table of contents";

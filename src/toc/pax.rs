@@ -185,9 +185,11 @@ pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
     Some(value.unsigned_abs())
 }
 
+/// Decimal digits behind an optional sign, as Go's reader takes them.
 fn signed_decimal(text: &[u8]) -> Option<i64> {
     let negative = text.first() == Some(&b'-');
-    let value = i64::try_from(decimal(&text[usize::from(negative)..])?).ok()?;
+    let signed = negative || text.first() == Some(&b'+');
+    let value = i64::try_from(decimal(&text[usize::from(signed)..])?).ok()?;
     Some(if negative { -value } else { value })
 }
 

@@ -1,7 +1,8 @@
 //! Which extended attributes of a tar survive.
 //!
 //! A layer must not be able to speak to overlayfs (`trusted.overlay.*`, `user.overlay.*`), and labels of the machine that built
-//! the image (`security.selinux`) mean nothing here. Of the rest, what EROFS can store is kept.
+//! the image (`security.selinux`) mean nothing here. Of the rest, what EROFS can store is kept, as far as a file system would take
+//! it: [`select`] looks at names and sizes, [`fit`] at what belongs to which type of file.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,8 @@ use base64::Engine;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
-use super::Xattrs;
+use super::acl::{self, Acl};
+use super::{Metadata, Xattrs};
 
 /// `XATTR_NAME_MAX` of Linux.
 const NAME_MAX: usize = 255;
@@ -43,26 +45,30 @@ fn verdict(name: &[u8]) -> Verdict {
     if name == b"security.selinux" || name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") {
         return Verdict::Drop;
     }
-    let acl = matches!(name, b"system.posix_acl_access" | b"system.posix_acl_default");
     let suffix = name.strip_prefix(b"user.").or_else(|| name.strip_prefix(b"security."));
     let named = suffix.is_some_and(|s| !s.is_empty() && !s.contains(&0)) && name.len() <= NAME_MAX;
-    if acl || named {
+    if is_acl(name) || named {
         Verdict::Keep
     } else {
         Verdict::Unstorable
     }
 }
 
+fn is_acl(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
+}
+
 /// Merges the two pax spellings and applies the filter. `dropped` hears of attributes that are lost against the image's intent.
 ///
 /// A `LIBARCHIVE.xattr.NAME` record (name percent-encoded, value base64) counts only if no `SCHILY.xattr.NAME` exists; bsdtar
-/// writes both.
+/// writes both. Access control lists never count in that spelling: no engine enforces them.
 pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl FnMut(&[u8], &'static str)) -> Xattrs {
     let mut found = schily;
     for (raw, value) in libarchive {
         let name = percent_decode(&raw);
         // libarchive encodes the name under both keywords, and the engines take SCHILY's as it is.
-        if found.contains_key(&raw) || found.contains_key(&name) || verdict(&name) == Verdict::Drop {
+        let ignored = verdict(&name) == Verdict::Drop || is_acl(&name);
+        if found.contains_key(&raw) || found.contains_key(&name) || ignored {
             continue;
         }
         match BASE64.decode(&value) {
@@ -90,7 +96,77 @@ pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl
         .collect()
 }
 
-/// Whether attributes, given in order, are a list that [`select`] can return.
+/// What has the attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// A regular file, or a hard link, which is most often one to a regular file.
+    File,
+    Directory,
+    Symlink,
+    /// A device or pipe.
+    Special,
+}
+
+/// Takes away what setxattr(2) would not let a file of this type have, and gives `meta` the mode that the access control list
+/// stands for. `dropped` hears of what is lost against the image's intent.
+pub(super) fn fit(
+    xattrs: &mut Xattrs,
+    holder: Holder,
+    meta: &mut Metadata,
+    mut dropped: impl FnMut(&[u8], &'static str),
+) {
+    const WRONG_TYPE: &str = "a file of this type cannot have it";
+    xattrs.retain_mut(|(name, value)| {
+        let problem = match &name[..] {
+            acl::ACCESS if holder == Holder::Symlink => WRONG_TYPE,
+            acl::DEFAULT if holder != Holder::Directory => WRONG_TYPE,
+            acl::ACCESS | acl::DEFAULT => match Acl::parse(value) {
+                Ok(None) => return false,
+                Ok(Some(acl)) => {
+                    *value = acl.encode();
+                    if **name == *acl::DEFAULT {
+                        return true;
+                    }
+                    meta.mode = meta.mode & 0o7000 | acl.mode();
+                    return !acl.is_minimal();
+                }
+                Err(problem) => problem,
+            },
+            b"security.capability" if !is_capability(value) => "it is no set of capabilities",
+            name if name.starts_with(b"user.") && matches!(holder, Holder::Symlink | Holder::Special) => WRONG_TYPE,
+            _ => return true,
+        };
+        dropped(name, problem);
+        false
+    });
+}
+
+/// What chmod(2) makes of the attribute, if it is an access control list.
+pub(crate) fn chmod(name: &[u8], value: &[u8], mode: u16) -> Option<Box<[u8]>> {
+    if name != acl::ACCESS {
+        return None;
+    }
+    let mut acl = Acl::parse(value).ok()??;
+    acl.chmod(mode);
+    Some(acl.encode())
+}
+
+/// Whether the kernel understands the value of `security.capability` (linux/capability.h, `vfs_ns_cap_data`).
+fn is_capability(value: &[u8]) -> bool {
+    let revision = value.first_chunk().map(|magic| u32::from_le_bytes(*magic) >> 24);
+    matches!((revision, value.len()), (Some(1), 12) | (Some(2), 20) | (Some(3), 24))
+}
+
+/// Whether the kernel takes the value of the attribute, on the file it belongs to.
+pub(super) fn is_sound(name: &[u8], value: &[u8]) -> bool {
+    match name {
+        acl::ACCESS | acl::DEFAULT => matches!(Acl::parse(value), Ok(Some(acl)) if *acl.encode() == *value),
+        b"security.capability" => is_capability(value),
+        _ => true,
+    }
+}
+
+/// Whether attributes, given in order, are a list that [`select`] and [`fit`] can make.
 #[derive(Debug, Default)]
 pub(super) struct Check {
     last: Option<Box<[u8]>>,
@@ -135,6 +211,9 @@ fn percent_decode(raw: &[u8]) -> Box<[u8]> {
 mod tests {
     use super::*;
 
+    /// An access control list of owner, group and others.
+    const LIST: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x04\0\0\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
+
     fn raw(list: &[(&str, &[u8])]) -> RawXattrs {
         list.iter().map(|(n, v)| (n.as_bytes().into(), (*v).into())).collect()
     }
@@ -176,7 +255,11 @@ mod tests {
             .iter()
             .chain(&silent)
             .chain(&warned)
-            .map(|n| (*n, &b"v"[..]))
+            .map(|n| match *n {
+                "security.capability" => (*n, &b"\0\0\0\x02twenty bytes in all"[..20]),
+                n if n.starts_with("system.posix") => (n, LIST),
+                n => (n, &b"v"[..]),
+            })
             .collect();
         let (kept, dropped) = run(&all, &[]);
         assert_eq!(kept.iter().map(|k| k.0.as_str()).collect::<Vec<_>>(), keep);

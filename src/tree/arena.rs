@@ -28,6 +28,9 @@ pub(super) type Id = u32;
 /// In the place of an [`Id`], or of the number of a [`Dirent`]: none.
 pub(super) const NONE: u32 = u32::MAX;
 
+/// Encoded [`DeviceNumber::WHITEOUT`](crate::toc::DeviceNumber::WHITEOUT).
+pub(super) const WHITEOUT: u32 = 0;
+
 /// A directory no entry describes (image engines agree on these values for parents a layer leaves out).
 pub(super) const IMPLIED: Metadata = Metadata {
     mode: 0o755,
@@ -175,6 +178,11 @@ impl Arena {
 
     pub fn is_directory(&self, id: Id) -> bool {
         matches!(self.get(id).kind, Kind::Directory { .. })
+    }
+
+    /// Whether it hides what lower layers have of its name.
+    pub fn is_whiteout(&self, id: Id) -> bool {
+        matches!(self.get(id).kind, Kind::CharDevice(WHITEOUT))
     }
 
     /// Keeps a link target of at most `PATH_MAX` bytes.

@@ -1,10 +1,10 @@
 //! One layer as a tree of its own, read in archive order: what it puts where, what it hides of lower layers, and which inodes its
 //! hard links mean. Hard links that found no target in time are settled when the layer ends, before anything lower is hidden.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, Metadata, PackedEntry, PackedToc};
-use crate::tree::arena::{Arena, Full, Id, Inode, Kind, NONE, SetId, split};
+use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, Metadata, PackedEntry, PackedToc, chmod_acl};
+use crate::tree::arena::{Arena, Full, Id, Inode, Kind, NONE, SetId, WHITEOUT, split};
 use crate::tree::{LayerIdx, TreeError};
 
 /// What a layer hides of lower ones, by path without in-layer symlinks.
@@ -12,6 +12,27 @@ use crate::tree::{LayerIdx, TreeError};
 pub(super) enum Hide {
     Whiteout(Vec<u8>),
     Opaque(Vec<u8>),
+}
+
+impl Hide {
+    /// The directory in which it hides something.
+    pub fn directory(&self) -> &[u8] {
+        match self {
+            Self::Whiteout(path) => split(path).0,
+            Self::Opaque(path) => path,
+        }
+    }
+}
+
+/// What a layer says.
+#[derive(Debug)]
+pub(super) struct Reading {
+    /// Root of the layer's tree.
+    pub root: Id,
+    /// What its markers hide of lower layers.
+    pub hides: Vec<Hide>,
+    /// Numbers of the names that were given to whiteout devices.
+    pub devices: Vec<u32>,
 }
 
 /// A hard link entry and what it is bound to.
@@ -43,7 +64,9 @@ pub(super) struct Upper<'a> {
     hidden: HashMap<Box<[u8]>, Id>,
     /// In archive order.
     links: Vec<Link>,
-    /// Memory of hides, hidden entries and links.
+    /// See [`Reading::devices`].
+    devices: Vec<u32>,
+    /// Memory of hides, hidden entries, links and devices.
     bytes: usize,
     /// The arena's numbers of the table's attributes.
     attributes: Vec<AttributeId>,
@@ -54,13 +77,8 @@ pub(super) struct Upper<'a> {
 }
 
 impl<'a> Upper<'a> {
-    /// Reads a layer; gives the root of its tree, and what it hides of the tree at `lower`.
-    pub fn read(
-        arena: &'a mut Arena,
-        lower: Id,
-        layer: LayerIdx,
-        toc: &'a PackedToc,
-    ) -> Result<(Id, Vec<Hide>), TreeError> {
+    /// Reads a layer that lies over the tree at `lower`.
+    pub fn read(arena: &'a mut Arena, lower: Id, layer: LayerIdx, toc: &'a PackedToc) -> Result<Reading, TreeError> {
         let mut upper = Self::new(arena, layer, toc)?;
         let damaged = |source| TreeError::Toc { layer, source };
         let mut entries = toc.entries().map_err(damaged)?;
@@ -71,7 +89,11 @@ impl<'a> Upper<'a> {
             upper.apply(number, &entry)?;
         }
         upper.settle_links(lower)?;
-        Ok((upper.root, upper.hides))
+        Ok(Reading {
+            root: upper.root,
+            hides: upper.hides,
+            devices: upper.devices,
+        })
     }
 
     fn new(arena: &'a mut Arena, layer: LayerIdx, toc: &'a PackedToc) -> Result<Self, TreeError> {
@@ -85,6 +107,7 @@ impl<'a> Upper<'a> {
             hides: Vec::new(),
             hidden: HashMap::new(),
             links: Vec::new(),
+            devices: Vec::new(),
             bytes: 0,
             attributes: Vec::new(),
             xattrs: Vec::new(),
@@ -101,12 +124,7 @@ impl<'a> Upper<'a> {
             }
             _ if entry.path.is_empty() => Ok(()), // the root is what it is, see Merger
             EntryKind::Whiteout => {
-                let (parent, name) = split(entry.path);
-                let mut path = self.follow(parent, entry.path)?;
-                if !path.is_empty() {
-                    path.push(b'/');
-                }
-                path.extend_from_slice(name);
+                let path = self.canonical(entry.path)?;
                 self.hide(Hide::Whiteout(path), entry)
             }
             EntryKind::Hidden(data) => {
@@ -223,7 +241,12 @@ impl<'a> Upper<'a> {
     fn name_leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<(), TreeError> {
         let dir = self.parent(number, entry)?;
         let id = self.leaf(number, entry, kind)?;
-        self.bind(dir, id, entry.path).map(|_| ())
+        let dirent = self.bind(dir, id, entry.path)?;
+        if self.arena.is_whiteout(id) {
+            self.devices.push(dirent);
+            self.cover(size_of::<u32>(), entry.path)?;
+        }
+        Ok(())
     }
 
     fn leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<Id, TreeError> {
@@ -283,6 +306,17 @@ impl<'a> Upper<'a> {
         }
     }
 
+    /// `path` without symlinks of this layer in its parents.
+    fn canonical(&self, path: &[u8]) -> Result<Vec<u8>, TreeError> {
+        let (parent, name) = split(path);
+        let mut canonical = self.follow(parent, path)?;
+        if !canonical.is_empty() {
+            canonical.push(b'/');
+        }
+        canonical.extend_from_slice(name);
+        Ok(canonical)
+    }
+
     /// What `target` names in this layer at this moment.
     fn find(&self, target: &[u8]) -> Result<Option<Id>, TreeError> {
         match self.arena.lookup(self.root, target) {
@@ -291,21 +325,23 @@ impl<'a> Upper<'a> {
         }
     }
 
-    /// What `target` names below this layer.
-    fn find_lower(&self, lower: Id, target: &[u8]) -> Result<Option<Id>, TreeError> {
-        let (parent, name) = split(target);
-        let mut path = self.follow(parent, target)?;
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(name);
+    /// What the target `target` names, whose path without symlinks of this layer is `path`, below this layer.
+    fn find_lower(&self, lower: Id, path: &[u8], target: &[u8]) -> Result<Option<Id>, TreeError> {
         self.arena
-            .lookup(lower, &path)
+            .lookup(lower, path)
             .map_err(|reason| self.unfollowable(target, reason))
     }
 
     /// Binds the hard links that were read before their target, and applies the metadata of all of them.
     fn settle_links(&mut self, lower: Id) -> Result<(), TreeError> {
+        let hides = std::mem::take(&mut self.hides);
+        self.bind_links(lower, &hides)?;
+        self.hides = hides;
+        self.apply_links()
+    }
+
+    fn bind_links(&mut self, lower: Id, hides: &[Hide]) -> Result<(), TreeError> {
+        let mut deleted = None;
         for link in 0..self.links.len() {
             let Link { entry, id, .. } = self.links[link];
             let Kind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
@@ -314,7 +350,15 @@ impl<'a> Upper<'a> {
             let name = self.arena.target(target);
             let found = match self.find(name)? {
                 Some(found) => Some(found),
-                None => self.find_lower(lower, name)?,
+                None => {
+                    let path = self.canonical(name)?;
+                    if deleted.get_or_insert_with(|| whiteouts(hides)).contains(&path[..]) {
+                        // Another name of what the layer deletes is deleted too: the engines link it to the whiteout.
+                        self.arena.get_mut(id).kind = Kind::CharDevice(WHITEOUT);
+                        continue;
+                    }
+                    self.find_lower(lower, &path, name)?
+                }
             };
             let bound = match found {
                 None => return Err(self.missing_target(entry, name)),
@@ -325,7 +369,11 @@ impl<'a> Upper<'a> {
             };
             self.arena.get_mut(id).kind = Kind::Pending { target, bound };
         }
-        // Attributes that links add: sets that are complete only when all links were seen.
+        Ok(())
+    }
+
+    fn apply_links(&mut self) -> Result<(), TreeError> {
+        // Attributes that links add or change: sets that are complete only when all links were seen.
         let mut added: HashMap<Id, Vec<AttributeId>> = HashMap::new();
         for link in 0..self.links.len() {
             let Link {
@@ -336,16 +384,23 @@ impl<'a> Upper<'a> {
                 xattrs,
             } = self.links[link];
             let settled = self.settled(entry, id)?;
-            let dirent = &mut self.arena.names.dirents[dirent as usize];
-            if dirent.id == id {
-                dirent.id = settled;
+            let name = &mut self.arena.names.dirents[dirent as usize];
+            if name.id == id {
+                name.id = settled;
+            }
+            if self.arena.is_whiteout(settled) {
+                self.devices.push(dirent);
+                self.cover(size_of::<u32>(), b"")?;
+                continue;
             }
             let inode = self.arena.get_mut(settled);
             if settled < self.first || inode.born < entry {
                 inode.meta = meta;
                 let own = inode.xattrs;
-                if xattrs != own && xattrs != SetId::EMPTY {
+                let adds = xattrs != own && xattrs != SetId::EMPTY;
+                if adds || own != SetId::EMPTY {
                     let set = added.entry(settled).or_insert_with(|| self.arena.set(own).to_vec());
+                    chmod(self.arena, set, meta.mode);
                     set_xattrs(self.arena, set, xattrs);
                 }
             }
@@ -435,6 +490,26 @@ pub(super) fn full(layer: LayerIdx, why: Full, path: &[u8]) -> TreeError {
             path: path.into(),
             source,
         },
+    }
+}
+
+/// Paths that the layer's whiteouts hide.
+fn whiteouts(hides: &[Hide]) -> HashSet<&[u8]> {
+    let paths = hides.iter().filter_map(|hide| match hide {
+        Hide::Whiteout(path) => Some(&path[..]),
+        Hide::Opaque(_) => None,
+    });
+    paths.collect()
+}
+
+/// Does to an access control list among the attributes what chmod(2) does.
+fn chmod(arena: &mut Arena, set: &mut [AttributeId], mode: u16) {
+    for id in set {
+        let (name, value) = arena.sets.attributes.get(*id);
+        if let Some(value) = chmod_acl(name, value, mode) {
+            let name: Box<[u8]> = name.into();
+            (*id, _) = arena.sets.attributes.intern(&name, &value);
+        }
     }
 }
 

@@ -50,6 +50,10 @@ fn whiteout(path: &str) -> TocEntry {
     entry(path, EntryKind::Whiteout)
 }
 
+fn white_device(path: &str) -> TocEntry {
+    entry(path, EntryKind::CharDevice(DeviceNumber::WHITEOUT))
+}
+
 fn opaque(path: &str) -> TocEntry {
     entry(path, EntryKind::Opaque)
 }
@@ -264,12 +268,48 @@ fn row_14_root_entry_is_ignored() {
 }
 
 #[test]
-fn row_16_char_device_0_0_arrives_as_whiteout() {
-    // The tar parser turns the device into a whiteout; other devices stay.
+fn row_16_char_device_0_0_is_a_whiteout_and_other_devices_are_not() {
     let device = entry("g", EntryKind::CharDevice(DeviceNumber { major: 1, minor: 3 }));
-    View::over_base(vec![whiteout("f"), device])
+    View::over_base(vec![white_device("f"), device])
         .children("", "d dd g hl1 hl2 opq sl")
         .is("g", "CharDevice(DeviceNumber { major: 1, minor: 3 }) 644 1 n1");
+}
+
+#[test]
+fn whiteout_devices_hide_directories_too_and_are_never_seen() {
+    View::over_base(vec![
+        white_device("d"),
+        dir("n"),
+        white_device("n/x"),
+        white_device("none/x"),
+    ])
+    .children("", "dd f g hl1 hl2 n none opq sl")
+    .children("n", "")
+    .children("none", "");
+    let alone = View::of(merge(vec![vec![white_device("x"), file("y", 1), white_device("dir/x")]]).unwrap());
+    alone.children("", "dir y").children("dir", "");
+}
+
+#[test]
+fn the_last_of_a_whiteout_device_and_another_entry_counts() {
+    View::over_base(vec![white_device("f"), file("f", 50), file("g", 51), white_device("g")])
+        .children("", "d dd f hl1 hl2 opq sl")
+        .is("f", "f1:50 644 1 n1");
+    View::over_base(vec![white_device("d"), file("d/x", 50)]).children("d", "a b x");
+}
+
+#[test]
+fn hard_links_to_a_whiteout_device_are_whiteouts() {
+    // busybox tar writes an overlay's upper directory like that: all its whiteouts are one inode.
+    View::over_base(vec![
+        white_device("f"),
+        link("g", "f"),
+        link("d/a", "g"),
+        link("new", "f"),
+    ])
+    .children("", "d dd hl1 hl2 opq sl")
+    .children("d", "b");
+    View::over_base(vec![link("g", "late"), link("f", "g"), white_device("late")]).children("", "d dd hl1 hl2 opq sl");
 }
 
 #[test]
@@ -378,10 +418,12 @@ fn row_34_hardlink_into_an_opaque_directory() {
 }
 
 #[test]
-fn row_35_hardlink_to_a_whited_out_file() {
-    View::over_base(vec![whiteout("hl1"), link("hz", "hl1")])
-        .is("hz", "f0:8 644 1 n2")
-        .same("hz", "hl2");
+fn row_35_hardlink_to_a_whited_out_file_is_a_whiteout() {
+    View::over_base(vec![whiteout("hl1"), link("f", "hl1"), link("hz", "hl1")])
+        .children("", "d dd g hl2 opq sl")
+        .is("hl2", "f0:8 644 1 n1");
+    View::over_base(vec![link("f", "g"), whiteout("g")]).children("", "d dd hl1 hl2 opq sl");
+    View::over_base(vec![whiteout("g"), file("g", 50), link("f", "g")]).same("f", "g");
 }
 
 #[test]
@@ -405,16 +447,70 @@ fn parent_entry_after_its_children() {
 }
 
 #[test]
-fn whiteouts_make_no_directories() {
+fn markers_make_no_directories() {
     View::over_base(vec![
         whiteout("new/x"),
         opaque("other"),
-        whiteout("sl/a"),
-        opaque("sl"),
         opaque("f"),
+        whiteout("g/x"),
+        symlink("u", "d"),
+        whiteout("u/a"),
     ])
-    .children("", "d dd f g hl1 hl2 opq sl")
-    .children("d", "a b");
+    .children("", "d dd f g hl1 hl2 opq sl u")
+    .children("d", "b");
+}
+
+/// Lower symlinks of all kinds, and directories behind them.
+fn symlinked() -> Vec<TocEntry> {
+    vec![
+        dir("usr/lib"),
+        file("usr/lib/foo", 1),
+        file("usr/lib/sub/x", 2),
+        symlink("usr/lib/up", "../../other"),
+        file("other/foo", 3),
+        symlink("lib", "usr/lib"),
+        symlink("abs", "/usr/lib"),
+        symlink("chain", "lib"),
+        symlink("out", "../../usr/lib"),
+        symlink("gone", "nowhere"),
+        symlink("loop", "loop"),
+    ]
+}
+
+#[test]
+fn a_marker_below_a_lower_symlink_puts_a_directory_in_its_place() {
+    // What podman 4.3 and containerd 1.6 show of such images (umoci follows the symlink instead).
+    for name in ["lib", "abs", "chain", "out", "gone", "loop"] {
+        for marker in [whiteout(&format!("{name}/foo")), opaque(name)] {
+            View::of(merge(vec![symlinked(), vec![marker]]).unwrap())
+                .is(name, "dir 755 0 n2")
+                .children(name, "")
+                .children("usr/lib", "foo sub up");
+        }
+    }
+    View::of(merge(vec![symlinked(), vec![whiteout("lib/up/foo")]]).unwrap())
+        .children("lib", "up")
+        .children("lib/up", "")
+        .children("other", "foo");
+    View::of(merge(vec![symlinked(), vec![opaque("lib/sub"), file("lib/new", 50)]]).unwrap())
+        .children("lib", "new sub")
+        .children("usr/lib/sub", "x");
+}
+
+#[test]
+fn a_marker_below_a_symlink_that_goes_away_makes_no_directory() {
+    let over = |second| View::of(merge(vec![symlinked(), second]).unwrap());
+    over(vec![whiteout("lib"), whiteout("lib/foo")]).children("", "abs chain gone loop other out usr");
+    over(vec![whiteout("lib/foo"), whiteout("lib")]).children("", "abs chain gone loop other out usr");
+    over(vec![whiteout("lib/foo"), symlink("lib", "other")])
+        .is("lib", "-> other 777 1 n1")
+        .children("usr/lib", "foo sub up");
+    over(vec![whiteout("lib/foo"), file("lib", 50)]).is("lib", "f1:50 644 1 n1");
+    // One of the same layer is followed.
+    over(vec![symlink("lib", "other"), whiteout("lib/foo")])
+        .is("lib", "-> other 777 1 n1")
+        .children("other", "");
+    over(vec![dir("lib"), whiteout("lib/foo")]).children("lib", "");
 }
 
 #[test]

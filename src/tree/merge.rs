@@ -6,24 +6,28 @@
 
 use crate::memory::Charge;
 use crate::toc::PackedToc;
-use crate::tree::arena::{Arena, Id, Kind, NONE, split};
-use crate::tree::layer::{Hide, Upper, full};
+use crate::tree::arena::{Arena, Full, Id, Kind, NONE, split};
+use crate::tree::layer::{Hide, Reading, Upper, full};
 use crate::tree::{LayerIdx, Tree, TreeError};
 
 /// Merges layers into a [`Tree`].
 ///
 /// The image-spec leaves cases open on which engines differ. Here:
 ///
-/// - Whiteouts and opaque markers hide what *lower* layers have, wherever they stand in the archive. They make no directories.
+/// - Whiteouts and opaque markers hide what *lower* layers have, wherever they stand in the archive. They make no directories,
+///   except in the place of a symlink (see below).
+/// - A character device 0:0 is a whiteout as overlayfs has it: like any other entry it takes its name from earlier entries of its
+///   layer and loses it to later ones. A hard link to it, or to a path that a whiteout of the same layer hides, is one too.
 /// - Inside a layer the last entry of a path wins; a directory again keeps its children; a change between directory and anything
 ///   else drops what was below.
 /// - A directory over a lower directory keeps the lower children and replaces owner, mode, time and attributes. A parent that has
 ///   no entry keeps what the lower layer says, or is 0755 0:0 at time 0.
 /// - The root is 0755 0:0 at time 0, whatever layers say of it.
 /// - A parent that is a symlink of the same layer is followed; a symlink of a lower layer is replaced by a directory, which is
-///   what overlay engines show.
-/// - A hard link binds to what its target names in its own layer so far, else at the layer's end, else in lower layers (even what
-///   this layer hides). Metadata of the link entry applies to the shared inode if it is the later one; attributes are added.
+///   what overlay engines show. That goes for the parents of markers too: `lib/.wh.foo` over a lower `lib -> usr/lib` leaves an
+///   empty directory `lib`, and `usr/lib` as it is.
+/// - A hard link binds to what its target names in its own layer so far, else at the layer's end, else in lower layers (even in a
+///   directory that this layer makes opaque). Metadata of the link entry applies to the shared inode if it is the later one; attributes are added.
 ///
 /// ```
 /// use ocifs::toc::Toc;
@@ -61,12 +65,23 @@ impl Merger {
 
     /// Lays the next layer over those before it; base first. An error leaves the merge half done and of no use.
     pub fn add(&mut self, layer: LayerIdx, toc: &PackedToc) -> Result<(), TreeError> {
-        let (upper, hides) = Upper::read(&mut self.arena, self.root, layer, toc)?;
+        let Reading { root, hides, devices } = Upper::read(&mut self.arena, self.root, layer, toc)?;
         for hide in &hides {
             self.hide(hide);
         }
+        for hide in &hides {
+            let displaced = self.displace(root, hide.directory());
+            displaced.map_err(|why| full(layer, why, hide.directory()))?;
+        }
         drop(hides);
-        self.overlay(upper);
+        self.overlay(root);
+        // Those in directories that lower layers do not have.
+        for number in devices {
+            let id = self.arena.names.dirents[number as usize].id;
+            if id != NONE && self.arena.is_whiteout(id) {
+                self.arena.names.remove(number);
+            }
+        }
         let root = self.arena.compact_if_worth(self.root);
         self.root = root.map_err(|why| full(layer, why, b""))?;
         Ok(())
@@ -100,6 +115,16 @@ impl Merger {
         }
     }
 
+    /// Puts a directory where a marker of the upper layer speaks of one and the lower layers have a symlink.
+    fn displace(&mut self, upper: Id, dir: &[u8]) -> Result<(), Full> {
+        let obstacle = self.arena.obstacle(self.root, dir);
+        let is_symlink = obstacle.is_some_and(|id| self.arena.symlink(id).is_some());
+        if is_symlink && self.arena.obstacle(upper, dir).is_none() {
+            self.arena.make_directories(upper, dir, 0)?;
+        }
+        Ok(())
+    }
+
     /// Lays the tree at `upper` over the merged one. Nothing is added, names only move.
     fn overlay(&mut self, upper: Id) {
         let mut todo = vec![(upper, self.root)];
@@ -113,7 +138,13 @@ impl Merger {
                 if above == NONE {
                     continue;
                 }
-                let Some(other) = self.arena.names.find(lower, self.arena.names.name(&dirent)) else {
+                let other = self.arena.names.find(lower, self.arena.names.name(&dirent));
+                if self.arena.is_whiteout(above) {
+                    other.into_iter().for_each(|other| self.arena.names.remove(other));
+                    self.arena.names.remove(number);
+                    continue;
+                }
+                let Some(other) = other else {
                     self.arena.move_name(number, lower);
                     continue;
                 };

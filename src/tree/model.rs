@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
-use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry, Xattrs};
+use crate::toc::{DataLayout, DeviceNumber, EntryKind, FileData, Metadata, Toc, TocEntry, Xattrs};
 use crate::tree::{LayerIdx, Merger, NodeId, NodeKind, Tree};
 
 type Path = Vec<Vec<u8>>;
@@ -17,6 +17,8 @@ enum Content {
     File(u32, u64),
     Symlink(Vec<u8>),
     Fifo,
+    /// A character device 0:0, or a hard link to what the layer deletes.
+    Whiteout,
     /// A hard link (to this path) that waits for the end of the layer.
     Waiting(Path),
 }
@@ -138,6 +140,7 @@ impl Model {
                     whiteouts.insert(self.resolve(&own, &raw)?);
                     continue;
                 }
+                EntryKind::CharDevice(_) => Content::Whiteout,
                 _ => Content::Fifo,
             };
             let xattrs = entry.xattrs.iter().map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
@@ -188,6 +191,14 @@ impl Model {
         opaques: &BTreeSet<Path>,
         metas: Vec<(usize, usize)>,
     ) -> Result<(), Refused> {
+        for id in 0..self.objects.len() {
+            if let Content::Waiting(target) = &self.objects[id].content
+                && own.get(&self.resolve(&own, target)?).or(hidden.get(target)).is_none()
+                && whiteouts.contains(&self.resolve(&own, target)?)
+            {
+                self.objects[id].content = Content::Whiteout;
+            }
+        }
         let at_end = own.clone();
         let bound = |id: usize| -> Result<usize, Refused> {
             let mut id = id;
@@ -215,7 +226,7 @@ impl Model {
         }
         for (number, id) in metas {
             let object = &mut self.objects[id];
-            if object.layer < layer || object.entry < number {
+            if object.content != Content::Whiteout && (object.layer < layer || object.entry < number) {
                 object.meta = entries[number].meta;
                 object
                     .xattrs
@@ -225,7 +236,24 @@ impl Model {
         self.merged.retain(|path, _| {
             !opaques.iter().any(|dir| below(path, dir)) && !whiteouts.iter().any(|hide| path.starts_with(hide))
         });
+        let parents = whiteouts.iter().map(|path| &path[..path.len() - 1]);
+        for dir in parents.chain(opaques.iter().map(|path| &path[..])) {
+            let first_other = |names: &BTreeMap<Path, usize>| {
+                let ids = (1..=dir.len()).map_while(|depth| names.get(&dir[..depth]).copied());
+                ids.map(|id| &self.objects[id].content)
+                    .find(|content| !matches!(content, Content::Directory { .. }))
+            };
+            if matches!(first_other(&self.merged), Some(Content::Symlink(_))) && first_other(&own).is_none() {
+                let inside = [dir, &[b"inside".to_vec()]].concat();
+                self.put(&mut own, &inside, 0);
+                own.remove(&inside);
+            }
+        }
         for (path, id) in own {
+            if self.objects[id].content == Content::Whiteout {
+                self.merged.retain(|other, _| !other.starts_with(&path));
+                continue;
+            }
             match self.merged.get(&path) {
                 Some(&lower) if self.is_directory(lower) && self.is_directory(id) => {
                     if self.objects[id].content == (Content::Directory { described: true }) {
@@ -262,7 +290,8 @@ impl Model {
                     let what = match other {
                         Content::File(layer, tag) => format!("file {layer}:{tag}"),
                         Content::Symlink(target) => format!("-> {}", target.escape_ascii()),
-                        _ => "fifo".to_owned(),
+                        Content::Fifo => "fifo".to_owned(),
+                        other => unreachable!("{other:?} is not shown"),
                     };
                     (what, self.merged.values().filter(|other| *other == id).count())
                 }
@@ -298,7 +327,8 @@ fn rows(tree: &Tree) -> Vec<String> {
             NodeKind::Directory(_) => "dir".to_owned(),
             NodeKind::Regular { layer, data } => format!("file {}:{}", layer.0, data.size),
             NodeKind::Symlink(target) => format!("-> {}", target.escape_ascii()),
-            _ => "fifo".to_owned(),
+            NodeKind::Fifo => "fifo".to_owned(),
+            other => unreachable!("{other:?} is not generated"),
         };
         let xattrs: BTreeMap<Vec<u8>, Vec<u8>> = node.xattrs.iter().map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
         let first = paths.iter().find(|(_, other)| *other == id).map(|(path, _)| show(path));
@@ -334,6 +364,7 @@ fn kind() -> impl Strategy<Value = EntryKind> {
         1 => Just(EntryKind::Hardlink((*b"h").into())),
         1 => target().prop_map(EntryKind::Symlink),
         2 => Just(EntryKind::Whiteout),
+        2 => Just(EntryKind::CharDevice(DeviceNumber::WHITEOUT)),
         1 => Just(EntryKind::Opaque),
         1 => Just(EntryKind::Fifo),
     ]

@@ -20,6 +20,7 @@ mod life;
 mod logins;
 mod memory;
 mod mount;
+mod odd;
 mod offline;
 mod parallel;
 mod prefetch;

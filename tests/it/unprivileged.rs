@@ -17,6 +17,10 @@ use crate::common::ocifs::{alive, bounded, eventually};
 /// An id that no user has: nobody's minus some.
 const UID: u32 = 64_321;
 
+/// An access control list that lets its owner and user 1 read.
+const ACL: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\x01\0\0\0\
+    \x04\0\0\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
+
 /// Prepares the namespace, then becomes the user. Arguments: the user's id, its directory, the program, the script.
 const SETUP: &str = r#"
 set -eu
@@ -80,6 +84,8 @@ impl User {
             .dir("etc/")
             .file("etc/hosts", b"127.0.0.1 localhost\n")
             .raw(header(b"etc/shadow", tar::EntryType::Regular, 0o600, 7), b"secret\n")
+            .pax(&[("SCHILY.xattr.system.posix_acl_access", ACL)])
+            .raw(header(b"etc/listed", tar::EntryType::Regular, 0o640, 7), b"listed\n")
             .dir("data/")
             .file("data/one", b"one\n")
             .file("data/two", b"two\n")
@@ -148,7 +154,7 @@ fn an_ordinary_user_mounts_through_fusermount() {
         echo "pid $(pid m)"
         cat m/etc/hosts
         # The bytes are the user's, whatever the modes in the image say.
-        cat m/etc/shadow
+        cat m/etc/shadow m/etc/listed
         m/run
         # No mode makes the owner of the mount read what is no program as one, or write.
         test -x m/run && test -r m/etc/shadow
@@ -164,7 +170,7 @@ fn an_ordinary_user_mounts_through_fusermount() {
         said.contains(&format!("user_id={UID}")) && !said.contains("allow_other"),
         "{said}"
     );
-    for expected in ["localhost", "secret", "I ran", "ready"] {
+    for expected in ["localhost", "secret", "listed", "I ran", "ready"] {
         assert!(said.contains(expected), "no {expected}: {said}");
     }
     assert!(user.home().join(".local/share/ocifs/layers").is_dir());
@@ -194,6 +200,10 @@ fn what_an_ordinary_user_may_not_do_is_said() {
         ocifs mount -o noexec "$IMAGE" m
         fails m/run
         ocifs umount m
+        ocifs mount -o default_permissions "$IMAGE" m
+        cat m/etc/hosts
+        fails cat m/etc/listed
+        ocifs umount m
         "#,
     );
     for expected in [
@@ -202,6 +212,7 @@ fn what_an_ordinary_user_may_not_do_is_said() {
         "install the fuse3 package",
         "install the fuse-overlayfs package",
         "m/run: Permission denied",
+        "m/etc/listed: Permission denied",
     ] {
         assert!(said.contains(expected), "no {expected}: {said}");
     }

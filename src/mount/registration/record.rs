@@ -1,8 +1,10 @@
 //! What is written down about a mount.
 
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 
+use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
 use crate::mount::mountinfo::{self, MountEntry};
@@ -47,6 +49,13 @@ pub struct Standing {
 }
 
 impl MountRecord {
+    /// The mount point in base64, if it is not UTF-8.
+    pub(in crate::mount) fn mountpoint_base64(&self) -> Option<String> {
+        let bytes = self.mountpoint.as_os_str().as_bytes();
+        let is_text = self.mountpoint.to_str().is_some();
+        (!is_text).then(|| base64::engine::general_purpose::STANDARD.encode(bytes))
+    }
+
     /// Whether the process that serves the mount is alive.
     pub fn is_alive(&self) -> bool {
         process_start(self.pid) == Some(self.started)

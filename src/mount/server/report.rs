@@ -28,6 +28,7 @@ impl Mount {
             digest: record.digest.clone(),
             unconfirmed: self.config.unconfirmed.clone(),
             mountpoint: record.mountpoint.display().to_string(),
+            mountpoint_base64: record.mountpoint_base64(),
             // Whoever asks knows better where it is by now.
             log: None,
             state: match (&self.image, &self.failure) {

@@ -71,6 +71,20 @@ impl PackedToc {
         })
     }
 
+    /// Oddities of the tar that were tolerated.
+    pub fn warnings(&self) -> Result<Vec<String>, TocError> {
+        let mut toc = Toc {
+            device_size: self.device_size(),
+            ..Toc::default()
+        };
+        let mut entries = self.entries()?;
+        while entries.next()?.is_some() {}
+        entries
+            .rest(&mut toc, self.count(16), self.count(20))
+            .map_err(corrupt)?;
+        Ok(toc.warnings)
+    }
+
     /// All of the table as values.
     pub fn unpack(&self) -> Result<Toc, TocError> {
         let mut toc = Toc {
@@ -258,10 +272,6 @@ impl<R: BufRead> Decoder<R> {
         })
     }
 
-    fn small(&mut self) -> Decoded<u32> {
-        u32::try_from(self.number()?).map_err(|_| "a number is out of range")
-    }
-
     fn bytes(&mut self, max: u64) -> Decoded<Box<[u8]>> {
         let len = self.below(max + 1)?;
         let mut bytes = vec![0; len as usize];
@@ -282,8 +292,8 @@ impl<R: BufRead> Decoder<R> {
         }
         let meta = Metadata {
             mode: self.below(0o10000)? as u16,
-            uid: self.small()?,
-            gid: self.small()?,
+            uid: self.below(u64::from(u32::MAX))? as u32,
+            gid: self.below(u64::from(u32::MAX))? as u32,
             mtime: self.signed()?,
             mtime_nsec: self.below(1_000_000_000)? as u32,
         };
@@ -309,6 +319,9 @@ impl<R: BufRead> Decoder<R> {
                 Some(id) => (id, AttributeRef::Known(id as AttributeId)),
                 None => {
                     let (name, value) = (self.bytes(255)?, self.bytes(65535)?);
+                    if !xattr::is_sound(&name, &value) {
+                        return Err("an extended attribute has a value that it cannot have");
+                    }
                     let value_len = value.len();
                     self.attributes.push(Known {
                         name: name.clone(),

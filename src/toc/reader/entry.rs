@@ -6,7 +6,8 @@ use crate::toc::error::{TocError, shown};
 use crate::toc::header::{self, Block, Field, Header};
 use crate::toc::pax::Pax;
 use crate::toc::sparse::{Fragment, MapParser};
-use crate::toc::{DeviceNumber, EntryKind, Metadata, xattr};
+use crate::toc::xattr::{self, Holder};
+use crate::toc::{DeviceNumber, EntryKind, Metadata};
 
 impl TarReader {
     /// A header that describes an entry, together with the extended headers before it.
@@ -36,7 +37,7 @@ impl TarReader {
             self.pass_over(flag, size);
             return Ok(());
         }
-        let item = self.item(&header, offset, &mut pax)?;
+        let item = self.item(&header, offset, flag, &mut pax)?;
         // Types without data keep their size field for other things (hard links: the size of the target).
         self.state = padding(0);
         match flag {
@@ -225,12 +226,12 @@ impl TarReader {
         Ok(())
     }
 
-    fn item(&mut self, header: &Header<'_>, offset: u64, pax: &mut Pax) -> Result<Item, TocError> {
+    fn item(&mut self, header: &Header<'_>, offset: u64, flag: u8, pax: &mut Pax) -> Result<Item, TocError> {
         let (mtime, mtime_nsec) = match pax.mtime {
             Some(time) => time,
             None => (self.field(header, offset, Field::MTIME)?, 0),
         };
-        let meta = Metadata {
+        let mut meta = Metadata {
             mode: (self.field(header, offset, Field::MODE)? & 0o7777) as u16,
             uid: self.owner(header, offset, Field::UID, pax.uid)?,
             gid: self.owner(header, offset, Field::GID, pax.gid)?,
@@ -241,8 +242,14 @@ impl TarReader {
             std::mem::take(&mut pax.xattrs),
             std::mem::take(&mut pax.libarchive_xattrs),
         );
+        let holder = match flag {
+            b'2' => Holder::Symlink,
+            b'3' | b'4' | b'6' => Holder::Special,
+            b'5' | b'D' => Holder::Directory,
+            _ => Holder::File,
+        };
         let (builder, name) = (&mut self.builder, &self.name);
-        let xattrs = xattr::select(schily, libarchive, |attribute, why| {
+        let mut dropped = |attribute: &[u8], why: &'static str| {
             builder.warn(|| {
                 format!(
                     "extended attribute {} of {} is dropped: {why}",
@@ -250,7 +257,9 @@ impl TarReader {
                     shown(name)
                 )
             });
-        });
+        };
+        let mut xattrs = xattr::select(schily, libarchive, &mut dropped);
+        xattr::fit(&mut xattrs, holder, &mut meta, &mut dropped);
         Ok(Item {
             offset,
             name: self.name.clone(),
@@ -259,19 +268,25 @@ impl TarReader {
         })
     }
 
-    fn device(&self, header: &Header<'_>, offset: u64, flag: u8) -> Result<EntryKind, TocError> {
-        // dev_t has 12 and 20 bits where user space and EROFS meet the kernel.
-        let part = |field: Field, bits: u32| {
-            let value = self.field(header, offset, field)?;
-            u32::try_from(value)
-                .ok()
-                .filter(|v| v >> bits == 0)
-                .ok_or_else(|| self.bad_field(header, offset, field))
-        };
+    fn device(&mut self, header: &Header<'_>, offset: u64, flag: u8) -> Result<EntryKind, TocError> {
+        let (major, minor) = (
+            self.field(header, offset, Field::DEV_MAJOR)?,
+            self.field(header, offset, Field::DEV_MINOR)?,
+        );
+        // The lowest 12 and 20 bits are those that mknod(2) has room for.
         let number = DeviceNumber {
-            major: part(Field::DEV_MAJOR, 12)?,
-            minor: part(Field::DEV_MINOR, 20)?,
+            major: (major & 0xfff) as u32,
+            minor: (minor & 0xf_ffff) as u32,
         };
+        if (i64::from(number.major), i64::from(number.minor)) != (major, minor) {
+            let name = shown(&self.name);
+            self.builder.warn(|| {
+                format!(
+                    "the device number {major}:{minor} of {name} is out of range, {}:{} is used",
+                    number.major, number.minor
+                )
+            });
+        }
         Ok(if flag == b'3' {
             EntryKind::CharDevice(number)
         } else {
@@ -286,19 +301,23 @@ impl TarReader {
         }
     }
 
-    /// A user or group; negative ones, as other systems have for `nobody`, wrap as they do in chown(2).
-    fn owner(&self, header: &Header<'_>, offset: u64, field: Field, pax: Option<i64>) -> Result<u32, TocError> {
+    /// A user or group, as chown(2) would take it from an engine that unpacks the layer: of larger and negative numbers the lowest
+    /// 32 bits, and 4294967295, which means "no change" there, leaves root.
+    fn owner(&mut self, header: &Header<'_>, offset: u64, field: Field, pax: Option<i64>) -> Result<u32, TocError> {
         let id = match pax {
             Some(id) => id,
             None => self.field(header, offset, field)?,
         };
-        let wrapped = i32::try_from(id).map(|id| id as u32);
-        u32::try_from(id).or(wrapped).map_err(|_| TocError::BadField {
-            entry: shown(&self.name),
-            offset,
-            field: field.name,
-            value: id.to_string(),
-        })
+        let owner = match id as u32 {
+            u32::MAX => 0,
+            low => low,
+        };
+        if i64::from(owner) != id {
+            let name = shown(&self.name);
+            self.builder
+                .warn(|| format!("the {} {id} of {name} is out of range, {owner} is used", field.name));
+        }
+        Ok(owner)
     }
 
     fn unsigned(&self, header: &Header<'_>, offset: u64, field: Field) -> Result<u64, TocError> {

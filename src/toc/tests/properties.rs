@@ -199,13 +199,17 @@ fn path() -> impl Strategy<Value = Box<[u8]>> {
 }
 
 fn xattrs() -> impl Strategy<Value = Xattrs> {
-    let name = prop_oneof![
-        "user\\.[a-z]{1,250}".prop_map(|n| n.into_bytes()),
-        Just(b"security.capability".to_vec()),
-        Just(b"system.posix_acl_access".to_vec()),
+    const ACL: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x04\0\0\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
+    let capabilities = || [&[0, 0, 0, 2][..], &[7; 16]].concat().into_boxed_slice();
+    let xattr = prop_oneof![
+        3 => ("user\\.[a-z]{1,250}".prop_map(|n| n.into_bytes()), bytes(300)),
+        1 => (Just(b"security.capability".to_vec()), Just(capabilities())),
+        1 => (Just(b"system.posix_acl_access".to_vec()), Just(ACL.into())),
     ];
-    prop::collection::btree_map(name.prop_map(Vec::into_boxed_slice), bytes(300), 0..4)
-        .prop_map(|m| m.into_iter().collect())
+    vec(xattr, 0..4).prop_map(|list| {
+        let unique: std::collections::BTreeMap<_, _> = list.into_iter().collect();
+        unique.into_iter().map(|(name, value)| (name.into(), value)).collect()
+    })
 }
 
 const DEVICE: u64 = 1 << 42;
@@ -248,8 +252,8 @@ fn kind() -> impl Strategy<Value = EntryKind> {
 fn toc() -> impl Strategy<Value = Toc> {
     let meta = (
         0u16..0o10000,
-        any::<u32>(),
-        any::<u32>(),
+        0..u32::MAX,
+        0..u32::MAX,
         any::<i64>(),
         0u32..1_000_000_000,
     )

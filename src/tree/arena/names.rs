@@ -69,6 +69,12 @@ impl Names {
         }
     }
 
+    /// Takes the name with this number, which is not gone yet, out of its directory.
+    pub fn remove(&mut self, number: u32) {
+        self.unindex(number);
+        self.dirents[number as usize].id = NONE;
+    }
+
     /// Keeps only the names that `keep` wants, as it changes them, in their order.
     pub fn retain(&mut self, mut keep: impl FnMut(&mut Dirent) -> bool) {
         let Self { dirents, text, .. } = self;
@@ -155,8 +161,7 @@ impl Arena {
     /// Takes a name out of a directory, if it is there.
     pub fn unbind(&mut self, dir: Id, name: &[u8]) {
         if let Some(number) = self.names.find(dir, name) {
-            self.names.unindex(number);
-            self.names.dirents[number as usize].id = NONE;
+            self.names.remove(number);
         }
     }
 

@@ -37,6 +37,18 @@ impl Arena {
         Ok(at)
     }
 
+    /// What stops the walk along the directory path `path`: the first name on it that is something else than a directory.
+    pub fn obstacle(&self, root: Id, path: &[u8]) -> Option<Id> {
+        let mut at = root;
+        for name in components(path) {
+            at = self.child(at, name)?;
+            if !self.is_directory(at) {
+                return Some(at);
+            }
+        }
+        None
+    }
+
     /// Spells the directory path `path` without the symlinks that stand at `root` and below. What does not exist is kept as it is.
     pub fn follow<'a>(&'a self, root: Id, path: &'a [u8]) -> Result<Cow<'a, [u8]>, &'static str> {
         if self.directory_at(root, path).is_some() {
@@ -90,7 +102,7 @@ impl Arena {
         Ok(self.directory_at(root, &parent).and_then(|dir| self.child(dir, name)))
     }
 
-    fn symlink(&self, id: Id) -> Option<&[u8]> {
+    pub fn symlink(&self, id: Id) -> Option<&[u8]> {
         match self.get(id).kind {
             Kind::Symlink(text) => Some(self.target(text)),
             _ => None,
