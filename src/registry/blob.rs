@@ -247,6 +247,8 @@ impl Core {
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
+            // Some servers send a part and call it the whole.
+            StatusCode::OK if self.is_part(&reply, wanted) => self.accept_part(reply, wanted, can_skip).await,
             StatusCode::OK => {
                 self.belief.ranges_were_ignored();
                 match can_skip {
@@ -261,6 +263,15 @@ impl Core {
             _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
         };
         self.forget_if_failed(&from, result)
+    }
+
+    /// Whether an answer with status 200 is the part asked for, by its length and its label.
+    fn is_part(&self, reply: &Reply, wanted: &Range<u64>) -> bool {
+        let labelled = matches!(answer::label(reply), Some(ContentRange::Part { .. }));
+        let asked = wanted.end - wanted.start;
+        reply
+            .length()
+            .is_some_and(|length| length != self.size && (labelled || length == asked))
     }
 
     /// Another copy may be healthier than one that failed.

@@ -153,6 +153,7 @@ fn parts_with_odd_headers_are_judged_by_their_bytes() {
         vec![label("nonsense")],
         vec![label(""), Fault::Chunked],
         vec![Fault::Wide(64 << 10)],
+        vec![Fault::PartAsWhole],
         vec![Fault::Multipart],
     ] {
         let mount = scene.mount();

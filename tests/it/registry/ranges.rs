@@ -69,6 +69,8 @@ async fn parts_are_taken_as_far_as_their_headers_allow() {
         vec![Fault::Wide(64)],
         vec![Fault::Wide(64), Fault::Chunked],
         vec![Fault::Wide(1000)],
+        vec![Fault::PartAsWhole],
+        vec![Fault::PartAsWhole, label("")],
         vec![Fault::Multipart],
         vec![Fault::Multipart, Fault::Chunked],
         vec![Fault::Multipart, Fault::Wide(64)],

@@ -22,6 +22,8 @@ pub enum Fault {
     OtherBytes,
     /// To a range the whole blob, labelled as what was asked for.
     WholeAsPart,
+    /// A 206 with status 200.
+    PartAsWhole,
     /// A 206 as `multipart/byteranges` of one part.
     Multipart,
     /// The body compressed (`gzip`, `deflate` or `zstd`) and labelled so.
@@ -167,6 +169,8 @@ pub(super) fn distort(mut answer: Answer, faults: &[Fault]) -> (Answer, Sending)
                 answer = answer.header("Content-Type", "multipart/byteranges; boundary=part");
             }
             Fault::Multipart => {}
+            Fault::PartAsWhole if answer.status == 206 => answer.status = 200,
+            Fault::PartAsWhole => {}
             Fault::OnRanges(_) => unreachable!("unwrapped when it was taken"),
             Fault::Compress(coding) => {
                 answer.body = compress(coding, &answer.body);

@@ -15,6 +15,7 @@ ignore-range            the whole blob with 200
 wide=BYTES              to a range, all blocks of that size that it touches
 other-bytes             to a range, wrong bytes labelled as the right ones
 whole-as-part           to a range, the whole blob labelled as the range
+part-as-whole           to a range, what was asked for with status 200
 multipart               to a range, a multipart/byteranges answer
 compress=CODING         the body compressed with gzip, deflate or zstd, and labelled so
 content-range=TEXT      this Content-Range on a 206; none if it is empty
@@ -81,6 +82,7 @@ impl FromStr for Fault {
             "wide" => Self::Wide(number()?.max(1)),
             "other-bytes" => Self::OtherBytes,
             "whole-as-part" => Self::WholeAsPart,
+            "part-as-whole" => Self::PartAsWhole,
             "multipart" => Self::Multipart,
             "compress" => match value {
                 "gzip" => Self::Compress("gzip"),
