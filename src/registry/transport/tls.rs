@@ -5,15 +5,17 @@
 //! authority, and the client is given a copy. webpki refuses an authority that acts as a server. OpenSSL and Go accept a
 //! certificate that was trusted itself, and so does this verifier. Its dates and its names are checked like any other's.
 //!
-//! The cryptography is aws-lc's. It knows the curve P-521 and the mixed hashes (P-384 with SHA-512) that OpenSSL and Go accept.
+//! Connections are encrypted by ring. Signatures are verified by aws-lc, which knows what OpenSSL and Go accept and ring does
+//! not: the curve P-521, and mixed hashes such as P-384 with SHA-512. aws-lc's random numbers are not used without need: to
+//! collect their seed takes it 25 ms or more, which would show in every mount.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use aws_lc_rs::agreement;
+use ::aws_lc_rs::agreement;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{ActiveKeyExchange, CryptoProvider, SharedSecret, SupportedKxGroup, aws_lc_rs as provider};
+use rustls::crypto::{ActiveKeyExchange, CryptoProvider, SharedSecret, SupportedKxGroup, aws_lc_rs, ring};
 use rustls::ffdhe_groups::FfdheGroup;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
@@ -45,9 +47,10 @@ pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConf
     Ok(builder.with_no_client_auth())
 }
 
-/// The algorithms of aws-lc, and key exchange over P-521 for servers that offer nothing else.
-pub(super) fn provider() -> Arc<CryptoProvider> {
-    let mut provider = provider::default_provider();
+/// The algorithms of ring, those of aws-lc for signatures, and key exchange over P-521 for servers that offer nothing else.
+fn provider() -> Arc<CryptoProvider> {
+    let mut provider = ring::default_provider();
+    provider.signature_verification_algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
     provider.kx_groups.push(&P521);
     Arc::new(provider)
 }
@@ -117,7 +120,7 @@ fn is_about_the_issuer(error: &Error) -> bool {
     }
 }
 
-/// Elliptic-curve key exchange over P-521, which the provider has no group for.
+/// Elliptic-curve key exchange over P-521, for which rustls has no group.
 #[derive(Debug)]
 struct P521;
 
