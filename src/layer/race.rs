@@ -69,6 +69,8 @@ struct Race {
     first: Runner,
     second: Option<(Runner, Hedge)>,
     pace: Pace,
+    /// Requests that shared the link at the last look.
+    streams: u32,
     /// Time spent waiting, and what came in that time, since the last look at the pace.
     waited: Duration,
     came: u64,
@@ -142,6 +144,7 @@ impl Race {
             first: Runner::new(origin.blob.clone(), range.clone(), false, Duration::ZERO),
             second: None,
             pace: origin.blob.link().pace(),
+            streams: origin.blob.link().streams,
             waited: Duration::ZERO,
             came: 0,
             retry: Retry::new(RetryPolicy {
@@ -274,13 +277,15 @@ impl Race {
             // Both bring the same bytes.
             link.streams = link.streams.saturating_sub(1);
         }
+        // Some of the time there may have been more.
+        let streams = std::mem::replace(&mut link.streams, link.streams.max(self.streams));
         self.pace = link.pace();
         if self.waited < self.pace.window {
             return;
         }
         let least = self.pace.least as f64 * (self.waited.as_secs_f64() / self.pace.window.as_secs_f64());
         let behind = (self.came as f64) < least;
-        (self.waited, self.came) = (Duration::ZERO, 0);
+        (self.waited, self.came, self.streams) = (Duration::ZERO, 0, streams);
         if !behind || link.resting {
             return;
         }
