@@ -81,10 +81,9 @@ impl Sets {
     pub fn retain(&mut self, used: &[bool]) -> Vec<SetId> {
         let mut used_attributes = vec![false; self.attributes.len()];
         let mut numbers = vec![SetId::EMPTY; self.list.len()];
-        let mut next = 1;
-        for (number, set) in self.list.iter().enumerate().skip(1).filter(|(number, _)| used[*number]) {
+        let kept = self.list.iter().enumerate().skip(1).filter(|(number, _)| used[*number]);
+        for (next, (number, set)) in (1..).zip(kept) {
             numbers[number] = SetId(next);
-            next += 1;
             set.iter().for_each(|id| used_attributes[*id as usize] = true);
         }
         let attributes = self.attributes.retain(&used_attributes);
