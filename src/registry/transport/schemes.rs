@@ -11,17 +11,13 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use reqwest::Url;
-use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::OnceCell;
 
-use super::{authority, tls};
+use super::authority;
 use crate::blob::BlobError;
 
-/// Where the last four bytes of the random field lie in a TLS handshake's first message: behind the headers of the record
-/// (5 bytes) and of the message (4), the version (2) and the rest of the field (28).
-const END_OF_RANDOM: std::ops::Range<usize> = 39..43;
 /// First bytes of TLS records: alert and handshake.
 const TLS_RECORDS: [u8; 2] = [0x15, 0x16];
 
@@ -89,24 +85,28 @@ async fn ask(url: &Url) -> io::Result<Spoken> {
         (Err(error), None) => return plain(host, 80).await.map_err(|_| error),
         (Err(error), Some(_)) => return Err(error),
     };
-    match first_byte(stream, &hello(host)?).await {
+    match first_byte(stream, &hello()).await {
         Ok(Some(byte)) if TLS_RECORDS.contains(&byte) => Ok(Spoken::Tls),
         Ok(Some(_)) => Ok(Spoken::Plain),
         Ok(None) | Err(_) => plain(host, url.port().unwrap_or(443)).await,
     }
 }
 
-/// The first message of a TLS handshake that will not go on.
-fn hello(host: &str) -> io::Result<Vec<u8>> {
-    let config = tls::config(Vec::new()).map_err(io::Error::other)?;
-    let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    let mut handshake = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
-    let mut hello = Vec::new();
-    handshake.write_tls(&mut hello)?;
-    if let Some(end) = hello.get_mut(END_OF_RANDOM) {
-        end.copy_from_slice(b"\r\n\r\n");
-    }
-    Ok(hello)
+/// A first message of a TLS handshake that will not go on, as old and plain as servers still answer, if only with an alert.
+fn hello() -> Vec<u8> {
+    // Cipher suites of TLS 1.2 and 1.3 that servers have.
+    const SUITES: [u16; 8] = [0x1301, 0x1302, 0xc02b, 0xc02c, 0xc02f, 0xc030, 0x009c, 0x002f];
+    let version = [3, 3];
+    let mut random = [0x6f; 32];
+    random[28..].copy_from_slice(b"\r\n\r\n");
+    let mut body = [&version[..], &random, &[0, 0, 2 * SUITES.len() as u8]].concat();
+    body.extend(SUITES.iter().flat_map(|suite| suite.to_be_bytes()));
+    // No compression, no extensions.
+    body.extend([1, 0]);
+    let length = body.len() as u8;
+    let record = [0x16, 3, 1, 0, length + 4];
+    let message = [1, 0, 0, length];
+    [&record[..], &message, &body].concat()
 }
 
 async fn first_byte(mut stream: TcpStream, message: &[u8]) -> io::Result<Option<u8>> {
