@@ -22,8 +22,8 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::LayerStats;
+use super::arrival::Arrival;
 use super::open::LayerContext;
-use super::stripes;
 use crate::blob::{BlobError, BlobSource, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
@@ -32,7 +32,7 @@ use crate::index::{
 };
 use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest, DigestHasher};
-use crate::store::{LayerDir, Store};
+use crate::store::{LayerDir, Partial, Store};
 use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
@@ -106,6 +106,11 @@ pub enum FirstPassError {
 }
 
 impl FirstPassError {
+    /// Whether a later pass, perhaps with more memory, can go on with the bytes that have come.
+    pub fn is_resumable(&self) -> bool {
+        !self.is_corruption() && !matches!(self, Self::DiffId { .. } | Self::Tar { .. })
+    }
+
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
@@ -141,6 +146,8 @@ pub(super) struct Destination {
     pub(super) dir: LayerDir,
     /// A layer whose content has no room in this is only indexed.
     pub(super) budget: Arc<CacheBudget>,
+    /// What was kept of the blob, and where more is kept.
+    pub(super) partial: Option<Partial>,
 }
 
 /// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
@@ -152,9 +159,11 @@ pub(super) async fn run(
     stats: Arc<LayerStats>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = blob.digest().clone();
+    let kept = destination
+        .as_ref()
+        .and_then(|d| Some((d.partial.clone()?, d.budget.clone())));
     let mut source = Source {
-        stream: stripes::read(blob.clone(), &context.ahead, stats.clone()).await?,
-        stats: &stats,
+        stream: Arrival::new(blob.clone(), context.ahead.clone(), stats, kept).into_stream(),
     };
     let prefix = source.prefix().await?;
     let compression = sniff(&prefix).map_err(|source| FirstPassError::Decode {
@@ -208,18 +217,13 @@ pub(super) async fn run(
 }
 
 /// The blob as it arrives.
-struct Source<'a> {
+struct Source {
     stream: ByteStream,
-    stats: &'a LayerStats,
 }
 
-impl Source<'_> {
+impl Source {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        let Some(bytes) = self.stream.next().await.transpose()? else {
-            return Ok(None);
-        };
-        self.stats.fetched_more(bytes.len());
-        Ok(Some(bytes))
+        self.stream.next().await.transpose()
     }
 
     /// The first bytes, enough to tell the compression; they may come in small pieces.
@@ -367,6 +371,7 @@ struct Table {
 /// A data device being written.
 struct Filling {
     budget: Arc<CacheBudget>,
+    partial: Option<Partial>,
     writer: DeviceWriter,
 }
 
@@ -386,6 +391,7 @@ fn tabulate(
             Ok(writer) => {
                 let filling = Filling {
                     budget: destination.budget,
+                    partial: destination.partial,
                     writer,
                 };
                 (Some(filling), None)
@@ -445,7 +451,7 @@ impl Table {
         let mut failed = None;
         let pushed = self.tar.push(bytes, &mut |offset, content| {
             let Some(filling) = &mut self.device else { return };
-            match filling.writer.write(offset, content, &filling.budget) {
+            match filling.insist(|writer, budget| writer.write(offset, content, budget)) {
                 Ok(true) => {}
                 Ok(false) => self.device = None,
                 Err(error) => {
@@ -479,7 +485,7 @@ impl Table {
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.writer.finish(&index, &tables.extents, &filling.budget) {
+            Some(filling) => match filling.finish(&index, &tables.extents) {
                 Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
@@ -492,5 +498,31 @@ impl Table {
             device,
             device_error,
         })
+    }
+}
+
+impl Filling {
+    /// Writes; should there be no room, what is kept of the blob goes: the content is what will be read.
+    fn insist(
+        &mut self,
+        write: impl Fn(&mut DeviceWriter, &CacheBudget) -> Result<bool, DeviceError>,
+    ) -> Result<bool, DeviceError> {
+        match write(&mut self.writer, &self.budget) {
+            Ok(false) if self.discard_partial() => write(&mut self.writer, &self.budget),
+            Err(error) if error.is_full() && self.discard_partial() => write(&mut self.writer, &self.budget),
+            result => result,
+        }
+    }
+
+    /// Gives up what is kept of the blob; whether that was anything.
+    fn discard_partial(&mut self) -> bool {
+        self.partial.take().is_some_and(|partial| partial.discard())
+    }
+
+    fn finish(mut self, index: &SpanIndex, extents: &ExtentTable) -> Result<Option<DataDevice>, DeviceError> {
+        if !self.insist(DeviceWriter::flush)? {
+            return Ok(None);
+        }
+        self.writer.finish(index, extents, &self.budget)
     }
 }

@@ -57,19 +57,23 @@ impl Default for Ahead {
     }
 }
 
-/// Reads all of `blob`.
+/// Reads all of `blob` from `start` on. A server without ranges is asked for all of it then, too.
 pub(super) async fn read(
     blob: Arc<dyn BlobSource>,
+    start: u64,
     ahead: &Ahead,
     stats: Arc<LayerStats>,
 ) -> Result<ByteStream, BlobError> {
-    let size = blob.size();
+    let rest = start..blob.size();
+    let length = rest.end.saturating_sub(start);
     let near = blob.link().rtt.is_some_and(|rtt| rtt < NEAR);
-    if near || size < SMALLEST {
-        stats.request();
-        return blob.read(0..size).await;
-    }
-    let mut stripes = Stripes::new(blob, 0..size, STRIPE, AHEAD, ahead.stripes.clone(), stats);
+    let (stripe, most_ahead) = if near || length < SMALLEST {
+        (length, 0)
+    } else {
+        (STRIPE, AHEAD)
+    };
+    let mut stripes = Stripes::new(blob, rest, stripe, most_ahead, ahead.stripes.clone(), stats);
+    stripes.is_whole = true;
     // What is wrong with the blob as a whole shows here.
     stripes.advance().await?;
     Ok(stripes.into_stream())
@@ -100,7 +104,7 @@ struct Stripes {
     blob: Arc<dyn BlobSource>,
     stripe: u64,
     end: u64,
-    /// Whether the server can be asked for all of it without ranges.
+    /// Whether so much of the blob is wanted that a server without ranges may be asked for all of it.
     is_whole: bool,
     /// Passed on up to here,
     position: u64,
@@ -340,7 +344,7 @@ mod tests {
     async fn read_all(blob: &Arc<Far>) -> (Vec<u8>, u64) {
         let stats = Arc::new(LayerStats::new(blob.size()));
         let ahead = Ahead::default();
-        let stream = read(blob.clone(), &ahead, stats.clone()).await.unwrap();
+        let stream = read(blob.clone(), 0, &ahead, stats.clone()).await.unwrap();
         let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
         assert_eq!(ahead.stripes.available_permits(), AHEAD);
         (chunks.concat(), stats.requests())
@@ -369,7 +373,7 @@ mod tests {
         let blob = Arc::new(Far::new(SMALLEST as usize + STRIPE as usize, u64::MAX));
         let stats = Arc::new(LayerStats::new(blob.size()));
         let ahead = Ahead::default();
-        let mut stream = read(blob.clone(), &ahead, stats).await.unwrap();
+        let mut stream = read(blob.clone(), 0, &ahead, stats).await.unwrap();
         stream.next().await.unwrap().unwrap();
         assert!(ahead.stripes.available_permits() < AHEAD);
         drop(stream);
