@@ -9,7 +9,14 @@ export LC_ALL=C.UTF-8
 APT_LOCK_SECONDS=300
 WAIT_SECONDS=30
 
-say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+# say TEXT: a heading, bold on a terminal unless NO_COLOR is set.
+say() {
+    if [ -t 2 ] && [ -z "${NO_COLOR:-}" ]; then
+        printf '\033[1m== %s\033[0m\n' "$*" >&2
+    else
+        printf '== %s\n' "$*" >&2
+    fi
+}
 
 die() {
     printf 'error: %s\n' "$*" >&2

@@ -1,10 +1,12 @@
 //! The command line: arguments become a resolved configuration, then calls. The only module that prints.
 //!
-//! Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong arguments.
+//! Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong arguments, 128 and
+//! the number of a signal that ended it.
 
 mod cache;
 mod config;
 mod export;
+mod fetching;
 mod files;
 mod image_name;
 mod inspect;
@@ -15,6 +17,7 @@ mod open;
 mod profile;
 mod progress;
 mod pull;
+mod suggest;
 mod text;
 mod units;
 
@@ -27,6 +30,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use config::Globals;
+use fetching::{Fetching, Interrupted};
 use image_name::ImageName;
 use units::Size;
 
@@ -84,7 +88,7 @@ enum Command {
 struct ImageArgs {
     /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF] or docker-archive:FILE[:REF] (see `ocifs --help`)
     image: ImageName,
-    /// Platform to choose from an image index, as OS/ARCH[/VARIANT] [default: this machine's]
+    /// Platform of the image, as OS/ARCH[/VARIANT]; one that the image does not have is an error [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
     /// When to ask the registry what a tag means: always, if the store does not know it, or never [default: always, and what
@@ -114,11 +118,15 @@ impl From<PullWhen> for Confirm {
     }
 }
 
+/// Heading of the options of every command.
+const GLOBAL: &str = "Global options";
+
 /// The store and its limit, as given.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = GLOBAL)]
 struct StoreArgs {
     /// Directory where indexes, trees and cached data are kept
-    #[arg(long, global = true, env = "OCIFS_STORE", value_name = "DIR")]
+    #[arg(long, global = true, env = "OCIFS_STORE", hide_env_values = true, value_name = "DIR")]
     store: Option<PathBuf>,
     /// Limit of cached data on disk; least recently used data goes first [default: 10GiB]
     #[arg(long, global = true, value_name = "SIZE")]
@@ -135,7 +143,8 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ocifs: {}", explain(&error));
-            ExitCode::FAILURE
+            let interrupted = error.downcast_ref::<Interrupted>();
+            interrupted.map_or(ExitCode::FAILURE, |interrupted| interrupted.exit_status().into())
         }
     }
 }
@@ -187,17 +196,22 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
     let config = config::Config::resolve(cli.globals)?;
     let _folded = log::init(&config);
     raise_file_limit();
-    match command {
-        Command::Umount(_) | Command::List(_) | Command::Status(_) => unreachable!("dealt with above"),
-        Command::Mount(args) => mount::run(&config, args, started),
-        Command::Inspect(args) => inspect::run(&config, args),
-        Command::Ls(args) => files::ls(&config, args),
-        Command::Cat(args) => files::cat(&config, args),
-        Command::Export(args) => export::run(&config, args),
-        Command::Pull(args) => pull::run(&config, args),
-        Command::Profile(command) => profile::run(&config, command),
-        Command::Cache(command) => cache::run(&config, command),
-    }
+    let command = match command {
+        Command::Mount(args) => return mount::run(&config, args, started),
+        Command::Cache(command) => return cache::run(&config, command),
+        command => command,
+    };
+    let fetching = Fetching::new()?;
+    let result = match command {
+        Command::Inspect(args) => inspect::run(&config, &fetching, args),
+        Command::Ls(args) => files::ls(&config, &fetching, args),
+        Command::Cat(args) => files::cat(&config, &fetching, args),
+        Command::Export(args) => export::run(&config, &fetching, args),
+        Command::Pull(args) => pull::run(&config, &fetching, args),
+        Command::Profile(command) => profile::run(&config, &fetching, command),
+        _ => unreachable!("dealt with above"),
+    };
+    fetching.end(result)
 }
 
 /// Allows as many open files as this user may have. With fewer, devices of layers are closed and opened again.
@@ -208,49 +222,5 @@ fn raise_file_limit() {
     });
     if let Err(error) = raised {
         tracing::debug!(%error, "the limit of open files stays as it is");
-    }
-}
-
-/// The runtime that fetches. Decoding is the only real work done on it, so it has as many workers as there are cores, at
-/// least two: one waits for a decode while the other keeps the network busy.
-fn runtime() -> anyhow::Result<Fetching> {
-    let workers = std::thread::available_parallelism().map_or(2, |n| n.get().max(2));
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    let runtime = builder
-        .worker_threads(workers)
-        .thread_name("ocifs")
-        .enable_all()
-        .build()?;
-    Ok(Fetching(Some(runtime)))
-}
-
-/// A runtime whose end is waited for, so that what is being written gets to the disk, but not for long: a read from a dead
-/// disk or a lock that a stopped process holds must not keep a failed command from ending.
-struct Fetching(Option<tokio::runtime::Runtime>);
-
-impl Fetching {
-    const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
-
-    /// Ends without waiting for anything.
-    fn abandon(mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-impl std::ops::Deref for Fetching {
-    type Target = tokio::runtime::Runtime;
-
-    fn deref(&self) -> &Self::Target {
-        self.0.as_ref().expect("there until it is dropped")
-    }
-}
-
-impl Drop for Fetching {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_timeout(Self::GRACE);
-        }
     }
 }

@@ -61,6 +61,14 @@ pub struct DeviceError {
 }
 
 impl DeviceError {
+    /// Whether the disk, or the user's share of it, is full.
+    pub fn is_full(&self) -> bool {
+        matches!(
+            self.source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        )
+    }
+
     fn at(path: &Path) -> impl Fn(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self {
@@ -135,7 +143,7 @@ impl DataDevice {
     /// Starts a file for a pass that writes the whole layer. Nobody sees it before [`DeviceWriter::finish`].
     pub fn create(store: &Store, dir: &LayerDir) -> Result<DeviceWriter, DeviceError> {
         let path = dir.data();
-        let draft = store.draft().map_err(io::Error::other);
+        let draft = store.layer_draft(dir).map_err(io::Error::other);
         Ok(DeviceWriter::new(draft.map_err(DeviceError::at(&path))?, path))
     }
 

@@ -16,10 +16,12 @@
 //! A group of spans shares one restart (a single-frame zstd layer is one group): decoding it passes over all of them, so a
 //! flight always takes the whole group and hands out each span as it passes.
 
+mod arrival;
 mod disk;
 mod first_pass;
 mod flight;
 mod health;
+mod kept;
 mod memory;
 mod open;
 mod prefetch;
@@ -41,6 +43,7 @@ pub use first_pass::FirstPassError;
 use flight::Run;
 pub use flight::{Flown, flown};
 pub use health::Health;
+pub use kept::{KeptOfLayer, kept_of_layer};
 pub use memory::SpanMemory;
 pub use open::{LayerContext, OpenError, Opened, open, stored_index, stored_toc};
 pub use prefetch::Begun;
@@ -168,21 +171,7 @@ impl Layer {
 
     /// Spans that need no fetch, and their compressed bytes.
     pub fn local(&self) -> (u32, u64) {
-        let present = self.disk.present(self.index.count());
-        let here = |span: u32| present[span as usize];
-        let (mut spans, mut bytes, mut start) = (0, 0, 0);
-        // By stretches, because neighbours share a byte where one ends within it.
-        for span in 0..=self.index.count() {
-            if span < self.index.count() && here(span) {
-                spans += 1;
-            } else {
-                bytes += self.index.bytes(start..span);
-                start = span + 1;
-            }
-        }
-        // Headers and trailers belong to no span.
-        let whole = spans == self.index.count();
-        (spans, if whole { self.index.blob_size() } else { bytes })
+        kept::local(&self.index, &self.disk.present(self.index.count()))
     }
 
     /// Where the bytes come from.

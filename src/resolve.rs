@@ -53,17 +53,21 @@ impl ResolvedImage {
 
 /// Finds the image for `wanted` (the host's platform if none) that `source` names.
 ///
-/// A reference to a manifest is taken at its word: a platform that does not match is a warning in the log. Fails with
-/// [`BlobError::NotFound`] listing the platforms if none of an index fits, with [`BlobError::Unsupported`] for what is no
+/// Images lie about their platform often enough that the only one there is gets the benefit of the doubt: if nobody asked for a
+/// platform, one that does not match is a warning in the log. Fails with [`BlobError::NotFound`] listing the platforms there
+/// are if none fits, with [`BlobError::Unsupported`] for what is no
 /// mountable image, and with [`BlobError::Invalid`] for documents that contradict themselves.
 pub async fn resolve(source: &dyn ImageSource, wanted: Option<&Platform>) -> Result<ResolvedImage, BlobError> {
-    let wanted = wanted.map_or_else(Platform::host, Platform::normalized);
-    let resolver = Resolver { source, wanted };
+    let resolver = Resolver {
+        source,
+        is_explicit: wanted.is_some(),
+        wanted: wanted.map_or_else(Platform::host, Platform::normalized),
+    };
     let root = source.root().await?;
     match resolver.kind(&root)? {
         DocumentKind::Manifest => {
             let image = resolver.image(root).await?;
-            resolver.warn_of_mismatch(&image);
+            resolver.check_platform(&image)?;
             Ok(image)
         }
         DocumentKind::ImageIndex => {
@@ -77,6 +81,8 @@ pub async fn resolve(source: &dyn ImageSource, wanted: Option<&Platform>) -> Res
 struct Resolver<'a> {
     source: &'a dyn ImageSource,
     wanted: Platform,
+    /// Somebody asked for this platform; otherwise it is the host's.
+    is_explicit: bool,
 }
 
 impl Resolver<'_> {
@@ -163,7 +169,7 @@ impl Resolver<'_> {
             };
             match followed {
                 Picked::Image(image) if only_one => {
-                    self.warn_of_mismatch(&image);
+                    self.check_platform(&image)?;
                     return Ok(Picked::Image(image));
                 }
                 Picked::Image(image) => seen.push(*image),
@@ -228,15 +234,24 @@ impl Resolver<'_> {
         })
     }
 
-    /// Images lie about their platform often enough that the only one there is gets the benefit of the doubt.
-    fn warn_of_mismatch(&self, image: &ResolvedImage) {
+    /// Looks at what the only image there is says of its platform.
+    fn check_platform(&self, image: &ResolvedImage) -> Result<(), BlobError> {
         let platform = image.config.platform();
-        if !platform.architecture.is_empty() && !runs(&self.wanted, &platform) {
-            tracing::warn!(
-                image = %self.source.describe(), is = %platform, wanted = %self.wanted,
-                "the image says it is for another platform"
-            );
+        if platform.architecture.is_empty() || runs(&self.wanted, &platform) {
+            return Ok(());
         }
+        if self.is_explicit {
+            let wanted = &self.wanted;
+            return Err(BlobError::NotFound {
+                what: format!("image for {wanted} in {}", self.source.describe()),
+                hint: Some(format!("there is only one, for {}", platform.normalized())),
+            });
+        }
+        tracing::warn!(
+            image = %self.source.describe(), is = %platform, wanted = %self.wanted,
+            "the image says it is for another platform"
+        );
+        Ok(())
     }
 }
 
@@ -421,11 +436,24 @@ mod tests {
         let image = memory.resolve(&amd64, "amd64").await.unwrap();
         assert!(image.index.is_none());
         assert_eq!(memory.requests(), "root config");
-        // A manifest is taken at its word.
-        assert_eq!(
-            memory.resolve(&amd64, "arm64").await.unwrap().manifest_document.digest,
-            amd64
-        );
+    }
+
+    #[tokio::test]
+    async fn the_only_image_is_taken_unless_somebody_wants_another_platform() {
+        let mut memory = Memory::default();
+        let only = memory.add_image("linux/s390x", "a");
+        let index = memory.add_index(&[(&only, "")]);
+        for root in [&only, &index] {
+            memory.root = Some(root.clone());
+            let image = resolve(&memory, None).await.unwrap();
+            assert_eq!(image.manifest_document.digest, only);
+            assert!(memory.resolve(root, "s390x").await.is_ok());
+            let error = memory.resolve(root, "s309x").await.unwrap_err();
+            assert_eq!(
+                error,
+                "image for linux/s309x in memory not found: there is only one, for linux/s390x"
+            );
+        }
     }
 
     #[tokio::test]
@@ -475,12 +503,6 @@ mod tests {
         );
         assert_eq!(memory.requests(), "root manifest config");
 
-        // The only one is taken whatever it says.
-        let root = memory.add_index(&[(&amd64, "")]);
-        assert_eq!(
-            memory.resolve(&root, "arm64").await.unwrap().manifest_document.digest,
-            amd64
-        );
         let root = memory.add_index(&[(&chart, "")]);
         assert!(
             memory

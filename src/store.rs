@@ -9,20 +9,24 @@
 //!                      programs      what its programs need, a hint
 //!                      data          data device, sparse, and which spans it holds
 //!                      lock          held by the process that indexes the layer
+//!                      partial       first bytes of a blob that did not come whole
 //! STORE/trees/ALG-HEX.erofs          merged tree, by digest of the manifest
 //! STORE/trees/ALG-HEX.programs       which of its programs load which files, a hint
 //! STORE/profiles/ALG-HEX.LABEL       what starts of an image's program read, a hint
 //! STORE/{documents,profiles}/of/     which of them belong to a repository or reference
 //! STORE/uppers/ID/                   private upper directories of writable mounts
-//! STORE/tmp/RANDOM                   files being written
+//! STORE/tmp/OWNER.RANDOM             files being written ("drafts")
 //! ```
 //!
-//! Invariants: a file outside `tmp` is complete, because it was renamed there. Documents are checked against the digest in their
+//! Invariants: a file outside `tmp` is complete, because it was renamed there; only `partial` grows in its place, and is not
+//! believed. Documents are checked against the digest in their
 //! name, spans, toc and extents against one that they carry, when they are read; a tree was flushed before it got its name; a
 //! hint that does not parse counts as none; `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at
 //! any time, costs fetches and nothing else. What is in a store that cannot be written is used but for `data`; one that cannot
 //! even be opened is replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
 
+mod draft;
+mod partial;
 mod sealed;
 
 use std::fs::{self, File};
@@ -32,11 +36,13 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::{FallocateFlags, Flock, FlockArg};
+use nix::fcntl::FallocateFlags;
 use nix::unistd::{AccessFlags, access};
 
 use bytes::Bytes;
 
+pub use draft::Draft;
+pub use partial::Partial;
 use sealed::SealingWriter;
 pub use sealed::read_sealed;
 
@@ -44,8 +50,6 @@ use crate::oci::{Algorithm, Digest};
 
 /// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
-/// A draft this young may not be locked yet by the process that just made it.
-const FRESH: Duration = Duration::from_secs(60);
 
 /// What can go wrong with the store.
 #[derive(Debug, thiserror::Error)]
@@ -146,7 +150,7 @@ impl Store {
             Err(e) => return Err(StoreError::io("read", &version, e)),
         }
         if store.writable {
-            store.sweep_tmp();
+            draft::sweep(&root.join("tmp"));
         }
         Ok(store)
     }
@@ -181,40 +185,6 @@ impl Store {
     /// The directory, if there is one.
     pub fn root(&self) -> Option<&Path> {
         self.root.as_deref()
-    }
-
-    /// Drafts whose writer is gone are never read, only in the way. Their writers hold them locked, so that those of other
-    /// containers are recognised too.
-    fn sweep_tmp(&self) {
-        let Some(root) = &self.root else { return };
-        let Ok(entries) = fs::read_dir(root.join("tmp")) else {
-            return;
-        };
-        for entry in entries.flatten() {
-            let Ok(file) = File::open(entry.path()) else { continue };
-            let modified = file.metadata().and_then(|m| m.modified()).ok();
-            let age = modified.and_then(|m| m.elapsed().ok()).unwrap_or_default();
-            if age < FRESH {
-                continue;
-            }
-            if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok() {
-                // Another process may be sweeping too; a file that is gone already is what we want.
-                let _ = fs::remove_file(entry.path());
-            }
-        }
-    }
-
-    /// A file that is being written and has no name of its own yet.
-    pub fn draft(&self) -> Result<Draft, StoreError> {
-        let path = self
-            .writable_root()?
-            .join("tmp")
-            .join(format!("{:016x}", fastrand::u64(..)));
-        let create = private().read(true).create_new(true).open(&path);
-        let file =
-            create.and_then(|file| Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e)));
-        let file = file.map_err(|e| StoreError::io("write", &path, e))?;
-        Ok(Draft { file: Some(file), path })
     }
 
     /// Tries to write to the store, so many bytes or at least something.
@@ -376,9 +346,10 @@ impl Store {
         }
     }
 
-    /// Bytes on disk of all data devices.
+    /// Bytes on disk of all data devices, and of what is kept of layers that did not come whole.
     pub fn data_usage(&self) -> Result<u64, StoreError> {
-        Ok(self.layers()?.iter().map(LayerDir::data_usage).sum())
+        let of_layer = |layer: &LayerDir| layer.data_usage() + layer.partial_usage();
+        Ok(self.layers()?.iter().map(of_layer).sum())
     }
 
     /// Bytes on disk of everything that the limit of the cache is about: data devices, trees, and files being written.
@@ -519,45 +490,6 @@ pub struct StoredTree {
     pub last_used: SystemTime,
 }
 
-/// A file in `tmp`. It goes when it is dropped, unless it was published.
-#[derive(Debug)]
-pub struct Draft {
-    /// There until it is published.
-    file: Option<Flock<File>>,
-    path: PathBuf,
-}
-
-impl Draft {
-    /// The file, to read and write.
-    pub fn file(&self) -> &File {
-        self.file.as_ref().expect("a draft has its file until it is published")
-    }
-
-    /// Gives the file its name, in place of whatever had it.
-    pub fn publish(mut self, target: &Path) -> io::Result<File> {
-        create_parent(target)?;
-        fs::rename(&self.path, target)?;
-        let file = self.file.take().expect("a draft has its file until it is published");
-        file.unlock().map_err(|(_, e)| e.into())
-    }
-
-    /// Gives the file its name unless another has it already; then that one stays.
-    pub fn publish_new(self, target: &Path) -> io::Result<()> {
-        create_parent(target)?;
-        match fs::hard_link(&self.path, target) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        // After publishing by rename there is nothing left; what cannot be removed now is swept later.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
 /// Bytes that a file takes on disk.
 pub fn on_disk(metadata: &fs::Metadata) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
@@ -633,6 +565,11 @@ impl LayerDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The name of the directory, which says which layer it is about.
+    fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Digest of the layer's blob; none if the directory has another name than a layer's.
@@ -722,14 +659,9 @@ mod tests {
         });
         assert!(failed.is_err() && !target.exists());
         assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
-        let old = SystemTime::now() - 2 * FRESH;
-        let left = File::create(dir.path().join("tmp/left")).unwrap();
-        left.set_modified(old).unwrap();
-        let draft = store.draft().unwrap();
-        draft.file().set_modified(old).unwrap();
+        File::create(dir.path().join("tmp/left")).unwrap();
         Store::open(dir.path()).unwrap();
-        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 1);
-        drop(draft);
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
     }
 
     #[test]

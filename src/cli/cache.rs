@@ -10,7 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::config::Config;
 use super::open::{self, Named};
 use super::units::{Size, human};
-use super::{ImageArgs, ImageName, say};
+use super::{Fetching, ImageArgs, ImageName, say};
 use crate::device::{Scope, evict_to};
 use crate::image;
 use crate::store::{LayerDir, Store, gone};
@@ -57,12 +57,9 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
         CacheCommand::List { json } => list(&store, json),
         CacheCommand::Prune { to } => {
             let evicted = evict_to(&store, to.map_or(config.cache_size, |s| s.0), Scope::Cache)?;
-            eprintln!(
-                "{} spans and {} trees deleted, {} left",
-                evicted.spans,
-                evicted.trees,
-                human(evicted.after)
-            );
+            if !config.quiet {
+                eprintln!("{} deleted, {} left", human(evicted.freed()), human(evicted.after));
+            }
             Ok(())
         }
         CacheCommand::Verify { image, platform, json } => {
@@ -73,7 +70,7 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
             });
             verify(config, &store, image.as_ref(), json)
         }
-        CacheCommand::Drop { all } => drop_cache(&store, all),
+        CacheCommand::Drop { all } => drop_cache(config, &store, all),
     }
 }
 
@@ -88,26 +85,45 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
             .replacen('-', ":", 1);
         let size = |path: std::path::PathBuf| fs::metadata(path).map_or(0, |m| m.len());
         let index = size(dir.spans()) + size(dir.toc()) + size(dir.extents());
-        rows.push((name, index, dir.data_usage()));
+        rows.push(Row {
+            layer: name,
+            index,
+            data: dir.data_usage(),
+            unfinished: dir.partial_usage() + store.drafts_usage(&dir),
+        });
     }
-    rows.sort_by(|a, b| b.2.cmp(&a.2).then_with(|| a.0.cmp(&b.0)));
+    rows.sort_by(|a, b| b.data.cmp(&a.data).then_with(|| a.layer.cmp(&b.layer)));
     if json {
-        let object = |(layer, index, data): &(String, u64, u64)| serde_json::json!({"layer": layer, "index_bytes": index, "data_bytes": data});
+        let object = |row: &Row| {
+            serde_json::json!({
+                "layer": row.layer, "index_bytes": row.index, "data_bytes": row.data, "unfinished_bytes": row.unfinished,
+            })
+        };
         say!("{}", serde_json::Value::from_iter(rows.iter().map(object)));
         return Ok(());
     }
-    say!("{:<72} {:>10} {:>10}", "LAYER", "INDEX", "DATA");
-    for (layer, index, data) in &rows {
-        say!("{layer:<72} {:>10} {:>10}", human(*index), human(*data));
+    say!("{:<72} {:>10} {:>10} {:>10}", "LAYER", "INDEX", "DATA", "UNFINISHED");
+    let sum = |bytes: fn(&Row) -> u64| rows.iter().map(bytes).sum();
+    let total = Row {
+        layer: format!("{} layers", rows.len()),
+        index: sum(|row| row.index),
+        data: sum(|row| row.data),
+        unfinished: sum(|row| row.unfinished),
+    };
+    for row in rows.iter().chain([&total]) {
+        let [index, data, unfinished] = [row.index, row.data, row.unfinished].map(human);
+        say!("{:<72} {index:>10} {data:>10} {unfinished:>10}", row.layer);
     }
-    let (index, data) = rows.iter().fold((0, 0), |(i, d), row| (i + row.1, d + row.2));
-    say!(
-        "{:<72} {:>10} {:>10}",
-        format!("{} layers", rows.len()),
-        human(index),
-        human(data)
-    );
     Ok(())
+}
+
+/// What a layer takes.
+struct Row {
+    layer: String,
+    index: u64,
+    data: u64,
+    /// Of a layer that did not come whole, or is coming in.
+    unfinished: u64,
 }
 
 fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool) -> anyhow::Result<()> {
@@ -115,7 +131,7 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
         None => None,
         Some(args) => {
             let context = open::context(config)?;
-            let recalled = super::runtime()?.block_on(async {
+            let recalled = Fetching::new()?.run(async {
                 let named = Named::open(config, args, &context).await?;
                 anyhow::Ok(named.recall().await)
             })?;
@@ -151,7 +167,7 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
 }
 
 /// Data of mounted images goes too: whatever a mount reads next it fetches again.
-fn drop_cache(store: &Store, all: bool) -> anyhow::Result<()> {
+fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
     let evicted = evict_to(store, 0, Scope::Data)?;
     let root = store.root().context("no store")?;
     let mut busy = 0;
@@ -163,12 +179,12 @@ fn drop_cache(store: &Store, all: bool) -> anyhow::Result<()> {
             empty(&root.join(directory))?;
         }
     }
-    eprintln!(
-        "{} of data deleted",
-        human(evicted.before.saturating_sub(evicted.after))
-    );
+    if !config.quiet {
+        eprintln!("{} of data deleted", human(evicted.freed()));
+    }
     match busy {
         0 => Ok(()),
+        1 => bail!("1 layer is being fetched at the moment and stays"),
         n => bail!("{n} layers are being fetched at the moment and stay"),
     }
 }

@@ -7,9 +7,9 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
-use super::StoreArgs;
 use super::mount::PrefetchMode;
 use super::units::{Deadline, Size};
+use super::{GLOBAL, StoreArgs};
 use crate::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;
@@ -19,6 +19,7 @@ const SYSTEM_CONFIG: &str = "/etc/ocifs.toml";
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = GLOBAL)]
 pub(super) struct Globals {
     #[command(flatten)]
     store: StoreArgs,
@@ -47,7 +48,13 @@ pub(super) struct Globals {
     /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, allow-private-redirects,
     /// foreign-layers-from (a list of hosts), log-format)
     /// [default: /etc/ocifs.toml]
-    #[arg(long, global = true, env = "OCIFS_CONFIG", value_name = "FILE")]
+    #[arg(
+        long,
+        global = true,
+        env = "OCIFS_CONFIG",
+        hide_env_values = true,
+        value_name = "FILE"
+    )]
     config: Option<PathBuf>,
     /// Format of log lines
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
@@ -55,6 +62,9 @@ pub(super) struct Globals {
     /// Log more; twice for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+    /// No progress, no summaries, no warnings: only errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
 }
 
 /// How log lines look.
@@ -105,6 +115,8 @@ pub(super) struct Config {
     pub(super) foreign_layers_from: Vec<String>,
     pub(super) log_format: LogFormat,
     pub(super) verbose: u8,
+    /// Nothing but errors on standard error.
+    pub(super) quiet: bool,
 }
 
 impl Config {
@@ -136,6 +148,7 @@ impl Config {
             allow_private_redirects: globals.allow_private_redirects || file.allow_private_redirects,
             log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             verbose: globals.verbose,
+            quiet: globals.quiet,
         })
     }
 }

@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use tar::{EntryType, Header};
-use tokio::runtime::Handle;
 
 use super::config::Config;
 use super::open::open_image;
-use super::{ImageArgs, runtime, text};
+use super::{Fetching, ImageArgs, text};
 use crate::erofs::{FileType, Inode, Nid};
 use crate::fs::{Attr, ImageFs};
 use crate::toc::DeviceNumber;
@@ -41,24 +40,22 @@ enum Format {
     Erofs,
 }
 
-pub(super) fn run(config: &Config, args: ExportArgs) -> anyhow::Result<()> {
+pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> anyhow::Result<()> {
     if args.output.is_none() && text::on_terminal() {
         bail!("an image is nothing for a terminal: write it to a file with --output FILE, or into a pipe");
     }
-    let runtime = runtime()?;
-    let fs = open_image(&runtime, config, &args.image)?;
-    let handle = runtime.handle();
+    let fs = open_image(fetching, config, &args.image)?;
     match (&args.output, args.format) {
-        (None, Format::Tar) => tar(&fs, handle, io::stdout().lock()),
-        (None, Format::Erofs) => disk(&fs, handle, &mut io::stdout().lock()),
+        (None, Format::Tar) => tar(&fs, fetching, io::stdout().lock()),
+        (None, Format::Erofs) => disk(&fs, fetching, &mut io::stdout().lock()),
         (Some(path), format) => {
             let mut output = Output::create(path)?;
             let named = || format!("{}", path.display());
             match format {
-                Format::Tar => tar(&fs, handle, &output.file)?,
+                Format::Tar => tar(&fs, fetching, &output.file)?,
                 Format::Erofs => {
                     let mut sparse = Sparse { file: &mut output.file };
-                    disk(&fs, handle, &mut sparse)?;
+                    disk(&fs, fetching, &mut sparse)?;
                     let length = output.file.stream_position().with_context(named)?;
                     output.file.set_len(length).with_context(named)?;
                 }
@@ -114,7 +111,7 @@ impl Drop for Output<'_> {
 }
 
 /// Metadata, then every layer's data device: the disk that the tree describes.
-fn disk(fs: &ImageFs, handle: &Handle, out: &mut impl Write) -> anyhow::Result<()> {
+fn disk(fs: &ImageFs, fetching: &Fetching, out: &mut impl Write) -> anyhow::Result<()> {
     let image = fs.image();
     out.write_all(image.tree().image())?;
     for layer in image.layers() {
@@ -123,7 +120,7 @@ fn disk(fs: &ImageFs, handle: &Handle, out: &mut impl Write) -> anyhow::Result<(
         while offset < layer.device_size() {
             let part = &mut buffer[..READ.min((layer.device_size() - offset) as usize)];
             part.fill(0);
-            handle.block_on(layer.read(offset, part))?;
+            fetching.run(layer.read(offset, part))?;
             out.write_all(part)?;
             offset += part.len() as u64;
         }
@@ -154,7 +151,7 @@ impl Write for Sparse<'_> {
 /// Reads a file of the image as a stream.
 struct Content<'a> {
     fs: &'a ImageFs,
-    handle: &'a Handle,
+    fetching: &'a Fetching,
     ino: Nid,
     offset: u64,
     buffer: Vec<u8>,
@@ -165,7 +162,7 @@ impl Read for Content<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.used == self.buffer.len() {
             let reading = self.fs.read(self.ino, self.offset, READ);
-            self.buffer = self.handle.block_on(reading).map_err(io::Error::other)?;
+            self.buffer = self.fetching.run(reading).map_err(io::Error::other)?;
             self.offset += self.buffer.len() as u64;
             self.used = 0;
         }
@@ -176,10 +173,10 @@ impl Read for Content<'_> {
     }
 }
 
-fn tar(fs: &ImageFs, handle: &Handle, out: impl Write) -> anyhow::Result<()> {
+fn tar(fs: &ImageFs, fetching: &Fetching, out: impl Write) -> anyhow::Result<()> {
     let mut archive = TarExport {
         fs,
-        handle,
+        fetching,
         builder: tar::Builder::new(io::BufWriter::with_capacity(READ, out)),
         links: HashMap::new(),
     };
@@ -196,7 +193,7 @@ fn tar(fs: &ImageFs, handle: &Handle, out: impl Write) -> anyhow::Result<()> {
 
 struct TarExport<'a, W: Write> {
     fs: &'a ImageFs,
-    handle: &'a Handle,
+    fetching: &'a Fetching,
     builder: tar::Builder<W>,
     /// First path of each inode with several names.
     links: HashMap<Nid, Vec<u8>>,
@@ -251,7 +248,7 @@ impl<W: Write> TarExport<'_, W> {
         };
         let content = Content {
             fs: self.fs,
-            handle: self.handle,
+            fetching: self.fetching,
             ino: attr.ino,
             offset: 0,
             buffer: Vec::new(),

@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::config::Config;
 use super::open::open_image;
-use super::{ImageArgs, runtime, text};
+use super::{Fetching, ImageArgs, text};
 use crate::erofs::{FileType, Nid};
 use crate::fs::{Attr, ImageFs, mtime};
 
@@ -155,9 +155,8 @@ fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, s
     Ok(writeln!(out)?)
 }
 
-pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
-    let runtime = runtime()?;
-    let fs = open_image(&runtime, config, &args.image)?;
+pub(super) fn ls(config: &Config, fetching: &Fetching, args: LsArgs) -> anyhow::Result<()> {
+    let fs = open_image(fetching, config, &args.image)?;
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     let attr = walk(&fs, &args.path)?;
     let style = Style {
@@ -181,16 +180,15 @@ pub(super) fn ls(config: &Config, args: LsArgs) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-pub(super) fn cat(config: &Config, args: CatArgs) -> anyhow::Result<()> {
-    let runtime = runtime()?;
-    let fs = open_image(&runtime, config, &args.image)?;
+pub(super) fn cat(config: &Config, fetching: &Fetching, args: CatArgs) -> anyhow::Result<()> {
+    let fs = open_image(fetching, config, &args.image)?;
     let mut out = std::io::stdout().lock();
     for path in &args.paths {
         let attr = walk(&fs, path)?;
         let mut offset = 0;
         loop {
-            let bytes = runtime
-                .block_on(fs.read(attr.ino, offset, READ))
+            let bytes = fetching
+                .run(fs.read(attr.ino, offset, READ))
                 .with_context(|| path.display().to_string())?;
             if bytes.is_empty() {
                 break;

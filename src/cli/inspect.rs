@@ -7,7 +7,7 @@ use super::config::Config;
 use super::say;
 use super::text::shown;
 use super::units::human;
-use super::{ImageArgs, open, runtime};
+use super::{Fetching, ImageArgs, open};
 use crate::layer::stored_toc;
 use crate::oci::Descriptor;
 use crate::store::Store;
@@ -35,10 +35,10 @@ fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
     oddities
 }
 
-pub(super) fn run(config: &Config, args: InspectArgs) -> anyhow::Result<()> {
+pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> anyhow::Result<()> {
     let context = open::context(config)?;
     let preparing = open::prepare_and_tell(config, &args.image, &context);
-    let (preparation, unconfirmed) = runtime()?.block_on(preparing)?;
+    let (preparation, unconfirmed) = fetching.run(preparing)?;
     let image = preparation.resolved();
     let oddities = oddities(&context.store, image.layers());
     if args.json {

@@ -19,10 +19,11 @@ use bounded::Bounded;
 use fold::Fold;
 pub(super) use fold::Folded;
 
-/// Starts logging. `OCIFS_LOG` overrides the level, in the syntax of `RUST_LOG`. What is folded at the end is said when the
-/// value that comes back is dropped.
+/// Starts logging, in colours on a terminal unless `NO_COLOR` is set (<https://no-color.org>). `OCIFS_LOG` overrides the level, in
+/// the syntax of `RUST_LOG`. What is folded at the end is said when the value that comes back is dropped.
 pub(super) fn init(config: &Config) -> Folded {
     let level = match config.verbose {
+        _ if config.quiet => "ocifs=error",
         0 => "ocifs=warn",
         1 => "ocifs=debug",
         _ => "debug",
@@ -30,9 +31,10 @@ pub(super) fn init(config: &Config) -> Folded {
     let filter = EnvFilter::try_from_env("OCIFS_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let fold = Fold::default();
     let folded = fold.folded();
+    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(writer())
-        .with_ansi(io::stderr().is_terminal());
+        .with_ansi(colours);
     let registry = tracing_subscriber::registry().with(filter).with(fold);
     match config.log_format {
         LogFormat::Text => registry.with(lines.compact()).init(),

@@ -17,12 +17,12 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::ChildStdout;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::config::Config;
+use super::fetching::{Interrupted, Signals};
 use super::mounts::locate;
 use super::say;
-use super::{ImageArgs, explain, open, progress, runtime, text};
+use super::{Fetching, ImageArgs, explain, open, progress, text};
 use crate::image::Early;
 use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
 use crate::profile::Label;
@@ -139,7 +139,7 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
         return serve(config, args, mountpoint, started, log);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(start(&args, &mountpoint))
+    runtime.block_on(start(config, &args, &mountpoint))
 }
 
 /// The mount point as an absolute path without symlinks. One that is mounted already is not touched: it may be dead, or its
@@ -148,23 +148,22 @@ fn resolve(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     let located = locate(mountpoint)?;
     match mount::is_mounted_on(&located)? {
         true => Ok(located),
-        false => std::fs::canonicalize(mountpoint).with_context(|| format!("mount point {}", mountpoint.display())),
+        false => std::fs::canonicalize(mountpoint).map_err(|error| {
+            let advice = match error.kind() {
+                std::io::ErrorKind::NotFound => "it does not exist (create the directory first)".to_owned(),
+                _ => error.to_string(),
+            };
+            anyhow::anyhow!("cannot mount on {}: {advice}", mountpoint.display())
+        }),
     }
 }
 
 /// Starts the process behind the mount and waits for it. Signals to this process end that one too, until it is on its own.
-async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
+async fn start(config: &Config, args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
     let entry = RunDir::open()?.entry(mountpoint);
     entry.check_free()?;
     let (mut log, log_path) = entry.create_log()?;
-    let hangup = (!mount::is_ignored(nix::libc::SIGHUP)).then_some(SignalKind::hangup());
-    let mut signals = [SignalKind::interrupt(), SignalKind::terminate()]
-        .into_iter()
-        .chain(hangup)
-        .map(signal)
-        .collect::<Result<Vec<_>, _>>()
-        .context("cannot handle signals")?;
-    let signalled = futures::future::select_all(signals.iter_mut().map(|s| Box::pin(s.recv())));
+    let mut signals = Signals::catch().context("cannot handle signals")?;
     let mut child = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(SERVE, &log_path)
@@ -174,8 +173,8 @@ async fn start(args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
         .spawn()
         .context("cannot start the process behind the mount")?;
     let result = tokio::select! {
-        result = follow(&mut child, args, mountpoint, &mut log) => result,
-        _ = signalled => Err(anyhow::anyhow!("interrupted, nothing is mounted")),
+        result = follow(&mut child, config, args, mountpoint, &mut log) => result,
+        signal = signals.next() => Err(Interrupted::new(signal, Some("nothing is mounted".to_owned())).into()),
     };
     if result.is_err() {
         // What was attached comes down again; the exit status says nothing that the report did not.
@@ -208,9 +207,15 @@ async fn end(child: &mut Child) -> anyhow::Result<()> {
 }
 
 /// Reads reports until the state the user waits for is reached.
-async fn follow(child: &mut Child, args: &MountArgs, mountpoint: &Path, log: &mut File) -> anyhow::Result<()> {
+async fn follow(
+    child: &mut Child,
+    config: &Config,
+    args: &MountArgs,
+    mountpoint: &Path,
+    log: &mut File,
+) -> anyhow::Result<()> {
     let wait = args.wait();
-    let bar = progress::Bar::new(&args.image.image);
+    let bar = progress::Bar::new(&args.image.image, config.quiet);
     let pipe = child
         .stdout
         .take()
@@ -276,10 +281,11 @@ fn serve(
         nix::unistd::setsid().context("cannot start a session")?;
     }
     let reports = Arc::new(Reports { on: log.is_some() });
-    let runtime = runtime()?;
-    let result = runtime.block_on(serve_async(config, args, mountpoint, started, log, reports.clone()));
+    let fetching = Fetching::new()?;
+    let serving = serve_async(config, args, mountpoint, started, log, reports.clone());
+    let result = fetching.runtime().block_on(serving);
     // Reads that still wait are answered by the kernel, now that the mount is gone.
-    runtime.abandon();
+    fetching.abandon();
     if let Err(error) = &result {
         reports.send(&Report::Failed {
             message: explain(error),

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
-use tokio::runtime::Runtime;
 
-use super::ImageArgs;
 use super::config::Config;
+use super::fetching::Fetching;
 use super::progress::{self, Bar};
+use super::suggest::suggest;
+use super::{ImageArgs, explain};
 use crate::archive::DockerArchive;
 use crate::blob::{BlobError, ImageSource};
 use crate::fs::ImageFs;
@@ -47,7 +48,9 @@ pub(super) async fn prepare_and_tell(
 ) -> anyhow::Result<(Preparation, Option<Unconfirmed>)> {
     let named = Named::open(config, args, context).await?;
     let (preparation, unconfirmed) = named.prepare().await?;
-    if let Some(warning) = unconfirmed.as_ref().and_then(|u| warning(&args.image, u)) {
+    if let Some(warning) = unconfirmed.as_ref().and_then(|u| warning(&args.image, u))
+        && !config.quiet
+    {
         eprintln!("ocifs: {warning}");
     }
     Ok((preparation, unconfirmed))
@@ -64,6 +67,8 @@ pub(super) fn warning(image: &str, unconfirmed: &Unconfirmed) -> Option<String> 
 
 /// An image as it was named, whose documents have not been asked for.
 pub(super) struct Named {
+    /// As the user wrote it.
+    image: String,
     source: Arc<dyn ImageSource>,
     pinned: Option<Digest>,
     platform: Option<Platform>,
@@ -73,10 +78,12 @@ pub(super) struct Named {
 
 impl Named {
     pub(super) async fn open(config: &Config, args: &ImageArgs, context: &LayerContext) -> anyhow::Result<Self> {
-        let image = args.image.reference()?;
+        let reference = args.image.reference();
+        let image: ImageRef = reference.map_err(|error| advised(error.into(), &args.image))?;
         let platform = args.platform.as_ref().map(|text| text.parse()).transpose()?;
         let (source, pinned) = open(config, &image).await?;
         Ok(Self {
+            image: args.image.to_string(),
             source,
             pinned,
             platform,
@@ -90,10 +97,11 @@ impl Named {
     }
 
     /// Manifest and config, fetched or found in the store, and whether a tag was resolved without its registry.
-    pub(super) async fn prepare(&self) -> Result<(Preparation, Option<Unconfirmed>), BlobError> {
+    pub(super) async fn prepare(&self) -> anyhow::Result<(Preparation, Option<Unconfirmed>)> {
         let (source, store) = (self.source.clone(), self.store.clone());
         let source = KeptSource::new(source, store, self.pinned.clone(), self.confirm);
-        self.resolve(Arc::new(source)).await
+        let prepared = self.resolve(Arc::new(source)).await;
+        prepared.map_err(|error| advised(error.into(), &self.image))
     }
 
     /// The same as they were the last time, if all of that is in the store. Nothing is fetched.
@@ -107,6 +115,17 @@ impl Named {
         let resolved = resolve(&*source, self.platform.as_ref()).await?;
         let unconfirmed = source.unconfirmed().cloned();
         Ok((Preparation::new(source, resolved), unconfirmed))
+    }
+}
+
+/// The error about an image, and what its user may have meant by it.
+fn advised(error: anyhow::Error, image: &str) -> anyhow::Error {
+    match suggest(image) {
+        Some(advice) => {
+            let text = format!("{}; {advice}", explain(&error));
+            error.context(text)
+        }
+        None => error,
     }
 }
 
@@ -135,14 +154,15 @@ fn registry_config(config: &Config) -> RegistryConfig {
 }
 
 /// The image as a file system, with progress on standard error while layers are streamed.
-pub(super) fn open_image(runtime: &Runtime, config: &Config, args: &ImageArgs) -> anyhow::Result<ImageFs> {
+pub(super) fn open_image(fetching: &Fetching, config: &Config, args: &ImageArgs) -> anyhow::Result<ImageFs> {
     let context = context(config)?;
-    runtime.block_on(async {
+    fetching.run(async {
         let preparation = Arc::new(prepare(config, args, &context).await?);
-        let bar = Bar::new(&args.image);
+        fetching.begin(&context.store, &preparation);
+        let bar = Bar::new(&args.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
         bar.finish();
-        Ok(ImageFs::new(image, config.timeout))
+        anyhow::Ok(ImageFs::new(image, config.timeout))
     })
 }
 

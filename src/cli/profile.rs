@@ -11,7 +11,7 @@ use super::config::Config;
 use super::open::{context, prepare};
 use super::say;
 use super::units::human;
-use super::{ImageArgs, runtime};
+use super::{Fetching, ImageArgs};
 use crate::image::{Learning, Preparation, stored_profile};
 use crate::layer::LayerContext;
 use crate::profile::{LARGEST_FILE, Label, Profile};
@@ -68,26 +68,26 @@ pub(super) struct ImportArgs {
     profile: Option<Label>,
 }
 
-pub(super) fn run(config: &Config, command: ProfileCommand) -> anyhow::Result<()> {
+pub(super) fn run(config: &Config, fetching: &Fetching, command: ProfileCommand) -> anyhow::Result<()> {
     match command {
-        ProfileCommand::Show(args) => show(config, &args),
-        ProfileCommand::Export(args) => export(config, &args),
-        ProfileCommand::Import(args) => import(config, &args),
+        ProfileCommand::Show(args) => show(config, fetching, &args),
+        ProfileCommand::Export(args) => export(config, fetching, &args),
+        ProfileCommand::Import(args) => import(config, fetching, &args),
     }
 }
 
 /// The store, which has to be there, and the image's manifest and config.
-fn open(config: &Config, image: &ImageArgs) -> anyhow::Result<(LayerContext, Preparation)> {
+fn open(config: &Config, fetching: &Fetching, image: &ImageArgs) -> anyhow::Result<(LayerContext, Preparation)> {
     let context = context(config)?;
     if let Some(problem) = context.health.store_problem() {
         bail!(problem);
     }
-    let preparation = runtime()?.block_on(prepare(config, image, &context))?;
+    let preparation = fetching.run(prepare(config, image, &context))?;
     Ok((context, preparation))
 }
 
-fn show(config: &Config, args: &ShowArgs) -> anyhow::Result<()> {
-    let (context, preparation) = open(config, &args.image)?;
+fn show(config: &Config, fetching: &Fetching, args: &ShowArgs) -> anyhow::Result<()> {
+    let (context, preparation) = open(config, fetching, &args.image)?;
     let manifest = &preparation.resolved().manifest_document.digest;
     let labels = match &args.profile {
         Some(label) => vec![label.clone()],
@@ -169,8 +169,8 @@ fn ranges(profile: &Profile) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn export(config: &Config, args: &ExportArgs) -> anyhow::Result<()> {
-    let (context, preparation) = open(config, &args.image)?;
+fn export(config: &Config, fetching: &Fetching, args: &ExportArgs) -> anyhow::Result<()> {
+    let (context, preparation) = open(config, fetching, &args.image)?;
     let manifest = &preparation.resolved().manifest_document.digest;
     let profile = stored_profile(&context.store, manifest, &args.profile);
     let encoded = profile
@@ -188,9 +188,9 @@ fn unknown(image: &str, label: &Label) -> anyhow::Error {
     )
 }
 
-fn import(config: &Config, args: &ImportArgs) -> anyhow::Result<()> {
+fn import(config: &Config, fetching: &Fetching, args: &ImportArgs) -> anyhow::Result<()> {
     let profile = Profile::decode(&read(&args.file)?).with_context(|| format!("{}", args.file.display()))?;
-    let (context, preparation) = open(config, &args.image)?;
+    let (context, preparation) = open(config, fetching, &args.image)?;
     let label = args.profile.clone().unwrap_or_else(|| profile.label.clone());
     let mut learning = Learning::find(
         &context.store,

@@ -1,4 +1,4 @@
-//! Progress on a terminal: bytes, rate, time left. Nothing when standard error is no terminal.
+//! Progress on a terminal: bytes, rate, time left. Nothing when standard error is no terminal, and with `--quiet`.
 
 use std::time::Duration;
 
@@ -13,8 +13,12 @@ pub(super) struct Bar(ProgressBar);
 
 impl Bar {
     /// A bar for `what`; it shows itself at the first [`Bar::set`].
-    pub(super) fn new(what: &str) -> Self {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));
+    pub(super) fn new(what: &str, quiet: bool) -> Self {
+        let target = match quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr_with_hz(5),
+        };
+        let bar = ProgressBar::with_draw_target(None, target);
         let template = "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
         let style = ProgressStyle::with_template(template).expect("the template is valid");
         bar.set_style(style.progress_chars("=> "));

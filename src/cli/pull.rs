@@ -10,7 +10,7 @@ use super::open::{complete, context, prepare_and_tell, watch};
 use super::progress::Bar;
 use super::say;
 use super::units::human;
-use super::{ImageArgs, runtime};
+use super::{Fetching, ImageArgs};
 
 /// Arguments of `pull`.
 #[derive(Debug, Args)]
@@ -22,16 +22,16 @@ pub(super) struct PullArgs {
     json: bool,
 }
 
-pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
-    let runtime = runtime()?;
+pub(super) fn run(config: &Config, fetching: &Fetching, args: PullArgs) -> anyhow::Result<()> {
     let context = context(config)?;
     if let Some(problem) = context.health.store_problem() {
         bail!("nothing can be kept: {problem}");
     }
-    let result = runtime.block_on(async {
+    let result = fetching.run(async {
         let (preparation, unconfirmed) = prepare_and_tell(config, &args.image, &context).await?;
         let preparation = Arc::new(preparation);
-        let bar = Bar::new(&args.image.image);
+        fetching.begin(&context.store, &preparation);
+        let bar = Bar::new(&args.image.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
         watch(&preparation, &bar, complete(&image, &context.health)).await?;
         bar.finish();
@@ -48,13 +48,10 @@ pub(super) fn run(config: &Config, args: PullArgs) -> anyhow::Result<()> {
         say!("{object}");
     } else {
         say!("{digest}");
-        eprintln!(
-            "{}: {} layers, {}, fetched {}",
-            args.image.image,
-            layers.len(),
-            human(size),
-            human(fetched)
-        );
+        if !config.quiet {
+            let (image, count) = (&args.image.image, layers.len());
+            eprintln!("{image}: {count} layers, {}, fetched {}", human(size), human(fetched));
+        }
     }
     Ok(())
 }

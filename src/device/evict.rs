@@ -1,5 +1,5 @@
 //! Keeps the store below a size: the least recently used spans of all layers become holes again, and the least recently used
-//! trees are deleted.
+//! trees are deleted, and what is kept of layers that did not come whole.
 
 use std::fs::File;
 use std::io;
@@ -24,6 +24,13 @@ pub struct Evicted {
     pub spans: u64,
     /// Trees that were deleted.
     pub trees: u64,
+}
+
+impl Evicted {
+    /// Bytes on disk that came free.
+    pub fn freed(&self) -> u64 {
+        self.before.saturating_sub(self.after)
+    }
 }
 
 /// What may be evicted.
@@ -52,8 +59,13 @@ struct Victim {
 /// Something that can go, with the time it was last used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Candidate {
-    Span { victim: usize, span: u32 },
+    Span {
+        victim: usize,
+        span: u32,
+    },
     Tree(usize),
+    /// What is kept of a layer that did not come whole.
+    Partial(usize),
 }
 
 /// Evicts until what [`Scope`] says takes at most `target` bytes on disk, or nothing more can go. One process at a time does
@@ -74,18 +86,23 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
     }
     let Some(_turn) = turn(store)? else { return Ok(result) };
     result.after = usage()?;
-    let victims: Vec<Victim> = store.layers()?.into_iter().filter_map(open).collect();
+    let layers = store.layers()?;
+    let victims: Vec<Victim> = layers.iter().cloned().filter_map(open).collect();
     let trees = match scope {
         Scope::Cache => store.trees()?,
         Scope::Data => Vec::new(),
     };
     // Devices that are of no use to anybody are gone by now.
     result.after = usage()?.min(result.after);
-    for (_, candidate) in candidates(&victims, &trees) {
+    for (_, candidate) in candidates(&victims, &trees, &layers) {
         if result.after <= target {
             break;
         }
         let freed = match candidate {
+            Candidate::Partial(layer) => {
+                let bytes = layers[layer].partial_usage();
+                if layers[layer].remove_partial()? { bytes } else { 0 }
+            }
             Candidate::Tree(tree) => {
                 gone(std::fs::remove_file(&trees[tree].path))
                     .map_err(|e| StoreError::io("remove", &trees[tree].path, e))?;
@@ -132,7 +149,7 @@ fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
 }
 
 /// All that can go, least recently used first.
-fn candidates(victims: &[Victim], trees: &[StoredTree]) -> Vec<(u64, Candidate)> {
+fn candidates(victims: &[Victim], trees: &[StoredTree], layers: &[LayerDir]) -> Vec<(u64, Candidate)> {
     let mut candidates = Vec::new();
     for (number, victim) in victims.iter().enumerate() {
         match victim.device.read_records(0..victim.device.geometry().spans()) {
@@ -150,6 +167,8 @@ fn candidates(victims: &[Victim], trees: &[StoredTree]) -> Vec<(u64, Candidate)>
         let last_used = tree.last_used.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         (last_used.saturating_add(TREE_BONUS), Candidate::Tree(number))
     }));
+    let partials = layers.iter().enumerate();
+    candidates.extend(partials.filter_map(|(number, layer)| Some((layer.partial_used()?, Candidate::Partial(number)))));
     candidates.sort_unstable();
     candidates
 }

@@ -44,16 +44,14 @@ impl DeviceWriter {
         self.summer.span(span);
     }
 
-    /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it: then the device cannot
-    /// be finished.
+    /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it. Then, and after an error,
+    /// nothing was added: it may be tried again, or the device cannot be finished.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
-        let checks = &mut self.checks;
-        self.summer
-            .content(offset, bytes, &mut |check, crc| checks.add(check, crc));
         let end = self.start + self.buffer.len() as u64;
         let gap = offset.saturating_sub(end);
         // Padding between two files is below a block and zero anyway; anything longer is a hole worth keeping.
-        if self.buffer.is_empty() || gap >= crate::toc::DEVICE_BLOCK {
+        let is_due = self.buffer.is_empty() || self.buffer.len() >= WRITE_BUFFER;
+        if is_due || gap >= crate::toc::DEVICE_BLOCK {
             if !self.flush(budget)? {
                 return Ok(false);
             }
@@ -61,11 +59,15 @@ impl DeviceWriter {
         } else {
             self.buffer.resize(self.buffer.len() + gap as usize, 0);
         }
+        let checks = &mut self.checks;
+        self.summer
+            .content(offset, bytes, &mut |check, crc| checks.add(check, crc));
         self.buffer.extend_from_slice(bytes);
-        Ok(self.buffer.len() < WRITE_BUFFER || self.flush(budget)?)
+        Ok(true)
     }
 
-    fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
+    /// Writes what was added. False if `budget` has no room for it; then, and after an error, it may be tried again.
+    pub fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
         if !budget.reserve(self.buffer.len() as u64) {
             return Ok(false);
         }

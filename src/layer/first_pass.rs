@@ -22,9 +22,9 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::LayerStats;
+use super::arrival::Arrival;
 use super::open::LayerContext;
 use super::race::Origin;
-use super::stripes;
 use crate::blob::{BlobError, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
@@ -33,7 +33,7 @@ use crate::index::{
 };
 use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest, DigestHasher};
-use crate::store::{LayerDir, Store};
+use crate::store::{LayerDir, Partial, Store};
 use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
@@ -107,6 +107,11 @@ pub enum FirstPassError {
 }
 
 impl FirstPassError {
+    /// Whether a later pass, perhaps with more memory, can go on with the bytes that have come.
+    pub fn is_resumable(&self) -> bool {
+        !self.is_corruption() && !matches!(self, Self::DiffId { .. } | Self::Tar { .. })
+    }
+
     /// Whether the bytes were not what they should be, and other bytes may come the next time.
     pub fn is_corruption(&self) -> bool {
         match self {
@@ -142,6 +147,8 @@ pub(super) struct Destination {
     pub(super) dir: LayerDir,
     /// A layer whose content has no room in this is only indexed.
     pub(super) budget: Arc<CacheBudget>,
+    /// What was kept of the blob, and where more is kept.
+    pub(super) partial: Option<Partial>,
 }
 
 /// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
@@ -153,9 +160,11 @@ pub(super) async fn run(
 ) -> Result<Indexed, FirstPassError> {
     let layer = origin.blob.digest().clone();
     let (blob_size, stats) = (origin.blob.size(), origin.stats.clone());
-    let opening = stripes::read(origin, &context.ahead);
+    let kept = destination
+        .as_ref()
+        .and_then(|d| Some((d.partial.clone()?, d.budget.clone())));
     let mut source = Source {
-        stream: stats.waiting(opening).await?,
+        stream: Arrival::new(origin, context.ahead.clone(), kept).into_stream(),
         stats: &stats,
     };
     let prefix = source.prefix().await?;
@@ -217,11 +226,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        let Some(bytes) = self.stats.waiting(self.stream.next()).await.transpose()? else {
-            return Ok(None);
-        };
-        self.stats.fetched_more(bytes.len());
-        Ok(Some(bytes))
+        self.stats.waiting(self.stream.next()).await.transpose()
     }
 
     /// The first bytes, enough to tell the compression; they may come in small pieces.
@@ -369,6 +374,7 @@ struct Table {
 /// A data device being written.
 struct Filling {
     budget: Arc<CacheBudget>,
+    partial: Option<Partial>,
     writer: DeviceWriter,
 }
 
@@ -388,6 +394,7 @@ fn tabulate(
             Ok(writer) => {
                 let filling = Filling {
                     budget: destination.budget,
+                    partial: destination.partial,
                     writer,
                 };
                 (Some(filling), None)
@@ -447,7 +454,7 @@ impl Table {
         let mut failed = None;
         let pushed = self.tar.push(bytes, &mut |offset, content| {
             let Some(filling) = &mut self.device else { return };
-            match filling.writer.write(offset, content, &filling.budget) {
+            match filling.insist(|writer, budget| writer.write(offset, content, budget)) {
                 Ok(true) => {}
                 Ok(false) => self.device = None,
                 Err(error) => {
@@ -481,7 +488,7 @@ impl Table {
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.writer.finish(&index, &tables.extents, &filling.budget) {
+            Some(filling) => match filling.finish(&index, &tables.extents) {
                 Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
@@ -494,5 +501,31 @@ impl Table {
             device,
             device_error,
         })
+    }
+}
+
+impl Filling {
+    /// Writes; should there be no room, what is kept of the blob goes: the content is what will be read.
+    fn insist(
+        &mut self,
+        write: impl Fn(&mut DeviceWriter, &CacheBudget) -> Result<bool, DeviceError>,
+    ) -> Result<bool, DeviceError> {
+        match write(&mut self.writer, &self.budget) {
+            Ok(false) if self.discard_partial() => write(&mut self.writer, &self.budget),
+            Err(error) if error.is_full() && self.discard_partial() => write(&mut self.writer, &self.budget),
+            result => result,
+        }
+    }
+
+    /// Gives up what is kept of the blob; whether that was anything.
+    fn discard_partial(&mut self) -> bool {
+        self.partial.take().is_some_and(|partial| partial.discard())
+    }
+
+    fn finish(mut self, index: &SpanIndex, extents: &ExtentTable) -> Result<Option<DataDevice>, DeviceError> {
+        if !self.insist(DeviceWriter::flush)? {
+            return Ok(None);
+        }
+        self.writer.finish(index, extents, &self.budget)
     }
 }

@@ -13,13 +13,13 @@ use super::race::Origin;
 use super::stripes::Ahead;
 use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
-use crate::blob::{BlobSource, Verdict};
+use crate::blob::{BlobSource, LinkId, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
 use crate::index::SpanIndex;
 use crate::memory::{Allowance, Charge, OverLimit, TABLES};
 use crate::oci::{DiffId, Digest};
-use crate::store::{Durability, LayerDir, Store, StoreError, read_sealed};
+use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
 use crate::toc::{ExtentTable, PackedToc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
@@ -164,28 +164,46 @@ async fn stream(
         .waiting(context.passes.acquire())
         .await
         .map_err(|_| OpenError::Interrupted)?;
-    let destination = || {
-        dir.clone().map(|dir| Destination {
-            store: context.store.clone(),
-            dir,
-            budget: context.budget.clone(),
-        })
-    };
     let origin = Origin {
         blob: blob.clone(),
         lanes: context.lanes.clone(),
         stats: stats.clone(),
         patient: context.patient,
     };
-    let pass = || first_pass::run(origin.clone(), diff_id.clone(), context, destination());
-    let mut indexed = match pass().await {
-        // What went wrong on the way does not go wrong twice; what is wrong at the source does.
-        Err(error) if error.is_corruption() => {
-            tracing::warn!(%error, "streaming the layer once more");
-            blob.judged(Verdict::Wrong);
-            pass().await?
+    let mut failed = false;
+    let (mut indexed, partial) = loop {
+        let partial = match &dir {
+            // What is on a local disk need not be kept twice.
+            Some(dir) if blob.link().id != LinkId::LOCAL => kept(dir, blob.size()).await?,
+            _ => None,
+        };
+        let resumes = partial.as_ref().is_some_and(|partial| partial.start() > 0);
+        let destination = dir.clone().map(|dir| Destination {
+            store: context.store.clone(),
+            dir,
+            budget: context.budget.clone(),
+            partial: partial.clone(),
+        });
+        let pass = first_pass::run(origin.clone(), diff_id.clone(), context, destination);
+        let error = match pass.await {
+            Ok(indexed) => break (indexed, partial),
+            Err(error) => error,
+        };
+        if !error.is_resumable()
+            && let Some(partial) = partial
+        {
+            partial.discard();
         }
-        result => result?,
+        // What was kept may be damaged, which costs one more pass. What went wrong on the way does not go wrong twice; what is
+        // wrong at the source does.
+        if !error.is_corruption() || (failed && !resumes) {
+            return Err(error.into());
+        }
+        tracing::warn!(%error, "streaming the layer once more");
+        if !resumes {
+            failed = true;
+            blob.judged(Verdict::Wrong);
+        }
     };
     stats.set_source(IndexSource::Streamed);
     let context = context.clone();
@@ -205,6 +223,10 @@ async fn stream(
                 }
                 None => {}
             }
+        }
+        if let Some(partial) = partial {
+            // It may be large, and nobody needs to wait until the disk has forgotten it.
+            tokio::task::spawn_blocking(move || partial.discard());
         }
         let Indexed {
             index,
@@ -246,6 +268,18 @@ fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
         layer: layer.clone(),
         source,
     }
+}
+
+/// What was kept of a layer by passes that were interrupted, if nobody else uses it.
+async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
+    let dir = dir.clone();
+    let opening = tokio::task::spawn_blocking(move || {
+        Partial::open(&dir, size).unwrap_or_else(|error| {
+            tracing::warn!(%error, "keeping nothing of this layer before it is whole");
+            None
+        })
+    });
+    opening.await.map_err(|_| OpenError::Interrupted)
 }
 
 fn layer(
@@ -324,6 +358,12 @@ fn load(
             None
         }
     };
+    // A process that was killed right after it had indexed the layer left this.
+    if context.store.is_writable()
+        && let Err(error) = dir.remove_partial()
+    {
+        tracing::debug!(%error, "cannot remove what was kept of a layer that is indexed now");
+    }
     let mut charge = context.tables.charge();
     charge
         .exactly(tables_of(&index, &extents))

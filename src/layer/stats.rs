@@ -23,6 +23,7 @@ pub struct LayerStats {
     /// Compressed size of the layer in bytes.
     pub size: u64,
     fetched: AtomicU64,
+    resumed: AtomicU64,
     used: AtomicU64,
     served: AtomicU64,
     hits: AtomicU64,
@@ -48,6 +49,9 @@ pub struct LayerStatus {
     pub size: u64,
     /// Compressed bytes fetched by this mount.
     pub fetched: u64,
+    /// Compressed bytes that this mount found in the store when it streamed the layer: an earlier try had fetched them.
+    #[serde(default)]
+    pub resumed: u64,
     /// Compressed bytes of the spans that were read by this mount, wherever they came from.
     pub used: u64,
     /// Bytes served to readers by this mount.
@@ -79,7 +83,9 @@ pub fn progress(layers: &[LayerStatus]) -> (u64, u64) {
     let coming = layers
         .iter()
         .filter(|l| l.index_source != IndexSource::Store || l.fetched > 0);
-    coming.fold((0, 0), |(done, total), l| (done + l.fetched, total + l.size))
+    coming.fold((0, 0), |(done, total), l| {
+        (done + l.fetched + l.resumed, total + l.size)
+    })
 }
 
 impl LayerStats {
@@ -88,6 +94,7 @@ impl LayerStats {
         Self {
             size,
             fetched: AtomicU64::new(0),
+            resumed: AtomicU64::new(0),
             used: AtomicU64::new(0),
             served: AtomicU64::new(0),
             hits: AtomicU64::new(0),
@@ -115,6 +122,10 @@ impl LayerStats {
 
     pub(super) fn fetched_more(&self, bytes: usize) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn resumed_more(&self, bytes: usize) {
+        self.resumed.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(super) fn used_more(&self, bytes: u64) {
@@ -202,6 +213,7 @@ impl LayerStats {
             digest,
             size: self.size,
             fetched: self.fetched(),
+            resumed: self.resumed.load(Ordering::Relaxed),
             used: self.used.load(Ordering::Relaxed),
             served: self.served.load(Ordering::Relaxed),
             hits: self.hits.load(Ordering::Relaxed),

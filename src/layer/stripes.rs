@@ -65,14 +65,18 @@ impl Default for Ahead {
     }
 }
 
-/// Reads all of a blob.
-pub(super) async fn read(origin: Origin, ahead: &Ahead) -> Result<ByteStream, BlobError> {
-    let size = origin.blob.size();
+/// Reads all of a blob from `start` on. A server without ranges is asked for all of it then, too.
+pub(super) async fn read(origin: Origin, start: u64, ahead: &Ahead) -> Result<ByteStream, BlobError> {
+    let rest = start..origin.blob.size();
+    let length = rest.end.saturating_sub(start);
     let near = origin.blob.link().rtt.is_some_and(|rtt| rtt < NEAR);
-    if near || size < SMALLEST {
-        return origin.read(0..size).await;
-    }
-    let mut stripes = Stripes::new(origin, 0..size, STRIPE, AHEAD, ahead.stripes.clone());
+    let (stripe, most_ahead) = if near || length < SMALLEST {
+        (length, 0)
+    } else {
+        (STRIPE, AHEAD)
+    };
+    let mut stripes = Stripes::new(origin, rest, stripe, most_ahead, ahead.stripes.clone());
+    stripes.is_whole = true;
     // What is wrong with the blob as a whole shows here.
     stripes.advance().await?;
     Ok(stripes.into_stream())
@@ -101,7 +105,7 @@ struct Stripes {
     origin: Origin,
     stripe: u64,
     end: u64,
-    /// Whether the server can be asked for all of it without ranges.
+    /// Whether so much of the blob is wanted that a server without ranges may be asked for all of it.
     is_whole: bool,
     /// Passed on up to here,
     position: u64,

@@ -127,7 +127,12 @@ fn interrupt(mut child: Child, path: &Path, what: &str) {
     killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let status = wait(&mut child, &format!("{what} after SIGINT"));
     // A mount in the foreground that stands ends well by a signal; whoever still waited for something does not.
-    assert!(!status.success() || what.contains("--foreground"), "{what}: {status}");
+    let expected = if what.contains("--foreground") {
+        status.code()
+    } else {
+        Some(130)
+    };
+    assert_eq!(status.code(), expected, "{what}: {status}");
     assert_eq!(mounted_type(path), None, "{what}");
     assert!(!registration(path).exists(), "{what}");
 }
@@ -167,6 +172,30 @@ fn ctrl_c_in_the_middle_of_a_layer_leaves_nothing_that_is_believed() {
         });
         interrupt(child, path, &format!("{arguments:?} in the layer"));
         succeeds(&ocifs, &arguments, &scene.image, path);
+    }
+}
+
+#[test]
+fn ctrl_c_ends_a_command_whose_output_nobody_takes() {
+    let scene = Scene::new();
+    let ocifs = Ocifs::new();
+    let arguments: [&[&str]; 2] = [&["cat", &scene.image, "f"], &["export", &scene.image]];
+    for arguments in arguments {
+        let mut child = ocifs
+            .interruptible(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let waits = || {
+            let state = fs::read_to_string(format!("/proc/{}/wchan", child.id())).unwrap_or_default();
+            state.contains("pipe")
+        };
+        eventually("it waits for somebody to read", waits);
+        send(child.id(), Signal::SIGINT);
+        let status = wait(&mut child, "a command that writes to nobody");
+        assert_eq!(status.code(), Some(130), "{arguments:?}");
     }
 }
 

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Ocifs, bounded, eventually, mountpoint};
+use crate::common::ocifs::{Ocifs, bounded, eventually, isolate, mountpoint};
 use crate::common::registry::{Fault, TestRegistry};
 
 /// An image of one layer that takes seconds to come.
@@ -55,6 +55,46 @@ fn a_mount_in_preparation_says_how_fast_and_how_long() {
     );
 }
 
+/// What a command shows on a terminal.
+fn on_terminal(ocifs: &Ocifs, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let command = ocifs.command(arguments);
+    let words = [command.get_program()].into_iter().chain(command.get_args());
+    let words: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
+    let line = format!("stty cols 150; exec {}", words.join(" "));
+    let mut terminal = Command::new("script");
+    isolate(&mut terminal, ocifs.home());
+    terminal
+        .args(["-qec", &line, "/dev/null"])
+        .env("TERM", "xterm")
+        .envs(variables.iter().copied());
+    let said = bounded(&mut terminal);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    said.text().to_owned()
+}
+
+#[test]
+fn nobody_gets_colours_or_a_bar_who_does_not_want_them() {
+    let (_registry, image) = slow_image();
+    // A warning about a store that cannot be made.
+    let shown = |options: &[&str], variables: &[(&str, &str)]| {
+        let ocifs = Ocifs::at(std::path::Path::new("/dev/null/store"));
+        on_terminal(&ocifs, &[options, &["ls", &image]].concat(), variables)
+    };
+    let coloured = shown(&[], &[]);
+    assert!(
+        coloured.contains("WARN") && coloured.contains("\x1b[33m"),
+        "{coloured:?}"
+    );
+    let plain = shown(&[], &[("NO_COLOR", "1")]);
+    assert!(plain.contains("WARN") && !plain.contains("\x1b[33m"), "{plain:?}");
+    assert!(
+        shown(&[], &[("NO_COLOR", "")]).contains("\x1b[33m"),
+        "empty counts as not set"
+    );
+    let quiet = shown(&["-q"], &[]);
+    assert!(!quiet.contains(['\x1b', '%', '[']) && quiet.contains(" f"), "{quiet:?}");
+}
+
 #[test]
 fn a_terminal_gets_a_bar_and_a_pipe_does_not() {
     let (_registry, image) = slow_image();
@@ -69,21 +109,10 @@ fn a_terminal_gets_a_bar_and_a_pipe_does_not() {
             piped.ok(["umount", path.path().to_str().unwrap()]);
         }
         let drawn = Ocifs::new();
-        let command = drawn.command(&arguments);
-        let words = [command.get_program()].into_iter().chain(command.get_args());
-        let words: Vec<String> = words.map(|word| format!("'{}'", word.to_str().unwrap())).collect();
-        let line = format!("stty cols 150; exec {}", words.join(" "));
-        let mut terminal = Command::new("script");
-        terminal
-            .args(["-qec", &line, "/dev/null"])
-            .env("TERM", "xterm")
-            .env("HOME", drawn.home());
-        let said = bounded(&mut terminal);
+        let shown = on_terminal(&drawn, &arguments, &[]);
         if arguments[0] == "mount" {
             drawn.ok(["umount", path.path().to_str().unwrap()]);
         }
-        assert_eq!(said.code, Some(0), "{said:?}");
-        let shown = String::from_utf8_lossy(&said.stdout);
         let bars: Vec<&str> = shown.split('\r').filter(|part| part.contains(" left")).collect();
         assert!(bars.len() > 1, "{shown:?}");
         let moving = bars

@@ -106,7 +106,7 @@ impl BlobSource for Far {
 async fn read_all(blob: &Arc<Far>) -> (Vec<u8>, u64) {
     let stats = Arc::new(LayerStats::new(blob.size()));
     let ahead = Ahead::default();
-    let stream = read(origin(blob, &stats), &ahead).await.unwrap();
+    let stream = read(origin(blob, &stats), 0, &ahead).await.unwrap();
     let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
     assert_eq!(ahead.stripes.available_permits(), AHEAD);
     (chunks.concat(), stats.requests())
@@ -135,7 +135,7 @@ async fn what_is_under_way_ends_with_the_stream() {
     let blob = Arc::new(Far::new(SMALLEST as usize + STRIPE as usize, u64::MAX));
     let stats = Arc::new(LayerStats::new(blob.size()));
     let ahead = Ahead::default();
-    let mut stream = read(origin(&blob, &stats), &ahead).await.unwrap();
+    let mut stream = read(origin(&blob, &stats), 0, &ahead).await.unwrap();
     stream.next().await.unwrap().unwrap();
     assert!(ahead.stripes.available_permits() < AHEAD);
     drop(stream);

@@ -1,0 +1,174 @@
+//! A layer's blob as it arrives for the pass over it: first what an interrupted pass kept, then the rest from its source.
+//!
+//! ```text
+//! partial ──kept bytes──┐
+//! source ───the rest────┴─▶ pass
+//!              └──────────▶ thread that appends it to the partial
+//! ```
+//! Writing what arrives to the disk takes a thread of its own, which gets it in batches because waking it costs more than the
+//! writing; the queue is short, so the memory is bounded.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::stream::{self, StreamExt as _};
+use tokio::sync::mpsc;
+
+use super::race::Origin;
+use super::stripes::{self, Ahead};
+use crate::blob::{BlobError, ByteStream};
+use crate::device::CacheBudget;
+use crate::store::Partial;
+
+/// Bytes of the partial read at once.
+const PIECE: u64 = 512 << 10;
+/// Bytes written at once, and such batches on their way to the disk. A blob that is smaller and comes whole never gets there.
+const BATCH: u64 = 256 << 10;
+const QUEUE: usize = 4;
+
+/// A blob that is being read from its start to its end.
+pub(super) struct Arrival {
+    origin: Origin,
+    ahead: Ahead,
+    /// Bytes passed on.
+    position: u64,
+    kept: Option<(Partial, Arc<CacheBudget>)>,
+    /// The rest, from when on it is needed.
+    rest: Option<ByteStream>,
+    keeper: Option<Keeper>,
+}
+
+impl Arrival {
+    /// Begins with what `kept` has, and lets it have the rest, as far as the budget has room.
+    pub(super) fn new(origin: Origin, ahead: Ahead, kept: Option<(Partial, Arc<CacheBudget>)>) -> Self {
+        Self {
+            origin,
+            ahead,
+            position: 0,
+            kept,
+            rest: None,
+            keeper: None,
+        }
+    }
+
+    pub(super) fn into_stream(self) -> ByteStream {
+        let stream = stream::try_unfold(self, |mut arrival| async move {
+            let bytes = arrival.next().await?;
+            Ok(bytes.map(|bytes| (bytes, arrival)))
+        });
+        stream.boxed()
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
+        if let Some(bytes) = self.next_kept().await {
+            self.position += bytes.len() as u64;
+            self.origin.stats.resumed_more(bytes.len());
+            return Ok(Some(bytes));
+        }
+        let rest = match &mut self.rest {
+            Some(rest) => rest,
+            None if self.position > 0 && self.position == self.origin.blob.size() => return Ok(None),
+            None => {
+                let reading = stripes::read(self.origin.clone(), self.position, &self.ahead);
+                let rest = reading.await?;
+                self.keeper = self
+                    .kept
+                    .take()
+                    .map(|kept| Keeper::start(kept, self.origin.blob.size()));
+                self.rest.insert(rest)
+            }
+        };
+        let Some(bytes) = rest.next().await.transpose()? else {
+            return Ok(None);
+        };
+        self.position += bytes.len() as u64;
+        self.origin.stats.fetched_more(bytes.len());
+        if let Some(keeper) = &mut self.keeper {
+            keeper.keep(bytes.clone()).await;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// The next bytes of what was kept. Once that cannot be read, the rest comes from the source.
+    async fn next_kept(&mut self) -> Option<Bytes> {
+        let (partial, _) = self.kept.as_ref()?;
+        let (offset, end) = (self.position, partial.start());
+        if offset >= end {
+            return None;
+        }
+        let reader = partial.clone();
+        let length = (end - offset).min(PIECE) as usize;
+        let reading = tokio::task::spawn_blocking(move || reader.read(offset, length));
+        match reading.await.unwrap_or_else(|error| Err(error.into())) {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                tracing::warn!(layer = %self.origin.blob.digest(), %error, "cannot read what was kept of a layer, fetching it again");
+                partial.discard();
+                self.kept = None;
+                None
+            }
+        }
+    }
+}
+
+/// Has what arrives written.
+struct Keeper {
+    batches: mpsc::Sender<Vec<Bytes>>,
+    batch: Vec<Bytes>,
+    length: u64,
+    /// Bytes of the blob that have not come.
+    missing: u64,
+}
+
+impl Keeper {
+    /// Starts the thread that writes.
+    fn start((partial, budget): (Partial, Arc<CacheBudget>), size: u64) -> Self {
+        let (sender, mut batches) = mpsc::channel::<Vec<Bytes>>(QUEUE);
+        let mut at = partial.start();
+        let missing = size.saturating_sub(at);
+        tokio::task::spawn_blocking(move || {
+            while let Some(batch) = batches.blocking_recv() {
+                let length = batch.iter().map(|piece| piece.len() as u64).sum();
+                if !budget.reserve(length) || !partial.append(at, &batch) {
+                    return;
+                }
+                at += length;
+            }
+        });
+        Self {
+            batches: sender,
+            batch: Vec::new(),
+            length: 0,
+            missing,
+        }
+    }
+
+    async fn keep(&mut self, bytes: Bytes) {
+        self.length += bytes.len() as u64;
+        self.missing = self.missing.saturating_sub(bytes.len() as u64);
+        self.batch.push(bytes);
+        // The blob will be indexed in a moment when its last bytes have come.
+        if self.length >= BATCH && self.missing > 0 {
+            self.length = 0;
+            let batch = std::mem::take(&mut self.batch);
+            if self.batches.send(batch).await.is_err() {
+                // The thread gave up: nothing more is collected, since nothing is missing.
+                self.missing = 0;
+            }
+        }
+        if self.missing == 0 {
+            self.batch.clear();
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // Interrupted. Where the disk does not keep up, the last bytes are lost.
+        if !self.batch.is_empty()
+            && let Err(error) = self.batches.try_send(std::mem::take(&mut self.batch))
+        {
+            tracing::debug!(%error, "the last bytes that came are not kept");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! How much of a layer is on the disk.
+
+use std::fs;
+
+use crate::device::DataDevice;
+use crate::fetch::Spans as _;
+use crate::index::SpanIndex;
+use crate::oci::Digest;
+use crate::store::Store;
+
+/// What the store has of a layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeptOfLayer {
+    /// Nothing has to be fetched any more.
+    pub is_whole: bool,
+    /// Compressed bytes that need not be fetched again.
+    pub bytes: u64,
+}
+
+/// What the store has of a layer, indexed or still coming in.
+pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
+    let Some(dir) = store.layer(digest) else {
+        return KeptOfLayer::default();
+    };
+    let Some((index, extents)) = super::open::stored_index(&dir, digest) else {
+        return KeptOfLayer {
+            is_whole: false,
+            bytes: fs::metadata(dir.partial()).map_or(0, |partial| partial.len()),
+        };
+    };
+    let opened = dir
+        .data()
+        .exists()
+        .then(|| DataDevice::open(store, &dir, &index, &extents));
+    let device = opened.transpose().unwrap_or_else(|error| {
+        tracing::debug!(%error, "cannot see what is there of a layer");
+        None
+    });
+    // What cannot be read is not there.
+    let present = device.and_then(|device| device.present(0..index.count()).ok());
+    let present = present.unwrap_or_else(|| vec![false; index.count() as usize]);
+    let (spans, bytes) = local(&index, &present);
+    KeptOfLayer {
+        is_whole: spans == index.count(),
+        bytes,
+    }
+}
+
+/// How many spans of a layer are there, of each of which `present` says whether it is, and their compressed bytes.
+pub(super) fn local(index: &SpanIndex, present: &[bool]) -> (u32, u64) {
+    let here = |span: u32| present[span as usize];
+    let (mut spans, mut bytes, mut start) = (0, 0, 0);
+    // By stretches, because neighbours share a byte where one ends within it.
+    for span in 0..=index.count() {
+        if span < index.count() && here(span) {
+            spans += 1;
+        } else {
+            bytes += index.bytes(start..span);
+            start = span + 1;
+        }
+    }
+    // Headers and trailers belong to no span.
+    let whole = spans == index.count();
+    (spans, if whole { index.blob_size() } else { bytes })
+}
