@@ -278,7 +278,8 @@ impl Race {
             link.streams = link.streams.saturating_sub(1);
         }
         // Some of the time there may have been more.
-        let streams = std::mem::replace(&mut link.streams, link.streams.max(self.streams));
+        let streams = link.streams;
+        link.streams = streams.max(self.streams);
         self.pace = link.pace();
         if self.waited < self.pace.window {
             return;
