@@ -46,7 +46,6 @@ mod users;
 
 pub use control::{ControlError, Request, Response, call};
 pub use kernel::KernelMountError;
-pub use mountpoint::is_mounted_on;
 pub use namespace::SERVE;
 pub use options::{FuseOptions, UnknownOption};
 pub use overlay::{OverlayError, Upper};

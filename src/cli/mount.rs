@@ -142,20 +142,16 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
     runtime.block_on(start(config, &args, &mountpoint))
 }
 
-/// The mount point as an absolute path without symlinks. One that is mounted already is not touched: it may be dead, or its
-/// process may not answer.
+/// The mount point as an absolute path without symlinks. What is mounted there is not touched, as a slash at the end of the
+/// path would do: it may be dead, or its process may not answer.
 fn resolve(mountpoint: &Path) -> anyhow::Result<PathBuf> {
-    let located = locate(mountpoint)?;
-    match mount::is_mounted_on(&located)? {
-        true => Ok(located),
-        false => std::fs::canonicalize(mountpoint).map_err(|error| {
-            let advice = match error.kind() {
-                std::io::ErrorKind::NotFound => "it does not exist (create the directory first)".to_owned(),
-                _ => error.to_string(),
-            };
-            anyhow::anyhow!("cannot mount on {}: {advice}", mountpoint.display())
-        }),
-    }
+    std::fs::canonicalize(locate(mountpoint)?).map_err(|error| {
+        let advice = match error.kind() {
+            std::io::ErrorKind::NotFound => "it does not exist (create the directory first)".to_owned(),
+            _ => error.to_string(),
+        };
+        anyhow::anyhow!("cannot mount on {}: {advice}", mountpoint.display())
+    })
 }
 
 /// Starts the process behind the mount and waits for it. Signals to this process end that one too, until it is on its own.

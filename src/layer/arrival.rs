@@ -70,7 +70,7 @@ impl Arrival {
             None if self.position > 0 && self.position == self.origin.blob.size() => return Ok(None),
             None => {
                 let reading = stripes::read(self.origin.clone(), self.position, &self.ahead);
-                let rest = reading.await?;
+                let rest = self.origin.stats.waiting(reading).await?;
                 self.keeper = self
                     .kept
                     .take()
@@ -78,7 +78,7 @@ impl Arrival {
                 self.rest.insert(rest)
             }
         };
-        let Some(bytes) = rest.next().await.transpose()? else {
+        let Some(bytes) = self.origin.stats.waiting(rest.next()).await.transpose()? else {
             return Ok(None);
         };
         self.position += bytes.len() as u64;

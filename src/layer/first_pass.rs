@@ -21,7 +21,6 @@ use futures::StreamExt as _;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::LayerStats;
 use super::arrival::Arrival;
 use super::open::LayerContext;
 use super::race::Origin;
@@ -159,13 +158,12 @@ pub(super) async fn run(
     destination: Option<Destination>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = origin.blob.digest().clone();
-    let (blob_size, stats) = (origin.blob.size(), origin.stats.clone());
+    let blob_size = origin.blob.size();
     let kept = destination
         .as_ref()
         .and_then(|d| Some((d.partial.clone()?, d.budget.clone())));
     let mut source = Source {
         stream: Arrival::new(origin, context.ahead.clone(), kept).into_stream(),
-        stats: &stats,
     };
     let prefix = source.prefix().await?;
     let compression = sniff(&prefix).map_err(|source| FirstPassError::Decode {
@@ -219,14 +217,13 @@ pub(super) async fn run(
 }
 
 /// The blob as it arrives.
-struct Source<'a> {
+struct Source {
     stream: ByteStream,
-    stats: &'a LayerStats,
 }
 
-impl Source<'_> {
+impl Source {
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        self.stats.waiting(self.stream.next()).await.transpose()
+        self.stream.next().await.transpose()
     }
 
     /// The first bytes, enough to tell the compression; they may come in small pieces.

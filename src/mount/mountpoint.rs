@@ -2,7 +2,6 @@
 //! /etc, say, the mount still goes where it was checked, or nowhere.
 
 use std::fs;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +11,6 @@ use nix::sys::stat::Mode;
 
 use super::kernel;
 use super::mountinfo;
-use super::overlay;
 use super::server::{MountError, system};
 
 /// How long a mount is asked whether it is dead.
@@ -26,14 +24,16 @@ pub(super) struct MountPoint {
 }
 
 impl MountPoint {
-    /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on.
-    pub(super) fn open(path: &Path, nonempty: bool) -> Result<Self, MountError> {
+    /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on. A dead ocifs mount that
+    /// is there and that nobody knows of, as after the loss of the run directory, is taken down.
+    pub(super) async fn open(path: &Path, nonempty: bool) -> Result<Self, MountError> {
         let refuse = |reason: &str| refuse(path, reason.to_owned());
-        if mountinfo::at(path)
-            .map_err(system("read the mount table"))?
-            .is_some_and(|mount| is_ours(&mount))
-        {
-            return Err(refuse("an ocifs mount is there already (`ocifs umount` takes it down)"));
+        let there = mountinfo::at(path).map_err(system("read the mount table"))?;
+        if let Some(mount) = there.filter(|mount| mount.fs_type == "fuse.ocifs") {
+            if !is_dead(path).await {
+                return Err(refuse("an ocifs mount is there already (`ocifs umount` takes it down)"));
+            }
+            kernel::unmount(&mount.standing(), true)?;
         }
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let directory = open(path, flags, Mode::empty()).map_err(|errno| match errno {
@@ -83,57 +83,38 @@ fn refuse(path: &Path, reason: String) -> MountError {
     }
 }
 
-fn is_ours(mount: &mountinfo::MountEntry) -> bool {
-    mount.fs_type == "fuse.ocifs"
-}
-
-/// Whether an ocifs mount, writable or not, is at `path`. Nothing but the mount table is asked.
-pub fn is_mounted_on(path: &Path) -> io::Result<bool> {
-    Ok(mountinfo::at(path)?.is_some_and(|mount| is_ours(&mount) || overlay::is_ours(&mount)))
-}
-
-/// Takes down an ocifs mount at `path` that nobody registered and nobody serves, as after the loss of the run directory.
-pub(super) async fn clear_unserved(path: &Path) -> Result<(), MountError> {
-    let Some(mount) = mountinfo::at(path)
-        .map_err(system("read the mount table"))?
-        .filter(is_ours)
-    else {
-        return Ok(());
-    };
-    let asked = path.to_owned();
-    let asking = tokio::task::spawn_blocking(move || fs::metadata(asked));
-    let dead = match tokio::time::timeout(PATIENCE, asking).await {
+/// Whether nobody serves the FUSE mount at `path`.
+async fn is_dead(path: &Path) -> bool {
+    let path = path.to_owned();
+    let asking = tokio::task::spawn_blocking(move || fs::metadata(path));
+    match tokio::time::timeout(PATIENCE, asking).await {
         Ok(Ok(Err(error))) => error.raw_os_error() == Some(nix::libc::ENOTCONN),
         _ => false,
-    };
-    if dead {
-        kernel::unmount(&mount.standing(), true)?;
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_directory_is_held_whatever_gets_its_name() {
+    #[tokio::test]
+    async fn a_directory_is_held_whatever_gets_its_name() {
         let top = tempfile::tempdir().unwrap();
         let top = top.path().canonicalize().unwrap();
         let (path, other) = (top.join("a/m"), top.join("b"));
         fs::create_dir_all(&path).unwrap();
         fs::create_dir(&other).unwrap();
-        let opened = MountPoint::open(&path, false).unwrap();
+        let opened = MountPoint::open(&path, false).await.unwrap();
         fs::rename(&path, top.join("moved")).unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
         assert_eq!(opened.place().unwrap(), top.join("moved"));
-        let error = MountPoint::open(&path, false).unwrap_err();
+        let error = MountPoint::open(&path, false).await.unwrap_err();
         assert!(error.to_string().contains("not a directory"), "{error}");
 
         fs::create_dir_all(top.join("b/m")).unwrap();
         fs::remove_dir_all(top.join("a")).unwrap();
         std::os::unix::fs::symlink(&other, top.join("a")).unwrap();
-        let error = MountPoint::open(&path, false).unwrap_err();
+        let error = MountPoint::open(&path, false).await.unwrap_err();
         assert!(error.to_string().contains("symbolic link"), "{error}");
     }
 }

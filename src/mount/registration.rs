@@ -112,10 +112,8 @@ impl RunDir {
 
     /// The directory of the mount at `mountpoint` (an absolute path without symlinks).
     pub fn entry(&self, mountpoint: &Path) -> RunEntry {
-        use std::os::unix::ffi::OsStrExt as _;
-        let hash = blake3::hash(mountpoint.as_os_str().as_bytes()).to_hex();
         RunEntry {
-            path: self.path.join(&hash[..16]),
+            path: self.path.join(id_of(mountpoint)),
         }
     }
 
@@ -140,6 +138,12 @@ impl RunDir {
         records.sort_by(|a, b| a.1.mountpoint.cmp(&b.1.mountpoint));
         Ok(records)
     }
+}
+
+/// Name of the directory of the mount at `mountpoint`.
+fn id_of(mountpoint: &Path) -> String {
+    let hash = blake3::hash(mountpoint.as_os_str().as_encoded_bytes()).to_hex();
+    hash[..16].to_owned()
 }
 
 /// The directory of one mount.
@@ -175,6 +179,13 @@ impl RunEntry {
     /// Creates the directory.
     pub fn create(&self) -> Result<(), RegistrationError> {
         private::directory(&self.path).map_err(self.io(&self.path))
+    }
+
+    /// The directory of another mount.
+    pub(super) fn beside(&self, mountpoint: &Path) -> Self {
+        Self {
+            path: self.path.with_file_name(id_of(mountpoint)),
+        }
     }
 
     /// Where the registration of a process goes when another one takes its place.

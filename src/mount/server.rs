@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::attached::Attached;
 use super::control::{self, Control, Request, Response};
 use super::kernel::{self, KernelMountError};
-use super::mountpoint::{self, MountPoint};
+use super::mountpoint::MountPoint;
 use super::namespace;
 use super::options::FuseOptions;
 use super::overlay::{self, OverlayError, Upper};
@@ -155,8 +155,7 @@ pub async fn serve(
     if let Some(dead) = entry.record()?.filter(|record| !record.is_alive()) {
         takedown::clear_now(&entry, &dead)?;
     }
-    mountpoint::clear_unserved(&config.mountpoint).await?;
-    let directory = MountPoint::open(&config.mountpoint, config.options.nonempty)?;
+    let directory = MountPoint::open(&config.mountpoint, config.options.nonempty).await?;
     let record = record(&config, &preparation, &entry);
     entry.register(&record, config.log.as_deref())?;
     let repository = preparation.repository();

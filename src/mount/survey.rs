@@ -28,20 +28,25 @@ pub async fn status_of(run: &RunDir, mountpoint: &Path) -> Result<MountStatus, T
 
 /// The registration of what is mounted at `mountpoint`, or was until its unmount if somebody still uses it.
 pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, MountRecord)>, TakedownError> {
-    let mut records = run.records()?;
-    // What is there counts, whatever the path was called when it was mounted.
-    if let Some(mount) = mountinfo::at(mountpoint)? {
-        let is_it = |record: &MountRecord| record.standing.as_ref().is_some_and(|s| s.device == mount.device);
-        // The system gives the device number of what is gone to others.
-        let alive = records
-            .iter()
-            .position(|(_, record)| is_it(record) && record.is_alive());
-        if let Some(found) = alive {
-            return Ok(Some(records.swap_remove(found)));
-        }
-    }
     let entry = run.entry(mountpoint);
-    if let Some(record) = entry.record()? {
+    let own = entry.record()?;
+    let there = mountinfo::at(mountpoint)?;
+    let is_there = |record: &MountRecord| match (&record.standing, &there) {
+        (Some(standing), Some(mount)) => standing.device == mount.device,
+        _ => false,
+    };
+    if own.as_ref().is_some_and(is_there) {
+        return Ok(own.map(|record| (entry, record)));
+    }
+    // What is there counts, whatever the path was called when it was mounted.
+    let mut records = run.records()?;
+    let moved = records
+        .iter()
+        .position(|(_, record)| is_there(record) && record.is_alive());
+    if let Some(moved) = moved {
+        return Ok(Some(records.swap_remove(moved)));
+    }
+    if let Some(record) = own {
         return Ok(Some((entry, record)));
     }
     Ok(records.into_iter().find(|(_, record)| record.mountpoint == mountpoint))

@@ -132,7 +132,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         Ok(Response::Status(_) | Response::Working) => Err(not_mounted(mountpoint)),
         Err(ControlError::Slow) => {
             // If it is in the kernel with this very unmount, there is nothing left to do here.
-            unmount_all(&record, lazy)?;
+            unmount_all(&entry, &record, lazy)?;
             match ends_within(&record, WORKING).await? {
                 true => Ok(None),
                 false => Ok(Some(format!("process {} has not ended yet", record.pid))),
@@ -163,7 +163,7 @@ async fn ends_within(record: &MountRecord, limit: Duration) -> Result<bool, Take
 /// Takes down a mount whose process is alive and does not answer.
 async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instant) -> Result<Remainder, TakedownError> {
     let why = standstill(record.pid).map(|why| format!(" ({why})"));
-    unmount_all(record, lazy).map_err(|error| match error {
+    unmount_all(entry, record, lazy).map_err(|error| match error {
         TakedownError::Kernel(source) => TakedownError::Unresponsive {
             pid: record.pid,
             why: why.clone(),
@@ -209,9 +209,14 @@ async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError
 }
 
 /// Unmounts what a mount's process attached. Without `lazy` it stops if something is in use.
-fn unmount_all(record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
+fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
     for mount in record.mounts()? {
-        kernel::unmount(&mount.standing(), lazy)?;
+        // When a mount is gone, another one may get its numbers; that one is registered where it is.
+        let own = [&record.mountpoint, &record.lower].contains(&&mount.mountpoint);
+        let other = entry.beside(&mount.mountpoint).record()?;
+        if own || other.is_none_or(|other| other.pid == record.pid) {
+            kernel::unmount(&mount.standing(), lazy)?;
+        }
     }
     Ok(())
 }
@@ -228,7 +233,7 @@ async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownErr
 
 /// The same for whoever has the turn.
 pub(super) fn clear_now(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
-    unmount_all(record, true)?;
+    unmount_all(entry, record, true)?;
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
     }

@@ -233,7 +233,7 @@ async fn a_slow_link_is_left_to_the_first_stripe() {
         ..Far::new(SMALLEST as usize + 1, u64::MAX)
     });
     let stats = Arc::new(LayerStats::new(blob.size()));
-    let mut stream = read(origin(&blob, &stats), &Ahead::default()).await.unwrap();
+    let mut stream = read(origin(&blob, &stats), 0, &Ahead::default()).await.unwrap();
     stream.next().await.unwrap().unwrap();
     assert_eq!(blob.open.load(Ordering::SeqCst), 1 + AHEAD);
     let mut came = 0;
