@@ -247,7 +247,8 @@ async fn a_slow_link_is_left_to_the_first_stripe() {
         rest += stream.next().await.unwrap().unwrap().len();
     }
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
-    assert_eq!(blob.open.load(Ordering::SeqCst), 1);
+    // Nothing is fetched ahead any more; there may be one second request for the first stripe.
+    assert!(blob.open.load(Ordering::SeqCst) <= 2);
 }
 
 #[tokio::test]
