@@ -256,8 +256,8 @@ impl DataDevice {
         let (first_block, first_head) = (blocks().next().unwrap_or(0), heads().next().unwrap_or(0));
         let of_blocks = self
             .file
-            .read_checks(first_block..blocks().last().map_or(first_block, |last| last + 1))?;
-        let of_heads = match heads().last() {
+            .read_checks(first_block..blocks().next_back().map_or(first_block, |last| last + 1))?;
+        let of_heads = match heads().next_back() {
             Some(last) => self.file.read_records(first_head..last + 1)?,
             None => Vec::new(),
         };
