@@ -3,7 +3,7 @@
 //! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
 //!
 //! * Whoever fills a span has checked its bytes against the span's digest, and records a CRC-32C for each of its *fragments*
-//!   (blocks of 4096 bytes, cut where a span begins; see [`geometry`]). Every read compares every fragment that it touches
+//!   (blocks of 4096 bytes, cut where a span begins; see the module `geometry`). Every read compares every fragment that it touches
 //!   with what is recorded ([`DataDevice::read`]). So whatever happened to the file since, on this or any other machine, is
 //!   found before a reader sees it: a flipped bit, a write that was lost, a page of zeros, an older copy.
 //! * Fill: write the bytes, then the checksums, then set the span's record to present. Evict: set the record to absent, clear

@@ -6,7 +6,7 @@
 //! read that has to wait becomes a task that answers later, so waiting reads never hold up others.
 //!
 //! The session starts when the tree is ready, or when preparing it does not come on. Until then requests wait inside the
-//! kernel, where a fatal signal ends the waiting process at once. Once a request was handed over, [`watch`] looks after that.
+//! kernel, where a fatal signal ends the waiting process at once. Once a request was handed over, the module `watch` looks after that.
 
 mod attr;
 mod served;
