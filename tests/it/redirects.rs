@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::CloneFlags;
 
 use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::namespace::with_hosts;
 use crate::common::ocifs::{Ocifs, tool};
 use crate::common::registry::{Guard, TestRegistry, Tokens};
 
@@ -14,28 +14,13 @@ const PUBLIC: &str = "8.8.8.8:0";
 
 /// Runs `body` where this machine has all of these addresses and no others, and names of its own.
 fn in_a_network_of_its_own(body: impl FnOnce() + Send) {
-    let hosts = tempfile::NamedTempFile::new().unwrap();
-    fs::write(
-        hosts.path(),
-        "169.254.169.254 metadata.test\n10.0.0.7 private.test\n8.8.4.4 public.test\n",
-    )
-    .unwrap();
-    let inside = || {
-        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
-        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(none, "/", none, private, none).unwrap();
-        mount(Some(hosts.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
+    let hosts = "169.254.169.254 metadata.test\n10.0.0.7 private.test\n8.8.4.4 public.test\n";
+    with_hosts(hosts, CloneFlags::CLONE_NEWNET, || {
         tool("ip", ["link", "set", "lo", "up"]);
         for address in ["8.8.8.8", "8.8.4.4", "10.0.0.7", "10.0.0.8", "169.254.169.254"] {
             tool("ip", ["address", "add", &format!("{address}/32"), "dev", "lo"]);
         }
         body();
-    };
-    // A thread of its own, because the namespaces are the thread's and a test may share one with others.
-    std::thread::scope(|scope| {
-        if let Err(panic) = scope.spawn(inside).join() {
-            std::panic::resume_unwind(panic);
-        }
     });
 }
 

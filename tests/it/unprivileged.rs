@@ -11,6 +11,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::common::layers::{Blob, Tar, header};
+use crate::common::namespace::LEAVE_OTHERS;
 use crate::common::oci_layout;
 use crate::common::ocifs::{alive, bounded, eventually};
 
@@ -26,6 +27,7 @@ const SETUP: &str = r#"
 set -eu
 umask 022
 uid=$1 dir=$2 program=$3
+leave_others "$dir"
 mount -t tmpfs -o mode=755 tmpfs "$dir/system"
 mknod -m 666 "$dir/system/fuse" c 10 229
 mount --bind "$dir/system/fuse" /dev/fuse
@@ -108,7 +110,8 @@ impl User {
     /// Runs a script that must succeed: what it printed.
     fn run(&self, script: &str) -> String {
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "bash", "-c", SETUP, "setup"]);
+        command.args(["--mount", "--propagation", "private", "bash", "-c"]);
+        command.args([&[LEAVE_OTHERS, SETUP].concat(), "setup"]);
         command.arg(UID.to_string()).arg(self.directory.path());
         command.arg(env!("CARGO_BIN_EXE_ocifs")).arg(script);
         command.env("HELPERS", HELPERS).env("FUSE_CONF", self.fuse_conf);

@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, header};
+use crate::common::namespace::LEAVE_OTHERS;
 use crate::common::oci_layout;
 use crate::common::ocifs::{Mounted, Ocifs, alive, bounded, eventually, mounted_type, mountpoint, send, tool, wait};
 
@@ -242,9 +243,9 @@ fn a_mount_namespace_keeps_its_copy() {
             "private",
             "sh",
             "-c",
-            "echo in; read line; cat \"$0\"",
+            &format!("{LEAVE_OTHERS}leave_others \"$0\"; echo in; read line; cat \"$0/data/deep/3\""),
         ])
-        .arg(mount.join("data/deep/3"))
+        .arg(mount.path())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

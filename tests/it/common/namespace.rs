@@ -1,0 +1,52 @@
+//! Mount namespaces of tests.
+//!
+//! A new namespace has a copy of every mount, also of those that tests at its side have made. Such a copy keeps a mount alive
+//! that its test takes down. So whoever makes a namespace takes the copies of others down in it.
+
+use std::fs;
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+/// What the paths of all mount points of tests contain, see [`super::ocifs::mountpoint`].
+const MOUNTPOINTS: &str = "/ocifs-mnt-";
+
+/// A function for shell scripts that run in a namespace of their own: `leave_others MOUNTPOINT` takes down the mounts of tests,
+/// but for those at or below that path.
+pub const LEAVE_OTHERS: &str = r#"
+leave_others() {
+    cut -d ' ' -f 5 /proc/self/mountinfo | grep -F /ocifs-mnt- | tac | while read -r other; do
+        case $other in "$1" | "$1"/*) ;; *) umount -l "$other" 2>/dev/null || : ;; esac
+    done
+}
+"#;
+
+/// Runs `body` in namespaces of its own, of mounts and what `flags` says, where `hosts` is `/etc/hosts`.
+pub fn with_hosts(hosts: &str, flags: CloneFlags, body: impl FnOnce() + Send) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), hosts).unwrap();
+    let inside = || {
+        unshare(CloneFlags::CLONE_NEWNS | flags).unwrap();
+        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(none, "/", none, private, none).unwrap();
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let others = table.lines().filter_map(|line| line.split(' ').nth(4));
+        for other in others
+            .filter(|path| path.contains(MOUNTPOINTS))
+            .collect::<Vec<_>>()
+            .iter()
+            .rev()
+        {
+            umount2(Path::new(other), MntFlags::MNT_DETACH).unwrap();
+        }
+        mount(Some(file.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
+        body();
+    };
+    // A thread of its own, because the namespaces are the thread's and a test may share one with others.
+    std::thread::scope(|scope| {
+        if let Err(panic) = scope.spawn(inside).join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
