@@ -23,13 +23,13 @@ mod evict;
 mod file;
 mod geometry;
 mod handle;
+mod joined;
 mod verify;
 mod writer;
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,6 +42,7 @@ pub use writer::DeviceWriter;
 use checksum::{Checksummer, recorded};
 use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
+use joined::Joined;
 
 use crate::index::SpanIndex;
 use crate::store::{LayerDir, Store, gone, is_denied};
@@ -300,11 +301,16 @@ impl DataDevice {
         };
         let mut summer = Checksummer::default();
         summer.span(span);
+        let (file, mut joined) = (self.file.file()?, Joined::default());
         for piece in pieces {
             let content = &bytes[piece.span as usize..(piece.span + piece.len) as usize];
-            self.file.file()?.write_all_at(content, piece.device)?;
             summer.content(piece.device, content, &mut done);
+            if !joined.takes(piece.device) {
+                joined.write(&file)?;
+            }
+            joined.add(piece.device, content);
         }
+        joined.write(&file)?;
         summer.close(self.file.geometry().range(span).end, &mut done);
         for (block, run) in &checks.blocks {
             self.file.write_checks(*block, run)?;

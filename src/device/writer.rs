@@ -1,12 +1,12 @@
 //! Writing a whole device in order.
 
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::checksum::Checksummer;
 use super::file::{Checks, DeviceFile};
 use super::geometry::Geometry;
+use super::joined::Joined;
 use super::{CacheBudget, DataDevice, DeviceError};
 use crate::index::SpanIndex;
 use crate::store::Draft;
@@ -19,9 +19,7 @@ const WRITE_BUFFER: usize = 1 << 20;
 #[derive(Debug)]
 pub struct DeviceWriter {
     draft: Draft,
-    /// Device offset of the first byte of `buffer`.
-    start: u64,
-    buffer: Vec<u8>,
+    joined: Joined,
     summer: Checksummer,
     checks: Checks,
     path: PathBuf,
@@ -31,8 +29,7 @@ impl DeviceWriter {
     pub(super) fn new(draft: Draft, path: PathBuf) -> Self {
         Self {
             draft,
-            start: 0,
-            buffer: Vec::new(),
+            joined: Joined::default(),
             summer: Checksummer::default(),
             checks: Checks::default(),
             path,
@@ -47,34 +44,24 @@ impl DeviceWriter {
     /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it. Then, and after an error,
     /// nothing was added: it may be tried again, or the device cannot be finished.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
-        let end = self.start + self.buffer.len() as u64;
-        let gap = offset.saturating_sub(end);
-        // Padding between two files is below a block and zero anyway; anything longer is a hole worth keeping.
-        let is_due = self.buffer.is_empty() || self.buffer.len() >= WRITE_BUFFER;
-        if is_due || gap >= crate::toc::DEVICE_BLOCK {
-            if !self.flush(budget)? {
-                return Ok(false);
-            }
-            self.start = offset;
-        } else {
-            self.buffer.resize(self.buffer.len() + gap as usize, 0);
+        let is_due = self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset);
+        if is_due && !self.flush(budget)? {
+            return Ok(false);
         }
         let checks = &mut self.checks;
         self.summer
             .content(offset, bytes, &mut |check, crc| checks.add(check, crc));
-        self.buffer.extend_from_slice(bytes);
+        self.joined.add(offset, bytes);
         Ok(true)
     }
 
     /// Writes what was added. False if `budget` has no room for it; then, and after an error, it may be tried again.
     pub fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
-        if !budget.reserve(self.buffer.len() as u64) {
+        if !budget.reserve(self.joined.len() as u64) {
             return Ok(false);
         }
-        let written = self.draft.file().write_all_at(&self.buffer, self.start);
+        let written = self.joined.write(self.draft.file());
         written.map_err(DeviceError::at(&self.path))?;
-        self.start += self.buffer.len() as u64;
-        self.buffer.clear();
         Ok(true)
     }
 

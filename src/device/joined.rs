@@ -1,0 +1,98 @@
+//! Content of small files, joined into long writes.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use crate::toc::DEVICE_BLOCK;
+
+/// Content that lies together on a device and is not written yet.
+///
+/// Between two files of a layer there is padding of less than a block, which is zero. It is written with them, so that many
+/// small files take one system call. A longer gap stays a hole.
+#[derive(Debug, Default)]
+pub(super) struct Joined {
+    /// Device offset of the first byte of `buffer`.
+    start: u64,
+    buffer: Vec<u8>,
+}
+
+impl Joined {
+    /// Bytes that are not written yet.
+    pub(super) fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Whether content at a device offset can be added. If not, what is here is to be written first.
+    pub(super) fn takes(&self, offset: u64) -> bool {
+        let end = self.start + self.buffer.len() as u64;
+        self.buffer.is_empty() || (end..end + DEVICE_BLOCK).contains(&offset)
+    }
+
+    /// Adds content at a device offset for which [`Joined::takes`] says yes.
+    pub(super) fn add(&mut self, offset: u64, content: &[u8]) {
+        debug_assert!(self.takes(offset));
+        if self.buffer.is_empty() {
+            self.start = offset;
+        }
+        self.buffer.resize((offset - self.start) as usize, 0);
+        self.buffer.extend_from_slice(content);
+    }
+
+    /// Writes what was added, after which nothing is here. After an error it may be tried again.
+    pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
+        file.write_all_at(&self.buffer, self.start)?;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn joined_content_is_what_single_writes_make(pieces in prop::collection::vec((0..3 * DEVICE_BLOCK, 0..9000_usize), 0..12)) {
+            let [apart, together] = [(); 2].map(|()| tempfile::tempfile().unwrap());
+            let (mut at, mut joined) = (0, Joined::default());
+            for (number, (gap, length)) in (1_u8..).zip(pieces) {
+                at += gap;
+                let content = vec![number; length];
+                apart.write_all_at(&content, at).unwrap();
+                if !joined.takes(at) {
+                    joined.write(&together).unwrap();
+                }
+                joined.add(at, &content);
+                at += length as u64;
+            }
+            joined.write(&together).unwrap();
+            for file in [&apart, &together] {
+                file.set_len(at).unwrap();
+            }
+            let [apart, together] = [apart, together].map(|file| {
+                let mut bytes = vec![0; at as usize];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            });
+            prop_assert!(apart == together);
+        }
+    }
+
+    #[test]
+    fn a_long_gap_stays_a_hole() {
+        let file = tempfile::tempfile().unwrap();
+        let mut joined = Joined::default();
+        joined.add(0, b"a");
+        assert!(joined.takes(DEVICE_BLOCK) && !joined.takes(DEVICE_BLOCK + 1) && !joined.takes(0));
+        joined.write(&file).unwrap();
+        joined.add(1 << 30, b"b");
+        joined.write(&file).unwrap();
+        assert_eq!(joined.len(), 0);
+        assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);
+    }
+}
