@@ -176,7 +176,12 @@ impl Preparation {
     }
 
     async fn assemble(&self, context: &LayerContext) -> Result<Image, ImageError> {
+        let manifest = self.resolved.manifest_document.digest.clone();
+        // The tree is read and checked while the layers are opened.
+        let (store, of) = (context.store.clone(), manifest.clone());
+        let reading = tokio::task::spawn_blocking(move || tree_file::read(&store, &of));
         let mut opened = self.open_layers(context).await?;
+        let stored = reading.await.map_err(|_| ImageError::Interrupted)?;
         let layers: Vec<Arc<Layer>> = self
             .resolved
             .layers()
@@ -184,13 +189,12 @@ impl Preparation {
             .map(|d| opened[&d.digest].layer.clone())
             .collect();
         let sizes: Vec<u64> = layers.iter().map(|l| l.device_size()).collect();
-        let manifest = self.resolved.manifest_document.digest.clone();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
         self.merging.store(true, Ordering::Relaxed);
         let building = tokio::task::spawn_blocking(move || {
-            let tree = match tree_file::open(&store, &manifest, &sizes) {
+            let tree = match stored.and_then(|stored| stored.open(&store, &sizes)) {
                 Some(tree) => tree,
                 None => {
                     let made = tree_file::make(&store, &budget, &manifest, &sizes, &tables, || {

@@ -3,6 +3,7 @@
 //! The file is sealed: it is checked as a whole whenever it is opened, and made again from the layers' tables if it is damaged.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ImageError;
@@ -13,20 +14,37 @@ use crate::oci::Digest;
 use crate::store::{Durability, Store, read_sealed};
 use crate::tree::Tree;
 
-/// The stored tree of a manifest, if there is a good one.
-pub(super) fn open(store: &Store, manifest: &Digest, sizes: &[u64]) -> Option<Reader<Vec<u8>>> {
+/// A stored tree, as it was read.
+#[derive(Debug)]
+pub(super) struct Stored {
+    path: PathBuf,
+    image: Vec<u8>,
+}
+
+/// Reads the stored tree of a manifest; none if there is none, or it is damaged.
+pub(super) fn read(store: &Store, manifest: &Digest) -> Option<Stored> {
     let path = store.tree_path(manifest)?;
-    let unusable = |error: &dyn std::fmt::Display| {
-        tracing::warn!(path = %path.display(), %error, "cannot use the stored tree, making it again");
-    };
-    let image = read_sealed(&path).map_err(|error| unusable(&error)).ok()??;
-    let reader = Reader::open(image, sizes).map_err(|error| unusable(&error)).ok()?;
-    if !reader.is_current() {
-        tracing::debug!(path = %path.display(), "another version made the stored tree, making it again");
-        return None;
+    let image = read_sealed(&path).map_err(|error| unusable(&path, &error)).ok()??;
+    Some(Stored { path, image })
+}
+
+impl Stored {
+    /// Opens the tree over data devices of these sizes; none if it does not fit.
+    pub(super) fn open(self, store: &Store, sizes: &[u64]) -> Option<Reader<Vec<u8>>> {
+        let reader = Reader::open(self.image, sizes)
+            .map_err(|error| unusable(&self.path, &error))
+            .ok()?;
+        if !reader.is_current() {
+            tracing::debug!(path = %self.path.display(), "another version made the stored tree, making it again");
+            return None;
+        }
+        store.touch_tree(&self.path);
+        Some(reader)
     }
-    store.touch_tree(&path);
-    Some(reader)
+}
+
+fn unusable(path: &Path, error: &dyn std::fmt::Display) {
+    tracing::warn!(path = %path.display(), %error, "cannot use the stored tree, making it again");
 }
 
 /// Makes the tree, whose image may take what `tables` allow, and opens it. It goes to the store if that can be written, and has room
@@ -58,7 +76,7 @@ pub(super) fn make(
         }
         // The image is not to be in memory beside what it was made of.
         drop(tree);
-        if let Some(reader) = open(store, manifest, sizes) {
+        if let Some(reader) = read(store, manifest).and_then(|stored| stored.open(store, sizes)) {
             return Ok(reader);
         }
     }

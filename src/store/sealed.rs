@@ -22,6 +22,8 @@ const HASH: usize = 32;
 const TRAILER: usize = MAGIC.len() + HASH;
 /// A longer file is not read. The tree of ten million files is about half as long.
 const LONGEST: u64 = 4 << 30;
+/// Bytes that are read and hashed at a time.
+const PIECE: u64 = 256 << 10;
 
 /// What a file at `path` hashes before its content.
 fn hasher(path: &Path) -> blake3::Hasher {
@@ -90,16 +92,32 @@ pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     bytes
         .try_reserve_exact(usize::try_from(length).unwrap_or(usize::MAX))
         .map_err(|e| io(io::Error::other(e)))?;
-    Read::by_ref(&mut file)
-        .take(length)
-        .read_to_end(&mut bytes)
-        .map_err(io)?;
-    let content = bytes.len().checked_sub(TRAILER).ok_or(damaged("it is cut short"))?;
+    let content = usize::try_from(length).unwrap_or(usize::MAX).saturating_sub(TRAILER);
+    let mut hasher = hasher(path);
+    // Each piece is hashed while it is in the processor's cache.
+    loop {
+        let start = bytes.len();
+        if Read::by_ref(&mut file)
+            .take(PIECE)
+            .read_to_end(&mut bytes)
+            .map_err(io)?
+            == 0
+        {
+            break;
+        }
+        hasher.update(&bytes[start.min(content)..bytes.len().min(content)]);
+        if bytes.len() as u64 > length {
+            return Err(damaged("it grew while it was read"));
+        }
+    }
+    if bytes.len() < TRAILER || bytes.len() as u64 != length {
+        return Err(damaged("it is cut short"));
+    }
     let (magic, hash) = bytes[content..].split_at(MAGIC.len());
     if magic != MAGIC {
         return Err(damaged("it does not end with a seal"));
     }
-    if hasher(path).update(&bytes[..content]).finalize() != *hash {
+    if hasher.finalize() != *hash {
         return Err(damaged("its content does not match its seal"));
     }
     bytes.truncate(content);
