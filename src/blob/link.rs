@@ -12,15 +12,15 @@ const MOST_USEFUL: f64 = 32.0 * 1024.0;
 
 /// A stream is behind if it brings less than this part of what would be its share of the link.
 const BEHIND: f64 = 16.0;
-/// The share is counted over at least this time,
+/// The share of a stream is counted over at least this time.
 const LEAST_WINDOW: Duration = Duration::from_secs(1);
-/// over this many round trips, since a request may take some of them,
+/// The share of a stream is counted over at least this many round trips, since a request may take some of them.
 const ROUND_TRIPS: u32 = 16;
-/// and over so long that this many bytes should have come: fewer say nothing.
+/// The share of a stream is counted over at least the time in which this many bytes should have come: fewer say nothing.
 const EXPECTED: f64 = 64.0 * 1024.0;
 /// A stream that brings this many bytes per second is never behind, however fast the link is.
 const FAST_ENOUGH: f64 = 256.0 * 1024.0;
-/// No longer than this, however slow the link is.
+/// The share of a stream is counted over no longer than this, however slow the link is.
 const LONGEST_WINDOW: Duration = Duration::from_secs(20);
 /// What a link can do that was not measured, in bytes per second, and how long it is given at least.
 const UNMEASURED: f64 = 64.0 * 1024.0;

@@ -16,28 +16,28 @@ const GUESSED_BANDWIDTH: f64 = 25e6;
 const REQUEST: f64 = 1.3;
 const SMALLEST_REQUEST: f64 = 64.0 * 1024.0;
 const LARGEST_REQUEST: f64 = 4.0 * 1024.0 * 1024.0;
-/// Requests side by side: enough that one always delivers while others wait for their answers or grow their windows, and so
-/// many small ones as come to all that may be under way. Fewer would keep the link from showing what it can do. Each holds a
-/// decoder.
+/// Requests in flight at a time. With enough of them one always delivers while others wait for their answers or grow their
+/// windows, and fewer would keep the link from showing what it can do. Small requests are more, so that their bytes together
+/// are as many as may be in flight. Each request holds a decoder.
 const FEWEST_REQUESTS: f64 = 6.0;
 const MOST_REQUESTS: f64 = 32.0;
 const SMALL_REQUEST: f64 = 256.0 * 1024.0;
-/// What may be under way that no reader waits for, in products: four fill any link. Beside demand less keeps it busy without
-/// much of a queue that a demand request would have to wait behind; for what nobody may ever want, least.
+/// Bytes in flight that no reader waits for, in products: four fill any link. While readers wait it is less, which keeps the
+/// link busy with a shorter queue for their requests to wait behind. Background requests get least.
 const UNDER_WAY: f64 = 4.0;
 const UNDER_WAY_BESIDE_DEMAND: f64 = 3.0;
 const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
 const MOST_UNDER_WAY: f64 = 24.0 * 1024.0 * 1024.0;
 
-/// What nobody may ever want comes beside demand in one request at a time, which takes the link for so many round trips, or
-/// for so long where these are short: a demand request waits no longer than that behind it.
+/// While readers wait, background requests go one at a time. Each takes the link for so many round trips, or for
+/// [`LEAST_BACKGROUND_DELAY`] where these are short: a demand request waits no longer than that behind it.
 const BACKGROUND_DELAY: f64 = 0.8;
 const LEAST_BACKGROUND_DELAY: Duration = Duration::from_millis(4);
 const SMALLEST_BACKGROUND: f64 = 128.0 * 1024.0;
 const LARGEST_BACKGROUND: f64 = 4.0 * 1024.0 * 1024.0;
-/// So many of these at least are under way while nobody reads,
+/// Background requests in flight while nobody reads: at least this many.
 const BACKGROUND_REQUESTS: f64 = 4.0;
-/// and so many until the link was measured: the first reader may come over one that turns out slow.
+/// Background requests in flight before the link was measured. More would keep the first reader waiting if it turns out slow.
 const FIRST_BACKGROUND_REQUESTS: f64 = 2.0;
 
 /// After this long without demand, or after so many round trips where they are long, the reader is busy with itself, or gone.
@@ -51,12 +51,13 @@ const TRANSFER: f64 = 1.5;
 const SMALLEST_RUN: f64 = 256.0 * 1024.0;
 /// What a new connection brings in its first round trip: ten segments (RFC 6928).
 const FIRST_WINDOW: u64 = 14 * 1024;
-/// How many of these a part of a request has that somebody waits for, or will at once, and of any other.
+/// First windows that each part of a request has, if a reader waits for it or is about to.
 const URGENT_WINDOWS: u64 = 2;
+/// First windows that each part of any other request has.
 const OTHER_WINDOWS: u64 = 12;
-/// Connections a request is spread over, at most,
+/// A request is spread over at most this many connections.
 const MOST_PARTS: u64 = 8;
-/// and the round trip from which on that is worth it.
+/// A request is spread over several connections if the round trip is at least this long.
 const FAR: Duration = Duration::from_millis(4);
 
 /// Sizes for one link.

@@ -47,9 +47,9 @@ const DENSE: f64 = 0.5;
 pub struct Touch {
     /// The span.
     pub span: u32,
-    /// The spans of the file it reads,
+    /// The spans of the file that is read.
     pub file: Range<u32>,
-    /// and whether it begins with the beginning of it.
+    /// Whether the file's first byte is read.
     pub begins: bool,
     /// Whether it has to wait for the span.
     pub waits: bool,

@@ -36,9 +36,9 @@ pub(super) struct Asked(Mutex<VecDeque<Failed>>);
 struct Failed {
     ino: Nid,
     bytes: Range<u64>,
-    /// When they were first asked for,
+    /// When they were first asked for.
     first: Instant,
-    /// and until when that counts.
+    /// Until when a request for the same bytes counts as the same request.
     until: Instant,
 }
 

@@ -66,9 +66,9 @@ pub struct ReadStatus {
     pub waited: u64,
     /// Reads that wait now.
     pub waiting: usize,
-    /// Half of all reads took at most this long,
+    /// The median of all reads.
     pub p50: Option<f64>,
-    /// and 99 of 100 this long.
+    /// The 99th percentile of all reads.
     pub p99: Option<f64>,
     /// The same of those that had to wait.
     pub waited_p50: Option<f64>,

@@ -107,9 +107,9 @@ struct Stripes {
     end: u64,
     /// Whether so much of the blob is wanted that a server without ranges may be asked for all of it.
     is_whole: bool,
-    /// Passed on up to here,
+    /// Up to where bytes were passed on.
     position: u64,
-    /// asked for up to here.
+    /// Up to where bytes were asked for.
     asked: u64,
     first: Receiving,
     /// Where the first stripe ends.

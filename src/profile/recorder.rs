@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use super::{BLOCK, Block, MOST_BLOCKS};
 
-/// A start is over when nothing new was read for this long,
+/// A start is over when nothing new was read for this long.
 const QUIET: Duration = Duration::from_secs(5);
-/// or at the latest this long after the first read.
+/// A start is over this long after the first read, whatever is read.
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// Collects which blocks are read, in order, until the start is over. Shared by all who read.
