@@ -6,9 +6,11 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a blob is believed to be served without ranges. Content delivery networks do so for objects they have not cached
-/// yet, so it says nothing about other blobs of the host.
-const NO_RANGES_FOR: Duration = Duration::from_secs(300);
+/// How long a blob is believed to be served without ranges when that is new. Content delivery networks do so for objects they
+/// have not cached yet, so it is soon tried again, and says nothing about other blobs of the host.
+const NO_RANGES_AT_FIRST: Duration = Duration::from_secs(5);
+/// How long it is believed at most. Each time that it is still so, it is believed for twice as long as before.
+const NO_RANGES_AT_MOST: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Default)]
 pub(super) struct Belief(Mutex<State>);
@@ -27,6 +29,8 @@ struct State {
 #[derive(Debug, Clone, Copy)]
 struct NoRanges {
     until: Instant,
+    /// How long it is believed in all.
+    lasts: Duration,
     /// The parts that come are wrong ones, so it is no use to ask for any.
     wrong: bool,
 }
@@ -43,8 +47,19 @@ impl Belief {
     }
 
     fn no_ranges(&self, wrong: bool) {
-        let until = Instant::now().checked_add(NO_RANGES_FOR);
-        self.state().no_ranges = until.map(|until| NoRanges { until, wrong });
+        let now = Instant::now();
+        let mut state = self.state();
+        let lasts = match &mut state.no_ranges {
+            None => NO_RANGES_AT_FIRST,
+            // The request was under way already, and says nothing new.
+            Some(known) if now < known.until => {
+                known.wrong |= wrong;
+                return;
+            }
+            Some(known) => (known.lasts * 2).min(NO_RANGES_AT_MOST),
+        };
+        let until = now.checked_add(lasts);
+        state.no_ranges = until.map(|until| NoRanges { until, lasts, wrong });
     }
 
     /// A part came; whether its headers prove that it is the one asked for.
@@ -116,6 +131,26 @@ mod tests {
         let over = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
         belief.state().no_ranges.as_mut().unwrap().until = over;
         assert!(belief.has_ranges());
+    }
+
+    #[test]
+    fn what_stays_so_is_believed_longer_each_time() {
+        let belief = Belief::default();
+        let lasts = || belief.state().no_ranges.unwrap().lasts;
+        belief.ranges_were_ignored();
+        belief.ranges_were_ignored();
+        assert_eq!(lasts(), NO_RANGES_AT_FIRST);
+        for times in [2, 4, 8, 16, 32, 60, 60] {
+            let over = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
+            belief.state().no_ranges.as_mut().unwrap().until = over;
+            belief.parts_are_wrong();
+            belief.ranges_were_ignored();
+            assert_eq!(lasts(), NO_RANGES_AT_FIRST * times);
+            assert!(!belief.may_ask_for_parts());
+        }
+        belief.part_came(true);
+        belief.ranges_were_ignored();
+        assert_eq!(lasts(), NO_RANGES_AT_FIRST);
     }
 
     #[test]
