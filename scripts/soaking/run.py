@@ -192,7 +192,7 @@ class Soak:
         try:
             if choose.random() < 0.5:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            got = os.pread(descriptor, length, offset)
+            got = read_all(descriptor, length, offset)
         finally:
             os.close(descriptor)
         with open(there, "rb") as file:
@@ -373,6 +373,14 @@ class Soak:
         print(f"cache: at most {self.usage >> 20} MiB, limit {CACHE >> 20} MiB")
         found = ", ".join(f"{kind}: {count}" for kind, count in self.problems.counts.items())
         print(f"FAILED: {found}" if found else "everything held")
+
+
+def read_all(descriptor, length, offset):
+    """Up to `length` bytes. A read that fails half-way returns what it has; asking for the rest tells of the error."""
+    got = b""
+    while len(got) < length and (part := os.pread(descriptor, length - len(got), offset + len(got))):
+        got += part
+    return got
 
 
 def tree(root):
