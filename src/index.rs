@@ -54,7 +54,7 @@ pub use self::zstd::Room;
 pub(crate) use self::zstd::{ARCHIVE_WINDOW_LOG_MAX as ZSTD_WINDOW_LOG_MAX, WINDOW_TOO_LARGE as ZSTD_WINDOW_TOO_LARGE};
 
 /// Default distance of restarts, in bytes of tar: a cold read decodes one span in about a millisecond, and the index of a
-/// Debian base layer is 1.05 % of its gzip -6 and 1.2 % of its pigz blob (1.3 and 1.6 % at 384 KiB).
+/// Debian base layer is 1.06 % of its gzip -6 and 1.2 % of its pigz blob (1.3 and 1.6 % at 384 KiB).
 pub const SPACING: u64 = 512 * 1024;
 
 /// Longest span: bounds the buffer that holds one until it is verified.
