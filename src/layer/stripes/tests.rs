@@ -202,17 +202,22 @@ async fn a_small_blob_is_one_request() {
     assert_eq!(read_all(&blob).await, (blob.bytes.to_vec(), 1));
 }
 
-#[tokio::test]
-async fn a_stripe_that_ends_early_without_an_error_is_asked_for_again() {
-    let blob = Arc::new(Far::new(SMALLEST as usize + 77, u64::MAX));
+/// All of a blob in stripes.
+fn stripes_of(blob: &Arc<Far>) -> Stripes {
     let stats = Arc::new(LayerStats::new(blob.size()));
-    let mut stripes = Stripes::new(
-        origin(&blob, &stats),
+    Stripes::new(
+        origin(blob, &stats),
         0..blob.size(),
         STRIPE,
         AHEAD,
         Ahead::default().stripes,
-    );
+    )
+}
+
+#[tokio::test]
+async fn a_stripe_that_ends_early_without_an_error_is_asked_for_again() {
+    let blob = Arc::new(Far::new(SMALLEST as usize + 77, u64::MAX));
+    let mut stripes = stripes_of(&blob);
     stripes.advance().await.unwrap();
     let mut bytes = Vec::new();
     while let Some(chunk) = stripes.next().await.unwrap() {
@@ -254,14 +259,7 @@ async fn a_slow_link_is_left_to_the_first_stripe() {
 #[tokio::test]
 async fn finished_tasks_are_not_kept() {
     let blob = Arc::new(Far::new(40 * STRIPE as usize, u64::MAX));
-    let stats = Arc::new(LayerStats::new(blob.size()));
-    let mut stripes = Stripes::new(
-        origin(&blob, &stats),
-        0..blob.size(),
-        STRIPE,
-        AHEAD,
-        Ahead::default().stripes,
-    );
+    let mut stripes = stripes_of(&blob);
     while stripes.next().await.unwrap().is_some() {
         assert!(stripes.tasks.len() <= AHEAD + 1, "{}", stripes.tasks.len());
     }
