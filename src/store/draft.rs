@@ -72,9 +72,11 @@ impl Drop for Draft {
 pub(super) fn sweep(directory: &Path) {
     for path in drafts(directory) {
         let Ok(file) = File::open(&path) else { continue };
-        if Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok()
-            && let Err(error) = gone(fs::remove_file(&path))
-        {
+        // Held until the file is gone: a writer that has just made it would lock it in between, and find it in its place.
+        let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+            continue;
+        };
+        if let Err(error) = gone(fs::remove_file(&path)) {
             tracing::warn!(path = %path.display(), %error, "cannot remove what a dead process left");
         }
     }
@@ -136,21 +138,22 @@ mod tests {
 
     #[test]
     fn no_draft_is_lost_to_somebody_who_sweeps() {
-        let dir = tempfile::tempdir().unwrap();
-        let done = std::sync::atomic::AtomicBool::new(false);
+        let dir = &tempfile::tempdir().unwrap();
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            let (goes_on, ends) = std::sync::mpsc::channel::<()>();
+            // It ends when the other side is gone, also by a panic.
+            scope.spawn(move || {
+                while ends.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
                     sweep(dir.path());
                 }
             });
+            let _goes_on = goes_on;
             for i in 0..2000 {
                 let draft = Draft::create(dir.path(), "x").unwrap();
                 draft
                     .publish(&dir.path().with_extension("published"))
                     .unwrap_or_else(|e| panic!("{i}: {e}"));
             }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
         });
         fs::remove_file(dir.path().with_extension("published")).unwrap();
     }
