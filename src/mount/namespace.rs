@@ -8,6 +8,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -98,12 +99,14 @@ fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
     let mut others = Vec::new();
     let machine = is_root_namespace();
     for pid in all().filter(|&pid| pid != me && !serves(pid)) {
-        let Some(theirs) = namespace(&pid.to_string()) else {
+        let theirs = match fs::read_link(format!("/proc/{pid}/ns/mnt")) {
+            Ok(theirs) => theirs.into_os_string(),
             // One that root may not look at can be anywhere; who is no root does not share its namespaces with such.
-            if machine && pid != 1 && Path::new("/proc").join(pid.to_string()).exists() {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied && machine && pid != 1 => {
                 return Reach::Process(pid);
             }
-            continue;
+            // It has ended: a zombie is in no namespace any more.
+            Err(_) => continue,
         };
         if Some(&theirs) == own.as_ref() {
             return Reach::Process(pid);

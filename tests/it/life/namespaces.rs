@@ -105,7 +105,8 @@ fn a_mount_that_others_unmounted_stays_known_as_well() {
 }
 
 /// Runs a script in a mount namespace that ends with it; it prints the ids of processes that have to end then.
-fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) {
+/// What it said on standard error comes back.
+fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) -> String {
     let directory = mountpoint();
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"\n{script}");
     let mut command = Command::new("unshare");
@@ -132,6 +133,7 @@ fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) {
         eventually("the process ends with its namespace", || !alive(pid));
     }
     assert!(rows(directory.path()).is_empty());
+    said.stderr
 }
 
 const MOUNT: &str = r#"
@@ -158,6 +160,27 @@ fn a_mount_ends_with_its_namespace() {
         &format!("mount -t tmpfs tmpfs /run\n{MOUNT}"),
     );
     ends(&ocifs, &["--user", "--map-root-user", "--mount"], &image, MOUNT);
+}
+
+/// A zombie is in no namespace, and its end cannot be waited for: looking for others goes on past it, at its pace.
+#[test]
+fn a_zombie_keeps_no_mount_and_no_processor_busy() {
+    let (ocifs, image) = setup();
+    let mut zombie = Command::new("true").spawn().unwrap();
+    let stat = format!("/proc/{}/stat", zombie.id());
+    eventually("it is a zombie", || {
+        std::fs::read_to_string(&stat).unwrap().contains(") Z ")
+    });
+    let script = format!(
+        "{MOUNT}\npid=$(\"$OCIFS\" status --json \"$0\" | sed -n 's/^ *\"pid\": \\([0-9]*\\),/\\1/p')\nsleep 2\ncut -d ' ' -f 14,15 /proc/$pid/stat | sed 's/^/ticks /' >&2; exit 0"
+    );
+    let ticks = ends(&ocifs, &["--mount"], &image, &script);
+    let ticks: u64 = ticks
+        .split_whitespace()
+        .filter_map(|word| word.parse::<u64>().ok())
+        .sum();
+    assert!(ticks < 60, "{ticks} of 200");
+    zombie.wait().unwrap();
 }
 
 #[test]

@@ -245,9 +245,10 @@ fn several_unmounts_at_once_do_not_disturb_each_other() {
         });
         assert!(said.iter().any(|said| said.code == Some(0)), "{said:?}");
         for said in said {
-            // Who comes when all is over finds nothing.
+            // Who comes when all is over finds nothing. A namespace that another test has just made may have a copy for a moment.
+            let over = ["is not an ocifs mount", "it is unmounted"];
             assert!(
-                said.code == Some(0) || said.stderr.contains("is not an ocifs mount"),
+                said.code == Some(0) || over.iter().any(|part| said.stderr.contains(part)),
                 "{said:?}"
             );
         }
