@@ -183,7 +183,7 @@ fn errno(error: &FsError) -> Errno {
     Errno::from_i32(error.errno() as i32)
 }
 
-/// getxattr and listxattr ask for the size first, with an empty buffer.
+/// Answers getxattr or listxattr. Both ask for the size first, with an empty buffer.
 fn reply_sized(reply: ReplyXattr, size: u32, data: &[u8]) {
     if size == 0 {
         reply.size(data.len() as u32);

@@ -65,9 +65,9 @@ pub const MAX_SPAN: u64 = 1024 * 1024;
 pub enum Compression {
     /// Not at all.
     Tar,
-    /// gzip, any number of members (RFC 1952).
+    /// A gzip stream of any number of members (RFC 1952).
     Gzip,
-    /// zstd, any number of frames (RFC 8878).
+    /// A zstd stream of any number of frames (RFC 8878).
     Zstd,
 }
 
@@ -162,7 +162,7 @@ pub enum IndexError {
         /// The limit.
         source: OverLimit,
     },
-    /// libzstd could not allocate its state.
+    /// There is no memory for the state of libzstd.
     #[error("out of memory for a zstd context")]
     OutOfMemory,
     /// The blob ends in the middle of its content.

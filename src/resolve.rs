@@ -45,7 +45,7 @@ impl ResolvedImage {
         &self.manifest.layers
     }
 
-    /// diffIDs of [`ResolvedImage::layers`], as many of them, in the same order.
+    /// The diffIDs of [`ResolvedImage::layers`], as many of them, in the same order.
     pub fn diff_ids(&self) -> &[DiffId] {
         &self.config.rootfs.diff_ids
     }

@@ -188,7 +188,7 @@ pub enum DataLayout {
     /// A tar-sparse file: equal chunks of `DEVICE_BLOCK << chunk_bits` bytes, the listed ones stored, all others holes.
     /// A stored chunk's bytes outside the tar's fragments read as zeros (the device has a hole there).
     Chunked {
-        /// log2 of the chunk size in blocks, at most 31 (EROFS chunk format).
+        /// Binary logarithm of the chunk size in blocks, at most 31 (EROFS chunk format).
         chunk_bits: u8,
         /// (chunk number in the file, device offset of the chunk), ascending.
         chunks: Vec<(u32, u64)>,

@@ -8,7 +8,7 @@ use super::span_index::SpanIndex;
 use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
 use crate::oci::{DiffId, Digest};
 
-/// zstd level of windows: the fastest. Level 3 makes an index one per cent smaller, and takes twice as long.
+/// The zstd level of windows, which is the fastest. Level 3 makes an index one per cent smaller, and takes twice as long.
 const WINDOW_LEVEL: i32 = 1;
 
 /// Which layer an index describes.

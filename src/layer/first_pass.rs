@@ -64,7 +64,7 @@ pub enum FirstPassError {
     DiffId {
         /// Digest of the layer.
         layer: Digest,
-        /// diffID in the config.
+        /// The diffID in the config.
         expected: DiffId,
         /// Digest of the tar.
         actual: Digest,

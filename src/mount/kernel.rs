@@ -34,7 +34,7 @@ pub enum KernelMountError {
         /// The system's answer.
         source: io::Error,
     },
-    /// mount(2) refused.
+    /// The system call mount(2) refused.
     #[error("cannot mount on {}: {source}", mountpoint.display())]
     Mount {
         /// Where.
@@ -42,7 +42,7 @@ pub enum KernelMountError {
         /// The system's answer.
         source: io::Error,
     },
-    /// fusermount3 is needed (no privilege to mount) and is not there or refused.
+    /// This user has no privilege to mount, and the helper fusermount3 is not there or refused.
     #[error("fusermount3 cannot {action} {}: {message}", mountpoint.display())]
     Helper {
         /// What it was asked to do.
@@ -64,7 +64,7 @@ pub enum KernelMountError {
         /// Where.
         mountpoint: PathBuf,
     },
-    /// umount(2) refused.
+    /// The system call umount(2) refused.
     #[error("cannot unmount {}: {source}", mountpoint.display())]
     Unmount {
         /// Where.
@@ -124,7 +124,7 @@ fn mount_directly(
     Ok(device.into())
 }
 
-/// fusermount3 mounts with its own privilege and sends the descriptor back over a socket. It is started in the directory and
+/// Mounts by fusermount3, which mounts with its own privilege and sends the descriptor back over a socket. It is started in the directory and
 /// mounts on that one; it looks up the directory's name once more, so whoever is about to use the mount has to check where
 /// it is.
 fn mount_by_helper(

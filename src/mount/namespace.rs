@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::mountinfo;
 use super::privilege::is_root_namespace;
 use super::process::{self, Process};
-use super::users::{all, namespace};
+use super::users::{all, namespace, namespace_of};
 
 /// How the environment marks the process behind a mount in the background.
 pub const SERVE: &str = "OCIFS_SERVE";
@@ -99,8 +99,8 @@ fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
     let mut others = Vec::new();
     let machine = is_root_namespace();
     for pid in all().filter(|&pid| pid != me && !serves(pid)) {
-        let theirs = match fs::read_link(format!("/proc/{pid}/ns/mnt")) {
-            Ok(theirs) => theirs.into_os_string(),
+        let theirs = match namespace_of(&pid.to_string()) {
+            Ok(theirs) => theirs,
             // One that root may not look at can be anywhere; who is no root does not share its namespaces with such.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && machine && pid != 1 => {
                 return Reach::Process(pid);

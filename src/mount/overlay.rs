@@ -82,7 +82,7 @@ pub enum OverlayError {
         /// The system's answer.
         source: io::Error,
     },
-    /// fuse-overlayfs is needed and failed.
+    /// This user has no privilege to mount an overlay, and the program fuse-overlayfs failed.
     #[error("fuse-overlayfs cannot mount on {}: {message}", mountpoint.display())]
     Helper {
         /// Where.
@@ -243,7 +243,7 @@ impl<'a> Layers<'a> {
         mount(&data)
     }
 
-    /// fuse-overlayfs runs as this user, and looks the directories up by name.
+    /// Mounts by fuse-overlayfs, which runs as this user and looks the directories up by name.
     fn mount_helper(&self, target: &Path, mountpoint: &Path, options: &FuseOptions) -> Result<(), OverlayError> {
         let failed = |message: String| OverlayError::Helper {
             mountpoint: mountpoint.to_owned(),

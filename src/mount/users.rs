@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
@@ -114,11 +115,14 @@ pub(super) fn all() -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Name of a process's mount namespace; none if it may not be seen.
+/// Name of a process's mount namespace; none if it may not be seen, or the process has ended.
 pub(super) fn namespace(process: &str) -> Option<OsString> {
-    fs::read_link(format!("/proc/{process}/ns/mnt"))
-        .ok()
-        .map(PathBuf::into_os_string)
+    namespace_of(process).ok()
+}
+
+/// Name of a process's mount namespace. One that may not be seen is [`io::ErrorKind::PermissionDenied`]; a zombie has none.
+pub(super) fn namespace_of(process: &str) -> io::Result<OsString> {
+    fs::read_link(format!("/proc/{process}/ns/mnt")).map(PathBuf::into_os_string)
 }
 
 /// Whether a process has something of the mount `id` open, runs it, or has a directory there.

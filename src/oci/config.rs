@@ -52,7 +52,7 @@ pub struct RunConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RootFs {
-    /// diffIDs, lowest layer first.
+    /// The diffIDs, lowest layer first.
     #[serde(deserialize_with = "null_as_default")]
     pub diff_ids: Vec<DiffId>,
 }

@@ -212,7 +212,7 @@ fn version(variant: &str) -> Option<(u32, Option<u32>)> {
     }
 }
 
-/// containerd's normalisation table, on lower-case text.
+/// The normalisation table of containerd, on lower-case text.
 fn normal_cpu<'a>(architecture: &'a str, variant: &'a str) -> (&'a str, &'a str) {
     match (architecture, variant) {
         ("amd64" | "x86_64" | "x86-64", "v1") => ("amd64", ""),

@@ -23,7 +23,7 @@ const TOTAL_MAX: usize = 65534 * 4;
 /// Attributes as found in pax records: name and value.
 pub(super) type RawXattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
 
-/// libarchive writes base64 without padding; other writers of its keyword pad.
+/// Base64 with or without padding: libarchive pads nothing, other writers of its keyword do.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new()

@@ -8,7 +8,7 @@ use crate::toc::{
     Attributes, DEVICE_BLOCK, DataLayout, EntryKind, Extent, FileData, Metadata, Toc, TocEntry, TocError,
 };
 
-/// zstd level: the fastest. The usual one makes the table a few per cent smaller and takes three times as long.
+/// The zstd level, which is the fastest. The usual one makes the table a few per cent smaller and takes three times as long.
 const LEVEL: i32 = 1;
 /// Bytes collected before they are compressed.
 const COLLECT: usize = 64 << 10;
