@@ -154,7 +154,7 @@ fn lock(file: File, path: &Path) -> Option<Flock<File>> {
 impl LayerDir {
     /// The first bytes of a blob that did not come whole.
     pub fn partial(&self) -> PathBuf {
-        self.path.join("partial")
+        self.path().join("partial")
     }
 
     /// Bytes on disk that are kept of a blob that did not come whole.

@@ -1,0 +1,116 @@
+//! Manifests, image indexes and configs in the store, and which of them an image's name means.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{Durability, Store, StoreError, touch};
+use crate::oci::{Algorithm, Digest};
+
+impl Store {
+    /// Where a document is kept.
+    pub fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
+        let root = self.root.as_ref()?;
+        Some(
+            root.join("documents")
+                .join(digest.algorithm().name())
+                .join(digest.hex()),
+        )
+    }
+
+    /// A document kept earlier, verified; a damaged one counts as absent and is removed.
+    pub fn document(&self, digest: &Digest) -> Result<Option<Bytes>, StoreError> {
+        let Some(path) = self.document_path(digest) else {
+            return Ok(None);
+        };
+        match fs::read(&path) {
+            Ok(bytes) if digest.matches(&bytes) => Ok(Some(bytes.into())),
+            Ok(_) => {
+                tracing::warn!(path = %path.display(), "stored document does not match its digest, removing it");
+                fs::remove_file(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+                Ok(None)
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(StoreError::io("read", &path, e)),
+        }
+    }
+
+    /// Digests of all documents.
+    pub fn documents(&self) -> Result<Vec<Digest>, StoreError> {
+        let mut digests = Vec::new();
+        for algorithm in Algorithm::ALL {
+            let entries = self.entries(&format!("documents/{}", algorithm.name()))?;
+            let names = entries
+                .into_iter()
+                .filter_map(|entry| entry.file_name().into_string().ok());
+            digests.extend(names.filter_map(|hex| format!("{}:{hex}", algorithm.name()).parse::<Digest>().ok()));
+        }
+        Ok(digests)
+    }
+
+    /// Keeps a document that was verified against `digest`.
+    pub fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.document_path(digest).ok_or(StoreError::Unavailable)?;
+        if path.exists() {
+            return Ok(());
+        }
+        self.publish(&path, Durability::Lazy, |file| file.write_all(bytes))
+    }
+
+    /// Digest of the document that an image's name meant the last time.
+    pub fn root_document(&self, name: &str) -> Option<Digest> {
+        let path = self.name_path(name)?;
+        let text = fs::read_to_string(path).ok()?;
+        text.trim_end().parse().ok()
+    }
+
+    /// Remembers which document an image's name means.
+    pub fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
+        if self.root_document(name).as_ref() == Some(digest) {
+            self.touch_root_document(name);
+            return Ok(());
+        }
+        let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
+        self.publish(&path, Durability::Lazy, |file| writeln!(file, "{digest}"))
+    }
+
+    /// How long ago it was last said what an image's name means.
+    pub fn root_document_age(&self, name: &str) -> Option<Duration> {
+        let modified = fs::metadata(self.name_path(name)?).ok()?.modified().ok()?;
+        modified.elapsed().ok()
+    }
+
+    /// A name that means what it meant before was confirmed now.
+    fn touch_root_document(&self, name: &str) {
+        let Some(path) = self.name_path(name) else { return };
+        touch(&path);
+    }
+
+    /// Names have slashes and colons in them, so theirs are hashed.
+    fn name_path(&self, name: &str) -> Option<PathBuf> {
+        let hash = blake3::hash(name.as_bytes()).to_hex();
+        let root = self.root.as_ref()?;
+        Some(root.join("documents").join("of").join(&hash[..32]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_survive_and_damage_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = Digest::of(b"{}");
+        assert!(store.document(&digest).unwrap().is_none());
+        store.put_document(&digest, b"{}").unwrap();
+        assert_eq!(store.document(&digest).unwrap().unwrap(), &b"{}"[..]);
+        fs::write(store.document_path(&digest).unwrap(), b"[]").unwrap();
+        assert!(store.document(&digest).unwrap().is_none());
+        assert!(!store.document_path(&digest).unwrap().exists());
+    }
+}
