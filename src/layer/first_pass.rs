@@ -13,6 +13,8 @@
 //! the store's files are published after that, the span index last. If the device or the store cannot be written, the pass
 //! goes on in memory.
 
+mod error;
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -21,19 +23,20 @@ use futures::StreamExt as _;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+pub use self::error::FirstPassError;
 use super::arrival::Arrival;
 use super::open::LayerContext;
 use super::race::Origin;
 use crate::blob::{BlobError, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
-    Compression, DecodeSink, Identity, IndexError, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder,
-    SpanStart, sniff,
+    Compression, DecodeSink, Identity, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder, SpanStart,
+    sniff,
 };
-use crate::memory::{Charge, OverLimit};
+use crate::memory::Charge;
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::store::{LayerDir, Partial, Store};
-use crate::toc::{ExtentTable, Limits, PackedToc, TarReader, TocError};
+use crate::toc::{ExtentTable, Limits, PackedToc, TarReader};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
 const QUEUE: usize = 32;
@@ -43,88 +46,6 @@ const SNIFF: usize = 512;
 /// Decoded bytes per batch, and batches between the two threads.
 const BATCH: usize = 512 << 10;
 const BATCH_QUEUE: usize = 3;
-
-/// Why a layer cannot be indexed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FirstPassError {
-    /// The blob's source gave up.
-    #[error(transparent)]
-    Blob(#[from] BlobError),
-    /// The bytes hash to something else than the manifest says.
-    #[error("layer {expected} is corrupt: the bytes received hash to {actual}")]
-    BlobDigest {
-        /// Digest in the manifest.
-        expected: Digest,
-        /// Digest of the bytes.
-        actual: Digest,
-    },
-    /// The layer decompresses to something else than the config says.
-    #[error("layer {layer} is not what the image config promises: its tar hashes to {actual}, diffID is {expected}")]
-    DiffId {
-        /// Digest of the layer.
-        layer: Digest,
-        /// The diffID in the config.
-        expected: DiffId,
-        /// Digest of the tar.
-        actual: Digest,
-    },
-    /// The compressed stream is broken.
-    #[error("layer {layer} cannot be decompressed: {source}")]
-    Decode {
-        /// Digest of the layer.
-        layer: Digest,
-        /// What is wrong.
-        source: IndexError,
-    },
-    /// The tar inside is broken, or is none.
-    #[error("layer {layer} cannot be read: {source}")]
-    Tar {
-        /// Digest of the layer.
-        layer: Digest,
-        /// What is wrong.
-        source: TocError,
-        /// The bytes are those that the manifest and the config promise.
-        verified: bool,
-    },
-    /// The index takes more memory than the image may.
-    #[error("layer {layer}: the index of its {size} bytes takes {source}")]
-    TooMuchMemory {
-        /// Digest of the layer.
-        layer: Digest,
-        /// Uncompressed bytes so far.
-        size: u64,
-        /// The limit.
-        source: OverLimit,
-    },
-    /// A thread of the pass ended without a result.
-    #[error("indexing layer {layer} was interrupted")]
-    Interrupted {
-        /// Digest of the layer.
-        layer: Digest,
-    },
-}
-
-impl FirstPassError {
-    /// Whether a later pass, perhaps with more memory, can go on with the bytes that have come.
-    pub fn is_resumable(&self) -> bool {
-        !self.is_corruption() && !matches!(self, Self::DiffId { .. } | Self::Tar { .. })
-    }
-
-    /// Whether the bytes were not what they should be, and other bytes may come the next time.
-    pub fn is_corruption(&self) -> bool {
-        match self {
-            Self::Decode {
-                source: IndexError::ZstdMemory { .. } | IndexError::ZstdWindow { .. },
-                ..
-            } => false,
-            Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
-            Self::Tar { verified, .. } => !verified,
-            // A diffID is compared when the blob is known to be right.
-            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
-        }
-    }
-}
 
 /// What a pass makes.
 #[derive(Debug)]

@@ -1,10 +1,13 @@
 //! One layer as a tree of its own, read in archive order: what it puts where, what it hides of lower layers, and which inodes its
 //! hard links mean. Hard links that found no target in time are settled when the layer ends, before anything lower is hidden.
 
-use std::collections::{HashMap, HashSet};
+mod links;
 
-use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, Metadata, PackedEntry, PackedToc, chmod_acl};
-use crate::tree::arena::{Arena, Full, Id, Inode, Kind, NONE, SetId, WHITEOUT, split};
+use std::collections::HashMap;
+
+use self::links::Link;
+use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, PackedEntry, PackedToc};
+use crate::tree::arena::{Arena, Full, Id, Inode, Kind, SetId, split};
 use crate::tree::{LayerIdx, TreeError};
 
 /// What a layer hides of lower ones, by path without in-layer symlinks.
@@ -33,19 +36,6 @@ pub(super) struct Reading {
     pub hides: Vec<Hide>,
     /// Numbers of the names that were given to whiteout devices.
     pub devices: Vec<u32>,
-}
-
-/// A hard link entry and what it is bound to.
-#[derive(Debug, Clone, Copy)]
-struct Link {
-    /// Number of the entry.
-    entry: u32,
-    /// Number of its name.
-    dirent: u32,
-    /// The inode, perhaps a pending one.
-    id: Id,
-    meta: Metadata,
-    xattrs: SetId,
 }
 
 /// What a hidden entry or a path that is hidden takes beside its bytes.
@@ -215,29 +205,6 @@ impl<'a> Upper<'a> {
         Ok(())
     }
 
-    fn hardlink(&mut self, number: u32, entry: &PackedEntry<'_>, target: &[u8]) -> Result<(), TreeError> {
-        let xattrs = self.set(entry.path)?;
-        let id = match self.find(target)? {
-            Some(id) if self.arena.is_directory(id) => return Err(self.directory_target(entry.path, target)),
-            Some(id) => id,
-            None => {
-                let target = self.arena.text(target).map_err(|why| self.full(why, entry.path))?;
-                let kind = Kind::Pending { target, bound: NONE };
-                self.push(number, entry, SetId::EMPTY, kind)?
-            }
-        };
-        let dir = self.parent(number, entry)?;
-        let dirent = self.bind(dir, id, entry.path)?;
-        self.links.push(Link {
-            entry: number,
-            dirent,
-            id,
-            meta: entry.meta,
-            xattrs,
-        });
-        self.cover(size_of::<Link>(), entry.path)
-    }
-
     fn name_leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<(), TreeError> {
         let dir = self.parent(number, entry)?;
         let id = self.leaf(number, entry, kind)?;
@@ -325,116 +292,6 @@ impl<'a> Upper<'a> {
         }
     }
 
-    /// What the target `target` names, whose path without symlinks of this layer is `path`, below this layer.
-    fn find_lower(&self, lower: Id, path: &[u8], target: &[u8]) -> Result<Option<Id>, TreeError> {
-        self.arena
-            .lookup(lower, path)
-            .map_err(|reason| self.unfollowable(target, reason))
-    }
-
-    /// Binds the hard links that were read before their target, and applies the metadata of all of them.
-    fn settle_links(&mut self, lower: Id) -> Result<(), TreeError> {
-        let hides = std::mem::take(&mut self.hides);
-        self.bind_links(lower, &hides)?;
-        self.hides = hides;
-        self.apply_links()
-    }
-
-    fn bind_links(&mut self, lower: Id, hides: &[Hide]) -> Result<(), TreeError> {
-        let mut deleted = None;
-        for link in 0..self.links.len() {
-            let Link { entry, id, .. } = self.links[link];
-            let Kind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
-                continue;
-            };
-            let name = self.arena.target(target);
-            let found = match self.find(name)? {
-                Some(found) => Some(found),
-                None => {
-                    let path = self.canonical(name)?;
-                    if deleted.get_or_insert_with(|| whiteouts(hides)).contains(&path[..]) {
-                        // Another name of what the layer deletes is deleted too: the engines link it to the whiteout.
-                        self.arena.get_mut(id).kind = Kind::CharDevice(WHITEOUT);
-                        continue;
-                    }
-                    self.find_lower(lower, &path, name)?
-                }
-            };
-            let bound = match found {
-                None => return Err(self.missing_target(entry, name)),
-                Some(found) if self.arena.is_directory(found) => {
-                    return Err(self.directory_target(&self.path_of(entry), name));
-                }
-                Some(found) => found,
-            };
-            self.arena.get_mut(id).kind = Kind::Pending { target, bound };
-        }
-        Ok(())
-    }
-
-    fn apply_links(&mut self) -> Result<(), TreeError> {
-        // Attributes that links add or change: sets that are complete only when all links were seen.
-        let mut added: HashMap<Id, Vec<AttributeId>> = HashMap::new();
-        for link in 0..self.links.len() {
-            let Link {
-                entry,
-                dirent,
-                id,
-                meta,
-                xattrs,
-            } = self.links[link];
-            let settled = self.settled(entry, id)?;
-            let name = &mut self.arena.names.dirents[dirent as usize];
-            if name.id == id {
-                name.id = settled;
-            }
-            if self.arena.is_whiteout(settled) {
-                self.devices.push(dirent);
-                self.cover(size_of::<u32>(), b"")?;
-                continue;
-            }
-            let inode = self.arena.get_mut(settled);
-            if settled < self.first || inode.born < entry {
-                inode.meta = meta;
-                let own = inode.xattrs;
-                let adds = xattrs != own && xattrs != SetId::EMPTY;
-                if adds || own != SetId::EMPTY {
-                    let set = added.entry(settled).or_insert_with(|| self.arena.set(own).to_vec());
-                    chmod(self.arena, set, meta.mode);
-                    set_xattrs(self.arena, set, xattrs);
-                }
-            }
-        }
-        for (id, set) in added {
-            let set = self.arena.sets.intern(&set);
-            let set = set.and_then(|set| self.arena.cover(self.bytes).map(|()| set));
-            self.arena.get_mut(id).xattrs = set.map_err(|why| self.full(why, b""))?;
-        }
-        Ok(())
-    }
-
-    /// The inode a perhaps pending one stands for; chains are shortened on the way, so that long ones cost little.
-    fn settled(&mut self, entry: u32, id: Id) -> Result<Id, TreeError> {
-        let mut chain = 0;
-        let mut end = id;
-        while let Kind::Pending { bound, target } = self.arena.get(end).kind {
-            chain += 1;
-            if bound == NONE || chain > self.links.len() {
-                return Err(TreeError::HardlinkCycle {
-                    layer: self.layer,
-                    path: self.path_of(entry),
-                    target: self.arena.target(target).into(),
-                });
-            }
-            end = bound;
-        }
-        let mut at = id;
-        while let Kind::Pending { bound, .. } = &mut self.arena.get_mut(at).kind {
-            at = std::mem::replace(bound, end);
-        }
-        Ok(end)
-    }
-
     /// Path of an entry, for messages: read once more.
     fn path_of(&self, number: u32) -> Box<[u8]> {
         let Ok(mut entries) = self.toc.entries() else {
@@ -461,22 +318,6 @@ impl<'a> Upper<'a> {
             reason,
         }
     }
-
-    fn missing_target(&self, entry: u32, target: &[u8]) -> TreeError {
-        TreeError::HardlinkMissing {
-            layer: self.layer,
-            path: self.path_of(entry),
-            target: target.into(),
-        }
-    }
-
-    fn directory_target(&self, path: &[u8], target: &[u8]) -> TreeError {
-        TreeError::HardlinkToDirectory {
-            layer: self.layer,
-            path: path.into(),
-            target: target.into(),
-        }
-    }
 }
 
 pub(super) fn full(layer: LayerIdx, why: Full, path: &[u8]) -> TreeError {
@@ -490,36 +331,5 @@ pub(super) fn full(layer: LayerIdx, why: Full, path: &[u8]) -> TreeError {
             path: path.into(),
             source,
         },
-    }
-}
-
-/// Paths that the layer's whiteouts hide.
-fn whiteouts(hides: &[Hide]) -> HashSet<&[u8]> {
-    let paths = hides.iter().filter_map(|hide| match hide {
-        Hide::Whiteout(path) => Some(&path[..]),
-        Hide::Opaque(_) => None,
-    });
-    paths.collect()
-}
-
-/// Does to an access control list among the attributes what chmod(2) does.
-fn chmod(arena: &mut Arena, set: &mut [AttributeId], mode: u16) {
-    for id in set {
-        let (name, value) = arena.sets.attributes.get(*id);
-        if let Some(value) = chmod_acl(name, value, mode) {
-            let name: Box<[u8]> = name.into();
-            (*id, _) = arena.sets.attributes.intern(&name, &value);
-        }
-    }
-}
-
-/// Sets attributes as setxattr(2) would: those not named stay.
-fn set_xattrs(arena: &Arena, set: &mut Vec<AttributeId>, new: SetId) {
-    let name = |id: &AttributeId| arena.sets.attributes.get(*id).0;
-    for id in arena.set(new) {
-        match set.binary_search_by(|have| name(have).cmp(name(id))) {
-            Ok(at) => set[at] = *id,
-            Err(at) => set.insert(at, *id),
-        }
     }
 }

@@ -1,0 +1,89 @@
+//! Why a first pass fails, and what that says about the next one.
+
+use crate::blob::BlobError;
+use crate::index::IndexError;
+use crate::memory::OverLimit;
+use crate::oci::{DiffId, Digest};
+use crate::toc::TocError;
+
+/// Why a layer cannot be indexed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FirstPassError {
+    /// The blob's source gave up.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// The bytes hash to something else than the manifest says.
+    #[error("layer {expected} is corrupt: the bytes received hash to {actual}")]
+    BlobDigest {
+        /// Digest in the manifest.
+        expected: Digest,
+        /// Digest of the bytes.
+        actual: Digest,
+    },
+    /// The layer decompresses to something else than the config says.
+    #[error("layer {layer} is not what the image config promises: its tar hashes to {actual}, diffID is {expected}")]
+    DiffId {
+        /// Digest of the layer.
+        layer: Digest,
+        /// The diffID in the config.
+        expected: DiffId,
+        /// Digest of the tar.
+        actual: Digest,
+    },
+    /// The compressed stream is broken.
+    #[error("layer {layer} cannot be decompressed: {source}")]
+    Decode {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        source: IndexError,
+    },
+    /// The tar inside is broken, or is none.
+    #[error("layer {layer} cannot be read: {source}")]
+    Tar {
+        /// Digest of the layer.
+        layer: Digest,
+        /// What is wrong.
+        source: TocError,
+        /// The bytes are those that the manifest and the config promise.
+        verified: bool,
+    },
+    /// The index takes more memory than the image may.
+    #[error("layer {layer}: the index of its {size} bytes takes {source}")]
+    TooMuchMemory {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Uncompressed bytes so far.
+        size: u64,
+        /// The limit.
+        source: OverLimit,
+    },
+    /// A thread of the pass ended without a result.
+    #[error("indexing layer {layer} was interrupted")]
+    Interrupted {
+        /// Digest of the layer.
+        layer: Digest,
+    },
+}
+
+impl FirstPassError {
+    /// Whether a later pass, perhaps with more memory, can go on with the bytes that have come.
+    pub fn is_resumable(&self) -> bool {
+        !self.is_corruption() && !matches!(self, Self::DiffId { .. } | Self::Tar { .. })
+    }
+
+    /// Whether the bytes were not what they should be, and other bytes may come the next time.
+    pub fn is_corruption(&self) -> bool {
+        match self {
+            Self::Decode {
+                source: IndexError::ZstdMemory { .. } | IndexError::ZstdWindow { .. },
+                ..
+            } => false,
+            Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
+            Self::Tar { verified, .. } => !verified,
+            // A diffID is compared when the blob is known to be right.
+            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
+        }
+    }
+}
