@@ -22,7 +22,7 @@ pub(super) struct InspectArgs {
     json: bool,
 }
 
-/// What is strange in the layers' tars and what was made of it, of those layers that were indexed before.
+/// The oddities of the layers' tars, and how ocifs reads them. Only layers that were indexed before are known.
 fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
     let mut oddities = Vec::new();
     for layer in layers {

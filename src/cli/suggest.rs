@@ -9,7 +9,7 @@ use crate::oci::shown;
 /// Entries of a tar that are looked at: an image archive has what tells it near its start or its end, and few members.
 const MOST_ENTRIES: usize = 100_000;
 
-/// What is at the path that `image` is, or begins with if a tag follows; nothing if there is nothing.
+/// What to say if `image` is a path, perhaps with a tag behind it: how an image there is named. None if nothing is there.
 pub(super) fn suggest(image: &str) -> Option<String> {
     let (path, name) = match image.rsplit_once(':') {
         Some((path, name)) if !Path::new(image).exists() => (path, Some(name)),

@@ -23,7 +23,7 @@ impl Joined {
         self.buffer.len()
     }
 
-    /// Whether content at a device offset can be added. If not, what is here is to be written first.
+    /// Whether content at a device offset can be added. If not, what was added has to be written first.
     pub(super) fn takes(&self, offset: u64) -> bool {
         let end = self.start + self.buffer.len() as u64;
         self.buffer.is_empty() || (end..end + DEVICE_BLOCK).contains(&offset)
@@ -39,7 +39,7 @@ impl Joined {
         self.buffer.extend_from_slice(content);
     }
 
-    /// Writes what was added, after which nothing is here. After an error it may be tried again.
+    /// Writes all that was added, and forgets it. After an error it may be tried again.
     pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
         file.write_all_at(&self.buffer, self.start)?;
         self.buffer.clear();

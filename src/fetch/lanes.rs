@@ -186,8 +186,9 @@ impl Lanes {
         &self.0[link.0 as usize % LANES]
     }
 
-    /// Lines up for a pass for a request of about `bytes` compressed bytes, at once, and waits for it when polled. Whoever is
-    /// not of demand also waits until its bytes will come behind those that demand has just asked for. Cancel safe.
+    /// Lines up for a pass for a request of about `bytes` compressed bytes, at once, and waits for it when polled. A request of
+    /// another priority than demand also waits until its bytes will come behind those that demand has just asked for. Cancel
+    /// safe.
     pub fn enter(&self, priority: Priority, bytes: u64, policy: Policy) -> impl Future<Output = Pass> + Send + use<> {
         let start = Instant::now();
         let (pass, arrival) = oneshot::channel();

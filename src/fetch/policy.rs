@@ -108,8 +108,8 @@ impl Policy {
         (self.exact_product() * REQUEST).clamp(SMALLEST_REQUEST, LARGEST_REQUEST) as u64
     }
 
-    /// Compressed bytes of a request for what nobody may ever want: all that may be under way of that beside demand, which is
-    /// little enough for several of them when there is none, so that the link never idles between two.
+    /// Compressed bytes of a background request. While readers wait, one of them is in flight at a time. While none does there
+    /// are several, so that the link never idles between two.
     pub fn background_request(&self) -> u64 {
         let delay = self.rtt.mul_f64(BACKGROUND_DELAY).max(LEAST_BACKGROUND_DELAY);
         (delay.as_secs_f64() * self.bandwidth).clamp(SMALLEST_BACKGROUND, LARGEST_BACKGROUND) as u64
@@ -120,11 +120,12 @@ impl Policy {
         self.exact_product().clamp(SMALLEST_RUN, LARGEST_REQUEST) as u64
     }
 
-    /// Into how many parts to cut a request for `bytes`, to be asked for side by side. A connection brings little in its first
-    /// round trips, and twice as much in each as in the one before; so when all are cold, many bring the bytes in fewer round
-    /// trips than one. What has come lately says how much each can bring in the next.
-    /// What nobody waits for leaves connections to others, but for the beginning of what is fetched ahead, which has little
-    /// `before` it under way: that is wanted first.
+    /// Into how many parts to cut a request for `bytes`, to be asked for side by side.
+    ///
+    /// A connection brings little in its first round trips, and twice as much in each as in the one before. So while all are
+    /// cold, many bring the bytes in fewer round trips than one. The bytes that came lately say how much each can bring in the
+    /// next. A request that no reader waits for has fewer parts, so that connections are left to others. The exception is the
+    /// beginning of what is fetched ahead, with few bytes in flight `before` it: a reader will want that first.
     pub fn parts(&self, bytes: u64, priority: Priority, before: u64) -> u64 {
         if self.rtt < FAR {
             return 1;

@@ -152,7 +152,7 @@ impl Keeper {
             self.length = 0;
             let batch = std::mem::take(&mut self.batch);
             if self.batches.send(batch).await.is_err() {
-                // The thread gave up: nothing more is collected, since nothing is missing.
+                // The thread gave up, so the bytes that come after this are dropped.
                 self.missing = 0;
             }
         }

@@ -237,7 +237,7 @@ fn room(context: &LayerContext) -> Room {
     let mut turn = None;
     Box::new(move |bytes| {
         if bytes > LARGE_WINDOW && turn.is_none() {
-            // Nobody closes it, and who has it waits for nobody.
+            // The semaphore is never closed. The layer that holds it waits for its own bytes alone, which the timeout bounds.
             turn = runtime.block_on(windows.clone().acquire_owned()).ok();
         }
         charge.cover(bytes)

@@ -127,7 +127,7 @@ async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> 
         }
     }
     if let Err(error) = &outcome {
-        // Whoever waits reports it; if nobody does any more, it hurt nobody.
+        // Readers that wait for it report the error. Without any, nobody was affected.
         tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
         run.claim.land_all(&Err(error.clone()));
     }
@@ -227,8 +227,8 @@ impl Patience {
     }
 }
 
-/// Cuts ascending spans into stretches to decode one by one: what is there already is not fetched again, unless decoding has
-/// to pass over it anyway.
+/// Cuts ascending spans into stretches that are decoded one after the other. Spans that are there already are left out, unless
+/// decoding has to pass over them anyway.
 fn stretches(layer: &Layer, spans: &[u32]) -> Vec<Range<u32>> {
     let mut stretches: Vec<Range<u32>> = Vec::new();
     for &span in spans {
@@ -375,7 +375,7 @@ impl Delivery<'_> {
         run.claim.announce(span, landed.clone());
         let kept = tokio::task::block_in_place(|| layer.disk.fill(lock.as_ref(), span, &layer.pieces(span), &bytes));
         if !kept {
-            // From here on nothing of this run goes to the device, and whoever flies for these spans next locks them anew.
+            // From here on this run writes nothing to the device, so the locks of its spans are for the next flight to take.
             *lock = None;
             layer.memory.insert(layer.digest(), span, bytes);
         }

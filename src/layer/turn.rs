@@ -27,7 +27,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// Waits until no other process streams the layer; nothing if one has it and does not get on.
+    /// Waits until no other process streams the layer. None if another process does and makes no progress.
     pub(super) async fn wait(dir: &LayerDir, stats: &LayerStats) -> Result<Option<Self>, StoreError> {
         stats.waiting(Self::wait_patiently(dir, stats, PATIENCE)).await
     }

@@ -259,7 +259,7 @@ impl RunEntry {
         }
     }
 
-    /// The same for whoever cannot wait asynchronously, and takes nothing for an answer.
+    /// Like [`RunEntry::turn`] for callers that are not asynchronous. None if it did not come in time.
     pub fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
         let waiting = Instant::now();
         loop {

@@ -104,7 +104,7 @@ pub struct MountStatus {
     pub link: Option<LinkStatus>,
     /// How long reads take.
     pub reads: ReadStatus,
-    /// What is fetched that nobody asked for; nothing if the process does not say.
+    /// What is fetched although no reader asked for it. None if the process does not say.
     pub prefetch: Option<PrefetchStatus>,
     /// Layers, base first.
     pub layers: Vec<LayerStatus>,

@@ -38,7 +38,7 @@ pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, 
     if own.as_ref().is_some_and(is_there) {
         return Ok(own.map(|record| (entry, record)));
     }
-    // What is there counts, whatever the path was called when it was mounted.
+    // A mount that is at this place counts, also if its path had another name when it was mounted.
     let mut records = run.records()?;
     let moved = records
         .iter()

@@ -1,7 +1,7 @@
 //! Taking down mounts of other processes, whatever state the process is in.
 //!
 //! A healthy process is asked, and takes down everything itself. If it is dead, or does not answer within a second, this
-//! process unmounts; that needs nobody's help, and nothing is lost with it: what was changed lies in the upper directory.
+//! process unmounts. No other process is needed for that, and nothing is lost: what was changed lies in the upper directory.
 //! A process that did not answer and has nobody left to serve is ended.
 
 use std::path::Path;

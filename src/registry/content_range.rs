@@ -47,8 +47,8 @@ impl ContentRange {
         })
     }
 
-    /// Checks the answer to a request for `asked` of a blob of `size` bytes: the end of what is sent, which may be short of
-    /// what was asked, or what is wrong with it.
+    /// Checks the answer to a request for `asked` of a blob of `size` bytes. Returns the end of the bytes that are sent, which
+    /// may be fewer than were asked for. The error says what is wrong with the answer.
     pub fn check(&self, asked: &Range<u64>, size: u64) -> Result<u64, String> {
         match self {
             Self::Part { total: Some(total), .. } if *total != size => {

@@ -19,7 +19,7 @@ const ZSTD_WINDOW: u32 = 23;
 /// What an answer's header says of its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// Nothing, or nothing that changes bytes.
+    /// The bytes are sent as they are.
     Identity,
     /// Compressed in a way that can be undone.
     Compressed(Coding),

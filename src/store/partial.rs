@@ -102,7 +102,7 @@ impl Partial {
         !state.closed
     }
 
-    /// Deletes what is kept, and keeps nothing more. Says whether there was anything.
+    /// Deletes the bytes that are kept, and keeps none from now on. Returns whether there were any.
     pub fn discard(&self) -> bool {
         let mut state = self.state.lock().expect("no panic while locked");
         state.closed = true;
