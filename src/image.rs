@@ -22,21 +22,24 @@ use std::time::Instant;
 
 use futures::StreamExt as _;
 use tokio::runtime::Handle;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 
 pub use early::{Early, Replay};
 pub use kept::{Confirm, KeptSource, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
 pub use verify::{StoreReport, verify};
 
+use self::prefetch::Layers;
 use self::programs::Programs;
-use crate::blob::{BlobError, BlobSource, ImageSource};
+use crate::blob::{BlobError, BlobSource, ImageSource, Link};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
-use crate::layer::{self, FirstPassError, Health, Layer, LayerContext, LayerStats, LayerStatus, OpenError, Opened};
+use crate::layer::{
+    self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened,
+};
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
-use crate::profile::Recorder;
+use crate::profile::{Profile, Recorder};
 use crate::resolve::ResolvedImage;
 use crate::store::{Store, StoreError};
 use crate::toc::PackedToc;
@@ -96,6 +99,8 @@ pub struct Preparation {
     stats: HashMap<Digest, Arc<LayerStats>>,
     /// Those that were opened.
     blobs: Mutex<HashMap<Digest, Arc<dyn BlobSource>>>,
+    /// The layers, once they are open.
+    layers: watch::Sender<Option<Arc<Layers>>>,
     merging: AtomicBool,
     image: OnceCell<Arc<Image>>,
 }
@@ -111,6 +116,7 @@ impl Preparation {
             source,
             stats: stats.collect(),
             blobs: Mutex::default(),
+            layers: watch::Sender::new(None),
             merging: AtomicBool::new(false),
             image: OnceCell::new(),
             resolved: Arc::new(resolved),
@@ -152,6 +158,14 @@ impl Preparation {
         self.stats.values().find_map(|stats| stats.trouble())
     }
 
+    /// The layers, as soon as [`Preparation::finish`] has opened them.
+    async fn layers(&self) -> Arc<Layers> {
+        let mut layers = self.layers.subscribe();
+        let opened = layers.wait_for(Option::is_some).await;
+        let opened = opened.expect("the sender is this preparation's");
+        opened.clone().expect("that was waited for")
+    }
+
     /// Opens all layers and the tree, once: whoever asks meanwhile waits for the same image. A stored table of contents that
     /// is damaged is made again.
     pub async fn finish(&self, context: &LayerContext) -> Result<Arc<Image>, ImageError> {
@@ -181,14 +195,11 @@ impl Preparation {
         let (store, of) = (context.store.clone(), manifest.clone());
         let reading = tokio::task::spawn_blocking(move || tree_file::read(&store, &of));
         let mut opened = self.open_layers(context).await?;
+        let layers = self.resolved.layers().iter();
+        let layers = Arc::new(Layers::new(layers.map(|d| opened[&d.digest].layer.clone()).collect()));
+        self.layers.send_replace(Some(layers.clone()));
         let stored = reading.await.map_err(|_| ImageError::Interrupted)?;
-        let layers: Vec<Arc<Layer>> = self
-            .resolved
-            .layers()
-            .iter()
-            .map(|d| opened[&d.digest].layer.clone())
-            .collect();
-        let sizes: Vec<u64> = layers.iter().map(|l| l.device_size()).collect();
+        let sizes: Vec<u64> = layers.all.iter().map(|l| l.device_size()).collect();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
@@ -219,7 +230,6 @@ impl Preparation {
             layers,
             programs,
             eager: AtomicBool::new(false),
-            profiled: AtomicBool::new(false),
             runtime: Handle::current(),
             health: context.health.clone(),
         })
@@ -325,13 +335,11 @@ pub struct Image {
     tree: Reader<Vec<u8>>,
     /// Memory of the tree.
     _charge: Charge,
-    layers: Vec<Arc<Layer>>,
+    layers: Arc<Layers>,
     /// What its programs need, if that is known.
     programs: Option<Programs>,
     /// Whether what was not read yet may be guessed.
     eager: AtomicBool,
-    /// Whether what the start reads is known from earlier ones.
-    profiled: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
     health: Arc<Health>,
@@ -353,12 +361,12 @@ impl Image {
     /// # Panics
     /// If the image has no such layer; positions in the tree are checked when it is opened.
     pub fn layer(&self, position: LayerIdx) -> &Arc<Layer> {
-        &self.layers[position.0 as usize]
+        &self.layers.all[position.0 as usize]
     }
 
     /// All layers, base first.
     pub fn layers(&self) -> &[Arc<Layer>] {
-        &self.layers
+        &self.layers.all
     }
 
     /// What does not work at the moment.
@@ -369,15 +377,38 @@ impl Image {
     /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`], and what programs need.
     pub fn be_eager(&self) {
         self.eager.store(true, Ordering::Relaxed);
-        for layer in &self.layers {
+        for layer in &self.layers.all {
             layer.be_eager();
         }
+    }
+
+    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint, and from then on what
+    /// it says is guessed at like anything else. If it says nothing, the image's own program is expected.
+    pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
+        match profile.touches.is_empty() {
+            true => {
+                self.expect_start().await;
+                Ok(())
+            }
+            false => self.layers.replay(profile).await,
+        }
+    }
+
+    /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
+    /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
+    pub async fn complete(&self) -> Result<usize, LayerError> {
+        self.layers.complete().await
+    }
+
+    /// The way to the largest layer, for most of the bytes come from where that one does.
+    pub fn link(&self) -> Option<Link> {
+        self.layers.link()
     }
 
     /// Begins to listen to what is read.
     pub fn record(&self) -> Arc<Recorder> {
         let recorder = Arc::new(Recorder::default());
-        for (layer, position) in self.layers.iter().zip(0..) {
+        for (layer, position) in self.layers.all.iter().zip(0..) {
             layer.record(position, recorder.clone());
         }
         recorder
@@ -385,7 +416,7 @@ impl Image {
 
     /// Counters per layer, base first.
     pub fn status(&self) -> Vec<LayerStatus> {
-        let layers = self.layers.iter();
+        let layers = self.layers.all.iter();
         layers
             .map(|l| {
                 let spans = l.index().len() as u32;

@@ -39,6 +39,19 @@ impl Early {
         let preparation = Arc::new(preparation);
         let (opening, context) = (preparation.clone(), context.clone());
         let replay = tokio::spawn(async move {
+            let profile = label.map(|label| {
+                let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
+                learning.profile().clone()
+            });
+            // A profile is fetched as soon as the layers are open, while the tree is still being read. In a task of its own,
+            // because it reads what the devices have.
+            let early = profile.clone().filter(|profile| !profile.touches.is_empty());
+            let early = early.map(|profile| {
+                let opening = opening.clone();
+                Replay(tokio::spawn(async move {
+                    opening.layers().await.replay(&profile).await.map(|()| true)
+                }))
+            });
             let image = match opening.finish(&context).await {
                 Ok(image) => image,
                 Err(error) => {
@@ -47,9 +60,11 @@ impl Early {
                     return Ok(false);
                 }
             };
-            let Some(label) = label else { return Ok(true) };
-            let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
-            image.replay(learning.profile()).await.map(|()| true)
+            match (early, profile) {
+                (Some(early), _) => early.end().await,
+                (None, Some(profile)) => image.replay(&profile).await.map(|()| true),
+                (None, None) => Ok(true),
+            }
         });
         Some(Self {
             preparation,

@@ -225,7 +225,7 @@ impl Image {
     /// ahead but what lies right before readers, or a profile knows better.
     pub fn started(self: &Arc<Self>, ino: Nid) {
         let Some(programs) = &self.programs else { return };
-        if !self.eager.load(Ordering::Relaxed) || self.profiled.load(Ordering::Relaxed) {
+        if !self.eager.load(Ordering::Relaxed) || self.layers.are_profiled() {
             return;
         }
         let loaded = programs.start(ino);
