@@ -124,6 +124,8 @@ impl Upper<'_> {
                     let set = added.entry(settled).or_insert_with(|| self.arena.set(own).to_vec());
                     chmod(self.arena, set, meta.mode);
                     set_xattrs(self.arena, set, xattrs);
+                    // What chmod makes of lists of access control is new text.
+                    self.cover(0, b"")?;
                 }
             }
         }
