@@ -81,24 +81,12 @@ impl Charge {
         if bytes <= self.bytes {
             return Ok(());
         }
-        let limit = self.allowance.limit;
-        let most = self.bytes.max(limit);
-        let wanted = bytes.saturating_add(STEP).min(most).max(bytes);
-        let more = wanted - self.bytes;
-        let taken = self
-            .allowance
-            .used
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                used.checked_add(more).filter(|&used| used <= limit)
-            });
-        match taken {
-            Ok(_) => {
-                self.bytes = wanted;
-                Ok(())
-            }
-            Err(_) if wanted > bytes => self.exactly(bytes),
-            Err(_) => Err(OverLimit { limit }),
-        }
+        // The steps end at the limit.
+        let wanted = bytes
+            .saturating_add(STEP)
+            .min(self.bytes.max(self.allowance.limit))
+            .max(bytes);
+        self.exactly(wanted).or_else(|_| self.exactly(bytes))
     }
 
     /// Takes `bytes` in all, more or less than before. If that is too much, nothing changes.
