@@ -24,6 +24,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 pub use self::error::FirstPassError;
+use super::LayerStats;
 use super::arrival::Arrival;
 use super::open::LayerContext;
 use super::race::Origin;
@@ -79,7 +80,7 @@ pub(super) async fn run(
     destination: Option<Destination>,
 ) -> Result<Indexed, FirstPassError> {
     let layer = origin.blob.digest().clone();
-    let blob_size = origin.blob.size();
+    let (blob_size, stats) = (origin.blob.size(), origin.stats.clone());
     let kept = destination
         .as_ref()
         .and_then(|d| Some((d.partial.clone()?, d.budget.clone())));
@@ -95,7 +96,7 @@ pub(super) async fn run(
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
-        let room = room(context);
+        let room = room(context, stats);
         tokio::task::spawn_blocking(move || decode(&layer, compression, room, decoder_input, batches))
     };
     let table = {
@@ -228,17 +229,18 @@ impl DecodeSink for Recorder {
 }
 
 /// Decoders that need more memory than this take turns, so that those of several layers do not keep each other from all of it.
-const LARGE_WINDOW: u64 = 8 << 20;
+/// The windows of usual encoders, of 8 or 16 MiB, fit side by side.
+const LARGE_WINDOW: u64 = 20 << 20;
 
 /// Room for the decoder of a blob.
-fn room(context: &LayerContext) -> Room {
+fn room(context: &LayerContext, stats: Arc<LayerStats>) -> Room {
     let (windows, runtime) = (context.windows.clone(), Handle::current());
     let mut charge = context.tables.charge();
     let mut turn = None;
     Box::new(move |bytes| {
         if bytes > LARGE_WINDOW && turn.is_none() {
-            // The semaphore is never closed. The layer that holds it waits for its own bytes alone, which the timeout bounds.
-            turn = runtime.block_on(windows.clone().acquire_owned()).ok();
+            // The semaphore is never closed. Waiting for the other layer is no work of this one: if that one stalls, so do both.
+            turn = runtime.block_on(stats.waiting(windows.clone().acquire_owned())).ok();
         }
         charge.cover(bytes)
     })
