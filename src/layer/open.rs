@@ -189,14 +189,14 @@ async fn stream(
             Ok(indexed) => break (indexed, partial),
             Err(error) => error,
         };
-        if !error.is_resumable()
-            && let Some(partial) = partial
-        {
-            partial.discard();
-        }
+        let discarded = match partial {
+            Some(partial) if !error.is_resumable() => partial.discard(),
+            _ => true,
+        };
         // What was kept may be damaged, which costs one more pass. What went wrong on the way does not go wrong twice; what is
-        // wrong at the source does.
-        if !error.is_corruption() || (failed && !resumes) {
+        // wrong at the source does, and so does what was kept if it is still there.
+        let goes_wrong_again = if resumes { !discarded } else { failed };
+        if !error.is_corruption() || goes_wrong_again {
             return Err(error.into());
         }
         tracing::warn!(%error, "streaming the layer once more");

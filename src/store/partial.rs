@@ -106,14 +106,15 @@ impl Partial {
     pub fn discard(&self) -> bool {
         let mut state = self.state.lock().expect("no panic while locked");
         state.closed = true;
-        let Some(_locked) = state.file.take() else {
+        let Some(file) = state.file.take() else {
             return false;
         };
-        let removed = gone(fs::remove_file(&self.path));
-        if let Err(error) = &removed {
+        // Where the file has to stay, it is empty.
+        let discarded = gone(fs::remove_file(&self.path)).or_else(|_| file.set_len(0));
+        if let Err(error) = &discarded {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove what was kept of a layer");
         }
-        removed.is_ok()
+        discarded.is_ok()
     }
 }
 
