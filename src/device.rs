@@ -160,7 +160,7 @@ impl DataDevice {
 
     /// For each of some spans, whether it is recorded as present.
     pub fn present(&self, spans: Range<u32>) -> io::Result<Vec<bool>> {
-        let records = self.file.read_records(spans)?;
+        let records = self.file.read_records(&*self.file.file()?, spans)?;
         Ok(records.into_iter().map(|record| record.present).collect())
     }
 
@@ -202,7 +202,8 @@ impl DataDevice {
             buf.fill(0);
             return Ok(Found::Bytes);
         };
-        let expected = self.expected(&fragments)?;
+        let file = self.file.file()?;
+        let expected = self.expected(&file, &fragments)?;
         // The fragments at both ends are read as a whole, to be checked.
         let mut before = vec![0; (offset - first.range.start) as usize];
         let mut behind = vec![0; last.range.end.saturating_sub(end) as usize];
@@ -211,7 +212,7 @@ impl DataDevice {
         rest.fill(0);
         let start = first.range.start;
         let mut buffers = [&mut before[..], &mut *content, &mut behind[..]].map(IoSliceMut::new);
-        self.file.read_content(start, &mut buffers)?;
+        self.file.read_content(&file, start, &mut buffers)?;
         let mut bytes = Stream([&before, content, &behind]);
         let mut gaps = Vec::new();
         for (fragment, expected) in fragments.iter().zip(expected) {
@@ -241,7 +242,7 @@ impl DataDevice {
     }
 
     /// What is recorded for consecutive fragments.
-    fn expected(&self, fragments: &[Fragment]) -> io::Result<Vec<u32>> {
+    fn expected(&self, file: &File, fragments: &[Fragment]) -> io::Result<Vec<u32>> {
         let blocks = || {
             fragments.iter().filter_map(|fragment| match fragment.check {
                 Check::Block(block) => Some(block),
@@ -255,11 +256,12 @@ impl DataDevice {
             })
         };
         let (first_block, first_head) = (blocks().next().unwrap_or(0), heads().next().unwrap_or(0));
-        let of_blocks = self
-            .file
-            .read_checks(first_block..blocks().next_back().map_or(first_block, |last| last + 1))?;
+        let of_blocks = self.file.read_checks(
+            file,
+            first_block..blocks().next_back().map_or(first_block, |last| last + 1),
+        )?;
         let of_heads = match heads().next_back() {
-            Some(last) => self.file.read_records(first_head..last + 1)?,
+            Some(last) => self.file.read_records(file, first_head..last + 1)?,
             None => Vec::new(),
         };
         let expected = fragments.iter().map(|fragment| match fragment.check {
@@ -305,10 +307,7 @@ impl DataDevice {
         for piece in pieces {
             let content = &bytes[piece.span as usize..(piece.span + piece.len) as usize];
             summer.content(piece.device, content, &mut done);
-            if !joined.takes(piece.device) {
-                joined.write(&file)?;
-            }
-            joined.add(piece.device, content);
+            joined.add(&file, piece.device, content)?;
         }
         joined.write(&file)?;
         summer.close(self.file.geometry().range(span).end, &mut done);

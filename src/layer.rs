@@ -204,33 +204,30 @@ impl Layer {
     /// Reads checked bytes from the device; false if not all of them are there. What is damaged there is dropped, so that it
     /// is fetched again.
     fn read_device(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let range = offset..offset + buf.len() as u64;
-        let device = self.disk.device();
-        match self
-            .disk
-            .read(self.spans_in(range), offset, buf, |range| self.has_content(range))
-        {
+        let read = self.disk.read(offset, buf, |range| self.has_content(range));
+        let damaged = match read {
             Ok(()) => return true,
-            Err(Miss::Absent) => {}
-            Err(Miss::Damaged(spans)) => {
-                for span in spans {
-                    // A span that is being fetched is about to be written, and its lock is not to be taken by anybody else here.
-                    let board = self.flights.board();
-                    if !board.is_flying(span) {
-                        self.disk.drop_span(span);
-                    }
-                }
+            Err(Miss::Absent) => return false,
+            Err(Miss::Lost(device)) => {
+                self.replace_device(&device);
+                return false;
             }
-            Err(Miss::CutShort) => self.replace_device(device.as_ref()),
+            Err(Miss::Damaged(span)) => span..span + 1,
+            Err(Miss::Unreadable) => self.spans_in(offset..offset + buf.len() as u64),
+        };
+        for span in damaged {
+            // A span that is being fetched is about to be written, and its lock is not to be taken by anybody else here.
+            let board = self.flights.board();
+            if !board.is_flying(span) {
+                self.disk.drop_span(span);
+            }
         }
         false
     }
 
     /// Makes an empty device in place of one that is damaged as a whole.
-    fn replace_device(&self, damaged: Option<&Arc<DataDevice>>) {
-        let (Some(damaged), Some((store, dir))) = (damaged, &self.home) else {
-            return;
-        };
+    fn replace_device(&self, damaged: &Arc<DataDevice>) {
+        let Some((store, dir)) = &self.home else { return };
         self.disk.replace(damaged, || {
             let opened = DataDevice::open(store, dir, &self.index, &self.extents);
             opened.map_err(|error| self.health.store_lost(&error)).ok()

@@ -101,7 +101,13 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
         let freed = match candidate {
             Candidate::Partial(layer) => {
                 let bytes = layers[layer].partial_usage();
-                if layers[layer].remove_partial()? { bytes } else { 0 }
+                match layers[layer].remove_partial() {
+                    Ok(removed) => u64::from(removed) * bytes,
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot remove what was kept of a layer");
+                        0
+                    }
+                }
             }
             Candidate::Tree(tree) => {
                 gone(std::fs::remove_file(&trees[tree].path))
@@ -152,7 +158,11 @@ fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
 fn candidates(victims: &[Victim], trees: &[StoredTree], layers: &[LayerDir]) -> Vec<(u64, Candidate)> {
     let mut candidates = Vec::new();
     for (number, victim) in victims.iter().enumerate() {
-        match victim.device.read_records(0..victim.device.geometry().spans()) {
+        match victim
+            .device
+            .file()
+            .and_then(|file| victim.device.read_records(&file, 0..victim.device.geometry().spans()))
+        {
             Ok(records) => {
                 let present = records.iter().zip(0..).filter(|(record, _)| record.present);
                 let spans = present.map(|(record, span)| (record.last_used, Candidate::Span { victim: number, span }));

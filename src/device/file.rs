@@ -200,12 +200,11 @@ impl DeviceFile {
     }
 
     /// Reads content into several buffers, one behind the other.
-    pub(super) fn read_content(&self, mut offset: u64, buffers: &mut [IoSliceMut<'_>]) -> io::Result<()> {
+    pub(super) fn read_content(&self, file: &File, mut offset: u64, buffers: &mut [IoSliceMut<'_>]) -> io::Result<()> {
         let mut left = &mut buffers[..];
         IoSliceMut::advance_slices(&mut left, 0);
-        let file = self.file()?;
         while !left.is_empty() {
-            match nix::sys::uio::preadv(&*file, left, offset as i64) {
+            match nix::sys::uio::preadv(file, left, offset as i64) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => {
                     offset += read as u64;
@@ -223,10 +222,10 @@ impl DeviceFile {
     }
 
     /// What is recorded about some spans.
-    pub(super) fn read_records(&self, spans: Range<u32>) -> io::Result<Vec<Record>> {
+    pub(super) fn read_records(&self, file: &File, spans: Range<u32>) -> io::Result<Vec<Record>> {
         let mut bytes = vec![0; RECORD as usize * spans.len()];
         let at = self.records() + RECORD * u64::from(spans.start);
-        self.file()?.read_exact_at(&mut bytes, at)?;
+        file.read_exact_at(&mut bytes, at)?;
         Ok(bytes.chunks_exact(RECORD as usize).map(Record::decode).collect())
     }
 
@@ -251,11 +250,11 @@ impl DeviceFile {
     }
 
     /// Checksums of blocks, as recorded.
-    pub(super) fn read_checks(&self, blocks: Range<u64>) -> io::Result<Vec<u32>> {
+    pub(super) fn read_checks(&self, file: &File, blocks: Range<u64>) -> io::Result<Vec<u32>> {
         let count = usize::try_from(blocks.end.saturating_sub(blocks.start)).map_err(io::Error::other)?;
         let mut bytes = vec![0; CHECK as usize * count];
         let at = checks(self.geometry.size, self.geometry.spans()) + CHECK * blocks.start;
-        self.file()?.read_exact_at(&mut bytes, at)?;
+        file.read_exact_at(&mut bytes, at)?;
         Ok(bytes
             .chunks_exact(CHECK as usize)
             .map(|check| u32_at(check, 0))
@@ -283,7 +282,7 @@ impl DeviceFile {
     pub(super) fn check(&self, check: Check) -> io::Result<u32> {
         match check {
             Check::Head(span) => Ok(self.record(span)?.head),
-            Check::Block(block) => Ok(self.read_checks(block..block + 1)?[0]),
+            Check::Block(block) => Ok(self.read_checks(&*self.file()?, block..block + 1)?[0]),
         }
     }
 

@@ -70,7 +70,10 @@ impl Slot {
         let file = File::options().read(true).write(self.writable).open(&self.path)?;
         let metadata = file.metadata()?;
         if (metadata.dev(), metadata.ino()) != self.identity {
-            return Err(io::Error::other("another file has taken its place"));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "another file has taken its place",
+            ));
         }
         let file = Arc::new(file);
         *slot = Some(file.clone());

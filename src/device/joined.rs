@@ -6,6 +6,9 @@ use std::os::unix::fs::FileExt as _;
 
 use crate::toc::DEVICE_BLOCK;
 
+/// Content of this many bytes is written by itself: copying it would cost more than the system call.
+const LONG: usize = 128 << 10;
+
 /// Content that lies together on a device and is not written yet.
 ///
 /// Between two files of a layer there is padding of less than a block, which is zero. It is written with them, so that many
@@ -23,20 +26,26 @@ impl Joined {
         self.buffer.len()
     }
 
-    /// Whether content at a device offset can be added. If not, what was added has to be written first.
-    pub(super) fn takes(&self, offset: u64) -> bool {
+    /// Whether content at a device offset joins what was added. If not, that is written first, and long content at once.
+    pub(super) fn takes(&self, offset: u64, content: &[u8]) -> bool {
         let end = self.start + self.buffer.len() as u64;
-        self.buffer.is_empty() || (end..end + DEVICE_BLOCK).contains(&offset)
+        !is_long(content) && (self.buffer.is_empty() || (end..end + DEVICE_BLOCK).contains(&offset))
     }
 
-    /// Adds content at a device offset for which [`Joined::takes`] says yes.
-    pub(super) fn add(&mut self, offset: u64, content: &[u8]) {
-        debug_assert!(self.takes(offset));
+    /// Adds content at a device offset. What does not join is written. After an error it may be tried again.
+    pub(super) fn add(&mut self, file: &File, offset: u64, content: &[u8]) -> io::Result<()> {
+        if !self.takes(offset, content) {
+            self.write(file)?;
+        }
+        if is_long(content) {
+            return file.write_all_at(content, offset);
+        }
         if self.buffer.is_empty() {
             self.start = offset;
         }
         self.buffer.resize((offset - self.start) as usize, 0);
         self.buffer.extend_from_slice(content);
+        Ok(())
     }
 
     /// Writes all that was added, and forgets it. After an error it may be tried again.
@@ -45,6 +54,11 @@ impl Joined {
         self.buffer.clear();
         Ok(())
     }
+}
+
+/// Whether content is written at once.
+pub(super) fn is_long(content: &[u8]) -> bool {
+    content.len() >= LONG
 }
 
 #[cfg(test)]
@@ -57,17 +71,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn joined_content_is_what_single_writes_make(pieces in prop::collection::vec((0..3 * DEVICE_BLOCK, 0..9000_usize), 0..12)) {
+        fn joined_content_is_what_single_writes_make(pieces in prop::collection::vec((0..3 * DEVICE_BLOCK, prop_oneof![8 => 0..9000_usize, 1 => LONG - 1..LONG + 9]), 0..12)) {
             let [apart, together] = [(); 2].map(|()| tempfile::tempfile().unwrap());
             let (mut at, mut joined) = (0, Joined::default());
             for (number, (gap, length)) in (1_u8..).zip(pieces) {
                 at += gap;
                 let content = vec![number; length];
                 apart.write_all_at(&content, at).unwrap();
-                if !joined.takes(at) {
-                    joined.write(&together).unwrap();
-                }
-                joined.add(at, &content);
+                joined.add(&together, at, &content).unwrap();
                 at += length as u64;
             }
             joined.write(&together).unwrap();
@@ -87,10 +98,10 @@ mod tests {
     fn a_long_gap_stays_a_hole() {
         let file = tempfile::tempfile().unwrap();
         let mut joined = Joined::default();
-        joined.add(0, b"a");
-        assert!(joined.takes(DEVICE_BLOCK) && !joined.takes(DEVICE_BLOCK + 1) && !joined.takes(0));
-        joined.write(&file).unwrap();
-        joined.add(1 << 30, b"b");
+        joined.add(&file, 0, b"a").unwrap();
+        let takes = |offset| joined.takes(offset, b"b");
+        assert!(takes(DEVICE_BLOCK) && !takes(DEVICE_BLOCK + 1) && !takes(0));
+        joined.add(&file, 1 << 30, b"b").unwrap();
         joined.write(&file).unwrap();
         assert_eq!(joined.len(), 0);
         assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);

@@ -1,13 +1,12 @@
 //! Writing a whole device in order.
 
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::checksum::Checksummer;
 use super::file::{Checks, DeviceFile};
 use super::geometry::Geometry;
-use super::joined::Joined;
+use super::joined::{Joined, is_long};
 use super::{CacheBudget, DataDevice, DeviceError};
 use crate::index::SpanIndex;
 use crate::store::Draft;
@@ -15,8 +14,6 @@ use crate::toc::ExtentTable;
 
 /// Bytes collected before one write: large enough that a layer of small files costs few system calls.
 const WRITE_BUFFER: usize = 1 << 20;
-/// Content of this many bytes is written by itself: copying it would cost more than the system call.
-const LONG: usize = 128 << 10;
 
 /// Writes a whole device in order, joining small files into large writes.
 #[derive(Debug)]
@@ -47,20 +44,15 @@ impl DeviceWriter {
     /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it. Then, and after an error,
     /// nothing was added: it may be tried again, or the device cannot be finished.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
-        let is_long = bytes.len() >= LONG;
-        let is_due = is_long || self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset);
+        let is_due = self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset, bytes);
         if is_due && !self.flush(budget)? {
             return Ok(false);
         }
-        if is_long {
-            if !budget.reserve(bytes.len() as u64) {
-                return Ok(false);
-            }
-            let written = self.draft.file().write_all_at(bytes, offset);
-            written.map_err(DeviceError::at(&self.path))?;
-        } else {
-            self.joined.add(offset, bytes);
+        if is_long(bytes) && !budget.reserve(bytes.len() as u64) {
+            return Ok(false);
         }
+        let added = self.joined.add(self.draft.file(), offset, bytes);
+        added.map_err(DeviceError::at(&self.path))?;
         let checks = &mut self.checks;
         self.summer
             .content(offset, bytes, &mut |check, crc| checks.add(check, crc));

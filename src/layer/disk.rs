@@ -40,14 +40,16 @@ pub(super) struct LayerDisk {
 }
 
 /// What a read found that did not get its bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Miss {
     /// They are not on the device.
     Absent,
-    /// These spans are damaged.
-    Damaged(Range<u32>),
-    /// The file is cut short.
-    CutShort,
+    /// This span is damaged.
+    Damaged(u32),
+    /// No bytes of the range can be read from the file.
+    Unreadable,
+    /// The file of this device is cut short, or is no longer at its place.
+    Lost(Arc<DataDevice>),
 }
 
 impl LayerDisk {
@@ -107,10 +109,9 @@ impl LayerDisk {
         damage.get(&span).is_some_and(|damage| damage.distrusted)
     }
 
-    /// Fills `buf` from the device; `spans` are those that have bytes of the range.
+    /// Fills `buf` from the device.
     pub(super) fn read(
         &self,
-        spans: Range<u32>,
         offset: u64,
         buf: &mut [u8],
         has_content: impl Fn(Range<u64>) -> bool,
@@ -121,15 +122,15 @@ impl LayerDisk {
             Ok(Found::Absent) => Err(Miss::Absent),
             Ok(Found::Damaged(span)) => {
                 tracing::warn!(layer = %self.layer, span, "a span on the data device is not what was written, fetching it again");
-                Err(Miss::Damaged(span..span + 1))
+                Err(Miss::Damaged(span))
             }
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                tracing::warn!(layer = %self.layer, "the data device is cut short, making a new one");
-                Err(Miss::CutShort)
+            Err(error) if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::NotFound) => {
+                tracing::warn!(layer = %self.layer, %error, "the data device is lost, opening it anew");
+                Err(Miss::Lost(device))
             }
             Err(error) => {
-                tracing::warn!(layer = %self.layer, ?spans, %error, "cannot read the data device, fetching these spans again");
-                Err(Miss::Damaged(spans))
+                tracing::warn!(layer = %self.layer, offset, %error, "cannot read the data device, fetching again what is there");
+                Err(Miss::Unreadable)
             }
         }
     }
