@@ -9,7 +9,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::mountinfo;
@@ -56,7 +56,8 @@ pub(super) async fn abandoned(device: Option<String>, parent: Option<u32>) {
                         tokio::time::sleep(HELD).await;
                     }
                 }
-                Ok(None) => {}
+                // It has just ended.
+                Ok(None) => tokio::time::sleep(AGAIN).await,
                 // No descriptors of processes in this kernel, or none left.
                 Err(_) => tokio::time::sleep(HELD).await,
             },
@@ -94,16 +95,24 @@ fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
     if let Some(parent) = parent
         && nix::unistd::getppid().as_raw().cast_unsigned() == parent
     {
-        return Reach::Process(parent);
+        return match parent {
+            // It is in an outer process namespace, and cannot be waited for from here.
+            0 => Reach::Held,
+            parent => Reach::Process(parent),
+        };
     }
     let mut others = Vec::new();
     let machine = is_root_namespace();
-    for pid in all().filter(|&pid| pid != me && !serves(pid)) {
+    let program = program("self");
+    for pid in all().filter(|&pid| pid != me && !serves(pid, program.as_deref())) {
         let theirs = match namespace_of(&pid.to_string()) {
             Ok(theirs) => theirs,
             // One that root may not look at can be anywhere; who is no root does not share its namespaces with such.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && machine && pid != 1 => {
-                return Reach::Process(pid);
+                match process::process_start(pid) {
+                    Some(_) => return Reach::Process(pid),
+                    None => continue,
+                }
             }
             // It has ended: a zombie is in no namespace any more.
             Err(_) => continue,
@@ -140,13 +149,17 @@ fn holds(pid: u32, name: &OsStr) -> bool {
         .any(|target| target.as_os_str() == name)
 }
 
-/// Whether a process only serves a mount, as this one does or for the overlay on it.
-fn serves(pid: u32) -> bool {
+/// The file that a process runs.
+fn program(process: &str) -> Option<PathBuf> {
+    fs::read_link(Path::new("/proc").join(process).join("exe")).ok()
+}
+
+/// Whether a process only serves a mount, as this one, which runs `own`, does, or for the overlay on it.
+fn serves(pid: u32, own: Option<&Path>) -> bool {
     if process::name(pid) == "fuse-overlayfs" {
         return true;
     }
-    let program = |process: &str| fs::read_link(Path::new("/proc").join(process).join("exe")).ok();
-    if program("self") != program(&pid.to_string()) {
+    if program(&pid.to_string()).as_deref() != own {
         return false;
     }
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
