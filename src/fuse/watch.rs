@@ -173,7 +173,9 @@ impl Watch {
         let mut interrupted = Vec::new();
         for (id, waiting) in &mut state.waiting {
             let end = match seen.get(&waiting.thread) {
-                None | Some(Thread::Waits) => {
+                // It was not looked at this time.
+                None => false,
+                Some(Thread::Waits) => {
                     waiting.signalled = None;
                     false
                 }
