@@ -54,12 +54,20 @@ impl FileBlob {
         }
     }
 
-    async fn open(&self) -> Result<Arc<File>, BlobError> {
-        if let Some(file) = &self.file {
-            return Ok(file.clone());
-        }
-        let path = self.path.clone();
-        blocking(&self.path, move || open_regular(&path).map(|(file, _)| Arc::new(file))).await
+    /// Opens the file, if it is not open, and reads a piece. Blocks.
+    fn read_first(&self, rest: &Range<u64>) -> Result<(Arc<File>, Bytes), BlobError> {
+        let file = match &self.file {
+            Some(file) => file.clone(),
+            None => Arc::new(open_regular(&self.path)?.0),
+        };
+        let piece = self.read_next(&file, rest)?;
+        Ok((file, piece))
+    }
+
+    /// Reads the next piece of what is left. Blocks.
+    fn read_next(&self, file: &File, rest: &Range<u64>) -> Result<Bytes, BlobError> {
+        let len = PIECE.min(rest.end - rest.start);
+        read_piece(file, &self.path, self.offset + rest.start, len)
     }
 }
 
@@ -80,17 +88,22 @@ impl BlobSource for FileBlob {
                 reason: format!("the blob has {} bytes", self.size),
             });
         }
-        let file = self.open().await?;
-        let pieces = futures::stream::try_unfold((self.clone(), file, range), |(blob, file, rest)| async move {
+        if range.is_empty() {
+            return Ok(futures::stream::empty().boxed());
+        }
+        let (blob, rest) = (self.clone(), range.clone());
+        let (file, first) = blocking(&self.path, move || blob.read_first(&rest)).await?;
+        let rest = range.start + first.len() as u64..range.end;
+        let more = futures::stream::try_unfold((self.clone(), file, rest), |(blob, file, rest)| async move {
             if rest.is_empty() {
                 return Ok(None);
             }
-            let end = rest.end.min(rest.start + PIECE);
-            let (offset, len) = (blob.offset + rest.start, end - rest.start);
-            let (source, path) = (Arc::clone(&file), Arc::clone(&blob.path));
-            let piece = blocking(&blob.path, move || read_piece(&source, &path, offset, len)).await?;
-            Ok(Some((piece, (blob, file, end..rest.end))))
+            let (reader, source, next) = (blob.clone(), file.clone(), rest.clone());
+            let piece = blocking(&blob.path, move || reader.read_next(&source, &next)).await?;
+            let rest = rest.start + piece.len() as u64..rest.end;
+            Ok(Some((piece, (blob, file, rest))))
         });
+        let pieces = futures::stream::once(async { Ok(first) }).chain(more);
         Ok(pieces.boxed())
     }
 }

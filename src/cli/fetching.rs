@@ -6,16 +6,14 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use futures::future::select_all;
 use nix::libc;
 use tokio::runtime::{Builder, Runtime};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::units::human;
 use crate::image::Preparation;
 use crate::layer::kept_of_layer;
-use crate::mount;
+use crate::mount::Signals;
 use crate::store::Store;
 
 /// How long a command may take to end, whatever it does at the moment: it may be reading from a dead disk, waiting for a lock
@@ -47,30 +45,8 @@ fn status_of(signal: i32) -> u8 {
 }
 
 /// The signals that end a command, but for those that it was started to ignore.
-pub(super) struct Signals(Vec<(i32, Signal)>);
-
-impl Signals {
-    /// From here on these signals do not kill this process. Call it from within a runtime.
-    pub(super) fn catch() -> std::io::Result<Self> {
-        let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter();
-        let wanted = signals.filter(|&number| !mount::is_ignored(number));
-        let caught = wanted.map(|number| Ok((number, signal(SignalKind::from_raw(number))?)));
-        caught.collect::<std::io::Result<_>>().map(Self)
-    }
-
-    /// The number of the next one.
-    pub(super) async fn next(&mut self) -> i32 {
-        if self.0.is_empty() {
-            return std::future::pending().await;
-        }
-        let all = self.0.iter_mut().map(|(number, signal)| {
-            Box::pin(async move {
-                signal.recv().await;
-                *number
-            })
-        });
-        select_all(all).await.0
-    }
+pub(super) fn signals() -> std::io::Result<Signals> {
+    Signals::catch(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
 }
 
 /// A runtime, and whether a signal came.
@@ -111,7 +87,7 @@ impl Fetching {
             Some(signalled) => signalled.clone(),
             None => {
                 let _entered = self.runtime().enter();
-                let caught = Signals::catch()?;
+                let caught = signals()?;
                 self.signalled.get_or_init(|| watch(self.runtime(), caught)).clone()
             }
         };

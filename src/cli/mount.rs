@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::ChildStdout;
 
 use super::config::Config;
-use super::fetching::{Interrupted, Signals};
+use super::fetching::{Interrupted, signals};
 use super::mounts::locate;
 use super::say;
 use super::{Fetching, ImageArgs, explain, open, progress, text};
@@ -159,7 +160,7 @@ async fn start(config: &Config, args: &MountArgs, mountpoint: &Path) -> anyhow::
     let entry = RunDir::open()?.entry(mountpoint);
     entry.check_free()?;
     let (mut log, log_path) = entry.create_log()?;
-    let mut signals = Signals::catch().context("cannot handle signals")?;
+    let mut signals = signals().context("cannot handle signals")?;
     let mut child = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(SERVE, &log_path)
@@ -192,10 +193,17 @@ async fn end(child: &mut Child) -> anyhow::Result<()> {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
     }
     let asked = Instant::now();
+    let mut killed = false;
     while child.try_wait()?.is_none() {
-        if asked.elapsed() > GRACE {
+        if asked.elapsed() > 2 * GRACE {
+            bail!(
+                "process {} behind the mount does not end, although it was killed",
+                child.id()
+            );
+        }
+        if asked.elapsed() > GRACE && !killed {
             child.kill()?;
-            child.wait()?;
+            killed = true;
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -423,14 +431,27 @@ fn upper(args: &MountArgs, context: &crate::layer::LayerContext, mountpoint: &Pa
     Ok(Some(Upper::Private(scratch)))
 }
 
+/// Whether a line can be written to standard output without waiting (poll(2): a pipe is writable if there is room for
+/// `PIPE_BUF` bytes, which is more than any line of progress).
+fn has_room() -> bool {
+    let stdout = std::io::stdout();
+    let mut polled = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
+    // Where it cannot be told, the write tells.
+    poll(&mut polled, PollTimeout::ZERO).map_or(true, |ready| ready > 0)
+}
+
 /// Report lines on standard output, if somebody listens; the log has what nobody hears.
 struct Reports {
     on: bool,
 }
 
 impl Reports {
-    /// Says whether somebody listens.
+    /// Says whether somebody listens. Progress that the pipe has no room for is left out: a process that waits may be stopped,
+    /// and this one has to go on.
     fn send(&self, report: &Report) -> bool {
+        if self.on && matches!(report, Report::Progress { .. }) && !has_room() {
+            return true;
+        }
         let line = serde_json::to_string(report).expect("a report has only strings and numbers");
         let heard = self.on && writeln!(std::io::stdout(), "{line}").is_ok();
         match report {

@@ -54,8 +54,9 @@ impl Attached {
         self.upper_lock = Some(lock);
         let below = self.mounts.len();
         self.add(&mountpoint)?;
-        for mount in self.mounts.drain(..below) {
-            kernel::unmount(&mount, true)?;
+        for _ in 0..below {
+            kernel::unmount(&self.mounts[0], true)?;
+            self.mounts.remove(0);
         }
         Ok(())
     }

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::attached::Attached;
@@ -25,6 +24,7 @@ use super::prefetch::{Prefetch, Side};
 use super::private;
 use super::process::process_start;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
+use super::signals::Signals;
 use super::stall::Stall;
 use super::takedown::{self, TakedownError};
 use crate::fs::{FsError, Reads};
@@ -148,7 +148,7 @@ pub async fn serve(
     events: impl Fn(Event),
 ) -> Result<(), MountError> {
     // From here on a signal takes down what stands, instead of killing the process.
-    let signals = Signals::catch()?;
+    let signals = Signals::catch(&[libc::SIGHUP]).map_err(system("handle signals"))?;
     let entry = RunDir::open()?.entry(&config.mountpoint);
     let turn = entry.turn().await?;
     entry.check_free()?;
@@ -209,51 +209,6 @@ async fn look_after_store(context: LayerContext) {
             context.health.store_works();
         }
     }
-}
-
-/// The signals that end a mount.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    /// None if it was ignored when the process began, as nohup(1) does.
-    hangup: Option<Signal>,
-}
-
-impl Signals {
-    fn catch() -> Result<Self, MountError> {
-        let catch = |kind| signal(kind).map_err(system("handle signals"));
-        Ok(Self {
-            terminate: catch(SignalKind::terminate())?,
-            interrupt: catch(SignalKind::interrupt())?,
-            hangup: match is_ignored(libc::SIGHUP) {
-                true => None,
-                false => Some(catch(SignalKind::hangup())?),
-            },
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-            () = received(self.hangup.as_mut()) => {}
-        }
-    }
-}
-
-async fn received(signal: Option<&mut Signal>) {
-    match signal {
-        Some(signal) => drop(signal.recv().await),
-        None => std::future::pending().await,
-    }
-}
-
-/// Whether this process ignores a signal (proc(5): SigIgn).
-pub fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.unwrap_or(0) >> (signal - 1) & 1 == 1
 }
 
 /// Those who asked for the unmount and wait for their answer.
@@ -361,7 +316,7 @@ impl Mount {
                     tracing::info!("the mount namespace has ended, nobody can reach the mount any more");
                     return Ok(asked);
                 }
-                () = signals.next() => return Ok(asked),
+                _ = signals.next() => return Ok(asked),
                 // Somebody else unmounted it before there was a session to end.
                 () = kernel::gone(watched.as_ref()) => {
                     self.attached.forget_mounts();

@@ -31,6 +31,8 @@ const H2_CONNECTION_WINDOW: u32 = 16 << 20;
 pub(super) struct Pools {
     settings: Settings,
     authorities: Vec<CertificateDer<'static>>,
+    /// Made once: it reads the system's certificates, and pools that share it resume each other's sessions.
+    tls: OnceLock<Result<rustls::ClientConfig, BlobError>>,
     lanes: [OnceLock<Result<Client, BlobError>>; 16],
 }
 
@@ -56,6 +58,7 @@ impl Pools {
                 stall_timeout: config.stall_timeout,
             },
             authorities,
+            tls: OnceLock::new(),
             lanes: [const { OnceLock::new() }; 16],
         })
     }
@@ -108,23 +111,30 @@ impl Pools {
 
     /// The system's authorities and the configured ones. Without TLS an empty set does: it is never used.
     fn tls_config(&self, tls: bool) -> Result<rustls::ClientConfig, BlobError> {
-        let mut trusted = Vec::new();
-        if tls {
-            // A system without certificates is no error by itself: the configured authorities may suffice, and if not, the
-            // handshake says that the issuer is unknown.
-            let native = rustls_native_certs::load_native_certs();
-            for error in &native.errors {
-                tracing::debug!(%error, "a system certificate could not be read");
-            }
-            trusted = [native.certs, self.authorities.clone()].concat();
+        match tls {
+            true => self.tls.get_or_init(|| config(self.trusted())).clone(),
+            false => config(Vec::new()),
         }
-        let mut config = tls::config(trusted).map_err(|error| BlobError::Tls {
-            host: "this machine".to_owned(),
-            reason: error.to_string(),
-        })?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(config)
     }
+
+    /// A system without certificates is no error by itself: the configured authorities may suffice, and if not, the handshake
+    /// says that the issuer is unknown.
+    fn trusted(&self) -> Vec<CertificateDer<'static>> {
+        let native = rustls_native_certs::load_native_certs();
+        for error in &native.errors {
+            tracing::debug!(%error, "a system certificate could not be read");
+        }
+        [native.certs, self.authorities.clone()].concat()
+    }
+}
+
+fn config(trusted: Vec<CertificateDer<'static>>) -> Result<rustls::ClientConfig, BlobError> {
+    let mut config = tls::config(trusted).map_err(|error| BlobError::Tls {
+        host: "this machine".to_owned(),
+        reason: error.to_string(),
+    })?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 fn read_authorities(path: &Path) -> Result<Vec<CertificateDer<'static>>, BlobError> {

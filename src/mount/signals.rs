@@ -1,0 +1,44 @@
+//! The signals that ask a process to end.
+
+use std::io;
+
+use futures::future::select_all;
+use nix::libc;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// SIGINT, SIGTERM and SIGHUP, caught.
+#[derive(Debug)]
+pub struct Signals(Vec<(i32, Signal)>);
+
+impl Signals {
+    /// From here on these signals do not kill this process. Those of `ignorable` that it was started to ignore stay ignored, as
+    /// nohup(1) and shells ask for. Call it from within a runtime.
+    pub fn catch(ignorable: &[i32]) -> io::Result<Self> {
+        let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter();
+        let wanted = signals.filter(|number| !ignorable.contains(number) || !is_ignored(*number));
+        let caught = wanted.map(|number| Ok((number, signal(SignalKind::from_raw(number))?)));
+        caught.collect::<io::Result<_>>().map(Self)
+    }
+
+    /// The number of the next one.
+    pub async fn next(&mut self) -> i32 {
+        if self.0.is_empty() {
+            return std::future::pending().await;
+        }
+        let all = self.0.iter_mut().map(|(number, signal)| {
+            Box::pin(async move {
+                signal.recv().await;
+                *number
+            })
+        });
+        select_all(all).await.0
+    }
+}
+
+/// Whether this process ignores a signal (proc(5): SigIgn).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.unwrap_or(0) >> (signal - 1) & 1 == 1
+}
