@@ -153,6 +153,13 @@ pub struct RunEntry {
 }
 
 impl RunEntry {
+    /// The directory that it is in.
+    pub(super) fn run(&self) -> RunDir {
+        RunDir {
+            path: self.path.parent().unwrap_or(&self.path).to_owned(),
+        }
+    }
+
     fn io(&self, path: &Path) -> impl Fn(io::Error) -> RegistrationError + use<> {
         let path = path.to_owned();
         move |source| RegistrationError::Io {

@@ -61,7 +61,7 @@ async fn ask(entry: &RunEntry, record: &MountRecord) -> Option<MountStatus> {
     if matches!(
         status.state,
         MountState::Preparing | MountState::Stalled | MountState::Ready | MountState::Failed | MountState::Unresponsive
-    ) && let Some((_, reason)) = still_used(record)
+    ) && let Some((_, reason)) = still_used(entry, record)
     {
         status.state = MountState::Detached;
         status.problem = Some(match status.problem {
@@ -109,13 +109,30 @@ pub(super) fn registered(entry: &RunEntry, record: &MountRecord) -> Result<bool,
 }
 
 /// Why the process of a mount that is unmounted goes on; and whether nobody was found who uses it.
-pub(super) fn still_used(record: &MountRecord) -> Option<(bool, String)> {
-    let standing = record.standing.as_ref().filter(|_| record.is_detached())?;
-    let users = Users::of(standing, record.pid);
+pub(super) fn still_used(entry: &RunEntry, record: &MountRecord) -> Option<(bool, String)> {
+    let users = record.is_detached().then(|| users(entry, record)).flatten()?;
     Some((
         users.is_empty(),
         format!("it is unmounted, but process {} goes on: {users}", record.pid),
     ))
+}
+
+/// Who uses a mount, besides its own process; none if it is not known which mount that is.
+pub(super) fn users(entry: &RunEntry, record: &MountRecord) -> Option<Users> {
+    let standing = record.standing.as_ref()?;
+    // The kernel gives the device number of a file system away again, also while the process behind it is stopped and has not
+    // noticed that it is gone. If another mount has the number now, nobody uses this one.
+    let table = mountinfo::table().unwrap_or_default();
+    let others = entry.run().records().unwrap_or_default();
+    let mut others = others.iter().filter(|(_, other)| other.pid != record.pid);
+    let is_given_away = others.any(|(_, other)| {
+        let other = other.standing.as_ref().filter(|other| other.device == standing.device);
+        other.is_some_and(|other| table.iter().any(|mount| mount.is(other)))
+    });
+    Some(match is_given_away {
+        true => Users::default(),
+        false => Users::of(standing, record.pid),
+    })
 }
 
 fn dead(record: &MountRecord) -> MountStatus {

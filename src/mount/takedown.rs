@@ -15,8 +15,7 @@ use super::mountinfo;
 use super::overlay;
 use super::process::{Process, standstill};
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
-use super::survey::{find, registered, still_used};
-use super::users::Users;
+use super::survey::{find, registered, still_used, users};
 
 /// How long a process that closes its connections gets to be gone.
 const ENDING: Duration = Duration::from_millis(800);
@@ -110,7 +109,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
     if !record.is_alive() {
         return clear(&entry, &record).await.map(|()| None);
     }
-    if let Some((nobody, reason)) = still_used(&record) {
+    if let Some((nobody, reason)) = still_used(&entry, &record) {
         // Another unmount may be about to end.
         if nobody && has_ended(&record).await {
             return clear(&entry, &record).await.map(|()| None);
@@ -127,7 +126,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
     }
     match control::call(&entry.socket(), &Request::Unmount { lazy }).await {
         Ok(Response::Unmounted) => Ok(None),
-        Ok(Response::Detached) => Ok(still_used(&record).map(|(_, reason)| reason)),
+        Ok(Response::Detached) => Ok(still_used(&entry, &record).map(|(_, reason)| reason)),
         Ok(Response::Failed { message }) => Err(TakedownError::Refused { message }),
         Ok(Response::Status(_) | Response::Working) => Err(not_mounted(mountpoint)),
         Err(ControlError::Slow) => {
@@ -173,8 +172,7 @@ async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instan
     })?;
     let pid = record.pid;
     let why = why.unwrap_or_default();
-    let users = record.standing.as_ref().map(|standing| Users::of(standing, pid));
-    if let Some(users) = users.filter(|users| !users.is_empty()) {
+    if let Some(users) = users(entry, record).filter(|users| !users.is_empty()) {
         return Ok(Some(format!(
             "it is unmounted, but process {pid} does not answer{why} and cannot be ended: {users}"
         )));
