@@ -315,7 +315,12 @@ fn merge(store: &Store, order: &[Digest], tocs: &Tocs, tables: &Arc<Allowance>) 
         let position = LayerIdx(position as u32);
         let merged = match &tocs[digest] {
             Some((toc, _)) => merger.add(position, toc),
-            None => merger.add(position, &layer::stored_toc(store, digest)?),
+            None => {
+                let toc = layer::stored_toc(store, digest)?;
+                let mut charge = tables.charge();
+                charge.exactly(toc.bytes() as u64)?;
+                merger.add(position, &toc)
+            }
         };
         merged.map_err(|error| match error {
             TreeError::Toc { source, .. } => ImageError::Layer(OpenError::Toc {

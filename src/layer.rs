@@ -31,6 +31,7 @@ mod stats;
 mod stripes;
 mod touch;
 mod turn;
+mod windows;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -52,6 +53,7 @@ use race::Origin;
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 use stripes::Ahead;
 use touch::Touches;
+use windows::Windows;
 
 use crate::blob::{BlobError, BlobSource, Link};
 use crate::device::{DataDevice, Piece};
@@ -119,6 +121,7 @@ pub struct Layer {
     health: Arc<Health>,
     lanes: Arc<Lanes>,
     ahead: Ahead,
+    windows: Windows,
     flights: Arc<Flights<Landing>>,
     touches: Touches,
     readahead: Mutex<Readahead>,

@@ -43,7 +43,8 @@ impl Allowance {
     }
 
     /// Bytes that are charged now.
-    pub fn used(&self) -> u64 {
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
@@ -76,9 +77,20 @@ impl Charge {
         self.allowance.limit
     }
 
+    /// Whether it has taken that many bytes already.
+    pub fn covers(&self, bytes: u64) -> bool {
+        bytes <= self.bytes
+    }
+
+    /// Returns all that it has taken.
+    pub fn clear(&mut self) {
+        self.allowance.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.bytes = 0;
+    }
+
     /// Takes at least `bytes` in all, a little more if it has to grow. If that is too much, nothing changes.
     pub fn cover(&mut self, bytes: u64) -> Result<(), OverLimit> {
-        if bytes <= self.bytes {
+        if self.covers(bytes) {
             return Ok(());
         }
         // The steps end at the limit.
@@ -110,7 +122,7 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.allowance.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.clear();
     }
 }
 

@@ -21,9 +21,10 @@
 //!
 //! Invariants: a file outside `tmp` is complete, because it was renamed there; only `partial` grows in its place, and is not
 //! believed. Documents are checked against the digest in their name when they are read, and spans, toc, extents, programs and
-//! trees against the seal that they carry ([`read_sealed`]); a profile that does not parse counts as none; `data` follows the rules of [`crate::device`]. Deleting any of it but `uppers`, at
-//! any time, costs fetches and nothing else. What is in a store that cannot be written is used but for `data`; one that cannot
-//! even be opened is replaced by [`Store::unavailable`], which remembers nothing: the mount goes on from memory.
+//! trees against the seal that they carry ([`read_sealed`]); a profile that does not parse counts as none; `data` follows the
+//! rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else. What is in a store
+//! that cannot be written is used but for `data`; one that cannot even be opened is replaced by [`Store::unavailable`], which
+//! remembers nothing: the mount goes on from memory.
 
 mod documents;
 mod draft;

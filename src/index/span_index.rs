@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::decoder::SpanDecoder;
 use super::format::{self, Entry, Header, malformed};
 use super::inflate::HISTORY;
-use super::zstd::room_within;
+use super::zstd::{Room, room_within};
 use super::{Compression, IndexError, SpanId};
 use crate::memory::TABLES;
 use crate::oci::{DiffId, Digest};
@@ -19,8 +19,6 @@ pub struct SpanIndex {
     /// Where the windows lie in `storage`.
     windows: Range<usize>,
     storage: Box<dyn AsRef<[u8]> + Send + Sync>,
-    /// Memory that a decoder may use.
-    room: u64,
 }
 
 impl fmt::Debug for SpanIndex {
@@ -41,7 +39,6 @@ impl SpanIndex {
             entries,
             windows: 0..windows.len(),
             storage: Box::new(windows),
-            room: TABLES,
         })
     }
 
@@ -56,7 +53,6 @@ impl SpanIndex {
             entries,
             windows,
             storage: Box::new(bytes),
-            room: TABLES,
         })
     }
 
@@ -67,11 +63,6 @@ impl SpanIndex {
 
     fn windows(&self) -> &[u8] {
         &(*self.storage).as_ref()[self.windows.clone()]
-    }
-
-    /// Lets each decoder use so many bytes of memory.
-    pub fn allow(&mut self, room: u64) {
-        self.room = room;
     }
 
     /// Memory that grows with the number of spans.
@@ -169,8 +160,13 @@ impl SpanIndex {
         self.entry(first).position.byte()..end
     }
 
-    /// A decoder of the spans `first..=last`. It wants the bytes of [`SpanIndex::blob_range`].
+    /// A decoder of the spans `first..=last`. It wants the bytes of [`SpanIndex::blob_range`]. Its window may take 192 MiB.
     pub fn decoder(&self, first: SpanId, last: SpanId) -> Result<SpanDecoder, IndexError> {
+        self.decoder_with_room(first, last, room_within(TABLES))
+    }
+
+    /// Makes a decoder like [`SpanIndex::decoder`] that asks `room` for the memory of its window.
+    pub fn decoder_with_room(&self, first: SpanId, last: SpanId, room: Room) -> Result<SpanDecoder, IndexError> {
         let (from, to) = (first.0 as usize, last.0 as usize);
         if from > to || to >= self.len() {
             return Err(IndexError::NoSuchSpans {
@@ -192,7 +188,7 @@ impl SpanIndex {
             entry.position,
             &self.window(entry)?,
             spans.collect(),
-            room_within(self.room),
+            room,
         )
     }
 

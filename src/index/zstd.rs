@@ -24,12 +24,13 @@ const ROOM_STEP: usize = 4 << 20;
 /// Name libzstd gives to a window beyond its limit.
 pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 
-/// Asked before a decoder uses so many bytes of memory, or more, for its window; may wait.
-pub type Room = Box<dyn FnMut(u64) -> Result<(), OverLimit> + Send>;
+/// Asked before a decoder uses so many bytes of memory for its window, of the second number of bytes that it may come to use;
+/// may wait.
+pub type Room = Box<dyn FnMut(u64, u64) -> Result<(), OverLimit> + Send>;
 
 /// Room for a single decoder that has `limit` bytes to itself.
 pub(super) fn room_within(limit: u64) -> Room {
-    Box::new(move |bytes| match bytes <= limit {
+    Box::new(move |bytes, _| match bytes <= limit {
         true => Ok(()),
         false => Err(OverLimit { limit }),
     })
@@ -159,7 +160,7 @@ impl Zstd {
             return Ok(());
         }
         let wanted = reserved.min(self.frame_made + ROOM_STEP);
-        (self.room)(wanted as u64).map_err(|source| IndexError::ZstdMemory {
+        (self.room)(wanted as u64, reserved as u64).map_err(|source| IndexError::ZstdMemory {
             offset: self.offset,
             bytes: reserved as u64,
             source,

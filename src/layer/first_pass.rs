@@ -20,11 +20,9 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 pub use self::error::FirstPassError;
-use super::LayerStats;
 use super::arrival::Arrival;
 use super::open::LayerContext;
 use super::race::Origin;
@@ -96,7 +94,8 @@ pub(super) async fn run(
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
-        let room = room(context, stats);
+        // Waiting for another layer's decoder is no work of this one: if that one stalls, so do both.
+        let room = context.windows.room(Some(stats));
         tokio::task::spawn_blocking(move || decode(&layer, compression, room, decoder_input, batches))
     };
     let table = {
@@ -226,24 +225,6 @@ impl DecodeSink for Recorder {
             .events
             .push((self.batch.bytes.len(), Event::Window(span, window)));
     }
-}
-
-/// Decoders that need more memory than this take turns, so that those of several layers do not keep each other from all of it.
-/// The windows of usual encoders, of 8 or 16 MiB, fit side by side.
-const LARGE_WINDOW: u64 = 20 << 20;
-
-/// Room for the decoder of a blob.
-fn room(context: &LayerContext, stats: Arc<LayerStats>) -> Room {
-    let (windows, runtime) = (context.windows.clone(), Handle::current());
-    let mut charge = context.tables.charge();
-    let mut turn = None;
-    Box::new(move |bytes| {
-        if bytes > LARGE_WINDOW && turn.is_none() {
-            // The semaphore is never closed. Waiting for the other layer is no work of this one: if that one stalls, so do both.
-            turn = runtime.block_on(stats.waiting(windows.clone().acquire_owned())).ok();
-        }
-        charge.cover(bytes)
-    })
 }
 
 /// The decode thread: from compressed bytes to batches. Returns the digest of the blob.

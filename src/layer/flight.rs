@@ -269,7 +269,10 @@ async fn decode(
     } else {
         (needed, 0)
     };
-    let mut decoder = layer.index.decoder(first, last).map_err(corrupt)?;
+    let mut decoder = layer
+        .index
+        .decoder_with_room(first, last, layer.windows.room(None))
+        .map_err(corrupt)?;
     let bytes = range.end - range.start;
     let mut timing = Timing::new(bytes);
     // What is asked for without a range cannot be cut.

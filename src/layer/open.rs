@@ -12,6 +12,7 @@ use super::programs;
 use super::race::Origin;
 use super::stripes::Ahead;
 use super::turn::Turn;
+use super::windows::Windows;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
 use crate::blob::{BlobSource, LinkId, Verdict};
 use crate::device::{CacheBudget, DataDevice};
@@ -41,8 +42,7 @@ pub struct LayerContext {
     /// Layers that are streamed are asked for until they come.
     patient: bool,
     passes: Arc<Semaphore>,
-    /// For passes that need much memory to decode.
-    pub(super) windows: Arc<Semaphore>,
+    pub(super) windows: Windows,
     pub(super) ahead: Ahead,
     /// Who may send a request now.
     pub lanes: Arc<Lanes>,
@@ -51,15 +51,16 @@ pub struct LayerContext {
 impl LayerContext {
     /// A context with `memory` bytes for decoded spans and `cache` bytes for data devices.
     pub fn new(store: Store, memory: usize, cache: u64) -> Self {
+        let tables = Allowance::new(TABLES + memory as u64);
         Self {
             budget: CacheBudget::new(store.clone(), cache),
             store,
             memory: Arc::new(SpanMemory::new(memory)),
-            tables: Allowance::new(TABLES + memory as u64),
+            windows: Windows::new(tables.clone()),
+            tables,
             health: Arc::default(),
             patient: false,
             passes: Arc::new(Semaphore::new(PASSES)),
-            windows: Arc::new(Semaphore::new(1)),
             ahead: Ahead::default(),
             lanes: Arc::default(),
         }
@@ -286,11 +287,10 @@ fn layer(
     context: &LayerContext,
     dir: &Option<LayerDir>,
     blob: Arc<dyn BlobSource>,
-    (mut index, extents, charge): (SpanIndex, ExtentTable, Charge),
+    (index, extents, charge): (SpanIndex, ExtentTable, Charge),
     device: Option<DataDevice>,
     stats: Arc<LayerStats>,
 ) -> Arc<Layer> {
-    index.allow(context.tables.limit());
     let touches = Touches::new(index.len());
     let (budget, health) = (context.budget.clone(), context.health.clone());
     let disk = LayerDisk::new(blob.digest().clone(), device, budget, health, stats.clone());
@@ -305,6 +305,7 @@ fn layer(
         health: context.health.clone(),
         lanes: context.lanes.clone(),
         ahead: context.ahead.clone(),
+        windows: context.windows.clone(),
         flights: Arc::default(),
         touches,
         readahead: Mutex::default(),
@@ -413,5 +414,5 @@ pub fn stored_toc(store: &Store, digest: &Digest) -> Result<PackedToc, OpenError
         .ok_or_else(|| lost("there is no store".to_owned()))?;
     let bytes = read_sealed(&dir.toc()).map_err(|e| lost(e.to_string()))?;
     let bytes = bytes.ok_or_else(|| lost("it is gone".to_owned()))?;
-    PackedToc::open(&bytes).map_err(|e| lost(e.to_string()))
+    PackedToc::open(bytes).map_err(|e| lost(e.to_string()))
 }

@@ -15,7 +15,7 @@
 //! A patient reading asks again when its request fails and another attempt can help, however long that takes.
 //!
 //! Invariants: a range has at most two requests at a time; second requests are bounded by [`Lanes::hedge`], and there are none
-//! while the blob's source waits on purpose before it tries again; only time spent waiting for bytes counts.
+//! while one waits on purpose before it asks again; only time spent waiting for bytes counts.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -82,6 +82,8 @@ struct Race {
 struct Runner {
     /// The next byte that it brings.
     at: u64,
+    /// When it asks.
+    from: Instant,
     flow: Flow,
 }
 
@@ -101,7 +103,7 @@ enum Event {
 impl Runner {
     /// Asks after `delay`.
     fn new(blob: Arc<dyn BlobSource>, range: Range<u64>, apart: bool, delay: Duration) -> Self {
-        let at = range.start;
+        let (at, from) = (range.start, Instant::now() + delay);
         let opening = async move {
             if !delay.is_zero() {
                 tokio::time::sleep(delay).await;
@@ -113,6 +115,7 @@ impl Runner {
         };
         Self {
             at,
+            from,
             flow: Flow::Opening(opening.boxed()),
         }
     }
@@ -184,8 +187,9 @@ impl Race {
 
     /// Waits for the next event: what it brings that was not passed on yet, which may be nothing.
     async fn step(&mut self) -> Result<Bytes, BlobError> {
-        let start = Instant::now();
-        let late = self.pace.window.saturating_sub(self.waited);
+        // The pause before a request that is made again is no time spent waiting for bytes.
+        let start = Instant::now().max(self.first.from);
+        let late = start + self.pace.window.saturating_sub(self.waited);
         let (first, second) = (&mut self.first, &mut self.second);
         let second = async {
             match second {
@@ -198,7 +202,7 @@ impl Race {
             biased;
             bytes = first.next() => Event::First(bytes),
             bytes = second => Event::Second(bytes),
-            () = tokio::time::sleep(late) => Event::Late,
+            () = tokio::time::sleep_until(late.into()) => Event::Late,
         };
         self.waited += start.elapsed();
         let bytes = match event {

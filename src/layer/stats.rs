@@ -62,12 +62,12 @@ pub struct LayerStatus {
     pub misses: u64,
     /// Ranged or whole requests made for the blob.
     pub requests: u64,
+    /// Requests, of those, that were made because an earlier one was far too slow.
+    #[serde(default)]
+    pub hedges: u64,
     /// Spans that were damaged on the local device and were fetched again; a device that was made anew counts as one.
     #[serde(default)]
     pub healed: u64,
-    /// Those of them that were made because an earlier one was far too slow.
-    #[serde(default)]
-    pub hedges: u64,
     /// Spans in the layer; 0 until the index is there.
     pub spans: u32,
     /// Spans on the local device.

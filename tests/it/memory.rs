@@ -211,6 +211,36 @@ fn a_window_takes_what_it_holds_and_no_more_than_is_allowed() {
     assert!(enough.ok(["ls", &image]).text().trim().ends_with("large"));
 }
 
+#[test]
+fn readers_of_large_windows_take_no_more_together() {
+    const SIZE: usize = 100 << 20;
+    let layer = |number: usize| {
+        let mut content = vec![0; SIZE];
+        content[SIZE - 1] = number as u8;
+        long_zstd(&Tar::new().file(format!("f{number}"), &content).finish())
+    };
+    let registry = TestRegistry::start();
+    push(&registry, "app", "1", &(0..4).map(layer).collect::<Vec<_>>());
+    let ocifs = Ocifs::with(&["--memory", "1MiB"]);
+    let image = format!("{}/app:1", registry.host());
+    let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
+    ocifs.ok(["cache", "prune", "--to", "0B"]);
+    registry.clear_log();
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            let path = mount.join(format!("f{number}"));
+            scope.spawn(move || {
+                let file = File::open(path).unwrap();
+                let mut last = [0];
+                file.read_exact_at(&mut last, SIZE as u64 - 1).unwrap();
+                assert_eq!(last, [number]);
+            });
+        }
+    });
+    assert_ne!(registry.log().len(), 0, "they were decoded again");
+    assert!(peak_of(&mount) <= 1 + CONSTANT, "{} MiB", peak_of(&mount));
+}
+
 /// The command with at most so many open files.
 fn with_files(limit: u32, direct: &Command, ocifs: &Ocifs) -> Command {
     let mut command = Command::new("prlimit");

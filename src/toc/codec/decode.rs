@@ -22,7 +22,7 @@ impl Toc {
     /// Reads what [`Toc::encode`] wrote. The bytes need not be trusted, the result keeps all invariants of the type; whether it
     /// describes the layer is another question.
     pub fn decode(bytes: &[u8]) -> Result<Self, TocError> {
-        PackedToc::open(bytes)?.unpack()
+        PackedToc::open(bytes.to_vec())?.unpack()
     }
 
     /// Writes the table as [`Toc::decode`] reads it.
@@ -33,12 +33,12 @@ impl Toc {
 
 impl PackedToc {
     /// Takes what [`PackedToc::write`] wrote. Only the checksum is looked at; everything else is checked when it is read.
-    pub fn open(bytes: &[u8]) -> Result<Self, TocError> {
-        let head = bytes.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
-        if &head[..8] != MAGIC || u32_at(head, 8) != VERSION {
+    pub fn open(mut bytes: Vec<u8>) -> Result<Self, TocError> {
+        let head = *bytes.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
+        if &head[..8] != MAGIC || u32_at(&head, 8) != VERSION {
             return Err(TocError::Format { what: WHAT });
         }
-        let body_len = u64::from(u32_at(head, 32)) | u64::from(u32_at(head, 36)) << 32;
+        let body_len = u64::from(u32_at(&head, 32)) | u64::from(u32_at(&head, 36)) << 32;
         if (bytes.len() - HEAD).checked_sub(HASH).map(|len| len as u64) != Some(body_len) {
             return Err(corrupt("its length is wrong"));
         }
@@ -46,10 +46,9 @@ impl PackedToc {
         if blake3::hash(content).as_bytes() != hash {
             return Err(corrupt("its checksum does not match"));
         }
-        Ok(Self {
-            head: *head,
-            body: content[HEAD..].to_vec(),
-        })
+        bytes.truncate(bytes.len() - HASH);
+        bytes.drain(..HEAD);
+        Ok(Self { head, body: bytes })
     }
 
     /// The entries, one after another, in archive order.

@@ -1,0 +1,239 @@
+//! Memory for the windows of zstd decoders, which all that decode at a time share.
+//!
+//! A window is charged to the allowance of the image's tables. Where there is no room, a decoder waits until others are done,
+//! and is refused only if no other one has any memory. Nobody waits in a circle:
+//!
+//! * a decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for as much as it can come to need; while it
+//!   waits it has nothing;
+//! * decoders with larger windows take turns before they have anything, so that only one of them grows;
+//! * where a large window follows on ordinary ones, a decoder may have memory while it waits for its turn. Whoever has the
+//!   turn does not wait for that one.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::LayerStats;
+use crate::index::Room;
+use crate::memory::{Allowance, Charge, OverLimit};
+
+/// The windows of usual encoders, of 8 or 16 MiB, are no larger with all that a decoder needs beside them.
+const ORDINARY: u64 = 20 << 20;
+
+/// The memory of all decoders of a process.
+#[derive(Debug, Clone)]
+pub(super) struct Windows {
+    tables: Arc<Allowance>,
+    large: Arc<Semaphore>,
+    holders: Arc<Holders>,
+}
+
+/// Decoders that have memory and will give it back.
+#[derive(Debug, Default)]
+struct Holders {
+    count: Mutex<usize>,
+    /// There is one less.
+    changed: Notify,
+}
+
+impl Holders {
+    /// One holds memory, and waits for none of the others.
+    fn more(&self) {
+        *self.count.lock().expect("no panic while locked") += 1;
+    }
+
+    /// One has given back its memory by `giving`, or waits for others.
+    fn less(&self, giving: impl FnOnce()) {
+        let mut count = self.count.lock().expect("no panic while locked");
+        *count -= 1;
+        // Whoever looks next finds both as they are now.
+        giving();
+        drop(count);
+        self.changed.notify_waiters();
+    }
+}
+
+/// What a decoder has.
+#[derive(Debug)]
+struct Window {
+    windows: Windows,
+    charge: Charge,
+    /// Of one that needs more than others.
+    turn: Option<OwnedSemaphorePermit>,
+    holds: bool,
+}
+
+impl Windows {
+    pub(super) fn new(tables: Arc<Allowance>) -> Self {
+        Self {
+            tables,
+            large: Arc::new(Semaphore::new(1)),
+            holders: Arc::default(),
+        }
+    }
+
+    /// Room for one decoder, which may wait on a thread that is allowed to. `opening` is told while it does: whose layer is
+    /// being opened depends on others then.
+    pub(super) fn room(&self, opening: Option<Arc<LayerStats>>) -> Room {
+        let runtime = Handle::current();
+        let mut window = Window {
+            windows: self.clone(),
+            charge: self.tables.charge(),
+            turn: None,
+            holds: false,
+        };
+        Box::new(move |bytes, reserved| {
+            if window.charge.covers(bytes) {
+                return Ok(());
+            }
+            let covering = window.cover(bytes, reserved);
+            let covering = async {
+                match &opening {
+                    Some(stats) => stats.waiting(covering).await,
+                    None => covering.await,
+                }
+            };
+            tokio::task::block_in_place(|| runtime.block_on(covering))
+        })
+    }
+}
+
+impl Window {
+    async fn cover(&mut self, bytes: u64, reserved: u64) -> Result<(), OverLimit> {
+        if reserved > ORDINARY && self.turn.is_none() {
+            self.take_turn().await;
+        }
+        let wanted = bytes.max(reserved.min(ORDINARY));
+        let holders = self.windows.holders.clone();
+        loop {
+            let changed = holders.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let mut count = holders.count.lock().expect("no panic while locked");
+                match self.charge.cover(wanted).or_else(|_| self.charge.cover(bytes)) {
+                    Ok(()) => {
+                        *count += usize::from(!self.holds);
+                        self.holds = true;
+                        return Ok(());
+                    }
+                    Err(error) if *count == usize::from(self.holds) => return Err(error),
+                    Err(_) => {}
+                }
+            }
+            changed.await;
+        }
+    }
+
+    async fn take_turn(&mut self) {
+        if self.holds {
+            self.windows.holders.less(|| ());
+        }
+        // The semaphore is never closed.
+        self.turn = self.windows.large.clone().acquire_owned().await.ok();
+        if self.holds {
+            self.windows.holders.more();
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if self.holds {
+            let charge = &mut self.charge;
+            self.windows.holders.less(|| charge.clear());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn windows(limit: u64) -> (Windows, Arc<Allowance>) {
+        let tables = Allowance::new(limit);
+        (Windows::new(tables.clone()), tables)
+    }
+
+    /// Asks for `bytes` on a thread of its own, and gives the room back with what it got.
+    fn ask(mut room: Room, bytes: u64) -> tokio::task::JoinHandle<(Room, Result<(), OverLimit>)> {
+        tokio::task::spawn_blocking(move || {
+            let got = room(bytes, bytes.max(16 * MIB));
+            (room, got)
+        })
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn decoders_wait_for_each_other_and_not_for_ever() {
+        let (windows, tables) = windows(50 * MIB);
+        let (first, got) = ask(windows.room(None), 4 * MIB).await.unwrap();
+        got.unwrap();
+        let (second, got) = ask(windows.room(None), 9 * MIB).await.unwrap();
+        got.unwrap();
+        assert!(tables.used() >= 32 * MIB);
+        // The next one has to wait, and so has one that needs more than there is beside others.
+        let third = ask(windows.room(None), 20 * MIB);
+        let large = ask(windows.room(None), 45 * MIB);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!third.is_finished() && !large.is_finished());
+        drop(first);
+        let (third, got) = third.await.unwrap();
+        got.unwrap();
+        drop((second, third));
+        let (large, got) = large.await.unwrap();
+        got.unwrap();
+        // Nobody else has any.
+        let (large, got) = ask(large, 51 * MIB).await.unwrap();
+        assert_eq!(got, Err(OverLimit { limit: 50 * MIB }));
+        drop(large);
+        assert_eq!(tables.used(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn many_that_grow_past_the_ordinary_all_get_done() {
+        let (windows, tables) = windows(64 * MIB);
+        let growing = (0..12).map(|_| {
+            let mut room = windows.room(None);
+            tokio::task::spawn_blocking(move || {
+                for bytes in (4..=60).step_by(4) {
+                    room(bytes * MIB, 60 * MIB)?;
+                }
+                Ok::<_, OverLimit>(())
+            })
+        });
+        for done in futures::future::join_all(growing).await {
+            done.unwrap().unwrap();
+        }
+        assert_eq!(tables.used(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn large_windows_after_ordinary_ones_end_one_way_or_another() {
+        let (windows, tables) = windows(64 * MIB);
+        let growing = (0..12).map(|_| {
+            let mut room = windows.room(None);
+            tokio::task::spawn_blocking(move || {
+                room(8 * MIB, 9 * MIB)?;
+                room(60 * MIB, 60 * MIB)
+            })
+        });
+        let done = futures::future::join_all(growing).await;
+        // The last one has all for itself.
+        assert!(done.into_iter().any(|done| done.unwrap().is_ok()));
+        assert_eq!(tables.used(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_fits_beside_the_tables_alone_is_used() {
+        let (windows, tables) = windows(24 * MIB);
+        let mut of_tables = tables.charge();
+        of_tables.exactly(16 * MIB).unwrap();
+        let (_window, got) = ask(windows.room(None), 6 * MIB).await.unwrap();
+        got.unwrap();
+    }
+}
