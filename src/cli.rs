@@ -34,7 +34,7 @@ use fetching::{Fetching, Interrupted};
 use image_name::ImageName;
 use units::Size;
 
-use crate::image::Confirm;
+use ocifs::image::Confirm;
 
 /// Mount an OCI image as a root file system and fetch only the bytes that are read.
 #[derive(Debug, Parser)]
@@ -178,7 +178,7 @@ fn write_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
 
 /// Whether our standard output was closed. The socket of a mount can break as well, which is another matter.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    if error.is::<crate::mount::TakedownError>() {
+    if error.is::<ocifs::mount::TakedownError>() {
         return false;
     }
     let mut causes = error.chain().filter_map(|c| c.downcast_ref::<std::io::Error>());

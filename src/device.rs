@@ -44,9 +44,8 @@ use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
 use joined::Joined;
 
-use crate::index::SpanIndex;
+use crate::span::{Piece, SpanMap};
 use crate::store::{LayerDir, Store, gone, is_denied};
-use crate::toc::ExtentTable;
 
 /// How often one looks again before a span counts as damaged.
 const LOOKS: usize = 3;
@@ -85,17 +84,6 @@ pub struct DataDevice {
     file: Arc<DeviceFile>,
 }
 
-/// Where one run of a span's content lies: bytes `span` of the span are bytes `device..` of the device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Offset in the span's uncompressed bytes.
-    pub span: u64,
-    /// Offset in the data device.
-    pub device: u64,
-    /// Bytes.
-    pub len: u64,
-}
-
 /// What a read of the device found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
@@ -108,16 +96,11 @@ pub enum Found {
 }
 
 impl DataDevice {
-    /// Opens the device of a layer with this index and these extents; makes an empty one if there is none, or one that is not
-    /// of this index, or is damaged as a whole. One that may not be written is opened for reading, if it is there.
-    pub fn open<B: AsRef<[u8]>>(
-        store: &Store,
-        dir: &LayerDir,
-        index: &SpanIndex,
-        extents: &ExtentTable<B>,
-    ) -> Result<Self, DeviceError> {
+    /// Opens the device of a layer with these spans; makes an empty one if there is none, or one that is of other spans, or is
+    /// damaged as a whole. One that may not be written is opened for reading, if it is there.
+    pub fn open(store: &Store, dir: &LayerDir, spans: &dyn SpanMap) -> Result<Self, DeviceError> {
         let path = dir.data();
-        Self::open_or_create(store, &path, Geometry::new(index, extents)).map_err(DeviceError::at(&path))
+        Self::open_or_create(store, &path, Geometry::of(spans)).map_err(DeviceError::at(&path))
     }
 
     fn open_or_create(store: &Store, path: &Path, geometry: Geometry) -> io::Result<Self> {

@@ -36,7 +36,7 @@ pub use readahead::{Readahead, Touch};
 
 use std::ops::Range;
 
-use crate::index::{SpanId, SpanIndex};
+use crate::span::SpanMap;
 
 /// Why bytes are fetched; an earlier one goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -75,26 +75,26 @@ pub trait Spans {
     }
 }
 
-impl Spans for SpanIndex {
+impl Spans for dyn SpanMap + '_ {
     fn count(&self) -> u32 {
-        self.len() as u32
+        self.span_count()
     }
 
     fn bytes(&self, spans: Range<u32>) -> u64 {
         if spans.is_empty() {
             return 0;
         }
-        let blob = self.blob_range(SpanId(spans.start), SpanId(spans.end - 1));
+        let blob = self.blob_range(spans);
         blob.end - blob.start
     }
 }
 
-impl<S: Spans> Spans for &S {
+impl<S: Spans + ?Sized> Spans for &S {
     fn count(&self) -> u32 {
-        (*self).count()
+        (**self).count()
     }
 
     fn bytes(&self, spans: Range<u32>) -> u64 {
-        (*self).bytes(spans)
+        (**self).bytes(spans)
     }
 }

@@ -136,9 +136,7 @@ impl Preparation {
     /// Counters per layer, base first, before there is an image.
     pub fn status(&self) -> Vec<LayerStatus> {
         let layers = self.resolved.layers().iter();
-        layers
-            .map(|d| self.stats[&d.digest].snapshot(d.digest.to_string(), 0, (0, 0)))
-            .collect()
+        layers.map(|d| self.stats[&d.digest].snapshot(&d.digest)).collect()
     }
 
     /// What it does at the moment.
@@ -199,7 +197,7 @@ impl Preparation {
         let layers = Arc::new(Layers::new(layers.map(|d| opened[&d.digest].layer.clone()).collect()));
         self.layers.send_replace(Some(layers.clone()));
         let stored = reading.await.map_err(|_| ImageError::Interrupted)?;
-        let sizes: Vec<u64> = layers.all.iter().map(|l| l.device_size()).collect();
+        let sizes: Vec<u64> = layers.all.iter().map(|l| l.spans().device_size()).collect();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
@@ -421,12 +419,6 @@ impl Image {
 
     /// Counters per layer, base first.
     pub fn status(&self) -> Vec<LayerStatus> {
-        let layers = self.layers.all.iter();
-        layers
-            .map(|l| {
-                let spans = l.index().len() as u32;
-                l.stats().snapshot(l.digest().to_string(), spans, l.local())
-            })
-            .collect()
+        self.layers.all.iter().map(|layer| layer.status()).collect()
     }
 }

@@ -17,6 +17,7 @@
 //! flight always takes the whole group and hands out each span as it passes.
 
 mod arrival;
+mod data;
 mod disk;
 mod first_pass;
 mod flight;
@@ -39,31 +40,26 @@ use std::sync::{Arc, Mutex, OnceLock};
 use futures::FutureExt as _;
 use tokio::runtime::Handle;
 
-use disk::{LayerDisk, Miss};
+use data::LayerData;
 pub use first_pass::FirstPassError;
 use flight::Run;
 pub use flight::{Flown, flown};
 pub use health::Health;
 pub use kept::{KeptOfLayer, kept_of_layer};
 pub use memory::SpanMemory;
-pub use open::{LayerContext, OpenError, Opened, open, stored_index, stored_toc};
+pub use open::{LayerContext, OpenError, Opened, open, stored_spans, stored_toc};
 pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
 use race::Origin;
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
-use stripes::Ahead;
 use touch::Touches;
-use windows::Windows;
 
 use crate::blob::{BlobError, BlobSource, Link};
-use crate::device::{DataDevice, Piece};
-use crate::fetch::{Board, Claim, Flight, Flights, Lanes, Pass, Policy, Priority, Readahead, Spans as _};
-use crate::index::{IndexError, SpanId, SpanIndex};
-use crate::memory::Charge;
+use crate::fetch::{Board, Claim, Flight, Pass, Policy, Priority, Readahead, Spans as _};
+use crate::index::IndexError;
 use crate::oci::Digest;
 use crate::profile::Recorder;
-use crate::store::{LayerDir, Store};
-use crate::toc::{Extent, ExtentTable};
+use crate::span::{Piece, SpanMap};
 
 /// Why bytes of a layer cannot be had. Shared by all readers of a flight.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -106,23 +102,11 @@ enum Landed {
 
 type Landing = Result<Landed, LayerError>;
 
-/// A layer with its index, opened for reading.
+/// A layer as one mount has it: the data that all mounts of it share, and how this one fetches, what it read and guesses.
 #[derive(Debug)]
 pub struct Layer {
+    data: Arc<LayerData>,
     blob: Arc<dyn BlobSource>,
-    index: SpanIndex,
-    extents: ExtentTable,
-    /// Memory of index and extents.
-    _charge: Charge,
-    disk: LayerDisk,
-    /// Where the device is kept, to make a new one when it is damaged as a whole.
-    home: Option<(Store, LayerDir)>,
-    memory: Arc<SpanMemory>,
-    health: Arc<Health>,
-    lanes: Arc<Lanes>,
-    ahead: Ahead,
-    windows: Windows,
-    flights: Arc<Flights<Landing>>,
     touches: Touches,
     readahead: Mutex<Readahead>,
     recorder: OnceLock<(u32, Arc<Recorder>)>,
@@ -132,24 +116,44 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// A view of its own of the layer that `data` is of.
+    fn new(data: Arc<LayerData>, blob: Arc<dyn BlobSource>, stats: Arc<LayerStats>) -> Arc<Self> {
+        Arc::new(Self {
+            touches: Touches::new(data.spans.span_count() as usize),
+            data,
+            blob,
+            readahead: Mutex::default(),
+            recorder: OnceLock::new(),
+            runtime: Handle::current(),
+            stats,
+        })
+    }
+
     /// Digest of the layer's blob.
     pub fn digest(&self) -> &Digest {
-        self.blob.digest()
+        &self.data.digest
     }
 
-    /// Size of the data device in bytes.
-    pub fn device_size(&self) -> u64 {
-        self.extents.device_size()
+    /// The layer's spans.
+    pub fn spans(&self) -> &dyn SpanMap {
+        &*self.data.spans
     }
 
-    /// The span index.
-    pub fn index(&self) -> &SpanIndex {
-        &self.index
-    }
-
-    /// What the layer did so far.
+    /// What this mount did with the layer so far.
     pub fn stats(&self) -> &Arc<LayerStats> {
         &self.stats
+    }
+
+    /// The counters now, and what of the layer is here.
+    pub fn status(&self) -> LayerStatus {
+        let (local_spans, local) = self.data.local();
+        LayerStatus {
+            spans: self.spans().span_count(),
+            local_spans,
+            local,
+            healed: self.data.disk.healed(),
+            ..self.stats.snapshot(self.digest())
+        }
     }
 
     /// Sizes that follow from the link to the blob.
@@ -169,89 +173,41 @@ impl Layer {
 
     /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
     pub fn keeps(&self) -> bool {
-        self.disk.keeps()
+        self.data.keeps()
     }
 
-    /// Spans that need no fetch, and their compressed bytes.
-    pub fn local(&self) -> (u32, u64) {
-        kept::local(&self.index, &self.disk.present(self.index.count()))
+    /// Whether a read of the span needs no flight.
+    pub fn is_local(&self, span: u32) -> bool {
+        self.data.is_local(span)
+    }
+
+    /// Bytes of decoded spans that memory holds.
+    pub fn memory_budget(&self) -> u64 {
+        self.data.context.memory.budget() as u64
     }
 
     /// Where the bytes come from.
     fn origin(&self) -> Origin {
         Origin {
             blob: self.blob.clone(),
-            lanes: self.lanes.clone(),
+            lanes: self.data.context.lanes.clone(),
             stats: self.stats.clone(),
             patient: false,
         }
     }
 
-    /// Whether a range of the device has any content.
-    fn has_content(&self, range: Range<u64>) -> bool {
-        self.extents.pieces_in_device(range).next().is_some()
-    }
-
-    /// The spans that have content in a range of the device.
-    fn spans_in(&self, range: Range<u64>) -> Range<u32> {
-        let pieces = self.extents.pieces_in_device(range);
-        pieces.fold(0..0, |spans, piece| {
-            let of_piece = self.spans_of(&piece);
-            match spans.is_empty() {
-                true => of_piece,
-                false => spans.start..of_piece.end,
-            }
-        })
-    }
-
-    /// Reads checked bytes from the device; false if not all of them are there. What is damaged there is dropped, so that it
-    /// is fetched again.
-    fn read_device(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let read = self.disk.read(offset, buf, |range| self.has_content(range));
-        let damaged = match read {
-            Ok(()) => return true,
-            Err(Miss::Absent) => return false,
-            Err(Miss::Lost(device)) => {
-                self.replace_device(&device);
-                return false;
-            }
-            Err(Miss::Damaged(span)) => span..span + 1,
-            Err(Miss::Unreadable) => self.spans_in(offset..offset + buf.len() as u64),
-        };
-        for span in damaged {
-            // A span that is being fetched is about to be written, and its lock is not to be taken by anybody else here.
-            let board = self.flights.board();
-            if !board.is_flying(span) {
-                self.disk.drop_span(span);
-            }
-        }
-        false
-    }
-
-    /// Makes an empty device in place of one that is damaged as a whole.
-    fn replace_device(&self, damaged: &Arc<DataDevice>) {
-        let Some((store, dir)) = &self.home else { return };
-        self.disk.replace(damaged, || {
-            let opened = DataDevice::open(store, dir, &self.index, &self.extents);
-            opened.map_err(|error| self.health.store_lost(&error)).ok()
-        });
-    }
-
     /// Fills `buf` from device offset `offset` if that needs no waiting; false if it does (then `buf` is garbage).
-    /// Bytes between extents read as zeros.
+    /// Bytes between files read as zeros.
     pub fn read_local(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
-        let range = offset..offset + buf.len() as u64;
-        if !self.has_content(range.clone()) {
+        let Some(content) = self.spans().content(offset..offset + buf.len() as u64) else {
             buf.fill(0);
             return true;
-        }
-        let present = self.read_device(offset, buf);
+        };
+        let present = self.data.read_device(offset, buf);
         if present {
             self.stats.hit(buf.len());
-            for extent in self.extents.pieces_in_device(range) {
-                self.note(&extent);
-                self.read_ahead_of(self.touch(&extent));
-            }
+            self.note(&content);
+            self.read_ahead_of(self.touch(&content));
         }
         present
     }
@@ -259,20 +215,18 @@ impl Layer {
     /// Fills `buf`, which is zeros, from device offset `offset`, fetching what is missing. Cancel safe: a dropped read leaves its
     /// flights running.
     pub async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
-        let extents: Vec<Extent> = self
-            .extents
-            .pieces_in_device(offset..offset + buf.len() as u64)
-            .collect();
-        // Every flight of this read starts before the first is waited for.
-        for extent in &extents {
-            self.note(extent);
-            let ahead = self.touch(extent);
-            self.want(self.spans_of(extent));
+        if let Some(content) = self.spans().content(offset..offset + buf.len() as u64) {
+            self.note(&content);
+            let ahead = self.touch(&content);
+            // Every flight of this read starts before the first is waited for.
+            for spans in self.spans_with_content(&content) {
+                self.want(spans);
+            }
             self.read_ahead_of(ahead);
-        }
-        for extent in &extents {
-            for span in self.spans_of(extent) {
-                self.copy_span(span, extent, offset, buf).await?;
+            for spans in self.spans_with_content(&content) {
+                for span in spans {
+                    self.copy_span(span, offset, buf).await?;
+                }
             }
         }
         self.stats.miss(buf.len());
@@ -281,64 +235,59 @@ impl Layer {
 
     /// Fills `buf` from device offset `offset` if that needs no waiting, and nobody is told of it: this is not a reader.
     fn peek(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.read_device(offset, buf)
+        self.data.read_device(offset, buf)
     }
 
     /// Tells the recorder of a read.
-    fn note(&self, extent: &Extent) {
+    fn note(&self, content: &Range<u64>) {
         if let Some((position, recorder)) = self.recorder.get() {
-            recorder.read(*position, extent.tar..extent.tar + extent.len);
+            recorder.read(*position, content.clone());
         }
     }
 
-    /// The spans that hold a range of the layer's tar; none beyond its end.
-    pub fn spans_at(&self, tar: Range<u64>) -> Range<u32> {
-        let end = tar.end.min(self.index.tar_size());
-        match (self.index.span_at(tar.start), end.checked_sub(1)) {
-            (Some(first), Some(last)) if tar.start < end => {
-                first.0..self.index.span_at(last).map_or(first.0, |last| last.0 + 1)
+    /// The spans that have the content in a range of the device: stretches without those that have none.
+    fn spans_with_content(&self, content: &Range<u64>) -> Vec<Range<u32>> {
+        let mut stretches: Vec<Range<u32>> = Vec::new();
+        for span in self.spans().spans(content.clone()) {
+            match stretches.last_mut() {
+                _ if !self.spans().has_content(span) => {}
+                Some(last) if last.end == span => last.end += 1,
+                _ => stretches.push(span..span + 1),
             }
-            _ => 0..0,
         }
+        stretches
     }
 
-    /// Bytes of a span's part of the tar.
-    pub fn span_size(&self, span: u32) -> u64 {
-        let tar = self.index.tar_range(SpanId(span));
-        tar.end - tar.start
-    }
-
-    /// Bytes of decoded spans that memory holds.
-    pub fn memory_budget(&self) -> u64 {
-        self.memory.budget() as u64
-    }
-
-    fn spans_of(&self, extent: &Extent) -> Range<u32> {
-        let span = |offset| self.index.span_at(offset).expect("extents lie within the tar").0;
-        span(extent.tar)..span(extent.tar + extent.len - 1) + 1
-    }
-
-    /// Copies the part of `span` that belongs to `extent` to its place in `buf`, which begins at device offset `offset`.
-    async fn copy_span(
-        self: &Arc<Self>,
-        span: u32,
-        extent: &Extent,
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<(), LayerError> {
-        let tar = self.index.tar_range(SpanId(span));
-        let from = extent.tar.max(tar.start);
-        let to = (extent.tar + extent.len).min(tar.end);
-        let device = extent.device + (from - extent.tar);
-        let target = &mut buf[(device - offset) as usize..][..(to - from) as usize];
+    /// Copies what `span` has of the device from `offset` on to its place in `buf`.
+    async fn copy_span(self: &Arc<Self>, span: u32, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
+        let end = offset + buf.len() as u64;
+        let clip = |piece: Piece| {
+            let (from, to) = (piece.device.max(offset), (piece.device + piece.len).min(end));
+            (from < to).then(|| Piece {
+                span: piece.span + (from - piece.device),
+                device: from,
+                len: to - from,
+            })
+        };
+        let pieces: Vec<Piece> = self.spans().pieces(span).into_iter().filter_map(clip).collect();
+        let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else {
+            return Ok(());
+        };
+        let (from, to) = (first.device, last.device + last.len);
+        let target = &mut buf[(from - offset) as usize..(to - offset) as usize];
         loop {
             // Usually from the page cache; when it is not, the runtime goes on with other things.
-            if tokio::task::block_in_place(|| self.read_device(device, target)) {
+            if tokio::task::block_in_place(|| self.data.read_device(from, target)) {
                 return Ok(());
             }
             match self.wait(span).await? {
                 Landed::Bytes(bytes) => {
-                    target.copy_from_slice(&bytes[(from - tar.start) as usize..(to - tar.start) as usize]);
+                    // A look at the device may have left something of it between the pieces.
+                    target.fill(0);
+                    for piece in &pieces {
+                        let source = &bytes[piece.span as usize..][..piece.len as usize];
+                        target[(piece.device - from) as usize..][..source.len()].copy_from_slice(source);
+                    }
                     return Ok(());
                 }
                 Landed::LookAgain => {}
@@ -346,29 +295,10 @@ impl Layer {
         }
     }
 
-    /// Content of `span`: which of its bytes go where in the device.
-    fn pieces(&self, span: u32) -> Vec<Piece> {
-        let tar = self.index.tar_range(SpanId(span));
-        let start = tar.start;
-        let extents = self.extents.pieces_in_tar(tar);
-        extents
-            .map(|e| Piece {
-                span: e.tar - start,
-                device: e.device,
-                len: e.len,
-            })
-            .collect()
-    }
-
-    /// Whether a read of the span needs no flight.
-    pub fn is_local(&self, span: u32) -> bool {
-        self.disk.is_present(span)
-    }
-
-    /// The uncompressed bytes of a span wherever they are, starting a flight if need be.
+    /// The decoded bytes of a span wherever they are, starting a flight if need be.
     async fn wait(self: &Arc<Self>, span: u32) -> Result<Landed, LayerError> {
         let Some(mut flight) = self.want(span..span + 1) else {
-            return match self.memory.get(self.digest(), span) {
+            return match self.data.context.memory.get(self.digest(), span) {
                 Some(bytes) => Ok(Landed::Bytes(bytes)),
                 None => Ok(Landed::LookAgain),
             };
@@ -383,24 +313,11 @@ impl Layer {
         }
     }
 
-    /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; if it cannot be kept only as
-    /// much as memory can hold beside what others read, for the rest would be gone before anybody asks for it.
-    fn wanted_of_group(&self, span: u32, end: u32) -> Range<u32> {
-        let group = self.index.group(SpanId(span));
-        if self.keeps() {
-            return group;
-        }
-        let start = self.index.tar_range(SpanId(span)).start;
-        let room = (self.memory.budget() / 2) as u64;
-        let fits = |&other: &u32| other < end || self.index.tar_range(SpanId(other)).end - start <= room;
-        span..(span + 1..group.end).take_while(fits).last().unwrap_or(span) + 1
-    }
-
     /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span, or
     /// nothing if that one is local.
     fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight<Landing>> {
         let (runs, first) = {
-            let mut board = self.flights.board();
+            let mut board = self.data.flights.board();
             let runs = self.claim(&mut board, spans.clone(), Priority::Demand);
             (runs, board.flight(spans.start))
         };
@@ -414,8 +331,8 @@ impl Layer {
 
     /// Lines up for a request that a reader waits for.
     fn line_up(&self, spans: Range<u32>) -> impl Future<Output = Pass> + Send + use<> {
-        let bytes = self.index.bytes(spans);
-        self.lanes.enter(Priority::Demand, bytes, self.policy())
+        let bytes = self.spans().bytes(spans);
+        self.data.context.lanes.enter(Priority::Demand, bytes, self.policy())
     }
 
     /// Claims what is missing of `spans`: a run for each stretch of neighbours.
@@ -423,11 +340,11 @@ impl Layer {
         let mut runs: Vec<Run> = Vec::new();
         let mut span = spans.start;
         while span < spans.end {
-            if !self.is_missing(board, span) {
+            if !self.data.is_missing(board, span) {
                 span += 1;
                 continue;
             }
-            let group = self.wanted_of_group(span, spans.end);
+            let group = self.data.wanted_of_group(span, spans.end);
             let run = match runs.last_mut() {
                 Some(run) if run.spans.end == group.start => run,
                 _ => {
@@ -447,13 +364,9 @@ impl Layer {
 
     fn take(&self, board: &mut Board<'_, Landing>, run: &mut Run, group: Range<u32>) {
         run.spans.end = group.end;
-        for span in group.filter(|&span| self.is_missing(board, span)).collect::<Vec<_>>() {
+        let missing = group.filter(|&span| self.data.is_missing(board, span));
+        for span in missing.collect::<Vec<_>>() {
             board.take(&mut run.claim, span);
         }
-    }
-
-    /// Whether nobody has the span or is about to.
-    fn is_missing(&self, board: &Board<'_, Landing>, span: u32) -> bool {
-        !board.is_flying(span) && !self.is_local(span) && !self.memory.contains(self.digest(), span)
     }
 }

@@ -41,7 +41,6 @@
 
 pub mod archive;
 pub mod blob;
-pub mod cli;
 pub mod device;
 pub mod erofs;
 pub mod fetch;
@@ -58,6 +57,7 @@ pub mod profile;
 pub mod program;
 pub mod registry;
 pub mod resolve;
+pub mod span;
 pub mod store;
 pub mod toc;
 pub mod tree;

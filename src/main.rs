@@ -1,7 +1,9 @@
-//! The `ocifs` command; everything is in the library.
+//! The `ocifs` command.
 
 use std::process::ExitCode;
 
+mod cli;
+
 fn main() -> ExitCode {
-    ocifs::cli::main()
+    cli::main()
 }

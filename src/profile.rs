@@ -1,21 +1,23 @@
 //! Profiles: what the start of a program reads, learned from earlier runs.
 //!
-//! A [`Recorder`] listens to the first seconds of a mount and notes which blocks of which layer's tar were read, in order. A
-//! [`Profile`] is what several such runs have in common, kept for an image manifest under a [`Label`]: one image starts
-//! different programs. It speaks of tars and not of blobs, spans or files, so it is as good for the same layers in another
-//! image, compressed or indexed in another way, on another machine.
+//! A [`Recorder`] listens to the first seconds of a mount and notes which blocks of which layer's data device were read, in
+//! order. A [`Profile`] is what several such runs have in common, kept for an image manifest under a [`Label`]: one image
+//! starts different programs. Device addresses follow from the layer's tar alone. So a profile is as good for the same layers
+//! in another image, compressed or indexed in another way, on another machine.
 //!
 //! It is a hint. A wrong one costs bandwidth that nobody else wanted, never a wrong byte; so files from elsewhere are checked
 //! only for what could do harm: sizes.
 //!
 //! # The file
 //! ```json
-//! {"ocifs-profile": 1, "manifest": "sha256:…", "label": "default", "runs": 3,
+//! {"ocifs-profile": 2, "manifest": "sha256:…", "label": "default", "runs": 3,
 //!  "layers": [{"digest": "sha256:…", "diff_id": "sha256:…"}],
 //!  "ranges": [[0, 1048576, 65536, 12, 4]]}
 //! ```
-//! A range is: position in `layers`, offset and length in that layer's tar (bytes, multiples of [`BLOCK`]), milliseconds from
-//! the mount being ready to the first read of it, and its score. Ranges are in the order of their first reads.
+//! A range is: position in `layers`, offset and length in that layer's data device (bytes, multiples of [`BLOCK`]),
+//! milliseconds from the mount being ready to the first read of it, and its score. Ranges are in the order of their first
+//! reads. In version 1 of the format offset and length are those in the layer's tar ([`Space::Tar`]); such a profile is
+//! translated when the layers are open ([`Profile::in_devices`]).
 //!
 //! # Several runs
 //! A block read for the first time scores [`FIRST_SCORE`], each later run that reads it adds one, up to [`BEST_SCORE`], each that
@@ -87,12 +89,21 @@ pub struct ProfiledLayer {
     pub diff_id: DiffId,
 }
 
-/// A block of a layer's tar.
+/// What the offsets of a profile are offsets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// The layers' data devices.
+    Device,
+    /// The layers' tars, as in version 1 of the format.
+    Tar,
+}
+
+/// A block of a layer's content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Block {
     /// Position of the layer.
     pub layer: u32,
-    /// Number of the block: its offset in the tar over [`BLOCK`].
+    /// Number of the block: its offset over [`BLOCK`].
     pub number: u64,
 }
 
@@ -118,6 +129,8 @@ pub struct Profile {
     pub runs: u32,
     /// Layers of the image, base first.
     pub layers: Vec<ProfiledLayer>,
+    /// What the numbers of blocks count in.
+    pub space: Space,
     /// Each block once, in the order of first reads; at most [`MOST_BLOCKS`].
     pub touches: Vec<Touch>,
 }
@@ -130,11 +143,38 @@ impl Profile {
             label,
             runs: 0,
             layers,
+            space: Space::Device,
             touches: Vec::new(),
         }
     }
 
-    /// Learns from a run: blocks and the milliseconds after which they were read, in order, each once.
+    /// The profile by device address. `of_tar` says where in a layer's data device, by its position, the content of a range
+    /// of its tar is.
+    pub fn in_devices(mut self, of_tar: impl Fn(usize, Range<u64>) -> Vec<Range<u64>>) -> Self {
+        if self.space == Space::Device {
+            return self;
+        }
+        let mut seen = HashSet::new();
+        let mut touches = Vec::new();
+        for touch in &self.touches {
+            let layer = touch.block.layer;
+            let start = touch.block.number * BLOCK;
+            for device in of_tar(layer as usize, start..start + BLOCK) {
+                for number in device.start / BLOCK..device.end.div_ceil(BLOCK) {
+                    let block = Block { layer, number };
+                    if seen.insert(block) {
+                        touches.push(Touch { block, ..*touch });
+                    }
+                }
+            }
+        }
+        touches.truncate(MOST_BLOCKS);
+        (self.space, self.touches) = (Space::Device, touches);
+        self
+    }
+
+    /// Learns from a run: blocks of data devices and the milliseconds after which they were read, in order, each once. The
+    /// profile must be one by device address.
     pub fn learn(&mut self, run: &[(Block, u32)]) {
         let mut known: HashMap<Block, u8> = self.touches.iter().map(|t| (t.block, t.score)).collect();
         let mut touches: Vec<Touch> = run
@@ -162,6 +202,7 @@ impl Profile {
     /// this one has too, as if one earlier run had read it.
     pub fn adopt(&mut self, other: &Self) {
         let diff_ids = |profile: &Self| profile.layers.iter().map(|l| l.diff_id.clone()).collect::<Vec<_>>();
+        self.space = other.space;
         if diff_ids(self) == diff_ids(other) {
             (self.runs, self.touches) = (other.runs, other.touches.clone());
             return;
@@ -182,12 +223,12 @@ impl Profile {
         self.touches = known.collect();
     }
 
-    /// How many bytes of tars it names.
+    /// How many bytes of layers' content it names.
     pub fn bytes(&self) -> u64 {
         self.touches.len() as u64 * BLOCK
     }
 
-    /// The bytes of tars to read, in order: position of the layer and range in its tar.
+    /// What to read, in order: position of the layer and range in its [`Space`].
     pub fn ranges(&self) -> impl Iterator<Item = (usize, Range<u64>)> {
         self.touches.iter().map(|touch| {
             let start = touch.block.number * BLOCK;
@@ -251,11 +292,28 @@ mod tests {
         new.adopt(&old);
         assert_eq!(new.ranges().collect::<Vec<_>>(), [(1, 5 * BLOCK..6 * BLOCK)]);
         assert_eq!((new.touches[0].score, new.runs), (FIRST_SCORE, 0));
+        old.space = Space::Tar;
         // The same image, compressed in another way.
         let mut twin = profile();
         twin.layers[0].digest = Digest::of(b"recompressed");
         twin.adopt(&old);
-        assert_eq!((&twin.touches, twin.runs), (&old.touches, 2));
+        assert_eq!((&twin.touches, twin.runs, twin.space), (&old.touches, 2, Space::Tar));
+    }
+
+    #[test]
+    fn a_profile_of_tars_is_translated() {
+        let mut old = profile();
+        old.learn(&[(block(3), 7), (block(0), 9)]);
+        old.space = Space::Tar;
+        // Content lies in the tar behind a header of 512 bytes, and in the device from 0 on.
+        let new = old.in_devices(|layer, tar| {
+            assert_eq!(layer, 0);
+            let start = tar.start.saturating_sub(512)..tar.end - 512;
+            vec![start]
+        });
+        assert_eq!((new.space, known(&new)), (Space::Device, vec![(2, 2), (3, 2), (0, 2)]));
+        assert_eq!((new.touches[1].at, new.touches[2].at), (7, 9));
+        assert_eq!(new.clone().in_devices(|_, _| Vec::new()), new);
     }
 
     #[test]

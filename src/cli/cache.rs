@@ -11,9 +11,9 @@ use super::config::Config;
 use super::open::{self, Named};
 use super::units::{Size, human};
 use super::{Fetching, ImageArgs, ImageName, say};
-use crate::device::{Scope, evict_to};
-use crate::image;
-use crate::store::{LayerDir, Store, gone};
+use ocifs::device::{Scope, evict_to};
+use ocifs::image;
+use ocifs::store::{LayerDir, Store, gone};
 
 /// Commands of `cache`.
 #[derive(Debug, Subcommand)]

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::mount::PrefetchMode;
 use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
-use crate::registry::PlainHttp;
+use ocifs::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;
 const DEFAULT_MEMORY: u64 = 64 << 20;
@@ -159,7 +159,7 @@ fn read(path: &Path) -> anyhow::Result<FileConfig> {
 }
 
 fn default_store() -> anyhow::Result<PathBuf> {
-    if crate::mount::is_system_root() {
+    if ocifs::mount::is_system_root() {
         return Ok(PathBuf::from("/var/lib/ocifs"));
     }
     let data = std::env::var_os("XDG_DATA_HOME")

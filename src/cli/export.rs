@@ -12,9 +12,9 @@ use tar::{EntryType, Header};
 use super::config::Config;
 use super::open::open_image;
 use super::{Fetching, ImageArgs, text};
-use crate::erofs::{FileType, Inode, Nid};
-use crate::fs::{Attr, ImageFs};
-use crate::toc::DeviceNumber;
+use ocifs::erofs::{FileType, Inode, Nid};
+use ocifs::fs::{Attr, ImageFs};
+use ocifs::toc::DeviceNumber;
 
 /// Bytes read at once.
 const READ: usize = 1 << 20;
@@ -117,8 +117,8 @@ fn disk(fs: &ImageFs, fetching: &Fetching, out: &mut impl Write) -> anyhow::Resu
     for layer in image.layers() {
         let mut buffer = vec![0; READ];
         let mut offset = 0;
-        while offset < layer.device_size() {
-            let part = &mut buffer[..READ.min((layer.device_size() - offset) as usize)];
+        while offset < layer.spans().device_size() {
+            let part = &mut buffer[..READ.min((layer.spans().device_size() - offset) as usize)];
             part.fill(0);
             fetching.run(layer.read(offset, part))?;
             out.write_all(part)?;

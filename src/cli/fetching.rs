@@ -11,10 +11,10 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 
 use super::units::human;
-use crate::image::Preparation;
-use crate::layer::kept_of_layer;
-use crate::mount::Signals;
-use crate::store::Store;
+use ocifs::image::Preparation;
+use ocifs::layer::kept_of_layer;
+use ocifs::mount::Signals;
+use ocifs::store::Store;
 
 /// How long a command may take to end, whatever it does at the moment: it may be reading from a dead disk, waiting for a lock
 /// that a stopped process holds, or writing to a program that does not read.

@@ -10,8 +10,8 @@ use clap::Args;
 use super::config::Config;
 use super::open::open_image;
 use super::{Fetching, ImageArgs, text};
-use crate::erofs::{FileType, Nid};
-use crate::fs::{Attr, ImageFs, mtime};
+use ocifs::erofs::{FileType, Nid};
+use ocifs::fs::{Attr, ImageFs, mtime};
 
 /// Symbolic links followed in one path, as many as the kernel follows.
 pub(super) const MAX_LINKS: u32 = 40;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use crate::oci::{ImageRef, ImageRefError};
+use ocifs::oci::{ImageRef, ImageRefError};
 
 /// An image as the user wrote it. The path in it can be any bytes; text is what messages show of it.
 #[derive(Debug, Clone)]

@@ -8,9 +8,9 @@ use super::say;
 use super::text::shown;
 use super::units::human;
 use super::{Fetching, ImageArgs, open};
-use crate::layer::stored_toc;
-use crate::oci::Descriptor;
-use crate::store::Store;
+use ocifs::layer::stored_toc;
+use ocifs::oci::Descriptor;
+use ocifs::store::Store;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]

@@ -14,10 +14,10 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::config::{Config, LogFormat};
-use crate::mount::SERVE;
 use bounded::Bounded;
 use fold::Fold;
 pub(super) use fold::Folded;
+use ocifs::mount::SERVE;
 
 /// Starts logging, in colours on a terminal unless `NO_COLOR` is set (<https://no-color.org>). `OCIFS_LOG` overrides the level, in
 /// the syntax of `RUST_LOG`. What is folded at the end is said when the value that comes back is dropped.

@@ -24,10 +24,10 @@ use super::fetching::{Interrupted, signals};
 use super::mounts::locate;
 use super::say;
 use super::{Fetching, ImageArgs, explain, open, progress, text};
-use crate::image::Early;
-use crate::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
-use crate::profile::Label;
-use crate::store::gone;
+use ocifs::image::Early;
+use ocifs::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
+use ocifs::profile::Label;
+use ocifs::store::gone;
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -399,18 +399,18 @@ async fn serve_async(
 }
 
 /// Reports how far the layers are, for the progress bar of the process that waits, as long as it does.
-async fn tick(preparation: Arc<crate::image::Preparation>, reports: Arc<Reports>) {
+async fn tick(preparation: Arc<ocifs::image::Preparation>, reports: Arc<Reports>) {
     let mut interval = tokio::time::interval(progress::INTERVAL);
     loop {
         interval.tick().await;
-        let (done, total) = crate::layer::progress(&preparation.status());
+        let (done, total) = ocifs::layer::progress(&preparation.status());
         if !reports.send(&Report::Progress { done, total }) {
             return;
         }
     }
 }
 
-fn upper(args: &MountArgs, context: &crate::layer::LayerContext, mountpoint: &Path) -> anyhow::Result<Option<Upper>> {
+fn upper(args: &MountArgs, context: &ocifs::layer::LayerContext, mountpoint: &Path) -> anyhow::Result<Option<Upper>> {
     if let (Some(upper), Some(work)) = (&args.upper, &args.work) {
         let absolute = |path: &Path| std::path::absolute(path).with_context(|| format!("{}", path.display()));
         return Ok(Some(Upper::Kept {

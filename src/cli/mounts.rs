@@ -11,8 +11,8 @@ use super::files::MAX_LINKS;
 use super::say;
 use super::text::{self, shown};
 use super::units::human;
-use crate::fs::ReadStatus;
-use crate::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
+use ocifs::fs::ReadStatus;
+use ocifs::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
 
 /// Arguments of `umount`.
 #[derive(Debug, Args)]

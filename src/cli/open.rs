@@ -10,16 +10,16 @@ use super::fetching::Fetching;
 use super::progress::{self, Bar};
 use super::suggest::suggest;
 use super::{ImageArgs, explain};
-use crate::archive::DockerArchive;
-use crate::blob::{BlobError, ImageSource};
-use crate::fs::ImageFs;
-use crate::image::{Confirm, Image, KeptSource, Preparation, Unconfirmed};
-use crate::layer::{Health, LayerContext};
-use crate::layout::OciLayout;
-use crate::oci::{Digest, ImageRef, Platform};
-use crate::registry::{RegistryClient, RegistryConfig};
-use crate::resolve::resolve;
-use crate::store::{Store, StoreError};
+use ocifs::archive::DockerArchive;
+use ocifs::blob::{BlobError, ImageSource};
+use ocifs::fs::ImageFs;
+use ocifs::image::{Confirm, Image, KeptSource, Preparation, Unconfirmed};
+use ocifs::layer::{Health, LayerContext};
+use ocifs::layout::OciLayout;
+use ocifs::oci::{Digest, ImageRef, Platform};
+use ocifs::registry::{RegistryClient, RegistryConfig};
+use ocifs::resolve::resolve;
+use ocifs::store::{Store, StoreError};
 
 /// The store, or none if it cannot be written: then everything works from memory, and says so.
 pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
@@ -186,7 +186,7 @@ pub(super) async fn watch<T>(preparation: &Preparation, bar: &Bar, work: impl Fu
         tokio::select! {
             result = &mut work => return result,
             _ = interval.tick() => {
-                let (done, total) = crate::layer::progress(&preparation.status());
+                let (done, total) = ocifs::layer::progress(&preparation.status());
                 bar.set(done, total);
             }
         }

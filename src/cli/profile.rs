@@ -12,9 +12,9 @@ use super::open::{context, prepare};
 use super::say;
 use super::units::human;
 use super::{Fetching, ImageArgs};
-use crate::image::{Learning, Preparation, stored_profile};
-use crate::layer::LayerContext;
-use crate::profile::{LARGEST_FILE, Label, Profile};
+use ocifs::image::{Learning, Preparation, stored_profile};
+use ocifs::layer::LayerContext;
+use ocifs::profile::{LARGEST_FILE, Label, Profile};
 
 /// Ranges shown of a profile; `--json` has all of them.
 const SHOWN: usize = 20;
@@ -153,7 +153,7 @@ fn ranges(profile: &Profile) -> anyhow::Result<()> {
         }
     }
     say!("");
-    say!("{:>8}  {:<19} {:>14} {:>10}", "AFTER", "LAYER", "TAR OFFSET", "BYTES");
+    say!("{:>8}  {:<19} {:>14} {:>10}", "AFTER", "LAYER", "OFFSET", "BYTES");
     for (at, layer, range) in merged.iter().take(SHOWN) {
         let digest = profile.layers[*layer].digest.to_string();
         let bytes = human(range.end - range.start);

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _};
 use std::path::Path;
 
-use crate::oci::shown;
+use super::text::in_error;
 
 /// Entries of a tar that are looked at: an image archive has what tells it near its start or its end, and few members.
 const MOST_ENTRIES: usize = 100_000;
@@ -22,7 +22,7 @@ pub(super) fn suggest(image: &str) -> Option<String> {
             let what = if transport == "oci" { "directory" } else { "file" };
             return format!("give the {what} a name without a colon and write {transport}:PATH");
         }
-        format!("write {transport}:{}", shown(&format!("{path}{name}")))
+        format!("write {transport}:{}", in_error(&format!("{path}{name}")))
     };
     let kind = match metadata.is_dir() {
         true => Kind::of_directory(Path::new(path)),
@@ -58,7 +58,7 @@ pub(super) fn suggest(image: &str) -> Option<String> {
             "an OCI layout is oci:DIR, an archive of `docker save` is docker-archive:FILE".to_owned(),
         ),
     };
-    Some(format!("`{}` is {what} on this machine: {advice}", shown(path)))
+    Some(format!("`{}` is {what} on this machine: {advice}", in_error(path)))
 }
 
 enum Kind {

@@ -43,6 +43,11 @@ pub(super) fn shown(text: &str) -> String {
     String::from_utf8_lossy(&name(text.as_bytes(), on_terminal())).into_owned()
 }
 
+/// Text in an error message, which is one line wherever it goes.
+pub(super) fn in_error(text: &str) -> String {
+    String::from_utf8_lossy(&name(text.as_bytes(), true)).into_owned()
+}
+
 /// Lines as a terminal may get them, whatever they were made of.
 pub(super) fn harmless(lines: &str) -> Cow<'_, str> {
     let bad = |c: char| controls(c) && c != '\n';

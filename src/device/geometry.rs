@@ -1,7 +1,7 @@
 //! Where the spans of a layer lie in its data device, and which bytes share a checksum.
 //!
-//! A span has the device addresses from its *head*, the address of the first content byte at or behind its start in the tar, up
-//! to the head of the next span. Heads ascend; a span without content has the head of the one behind it.
+//! A span has the device addresses from its *head*, the address of its first byte of content, up to the head of the next span
+//! (see [`crate::span`]).
 //!
 //! The unit of checking is the *fragment*: a block of 4096 bytes, cut wherever a head lies inside it. So a fragment has content
 //! of one span only, and a span can be checked before its neighbours are there. A fragment's checksum is that of a block if it
@@ -14,9 +14,10 @@
 //! ```
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::index::SpanIndex;
-use crate::toc::{DEVICE_BLOCK, ExtentTable};
+use crate::span::SpanMap;
+use crate::toc::DEVICE_BLOCK;
 
 /// Whose checksum a fragment has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,29 +41,18 @@ pub(super) struct Geometry {
     /// Bytes of content, a multiple of the block size.
     pub(super) size: u64,
     /// The head of each span.
-    pub(super) heads: Vec<u64>,
+    pub(super) heads: Arc<[u64]>,
     /// Hash over the places and digests of all spans: devices of different indexes have different keys.
     pub(super) key: [u8; 32],
 }
 
 impl Geometry {
-    pub(super) fn new<B: AsRef<[u8]>>(index: &SpanIndex, extents: &ExtentTable<B>) -> Self {
-        let size = extents.device_size();
-        let mut hasher = blake3::Hasher::new();
-        let mut content = extents.iter().peekable();
-        let heads = index.spans().map(|span| {
-            let start = index.tar_range(span).start;
-            hasher.update(&start.to_le_bytes());
-            hasher.update(index.digest(span));
-            while content.next_if(|extent| extent.tar + extent.len <= start).is_some() {}
-            content
-                .peek()
-                .map_or(size, |extent| extent.device + start.saturating_sub(extent.tar))
-        });
+    /// The places of these spans.
+    pub(super) fn of(spans: &dyn SpanMap) -> Self {
         Self {
-            heads: heads.collect(),
-            size,
-            key: *hasher.finalize().as_bytes(),
+            size: spans.device_size(),
+            heads: spans.heads().clone(),
+            key: spans.key(),
         }
     }
 
@@ -161,7 +151,7 @@ pub(super) mod tests {
     pub(in super::super) fn geometry(blocks: u64, heads: &[u64]) -> Geometry {
         Geometry {
             size: blocks * DEVICE_BLOCK,
-            heads: heads.to_vec(),
+            heads: heads.into(),
             key: [heads.len() as u8; 32],
         }
     }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::index::{BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndexBuilder, SpanStart};
 use crate::oci::{DiffId, Digest};
+use crate::span::IndexedSpans;
 use crate::store::{Durability, Store};
 use crate::toc::{DEVICE_BLOCK, Limits, TarReader};
 
@@ -338,7 +339,7 @@ fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir) 
     store
         .publish_sealed(&dir.spans(), lazy, |mut file| index.write(&mut file))
         .unwrap();
-    let device = DataDevice::open(store, &dir, &index, &extents).unwrap();
+    let device = DataDevice::open(store, &dir, &IndexedSpans::new(index, extents)).unwrap();
     for span in 0..count {
         let (lock, _) = device.try_lock(&[span]).unwrap();
         let piece = Piece {

@@ -7,9 +7,8 @@ use super::evict::clear;
 use super::file::DeviceFile;
 use super::geometry::Geometry;
 use super::{DataDevice, DeviceError, Found};
-use crate::index::SpanIndex;
+use crate::span::SpanMap;
 use crate::store::{LayerDir, gone};
-use crate::toc::ExtentTable;
 
 /// What a check of a device found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -24,30 +23,26 @@ pub struct Verified {
 
 /// Compares every span that is present in a layer's device with its checksums, and drops those that are damaged. A device that
 /// is damaged as a whole is removed, and counts as one span. Spans that somebody is filling at the moment are left out.
-pub fn verify<B: AsRef<[u8]>>(
-    dir: &LayerDir,
-    index: &SpanIndex,
-    extents: &ExtentTable<B>,
-) -> Result<Verified, DeviceError> {
+pub fn verify(dir: &LayerDir, spans: &dyn SpanMap) -> Result<Verified, DeviceError> {
     let path = dir.data();
-    verify_file(dir, Geometry::new(index, extents), extents).map_err(DeviceError::at(&path))
+    verify_file(dir, spans).map_err(DeviceError::at(&path))
 }
 
-fn verify_file<B: AsRef<[u8]>>(dir: &LayerDir, geometry: Geometry, extents: &ExtentTable<B>) -> io::Result<Verified> {
+fn verify_file(dir: &LayerDir, spans: &dyn SpanMap) -> io::Result<Verified> {
     let mut verified = Verified::default();
     let file = match File::options().read(true).write(true).open(dir.data()) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(verified),
         Err(e) => return Err(e),
     };
-    let Some(file) = DeviceFile::open(file, &dir.data(), true, geometry)? else {
+    let Some(file) = DeviceFile::open(file, &dir.data(), true, Geometry::of(spans))? else {
         gone(std::fs::remove_file(dir.data()))?;
         verified.dropped = 1;
         return Ok(verified);
     };
     let device = DataDevice { file: file.into() };
     let mut buffer = Vec::new();
-    for span in 0..device.file.geometry().spans() {
+    for span in 0..spans.span_count() {
         let Some(_lock) = device.file.try_lock_one(span)? else {
             continue;
         };
@@ -56,7 +51,7 @@ fn verify_file<B: AsRef<[u8]>>(dir: &LayerDir, geometry: Geometry, extents: &Ext
         }
         let mut bytes = 0;
         let mut good = true;
-        for piece in extents.pieces_in_device(device.file.geometry().range(span)) {
+        for piece in spans.pieces(span) {
             // A piece is no longer than its span.
             buffer.resize(piece.len as usize, 0);
             good &= device.read_unnoticed(piece.device, &mut buffer, &|_| true)? == Found::Bytes;

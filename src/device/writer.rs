@@ -8,9 +8,8 @@ use super::file::{Checks, DeviceFile};
 use super::geometry::Geometry;
 use super::joined::{Joined, is_long};
 use super::{CacheBudget, DataDevice, DeviceError};
-use crate::index::SpanIndex;
+use crate::span::SpanMap;
 use crate::store::Draft;
-use crate::toc::ExtentTable;
 
 /// Bytes collected before one write: large enough that a layer of small files costs few system calls.
 const WRITE_BUFFER: usize = 1 << 20;
@@ -71,13 +70,8 @@ impl DeviceWriter {
 
     /// Publishes a device whose every span was written; none if `budget` has no room for the rest. It takes the place of an
     /// older one, which whoever has it open keeps.
-    pub fn finish<B: AsRef<[u8]>>(
-        self,
-        index: &SpanIndex,
-        extents: &ExtentTable<B>,
-        budget: &CacheBudget,
-    ) -> Result<Option<DataDevice>, DeviceError> {
-        self.finish_as(Geometry::new(index, extents), budget)
+    pub fn finish(self, spans: &dyn SpanMap, budget: &CacheBudget) -> Result<Option<DataDevice>, DeviceError> {
+        self.finish_as(Geometry::of(spans), budget)
     }
 
     pub(super) fn finish_as(

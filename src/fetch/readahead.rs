@@ -145,7 +145,7 @@ impl Readahead {
     pub fn touched(
         &mut self,
         touch: &Touch,
-        spans: &impl Spans,
+        spans: &(impl Spans + ?Sized),
         absent: impl Fn(u32) -> bool,
         policy: Policy,
     ) -> Vec<(Range<u32>, Priority)> {
@@ -183,7 +183,7 @@ impl Readahead {
         &mut self,
         kind: Kind,
         range: Range<u32>,
-        spans: &impl Spans,
+        spans: &(impl Spans + ?Sized),
         absent: &impl Fn(u32) -> bool,
         policy: Policy,
     ) -> Vec<Range<u32>> {
@@ -214,7 +214,7 @@ impl Readahead {
     }
 
     /// Whether the readers of a file have paid for all of it, `price` for this touch included.
-    fn is_file_paid(&mut self, touch: &Touch, price: u64, spans: &impl Spans) -> bool {
+    fn is_file_paid(&mut self, touch: &Touch, price: u64, spans: &(impl Spans + ?Sized)) -> bool {
         let found = self.paid_files.iter().position(|paid| paid.file == touch.file);
         let mut paid = found.and_then(|i| self.paid_files.remove(i)).unwrap_or(Paid {
             file: touch.file.clone(),
@@ -231,7 +231,13 @@ impl Readahead {
     }
 
     /// What to fetch around a wait: all of a small layer, or where other waits were lately.
-    fn around(&mut self, touch: &Touch, price: u64, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
+    fn around(
+        &mut self,
+        touch: &Touch,
+        price: u64,
+        spans: &(impl Spans + ?Sized),
+        policy: Policy,
+    ) -> Option<Range<u32>> {
         let all = 0..spans.count();
         if spans.bytes(all.clone()) <= policy.product() + policy.request() {
             return Some(all);
@@ -247,7 +253,7 @@ impl Readahead {
     }
 
     /// The largest neighbourhood whose price was paid by waits in it, `span` among them.
-    fn surroundings_of(&self, span: u32, spans: &impl Spans) -> Option<Range<u32>> {
+    fn surroundings_of(&self, span: u32, spans: &(impl Spans + ?Sized)) -> Option<Range<u32>> {
         let mut nearest: Vec<Wait> = self.waits.iter().copied().collect();
         nearest.sort_by_key(|wait| wait.span.abs_diff(span));
         let (mut passed, mut paid) = (span..span + 1, 0);
@@ -269,7 +275,7 @@ impl Readahead {
     }
 
     /// Moves the stream on that the span belongs to, or begins one.
-    fn follow(&mut self, span: u32, spans: &impl Spans, policy: Policy) -> Option<Range<u32>> {
+    fn follow(&mut self, span: u32, spans: &(impl Spans + ?Sized), policy: Policy) -> Option<Range<u32>> {
         let found = self.streams.iter().position(|stream| stream.meets(span));
         let confidence = self.neighbours.confidence(policy);
         let Some(mut stream) = found.and_then(|i| self.streams.remove(i)) else {
@@ -280,7 +286,13 @@ impl Readahead {
         ahead
     }
 
-    fn begin(&mut self, span: u32, spans: &impl Spans, policy: Policy, confidence: f64) -> Option<Range<u32>> {
+    fn begin(
+        &mut self,
+        span: u32,
+        spans: &(impl Spans + ?Sized),
+        policy: Policy,
+        confidence: f64,
+    ) -> Option<Range<u32>> {
         let share = ((confidence - LOST) / (CONFIDENT - LOST)).clamp(0.0, 1.0);
         // The span itself is part of what is fetched now.
         let room = policy.request().saturating_sub(spans.bytes(span..span + 1));
@@ -304,7 +316,13 @@ impl Stream {
         (self.next.saturating_sub(2)..=self.end).contains(&span)
     }
 
-    fn follow(&mut self, span: u32, spans: &impl Spans, policy: Policy, confidence: f64) -> Option<Range<u32>> {
+    fn follow(
+        &mut self,
+        span: u32,
+        spans: &(impl Spans + ?Sized),
+        policy: Policy,
+        confidence: f64,
+    ) -> Option<Range<u32>> {
         self.touches += 1;
         self.next = self.next.max(span + 1);
         self.end = self.end.max(self.next);

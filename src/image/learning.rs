@@ -4,6 +4,8 @@ use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::Image;
+use super::prefetch::Layers;
 use crate::oci::Digest;
 use crate::profile::{Label, Profile, ProfileError, ProfiledLayer, Recorder};
 use crate::resolve::ResolvedImage;
@@ -49,10 +51,11 @@ impl Learning {
         &self.profile
     }
 
-    /// Listens with the image's recorder until its start is over or the future is dropped, then keeps what was learned.
-    pub async fn listen(self, recorder: Arc<Recorder>) {
+    /// Listens to what is read of the image until its start is over or the future is dropped, then keeps what was learned.
+    pub async fn listen(self, image: &Image, recorder: Arc<Recorder>) {
         let kept = Kept {
             learning: self,
+            layers: image.layers.clone(),
             recorder,
         };
         while !kept.recorder.is_over(Instant::now()) {
@@ -63,7 +66,7 @@ impl Learning {
     }
 
     /// Keeps a profile from elsewhere in place of what was known: all of it, or what it says of layers that this image has
-    /// too. Returns the bytes of tars that it names; nothing is changed if there are none.
+    /// too. Returns the bytes of content that it names; nothing is changed if there are none.
     pub fn import(&mut self, other: &Profile) -> Result<u64, StoreError> {
         let mut profile = Profile::new(
             self.profile.manifest.clone(),
@@ -95,6 +98,7 @@ impl Learning {
 /// Learns when it is dropped: when the start is over, or the mount is.
 struct Kept {
     learning: Learning,
+    layers: Arc<Layers>,
     recorder: Arc<Recorder>,
 }
 
@@ -116,6 +120,7 @@ impl Drop for Kept {
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "replacing a stored profile that cannot be used"),
         }
+        *profile = self.layers.translated(profile);
         profile.learn(&run);
         match learning.save() {
             Ok(()) => {}

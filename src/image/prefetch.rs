@@ -44,7 +44,7 @@ impl Layers {
     /// it says is guessed at like anything else.
     pub(super) async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
         self.profiled.store(true, Ordering::Relaxed);
-        let plan = futures::stream::iter(self.plan(profile));
+        let plan = futures::stream::iter(self.plan(&self.translated(profile)));
         let replayed = self.fetch(plan, Priority::Likely, LINED_UP).await;
         if replayed.is_err() {
             self.profiled.store(false, Ordering::Relaxed);
@@ -55,19 +55,28 @@ impl Layers {
         replayed.map(drop)
     }
 
-    /// The requests that bring what a profile names and is not here.
+    /// A profile by device address.
+    pub(super) fn translated(&self, profile: &Profile) -> Profile {
+        profile.clone().in_devices(|position, tar| {
+            let layer = self.all.get(position);
+            layer.map(|layer| layer.spans().of_tar(tar)).unwrap_or_default()
+        })
+    }
+
+    /// The requests that bring what a profile (by device address) names and is not here.
     fn plan(&self, profile: &Profile) -> Vec<(usize, Range<u32>)> {
         let mut seen = HashSet::new();
         let mut wanted = Vec::new();
         // What there is no disk for must not push out of memory what is being read.
         let mut room = self.all.iter().all(|layer| layer.keeps()).then_some(u64::MAX);
         let room = room.get_or_insert_with(|| self.all.first().map_or(0, |layer| layer.memory_budget() / 2));
-        for (position, tar) in profile.ranges() {
+        for (position, device) in profile.ranges() {
             let Some(layer) = self.all.get(position) else {
                 continue;
             };
-            for span in layer.spans_at(tar) {
-                let size = layer.span_size(span);
+            let map = layer.spans();
+            for span in map.spans(device).filter(|&span| map.has_content(span)) {
+                let size = map.decoded_size(span);
                 if seen.insert((position, span)) && size <= *room {
                     *room -= size;
                     layer.foresee(span);
@@ -76,8 +85,8 @@ impl Layers {
             }
         }
         let absent = |wanted: Wanted| !self.all[wanted.layer].is_local(wanted.span);
-        let indexes: Vec<_> = self.all.iter().map(|layer| layer.index()).collect();
-        runs(&wanted, &indexes, absent, self.policy())
+        let maps: Vec<_> = self.all.iter().map(|layer| layer.spans()).collect();
+        runs(&wanted, &maps, absent, self.policy())
     }
 
     /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the

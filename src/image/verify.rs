@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::ImageError;
 use crate::device;
-use crate::layer::{stored_index, stored_toc};
+use crate::layer::{stored_spans, stored_toc};
 use crate::oci::Digest;
 use crate::resolve::ResolvedImage;
 use crate::store::{LayerDir, Store, StoreError, gone, read_sealed};
@@ -115,11 +115,11 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) -> Resu
     for path in &files {
         sound &= report.sealed(path)?;
     }
-    let index = dir.digest().filter(|_| sound).and_then(|digest| {
+    let spans = dir.digest().filter(|_| sound).and_then(|digest| {
         stored_toc(store, &digest).ok()?;
-        stored_index(dir, &digest)
+        stored_spans(dir, &digest)
     });
-    let Some((index, extents)) = index else {
+    let Some(spans) = spans else {
         // Without all of its index the layer is streamed again, and its device is of no use.
         for path in files.into_iter().chain([dir.data()]).filter(|path| path.exists()) {
             report.remove(path)?;
@@ -127,7 +127,7 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) -> Resu
         return Ok(());
     };
     report.layers += 1;
-    let verified = device::verify(dir, &index, &extents)?;
+    let verified = device::verify(dir, &spans)?;
     report.spans += verified.good;
     report.bytes += verified.bytes;
     report.dropped_spans += verified.dropped;

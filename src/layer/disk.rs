@@ -7,12 +7,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::{Health, LayerStats};
-use crate::device::{CacheBudget, DataDevice, Found, Piece, SpanLock};
+use super::Health;
+use crate::device::{CacheBudget, DataDevice, Found, SpanLock};
 use crate::oci::Digest;
+use crate::span::Piece;
 
 /// A span that was damaged so often is not kept on the device any more.
 const MOST_HEALS: u32 = 3;
@@ -36,7 +37,8 @@ pub(super) struct LayerDisk {
     keeps: AtomicBool,
     budget: Arc<CacheBudget>,
     health: Arc<Health>,
-    stats: Arc<LayerStats>,
+    /// Spans that were damaged and are here again; a device that was made anew counts as one.
+    healed: AtomicU64,
 }
 
 /// What a read found that did not get its bytes.
@@ -58,7 +60,6 @@ impl LayerDisk {
         device: Option<DataDevice>,
         budget: Arc<CacheBudget>,
         health: Arc<Health>,
-        stats: Arc<LayerStats>,
     ) -> Self {
         Self {
             layer,
@@ -67,8 +68,13 @@ impl LayerDisk {
             damage: Mutex::default(),
             budget,
             health,
-            stats,
+            healed: AtomicU64::new(0),
         }
+    }
+
+    /// How many damaged spans are here again.
+    pub(super) fn healed(&self) -> u64 {
+        self.healed.load(Ordering::Relaxed)
     }
 
     /// The device, if it can be used.
@@ -161,7 +167,7 @@ impl LayerDisk {
         let mut device = self.device.write().expect("no panic while locked");
         if device.as_ref().is_some_and(|device| Arc::ptr_eq(device, old)) {
             *device = open().map(Arc::new);
-            self.stats.healed();
+            self.healed.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -188,7 +194,7 @@ impl LayerDisk {
             && let Some(damage) = damage.get_mut(&span)
             && std::mem::take(&mut damage.dropped)
         {
-            self.stats.healed();
+            self.healed.fetch_add(1, Ordering::Relaxed);
         }
         filled
     }

@@ -29,13 +29,13 @@ use super::race::Origin;
 use crate::blob::{BlobError, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};
 use crate::index::{
-    Compression, DecodeSink, Identity, LayerDecoder, Room, SPACING, SpanId, SpanIndex, SpanIndexBuilder, SpanStart,
-    sniff,
+    Compression, DecodeSink, Identity, LayerDecoder, Room, SPACING, SpanId, SpanIndexBuilder, SpanStart, sniff,
 };
 use crate::memory::Charge;
 use crate::oci::{DiffId, Digest, DigestHasher};
+use crate::span::IndexedSpans;
 use crate::store::{LayerDir, Partial, Store};
-use crate::toc::{ExtentTable, Limits, PackedToc, TarReader};
+use crate::toc::{Limits, PackedToc, TarReader};
 
 /// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
 const QUEUE: usize = 32;
@@ -49,10 +49,9 @@ const BATCH_QUEUE: usize = 3;
 /// What a pass makes.
 #[derive(Debug)]
 pub(super) struct Indexed {
-    pub(super) index: SpanIndex,
+    pub(super) spans: IndexedSpans,
     pub(super) toc: PackedToc,
-    pub(super) extents: ExtentTable,
-    /// Memory of the tables and of the index.
+    /// Memory of the spans and of the tables.
     pub(super) charges: [Charge; 2],
     pub(super) device: Option<DataDevice>,
     /// Why there is no device although there is a store.
@@ -387,17 +386,17 @@ impl Table {
         }
         let index = self.spans.finish(identity);
         let index = index.map_err(|source| FirstPassError::Decode { layer, source })?;
+        let spans = IndexedSpans::new(index, tables.extents);
         let (device, device_error) = match self.device {
             None => (None, self.device_error),
-            Some(filling) => match filling.finish(&index, &tables.extents) {
+            Some(filling) => match filling.finish(&spans) {
                 Ok(device) => (device, None),
                 Err(error) => (None, Some(error)),
             },
         };
         Ok(Indexed {
-            index,
+            spans,
             toc: tables.toc,
-            extents: tables.extents,
             charges: [self.spans_charge, tables.charge],
             device,
             device_error,
@@ -423,10 +422,10 @@ impl Filling {
         self.partial.take().is_some_and(|partial| partial.discard())
     }
 
-    fn finish(mut self, index: &SpanIndex, extents: &ExtentTable) -> Result<Option<DataDevice>, DeviceError> {
+    fn finish(mut self, spans: &IndexedSpans) -> Result<Option<DataDevice>, DeviceError> {
         if !self.insist(DeviceWriter::flush)? {
             return Ok(None);
         }
-        self.writer.finish(index, extents, &self.budget)
+        self.writer.finish(spans, &self.budget)
     }
 }

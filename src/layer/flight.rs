@@ -11,7 +11,7 @@ use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
 use crate::blob::{BlobError, Verdict};
 use crate::device::SpanLock;
 use crate::fetch::Pass;
-use crate::index::{IndexError, SpanId};
+use crate::index::IndexError;
 
 /// A span that fails its check is fetched this often: once more by range, then with the whole layer up to it, in case the
 /// server (or a cache in front of it) is wrong about ranges only.
@@ -181,6 +181,7 @@ async fn attempt_run(
 /// spans are ours, and not kept on disk.
 fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
     match layer
+        .data
         .disk
         .device()
         .filter(|device| device.is_writable())
@@ -189,7 +190,7 @@ fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
         Some(Ok((lock, held))) => (Some(lock), held),
         Some(Err(error)) => {
             tracing::warn!(layer = %layer.digest(), %error, "cannot lock spans, keeping them in memory only");
-            layer.disk.cannot_keep();
+            layer.data.disk.cannot_keep();
             (None, spans.to_vec())
         }
         None => (None, spans.to_vec()),
@@ -233,7 +234,7 @@ fn stretches(layer: &Layer, spans: &[u32]) -> Vec<Range<u32>> {
     let mut stretches: Vec<Range<u32>> = Vec::new();
     for &span in spans {
         match stretches.last_mut() {
-            Some(last) if span == last.end || layer.index.restart_for(SpanId(span)).0 < last.end => last.end = span + 1,
+            Some(last) if span == last.end || layer.spans().restart_for(span) < last.end => last.end = span + 1,
             _ => stretches.push(span..span + 1),
         }
     }
@@ -256,23 +257,17 @@ async fn decode(
         layer: layer.digest().clone(),
         source,
     };
-    let last = SpanId(spans.end - 1);
-    let first = if from_start {
-        SpanId(0)
-    } else {
-        layer.index.restart_for(SpanId(spans.start))
-    };
-    let needed = layer.index.blob_range(first, last);
+    let map = layer.spans();
+    let first = if from_start { 0 } else { map.restart_for(spans.start) };
+    let needed = map.blob_range(first..spans.end);
     // The whole blob is asked for without a range, so the bytes before the first restart come along.
     let (range, mut skip) = if from_start {
-        (0..layer.index.blob_size(), needed.start)
+        (0..map.blob_size(), needed.start)
     } else {
         (needed, 0)
     };
-    let mut decoder = layer
-        .index
-        .decoder_with_room(first, last, layer.windows.room(None))
-        .map_err(corrupt)?;
+    let room = layer.data.context.windows.room(None);
+    let mut decoder = map.decoder(first..spans.end, room).map_err(corrupt)?;
     let bytes = range.end - range.start;
     let mut timing = Timing::new(bytes);
     // What is asked for without a range cannot be cut.
@@ -281,7 +276,7 @@ async fn decode(
     } else {
         layer.policy().parts(bytes, pass.priority(), pass.before())
     };
-    let opening = stripes::read_range(layer.origin(), range, parts, &layer.ahead);
+    let opening = stripes::read_range(layer.origin(), range, parts, &layer.data.context.ahead);
     let mut stream = parked(pass, opening).await.map_err(unreadable)?;
     while let Some(bytes) = parked(pass, stream.next()).await {
         let bytes = bytes.map_err(unreadable)?;
@@ -293,7 +288,7 @@ async fn decode(
         skip -= unwanted;
         decoder
             .push(&bytes[unwanted as usize..], &mut |span, bytes| {
-                delivery.deliver(span.0, bytes);
+                delivery.deliver(span, bytes);
             })
             .map_err(corrupt)?;
         if decoder.is_done() {
@@ -303,7 +298,7 @@ async fn decode(
         }
     }
     Err(corrupt(IndexError::Truncated {
-        offset: layer.index.blob_size(),
+        offset: layer.spans().blob_size(),
     }))
 }
 
@@ -372,15 +367,20 @@ impl Delivery<'_> {
         if !run.claim.holds(span) {
             return;
         }
-        layer.health.fetched();
+        layer.data.context.health.fetched();
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
         run.claim.announce(span, landed.clone());
-        let kept = tokio::task::block_in_place(|| layer.disk.fill(lock.as_ref(), span, &layer.pieces(span), &bytes));
+        let kept = tokio::task::block_in_place(|| {
+            layer
+                .data
+                .disk
+                .fill(lock.as_ref(), span, &layer.spans().pieces(span), &bytes)
+        });
         if !kept {
             // From here on this run writes nothing to the device, so the locks of its spans are for the next flight to take.
             *lock = None;
-            layer.memory.insert(layer.digest(), span, bytes);
+            layer.data.context.memory.insert(layer.digest(), span, bytes);
         }
         run.land(span, landed);
     }

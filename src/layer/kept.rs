@@ -4,8 +4,8 @@ use std::fs;
 
 use crate::device::DataDevice;
 use crate::fetch::Spans as _;
-use crate::index::SpanIndex;
 use crate::oci::Digest;
+use crate::span::SpanMap;
 use crate::store::Store;
 
 /// What the store has of a layer.
@@ -22,44 +22,42 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
     let Some(dir) = store.layer(digest) else {
         return KeptOfLayer::default();
     };
-    let Some((index, extents)) = super::open::stored_index(&dir, digest) else {
+    let Some(spans) = super::open::stored_spans(&dir, digest) else {
         return KeptOfLayer {
             is_whole: false,
             bytes: fs::metadata(dir.partial()).map_or(0, |partial| partial.len()),
         };
     };
-    let opened = dir
-        .data()
-        .exists()
-        .then(|| DataDevice::open(store, &dir, &index, &extents));
+    let opened = dir.data().exists().then(|| DataDevice::open(store, &dir, &spans));
     let device = opened.transpose().unwrap_or_else(|error| {
         tracing::debug!(%error, "cannot see what is there of a layer");
         None
     });
+    let count = spans.span_count();
     // What cannot be read is not there.
-    let present = device.and_then(|device| device.present(0..index.count()).ok());
-    let present = present.unwrap_or_else(|| vec![false; index.count() as usize]);
-    let (spans, bytes) = local(&index, &present);
+    let present = device.and_then(|device| device.present(0..count).ok());
+    let present = present.unwrap_or_else(|| vec![false; count as usize]);
+    let (here, bytes) = local(&spans, &present);
     KeptOfLayer {
-        is_whole: spans == index.count(),
+        is_whole: here == count,
         bytes,
     }
 }
 
 /// How many spans of a layer are there, of each of which `present` says whether it is, and their compressed bytes.
-pub(super) fn local(index: &SpanIndex, present: &[bool]) -> (u32, u64) {
+pub(super) fn local(map: &dyn SpanMap, present: &[bool]) -> (u32, u64) {
     let here = |span: u32| present[span as usize];
     let (mut spans, mut bytes, mut start) = (0, 0, 0);
     // By stretches, because neighbours share a byte where one ends within it.
-    for span in 0..=index.count() {
-        if span < index.count() && here(span) {
+    for span in 0..=map.span_count() {
+        if span < map.span_count() && here(span) {
             spans += 1;
         } else {
-            bytes += index.bytes(start..span);
+            bytes += map.bytes(start..span);
             start = span + 1;
         }
     }
     // Headers and trailers belong to no span.
-    let whole = spans == index.count();
-    (spans, if whole { index.blob_size() } else { bytes })
+    let whole = spans == map.span_count();
+    (spans, if whole { map.blob_size() } else { bytes })
 }

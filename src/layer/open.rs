@@ -1,10 +1,10 @@
 //! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 
-use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use super::data::{LayerData, SharedLayers};
 use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::health::Health;
@@ -13,13 +13,14 @@ use super::race::Origin;
 use super::stripes::Ahead;
 use super::turn::Turn;
 use super::windows::Windows;
-use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
+use super::{IndexSource, Layer, LayerStats, SpanMemory};
 use crate::blob::{BlobSource, LinkId, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
 use crate::index::SpanIndex;
 use crate::memory::{Allowance, Charge, OverLimit, TABLES};
 use crate::oci::{DiffId, Digest};
+use crate::span::IndexedSpans;
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
 use crate::toc::{ExtentTable, PackedToc};
 
@@ -43,6 +44,7 @@ pub struct LayerContext {
     patient: bool,
     passes: Arc<Semaphore>,
     pub(super) windows: Windows,
+    pub(super) shared: Arc<SharedLayers>,
     pub(super) ahead: Ahead,
     /// Who may send a request now.
     pub lanes: Arc<Lanes>,
@@ -62,6 +64,7 @@ impl LayerContext {
             patient: false,
             passes: Arc::new(Semaphore::new(PASSES)),
             ahead: Ahead::default(),
+            shared: Arc::default(),
             lanes: Arc::default(),
         }
     }
@@ -127,6 +130,15 @@ async fn open_or_stream(
     diff_id: DiffId,
     stats: Arc<LayerStats>,
 ) -> Result<Opened, OpenError> {
+    if let Some(data) = context.shared.get(blob.digest())
+        && data.diff_id == diff_id
+    {
+        stats.set_source(IndexSource::Store);
+        return Ok(Opened {
+            layer: Layer::new(data, blob, stats),
+            toc: None,
+        });
+    }
     let dir = context.store.layer(blob.digest());
     if let Some(opened) = from_store(context, &dir, &blob, &diff_id, &stats).await? {
         return Ok(opened);
@@ -219,7 +231,7 @@ async fn stream(
                 Some(error) => context.health.store_lost(&error),
                 // The layer is larger than the cache may be: it fills with what is read.
                 None if indexed.device.is_none() => {
-                    let opened = DataDevice::open(&context.store, dir, &indexed.index, &indexed.extents);
+                    let opened = DataDevice::open(&context.store, dir, &indexed.spans);
                     indexed.device = opened.map_err(|error| context.health.store_lost(&error)).ok();
                 }
                 None => {}
@@ -230,9 +242,8 @@ async fn stream(
             tokio::task::spawn_blocking(move || partial.discard());
         }
         let Indexed {
-            index,
+            spans,
             toc,
-            extents,
             charges,
             device,
             ..
@@ -241,9 +252,18 @@ async fn stream(
         let of_toc = if kept { 0 } else { toc.bytes() };
         let covered = toc_charge
             .exactly(of_toc as u64)
-            .and_then(|()| charge.exactly(tables_of(&index, &extents)));
+            .and_then(|()| charge.exactly(spans.memory()));
         covered.map_err(too_much(blob.digest()))?;
-        let layer = layer(&context, &dir, blob, (index, extents, charge), device, stats);
+        let data = data(&context, &dir, (spans, charge), device);
+        let layer = Layer::new(
+            if kept {
+                context.shared.share(data)
+            } else {
+                Arc::new(data)
+            },
+            blob,
+            stats,
+        );
         if dir.is_some() && layer.keeps() {
             let found = programs::look(&toc, &layer);
             if let Err(error) = programs::keep(&context.store, layer.digest(), found) {
@@ -256,11 +276,6 @@ async fn stream(
         })
     });
     keeping.await.map_err(|_| OpenError::Interrupted)?
-}
-
-/// Memory of a layer's tables while it is open.
-fn tables_of(index: &SpanIndex, extents: &ExtentTable) -> u64 {
-    index.bytes_of_spans() + extents.bytes().len() as u64
 }
 
 fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
@@ -283,36 +298,23 @@ async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
     opening.await.map_err(|_| OpenError::Interrupted)
 }
 
-fn layer(
+fn data(
     context: &LayerContext,
     dir: &Option<LayerDir>,
-    blob: Arc<dyn BlobSource>,
-    (index, extents, charge): (SpanIndex, ExtentTable, Charge),
+    (spans, charge): (IndexedSpans, Charge),
     device: Option<DataDevice>,
-    stats: Arc<LayerStats>,
-) -> Arc<Layer> {
-    let touches = Touches::new(index.len());
-    let (budget, health) = (context.budget.clone(), context.health.clone());
-    let disk = LayerDisk::new(blob.digest().clone(), device, budget, health, stats.clone());
-    Arc::new(Layer {
-        blob,
-        index,
-        extents,
-        disk,
+) -> LayerData {
+    let (digest, diff_id) = (spans.index().blob_digest().clone(), spans.index().diff_id().clone());
+    LayerData {
+        disk: LayerDisk::new(digest.clone(), device, context.budget.clone(), context.health.clone()),
+        digest,
+        diff_id,
+        spans: Box::new(spans),
         _charge: charge,
-        home: dir.clone().map(|dir| (context.store.clone(), dir)),
-        memory: context.memory.clone(),
-        health: context.health.clone(),
-        lanes: context.lanes.clone(),
-        ahead: context.ahead.clone(),
-        windows: context.windows.clone(),
+        home: dir.clone(),
+        context: context.clone(),
         flights: Arc::default(),
-        touches,
-        readahead: Mutex::default(),
-        recorder: OnceLock::new(),
-        runtime: Handle::current(),
-        stats,
-    })
+    }
 }
 
 /// The layer as it was indexed before, if all of that is there. Reads and hashes files, so not on the runtime's threads.
@@ -337,22 +339,23 @@ fn load(
     diff_id: &DiffId,
     stats: Arc<LayerStats>,
 ) -> Result<Option<Opened>, OpenError> {
-    let Some((index, extents)) = stored_index(dir, blob.digest()) else {
+    let Some(spans) = stored_spans(dir, blob.digest()) else {
         return Ok(None);
     };
-    if index.diff_id().0.algorithm() != diff_id.0.algorithm() {
+    let known = spans.index().diff_id();
+    if known.0.algorithm() != diff_id.0.algorithm() {
         // Nothing can be said without another pass.
         return Ok(None);
     }
-    if index.diff_id() != diff_id {
+    if known != diff_id {
         // What the blob unpacks to is known from a pass that verified it, so this image's config is wrong.
         return Err(OpenError::FirstPass(FirstPassError::DiffId {
             layer: blob.digest().clone(),
             expected: diff_id.clone(),
-            actual: index.diff_id().0.clone(),
+            actual: known.0.clone(),
         }));
     }
-    let device = match DataDevice::open(&context.store, dir, &index, &extents) {
+    let device = match DataDevice::open(&context.store, dir, &spans) {
         Ok(device) => Some(device),
         Err(error) => {
             context.health.store_lost(&error);
@@ -366,17 +369,15 @@ fn load(
         tracing::debug!(%error, "cannot remove what was kept of a layer that is indexed now");
     }
     let mut charge = context.tables.charge();
-    charge
-        .exactly(tables_of(&index, &extents))
-        .map_err(too_much(blob.digest()))?;
+    charge.exactly(spans.memory()).map_err(too_much(blob.digest()))?;
     stats.set_source(IndexSource::Store);
-    let dir = Some(dir.clone());
-    let layer = layer(context, &dir, blob, (index, extents, charge), device, stats);
+    let data = data(context, &Some(dir.clone()), (spans, charge), device);
+    let layer = Layer::new(context.shared.share(data), blob, stats);
     Ok(Some(Opened { layer, toc: None }))
 }
 
-/// The index of a layer as it is stored, if all of that is there and sound.
-pub fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, ExtentTable)> {
+/// The spans of a layer as they are stored, if all of its index is there and sound.
+pub fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
     };
@@ -392,15 +393,17 @@ pub fn stored_index(dir: &LayerDir, layer: &Digest) -> Option<(SpanIndex, Extent
         .ok()?;
     // A table of another layer might name bytes that this one does not have.
     let within = extents.tar_end() <= index.tar_size();
-    (index.blob_digest() == layer && within && dir.toc().exists()).then_some((index, extents))
+    (index.blob_digest() == layer && within && dir.toc().exists()).then(|| IndexedSpans::new(index, extents))
 }
 
 /// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
 fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
     let lazy = Durability::Lazy;
     store.publish_sealed(&dir.toc(), lazy, |mut file| indexed.toc.write(&mut file))?;
-    store.publish_sealed(&dir.extents(), lazy, |mut file| indexed.extents.encode(&mut file))?;
-    store.publish_sealed(&dir.spans(), lazy, |mut file| indexed.index.write(&mut file))
+    store.publish_sealed(&dir.extents(), lazy, |mut file| {
+        indexed.spans.extents().encode(&mut file)
+    })?;
+    store.publish_sealed(&dir.spans(), lazy, |mut file| indexed.spans.index().write(&mut file))
 }
 
 /// The table of contents of a layer that was indexed before.

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::{Flown, Landed, Layer, LayerError, flight};
 use crate::fetch::{Priority, Spans as _, Touch};
-use crate::toc::Extent;
 
 /// What came of asking for spans.
 #[derive(Debug, Default)]
@@ -35,28 +34,32 @@ impl Layer {
         self.touches.forget();
     }
 
-    /// A reader comes to part of an extent: what to fetch ahead of it.
-    pub(super) fn touch(&self, piece: &Extent) -> Vec<(Range<u32>, Priority)> {
-        let mut ahead = Vec::new();
-        for span in self.spans_of(piece) {
+    /// A reader comes to content in a range of the device: what to fetch ahead of it.
+    pub(super) fn touch(&self, content: &Range<u64>) -> Vec<(Range<u32>, Priority)> {
+        let (map, mut ahead) = (self.spans(), Vec::new());
+        for span in map.spans(content.clone()) {
+            if !map.has_content(span) {
+                continue;
+            }
             let Some(foreseen) = self.touches.read(span) else {
                 continue;
             };
-            let bytes = self.index.bytes(span..span + 1);
-            self.stats.used_more(bytes);
+            self.stats.used_more(map.bytes(span..span + 1));
             if foreseen {
                 continue;
             }
-            let file = self.extents.around(piece.tar);
+            // Where the reader is in the span.
+            let at = content.start.max(map.heads()[span as usize]);
+            let file = map.run_around(at);
             let touch = Touch {
                 span,
-                begins: file.as_ref().is_some_and(|file| file.tar == piece.tar),
-                file: file.map_or(span..span + 1, |file| self.spans_of(&file)),
+                begins: file.as_ref().is_some_and(|file| file.start >= content.start),
+                file: file.map_or(span..span + 1, |file| map.spans(file)),
                 waits: !self.is_local(span),
             };
             let absent = |span| !self.is_local(span);
             let mut readahead = self.readahead.lock().expect("no panic while locked");
-            ahead.extend(readahead.touched(&touch, &self.index, absent, self.policy()));
+            ahead.extend(readahead.touched(&touch, map, absent, self.policy()));
         }
         ahead
     }
@@ -77,7 +80,7 @@ impl Layer {
     /// Fetches ahead of a reader. Returns when it is under way.
     async fn read_ahead(self: &Arc<Self>, mut rest: Range<u32>, priority: Priority) {
         while !rest.is_empty() {
-            let end = self.index.reach(rest.start, self.policy().run());
+            let end = self.spans().reach(rest.start, self.policy().run());
             let end = end.clamp(rest.start + 1, rest.end);
             self.prefetch(rest.start..end, priority).await;
             rest.start = end;
@@ -86,8 +89,10 @@ impl Layer {
 
     /// Fetches what fills a range of the device, for a reader who will be there soon. Returns when it is under way.
     pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
-        for extent in self.extents.pieces_in_device(device) {
-            let spans = self.spans_of(&extent);
+        let Some(content) = self.spans().content(device) else {
+            return;
+        };
+        for spans in self.spans_with_content(&content) {
             // What was foreseen before is under way.
             let news = spans.clone().filter(|&span| self.touches.foresee(span)).count() > 0;
             if news {
@@ -99,16 +104,16 @@ impl Layer {
     /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way. Spans that
     /// another process fetches at the moment are left to it.
     pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Begun {
-        let missing = |span: &u32| !self.is_local(*span) && !self.memory.contains(self.digest(), *span);
+        let missing = |&span: &u32| !self.is_local(span) && !self.data.is_in_memory(span);
         let bytes = spans.clone().filter(missing);
-        let bytes = bytes.map(|span| self.index.bytes(span..span + 1)).sum::<u64>();
+        let bytes = bytes.map(|span| self.spans().bytes(span..span + 1)).sum::<u64>();
         if bytes == 0 {
             return Begun::default();
         }
-        self.lanes.rest(priority, self.link().id).await;
-        let pass = Arc::new(self.lanes.enter(priority, bytes, self.policy()).await);
+        self.data.context.lanes.rest(priority, self.link().id).await;
+        let pass = Arc::new(self.data.context.lanes.enter(priority, bytes, self.policy()).await);
         let (runs, flying) = {
-            let mut board = self.flights.board();
+            let mut board = self.data.flights.board();
             let flying = spans.clone().filter(|&span| board.is_flying(span)).collect();
             (self.claim(&mut board, spans, priority), flying)
         };
@@ -123,10 +128,10 @@ impl Layer {
     /// they could not be kept.
     pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
         let mut run = from..from;
-        while self.keeps() && run.end < self.index.count() {
+        while self.keeps() && run.end < self.spans().span_count() {
             let span = run.end;
             let absent = !self.is_local(span);
-            if !run.is_empty() && (!absent || self.index.bytes(run.start..span + 1) > batch) {
+            if !run.is_empty() && (!absent || self.spans().bytes(run.start..span + 1) > batch) {
                 break;
             }
             run.end = span + 1;
@@ -139,8 +144,7 @@ impl Layer {
 
     /// How many spans are not local.
     pub fn absent(&self) -> usize {
-        let present = self.disk.present(self.index.count());
-        present.into_iter().filter(|present| !present).count()
+        self.data.present().into_iter().filter(|present| !present).count()
     }
 
     /// Waits until a span is here, whoever fetches it.

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::oci::Digest;
+
 /// Where a layer's index came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -29,7 +31,6 @@ pub struct LayerStats {
     hits: AtomicU64,
     misses: AtomicU64,
     requests: AtomicU64,
-    healed: AtomicU64,
     hedges: AtomicU64,
     /// While the layer is opened: tasks that do so, and those of them that wait for somebody else.
     opening: AtomicUsize,
@@ -65,7 +66,8 @@ pub struct LayerStatus {
     /// Requests, of those, that were made because an earlier one was far too slow.
     #[serde(default)]
     pub hedges: u64,
-    /// Spans that were damaged on the local device and were fetched again; a device that was made anew counts as one.
+    /// Spans that were damaged on the local device and are there again; a device that was made anew counts as one. All mounts of
+    /// the process share the device and the number.
     #[serde(default)]
     pub healed: u64,
     /// Spans in the layer; 0 until the index is there.
@@ -100,7 +102,6 @@ impl LayerStats {
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             requests: AtomicU64::new(0),
-            healed: AtomicU64::new(0),
             hedges: AtomicU64::new(0),
             opening: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
@@ -134,10 +135,6 @@ impl LayerStats {
 
     pub(super) fn request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn healed(&self) {
-        self.healed.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A request is made once more, because it is too slow.
@@ -207,10 +204,10 @@ impl LayerStats {
         *self.source.lock().expect("no panic while locked")
     }
 
-    /// The counters now.
-    pub fn snapshot(&self, digest: String, spans: u32, (local_spans, local): (u32, u64)) -> LayerStatus {
+    /// The counters now, as those of the layer with this digest, of which nothing is known to be here.
+    pub fn snapshot(&self, layer: &Digest) -> LayerStatus {
         LayerStatus {
-            digest,
+            digest: layer.to_string(),
             size: self.size,
             fetched: self.fetched(),
             resumed: self.resumed.load(Ordering::Relaxed),
@@ -219,11 +216,11 @@ impl LayerStats {
             hits: self.hits.load(Ordering::Relaxed),
             misses: self.misses.load(Ordering::Relaxed),
             requests: self.requests(),
-            healed: self.healed.load(Ordering::Relaxed),
+            healed: 0,
             hedges: self.hedges(),
-            spans,
-            local_spans,
-            local,
+            spans: 0,
+            local_spans: 0,
+            local: 0,
             index_source: self.source(),
         }
     }

@@ -54,7 +54,7 @@ pub struct PrefetchStatus {
     pub label: String,
     /// Starts that the profile was learned from; 0 if there was none, or one of another version of the image.
     pub runs: u32,
-    /// Bytes of layers' tars that the profile names.
+    /// Bytes of layers' content that the profile names.
     pub profile_bytes: u64,
     /// Why the last try failed, or why not all of the image can be kept.
     pub problem: Option<String>,
@@ -97,7 +97,8 @@ impl Side {
         let progress = Progress(self.status.clone());
         let (image, profile) = (image.clone(), learning.profile().clone());
         let early = self.replay.take();
-        self.tasks.spawn(learning.listen(image.record()));
+        let (heard, recorder) = (image.clone(), image.record());
+        self.tasks.spawn(async move { learning.listen(&heard, recorder).await });
         self.tasks.spawn(async move {
             if mode != Prefetch::None {
                 progress.set(PrefetchState::Profile, None);

@@ -2,10 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BEST_SCORE, BLOCK, Block, Label, MOST_BLOCKS, Profile, ProfiledLayer, Touch};
+use super::{BEST_SCORE, BLOCK, Block, Label, MOST_BLOCKS, Profile, ProfiledLayer, Space, Touch};
 use crate::oci::{DiffId, Digest};
 
-const VERSION: u32 = 1;
+/// By device address; and the version before, by offset in the tar.
+const VERSION: u32 = 2;
+const VERSION_OF_TARS: u32 = 1;
 /// Bytes of the largest file that is read: one of the most blocks, each a range of its own, is smaller.
 pub const LARGEST_FILE: usize = 8 << 20;
 /// No image has more layers.
@@ -81,7 +83,10 @@ impl Profile {
             diff_id: layer.diff_id.0.clone(),
         });
         let file = File {
-            version: VERSION,
+            version: match self.space {
+                Space::Device => VERSION,
+                Space::Tar => VERSION_OF_TARS,
+            },
             manifest: self.manifest.clone(),
             label: self.label.to_string(),
             runs: self.runs,
@@ -98,9 +103,11 @@ impl Profile {
             return invalid("it is larger than 8 MiB");
         }
         let found = serde_json::from_slice::<Head>(bytes)?.version;
-        if found != VERSION {
-            return Err(ProfileError::Version { found });
-        }
+        let space = match found {
+            VERSION => Space::Device,
+            VERSION_OF_TARS => Space::Tar,
+            found => return Err(ProfileError::Version { found }),
+        };
         let file: File = serde_json::from_slice(bytes)?;
         let Ok(label) = file.label.parse::<Label>() else {
             return invalid("its label is not one");
@@ -140,6 +147,7 @@ impl Profile {
             label,
             runs: file.runs,
             layers: layers.collect(),
+            space,
             touches,
         })
     }
@@ -174,6 +182,10 @@ mod tests {
         let encoded = profile().encode();
         assert_eq!(Profile::decode(&encoded).unwrap(), profile());
         let text = String::from_utf8(encoded).unwrap();
+        let old = text.replace("profile\":2", "profile\":1");
+        let of_tars = Profile::decode(old.as_bytes()).unwrap();
+        assert_eq!(of_tars.space, Space::Tar);
+        assert_eq!(of_tars.encode(), old.as_bytes());
         assert!(
             text.contains("[1,114688,32768,3,2]"),
             "neighbours are one range: {text}"
@@ -188,7 +200,7 @@ mod tests {
             assert!(error.contains(reason), "{error}");
         };
         refused("{}".into(), "missing field `ocifs-profile`");
-        refused(good.replace("profile\":1", "profile\":2"), "version 2");
+        refused(good.replace("profile\":2", "profile\":3"), "version 3");
         refused(good.replace("\"web\"", "\"../web\""), "label");
         refused(good.replace("[1,114688", "[2,114688"), "no layer");
         refused(good.replace("[1,114688", "[1,114689"), "whole blocks");

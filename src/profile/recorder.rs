@@ -41,16 +41,16 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// A range of the tar of the layer at this position was read.
-    pub fn read(&self, layer: u32, tar: Range<u64>) {
-        if self.over.load(Ordering::Relaxed) || tar.is_empty() {
+    /// A range of the data device of the layer at this position was read.
+    pub fn read(&self, layer: u32, device: Range<u64>) {
+        if self.over.load(Ordering::Relaxed) || device.is_empty() {
             return;
         }
         let now = Instant::now();
         let at = u32::try_from(now.duration_since(self.ready).as_millis()).unwrap_or(u32::MAX);
         let mut heard = self.heard.lock().expect("no panic while locked");
         let heard = &mut *heard;
-        for number in tar.start / BLOCK..tar.end.div_ceil(BLOCK) {
+        for number in device.start / BLOCK..device.end.div_ceil(BLOCK) {
             let block = Block { layer, number };
             if heard.run.len() >= MOST_BLOCKS {
                 self.over.store(true, Ordering::Relaxed);

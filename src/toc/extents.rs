@@ -128,11 +128,31 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         self.pieces(range, |extent| extent.device)
     }
 
-    /// The whole extent around an offset in the tar, if there is content: mostly that of one file.
-    pub fn around(&self, tar: u64) -> Option<Extent> {
-        let index = self.first_behind(tar, |extent| extent.tar);
+    /// From the first byte of content in a range of the data device to the end of the last; none if all of it reads as zeros.
+    pub fn content_in_device(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let start = |extent: &Extent| extent.device;
+        let first = self.first_behind(range.start, start);
+        // The last extent that begins before the end of the range is, or comes right before, the first that ends behind it.
+        let last = match range.end.checked_sub(1) {
+            Some(last) => self.first_behind(last, start),
+            None => return None,
+        };
+        let begins = |index: usize| {
+            (index < self.len())
+                .then(|| self.extent(index))
+                .filter(|e| e.device < range.end)
+        };
+        let last = begins(last).or_else(|| last.checked_sub(1).and_then(begins))?;
+        let first = begins(first)?;
+        let content = first.device.max(range.start)..(last.device + last.len).min(range.end);
+        (content.start < content.end).then_some(content)
+    }
+
+    /// The whole extent around a device address, if there is content: mostly that of one file.
+    pub fn around_device(&self, device: u64) -> Option<Extent> {
+        let index = self.first_behind(device, |extent| extent.device);
         let extent = (index < self.len()).then(|| self.extent(index));
-        extent.filter(|extent| extent.tar <= tar)
+        extent.filter(|extent| extent.device <= device)
     }
 
     /// The first extent that ends behind `offset`.

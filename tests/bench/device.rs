@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use ocifs::device::{CacheBudget, DataDevice, Found};
-use ocifs::index::{
-    BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndex, SpanIndexBuilder, SpanStart,
-};
+use ocifs::index::{BitPosition, Compression, DecodeSink as _, Identity, SpanId, SpanIndexBuilder, SpanStart};
 use ocifs::oci::{DiffId, Digest};
+use ocifs::span::IndexedSpans;
 use ocifs::store::{LayerDir, Store};
-use ocifs::toc::{ExtentTable, Limits, TarReader};
+use ocifs::toc::{Limits, TarReader};
 
 const FILES: usize = 512;
 const FILE: usize = 512 << 10;
@@ -23,7 +22,7 @@ const SPAN: usize = 1 << 20;
 const ROUNDS: usize = 9;
 
 /// A layer of many files, all of it on its device.
-fn layer(store: &Store) -> (SpanIndex, ExtentTable, LayerDir) {
+fn layer(store: &Store) -> (IndexedSpans, LayerDir) {
     let mut tar = tar::Builder::new(Vec::new());
     let content: Vec<u8> = (0..FILE).map(|i| (i * 7 + i / 251) as u8).collect();
     for file in 0..FILES {
@@ -58,9 +57,9 @@ fn layer(store: &Store) -> (SpanIndex, ExtentTable, LayerDir) {
         diff_id: DiffId(blob),
     };
     let extents = reader.finish().unwrap().extents;
-    let index = builder.finish(identity).unwrap();
-    writer.finish(&index, &extents, &budget).unwrap().unwrap();
-    (index, extents, dir)
+    let spans = IndexedSpans::new(builder.finish(identity).unwrap(), extents);
+    writer.finish(&spans, &budget).unwrap().unwrap();
+    (spans, dir)
 }
 
 fn median(mut times: Vec<Duration>) -> f64 {
@@ -71,7 +70,7 @@ fn median(mut times: Vec<Duration>) -> f64 {
 fn main() {
     let directory = tempfile::tempdir_in(std::env::var_os("CARGO_TARGET_TMPDIR").unwrap_or(".".into())).unwrap();
     let store = Store::open(directory.path()).unwrap();
-    let (index, extents, dir) = layer(&store);
+    let (spans, dir) = layer(&store);
     let file = File::open(dir.data()).unwrap();
     file.sync_all().unwrap();
     println!("| pages | bytes a read | plain us | checked us | ratio |\n|---|---|---|---|---|");
@@ -89,7 +88,7 @@ fn main() {
                     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
                 }
                 // As a mount does, before it reads.
-                let device = DataDevice::open(&store, &dir, &index, &extents).unwrap();
+                let device = DataDevice::open(&store, &dir, &spans).unwrap();
                 let start = Instant::now();
                 offsets.iter().for_each(|&offset| read(&device, offset, &mut buffer));
                 start.elapsed() / reads
