@@ -20,12 +20,14 @@ mod format;
 mod map;
 mod plan;
 mod read;
+mod walk;
 mod write;
 mod xattr;
 
 pub use dirent::FileType;
 pub use map::Mapping;
 pub use read::{Entries, Entry, Inode, Reader};
+pub use walk::{MOST_LINKS, WalkError, Walker};
 pub use write::{Planned, WriteSummary, write};
 pub use xattr::{Xattr, XattrIter};
 

@@ -18,7 +18,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
-use std::time::Duration;
 
 use fuser::{
     AccessFlags, Config, Errno, FileHandle, FileType, Filesystem, Generation, INodeNo, InitFlags, KernelConfig,
@@ -31,10 +30,9 @@ pub use served::{Served, Stage};
 
 use self::watch::Watch;
 use crate::erofs::Nid;
+use crate::fs::kernel::{NOT_NEEDED, VALID};
 use crate::fs::{FsError, ImageFs, ToErrno as _};
 
-/// "For ever": the tree never changes. The kernel keeps times in jiffies, which this does not overflow.
-const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 /// A READ of the kernel is at most this long; one page array (fs.fuse.max_pages_limit) is 1 MiB.
 const MAX_READ: u32 = 1 << 20;
 /// Readahead requests in flight. Each may wait for the network, and what is beyond waits inside the kernel without a deadline:
@@ -158,9 +156,13 @@ impl Adapter {
     }
 }
 
-/// FUSE calls the root 1; no other inode has that number, because the superblock lies there.
 fn nid(fs: &ImageFs, ino: INodeNo) -> Nid {
-    if ino == INodeNo::ROOT { fs.root() } else { Nid(ino.0) }
+    fs.inode(ino.0)
+}
+
+/// See [`NOT_NEEDED`].
+fn not_needed() -> Errno {
+    Errno::from_i32(NOT_NEEDED as i32)
 }
 
 fn lookup_attr(fs: &ImageFs, parent: INodeNo, name: &OsStr) -> Result<Option<fuser::FileAttr>, Errno> {
@@ -221,16 +223,15 @@ impl Filesystem for Adapter {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let name = name.to_owned();
         self.answer(request, reply, move |fs, reply| match lookup_attr(fs, parent, &name) {
-            Ok(Some(attr)) => reply.entry(&FOREVER, &attr, Generation(0)),
-            // Inode 0 with a lifetime: the kernel remembers that the name is absent.
-            Ok(None) => reply.entry(&FOREVER, &attr::absent(), Generation(0)),
+            Ok(Some(attr)) => reply.entry(&VALID, &attr, Generation(0)),
+            Ok(None) => reply.entry(&VALID, &attr::absent(), Generation(0)),
             Err(errno) => reply.error(errno),
         });
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         self.answer(request, reply, move |fs, reply| match attr_of(fs, ino) {
-            Ok(attr) => reply.attr(&FOREVER, &attr),
+            Ok(attr) => reply.attr(&VALID, &attr),
             Err(errno) => reply.error(errno),
         });
     }
@@ -245,15 +246,15 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::ENOSYS);
+        reply.error(not_needed());
     }
 
     fn opendir(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.error(Errno::ENOSYS);
+        reply.error(not_needed());
     }
 
     fn flush(&self, _request: &Request, _ino: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
+        reply.error(not_needed());
     }
 
     fn read(
@@ -322,7 +323,7 @@ impl Filesystem for Adapter {
                 Ok(found) => {
                     let attr = attr::to_fuse(fs, &found);
                     let name = OsStr::from_bytes(entry.name);
-                    !reply.add(attr.ino, entry.next, name, &FOREVER, &attr, Generation(0))
+                    !reply.add(attr.ino, entry.next, name, &VALID, &attr, Generation(0))
                 }
                 Err(error) => {
                     failed = Some(error);
@@ -348,7 +349,7 @@ impl Filesystem for Adapter {
         self.answer(request, reply, move |fs, reply| {
             if !fs.has_xattrs() {
                 // The kernel stops asking, which saves a round trip on every permission check and copy-up.
-                return reply.error(Errno::ENOSYS);
+                return reply.error(not_needed());
             }
             match fs.xattr(nid(fs, ino), name.as_bytes()).map_err(report) {
                 Ok(Some(value)) => reply_sized(reply, size, &value),

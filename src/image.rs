@@ -34,9 +34,7 @@ use self::programs::Programs;
 use crate::blob::{BlobError, BlobSource, ImageSource, Link};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
-use crate::layer::{
-    self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened,
-};
+use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened};
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{Profile, Recorder};
@@ -229,7 +227,6 @@ impl Preparation {
             programs,
             eager: AtomicBool::new(false),
             runtime: Handle::current(),
-            health: context.health.clone(),
         })
     }
 
@@ -345,7 +342,6 @@ pub struct Image {
     eager: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
-    health: Arc<Health>,
 }
 
 impl Image {
@@ -372,9 +368,9 @@ impl Image {
         &self.layers.all
     }
 
-    /// What does not work at the moment.
-    pub fn health(&self) -> &Health {
-        &self.health
+    /// Spans of all layers that this image has fetched.
+    pub fn landed(&self) -> u64 {
+        self.layers.all.iter().map(|layer| layer.stats().spans_landed()).sum()
     }
 
     /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`], and what programs need.

@@ -18,6 +18,7 @@
 //! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
 //! | *restart* | place in a compressed blob where decoding can begin; a gzip one carries a *window* | checkpoint table |
 //! | *span index* | spans, restarts and digests of one layer ([`index::SpanIndex`]) | index (alone) |
+//! | *span map* | a layer's spans by device address, wherever that is known from ([`span::SpanMap`]) | span table |
 //! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
 //! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
 //! | *tree* | merged view of all layers ([`tree::Tree`]) | snapshot, rootfs |
@@ -31,16 +32,19 @@
 //! |---|---|
 //! | 0 | [`oci`] [`memory`] |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
-//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`device`] [`tree`] [`fetch`] |
-//! | 3 | [`layer`] [`erofs`] |
-//! | 4 | [`image`] |
-//! | 5 | [`fs`] |
-//! | 6 | [`fuse`] |
-//! | 7 | [`mount`] |
-//! | 8 | [`cli`] |
+//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
+//! | 3 | [`device`] [`fetch`] [`erofs`] |
+//! | 4 | [`layer`] |
+//! | 5 | [`image`] |
+//! | 6 | [`content`] |
+//! | 7 | [`fs`] |
+//! | 8 | [`fuse`] |
+//! | 9 | [`mount`] |
+//! | 10 | `cli`, which is the command and no part of the library |
 
 pub mod archive;
 pub mod blob;
+pub mod content;
 pub mod device;
 pub mod erofs;
 pub mod fetch;

@@ -4,17 +4,15 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Args;
 
 use super::config::Config;
 use super::open::open_image;
 use super::{Fetching, ImageArgs, text};
-use ocifs::erofs::{FileType, Nid};
+use ocifs::erofs::{FileType, Walker};
 use ocifs::fs::{Attr, ImageFs, mtime};
 
-/// Symbolic links followed in one path, as many as the kernel follows.
-pub(super) const MAX_LINKS: u32 = 40;
 /// Bytes read at once.
 const READ: usize = 1 << 20;
 
@@ -41,45 +39,12 @@ pub(super) struct CatArgs {
     paths: Vec<OsString>,
 }
 
-/// Follows `path` from the root, symbolic links included, as a chroot would.
+/// What is at `path`, symbolic links followed as in a chroot.
 fn walk(fs: &ImageFs, path: &OsStr) -> anyhow::Result<Attr> {
-    let split = |text: &[u8]| -> Vec<Vec<u8>> { text.split(|&b| b == b'/').rev().map(<[u8]>::to_vec).collect() };
-    let mut todo = split(path.as_bytes());
-    let path = path.display();
-    let mut parents: Vec<Nid> = Vec::new();
-    let mut here = fs.attr(fs.root())?;
-    let mut links = 0;
-    while let Some(name) = todo.pop() {
-        match name.as_slice() {
-            b"" | b"." => continue,
-            b".." => {
-                here = fs.attr(parents.pop().unwrap_or(fs.root()))?;
-                continue;
-            }
-            _ => {}
-        }
-        if here.inode.file_type != FileType::Directory {
-            bail!("{path}: not a directory");
-        }
-        let next = fs.lookup(here.ino, &name)?;
-        let next = next.with_context(|| format!("{path}: no such file or directory in the image"))?;
-        if next.inode.file_type != FileType::Symlink {
-            parents.push(here.ino);
-            here = next;
-            continue;
-        }
-        links += 1;
-        if links > MAX_LINKS {
-            bail!("{path}: too many levels of symbolic links");
-        }
-        let target = fs.read_link(next.ino)?;
-        if target.starts_with(b"/") {
-            parents.clear();
-            here = fs.attr(fs.root())?;
-        }
-        todo.extend(split(&target));
-    }
-    Ok(here)
+    let mut walker = Walker::new(fs.image().tree());
+    let found = walker.resolve(fs.root(), path.as_bytes());
+    let ino = found.map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    Ok(fs.attr(ino)?)
 }
 
 fn letter(file_type: FileType) -> char {

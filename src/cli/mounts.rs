@@ -7,11 +7,11 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::explain;
-use super::files::MAX_LINKS;
 use super::say;
 use super::text::{self, shown};
 use super::units::human;
-use ocifs::fs::ReadStatus;
+use ocifs::content::ReadStatus;
+use ocifs::erofs::MOST_LINKS;
 use ocifs::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
 
 /// Arguments of `umount`.
@@ -51,7 +51,7 @@ pub(super) struct StatusArgs {
 /// The absolute path of a mount point that may be dead: its parent is resolved, itself it is not touched.
 pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
     let mut path = std::path::absolute(path)?;
-    for _ in 0..=MAX_LINKS {
+    for _ in 0..=MOST_LINKS {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             // The root, or a path that ends in `..`.
             return std::fs::canonicalize(&path).with_context(|| format!("{}", path.display()));

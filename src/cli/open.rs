@@ -12,6 +12,7 @@ use super::suggest::suggest;
 use super::{ImageArgs, explain};
 use ocifs::archive::DockerArchive;
 use ocifs::blob::{BlobError, ImageSource};
+use ocifs::content::Content;
 use ocifs::fs::ImageFs;
 use ocifs::image::{Confirm, Image, KeptSource, Preparation, Unconfirmed};
 use ocifs::layer::{Health, LayerContext};
@@ -162,7 +163,7 @@ pub(super) fn open_image(fetching: &Fetching, config: &Config, args: &ImageArgs)
         let bar = Bar::new(&args.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
         bar.finish();
-        anyhow::Ok(ImageFs::new(image, config.timeout))
+        anyhow::Ok(ImageFs::new(Arc::new(Content::new(image, config.timeout))))
     })
 }
 

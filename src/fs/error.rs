@@ -5,6 +5,7 @@ use std::time::Duration;
 pub use nix::errno::Errno;
 
 use crate::blob::BlobError;
+use crate::content::ContentError;
 use crate::erofs::ErofsError;
 use crate::layer::LayerError;
 
@@ -15,15 +16,9 @@ pub enum FsError {
     /// The tree is damaged, or an inode number that it never gave out was used.
     #[error(transparent)]
     Tree(#[from] ErofsError),
-    /// Content could not be had.
+    /// Content could not be had, or did not come in time.
     #[error(transparent)]
-    Layer(#[from] LayerError),
-    /// Content did not come in time.
-    #[error("no data within {}s", timeout.as_secs_f32())]
-    Timeout {
-        /// The deadline that passed.
-        timeout: Duration,
-    },
+    Content(#[from] ContentError),
     /// A directory was read as a file.
     #[error("is a directory")]
     IsDirectory,
@@ -47,13 +42,6 @@ pub enum FsError {
     },
 }
 
-impl FsError {
-    /// Whether the content itself is wrong, and not the way to it.
-    pub fn is_of_content(&self) -> bool {
-        matches!(self, Self::Tree(_) | Self::Layer(LayerError::Corrupt { .. }))
-    }
-}
-
 /// What a caller of the kernel sees.
 pub trait ToErrno {
     /// The errno for this error.
@@ -68,14 +56,22 @@ impl ToErrno for FsError {
                 ErofsError::WrongType { .. } => Errno::EINVAL,
                 _ => Errno::EIO,
             },
-            Self::Layer(error) => error.errno(),
-            Self::Timeout { .. } => Errno::ETIMEDOUT,
+            Self::Content(error) => error.errno(),
             // As when an image cannot be prepared at all: for a program it is the same.
             Self::Stalled { .. } => Errno::EIO,
             Self::Interrupted => Errno::EINTR,
             Self::IsDirectory => Errno::EISDIR,
             Self::NotAFile => Errno::EINVAL,
             Self::Failed { .. } => Errno::EIO,
+        }
+    }
+}
+
+impl ToErrno for ContentError {
+    fn errno(&self) -> Errno {
+        match self {
+            Self::Layer(error) => error.errno(),
+            Self::Timeout { .. } => Errno::ETIMEDOUT,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::UNIX_EPOCH;
 use fuser::{FileAttr, INodeNo};
 
 use crate::erofs::{FileType, Nid};
+use crate::fs::kernel::ABSENT;
 use crate::fs::{Attr, ImageFs, mtime};
 use crate::toc::DEVICE_BLOCK;
 
@@ -12,11 +13,7 @@ use crate::toc::DEVICE_BLOCK;
 pub(super) const BLOCK: u32 = DEVICE_BLOCK as u32;
 
 pub(super) fn fuse_ino(fs: &ImageFs, nid: Nid) -> INodeNo {
-    if nid == fs.root() {
-        INodeNo::ROOT
-    } else {
-        INodeNo(nid.0)
-    }
+    INodeNo(fs.number(nid))
 }
 
 pub(super) fn fuse_type(file_type: FileType) -> fuser::FileType {
@@ -52,10 +49,10 @@ pub(super) fn to_fuse(fs: &ImageFs, attr: &Attr) -> FileAttr {
     }
 }
 
-/// What stands for an absent name.
+/// What stands for an absent name in the answer to LOOKUP.
 pub(super) fn absent() -> FileAttr {
     FileAttr {
-        ino: INodeNo(0),
+        ino: INodeNo(ABSENT),
         size: 0,
         blocks: 0,
         atime: UNIX_EPOCH,

@@ -367,7 +367,7 @@ impl Delivery<'_> {
         if !run.claim.holds(span) {
             return;
         }
-        layer.data.context.health.fetched();
+        layer.stats.landed();
         let bytes: Arc<[u8]> = bytes.into();
         let landed = Ok(Landed::Bytes(bytes.clone()));
         run.claim.announce(span, landed.clone());

@@ -32,6 +32,8 @@ pub struct LayerStats {
     misses: AtomicU64,
     requests: AtomicU64,
     hedges: AtomicU64,
+    /// Spans that were fetched.
+    landed: AtomicU64,
     /// While the layer is opened: tasks that do so, and those of them that wait for somebody else.
     opening: AtomicUsize,
     waiting: AtomicUsize,
@@ -103,6 +105,7 @@ impl LayerStats {
             misses: AtomicU64::new(0),
             requests: AtomicU64::new(0),
             hedges: AtomicU64::new(0),
+            landed: AtomicU64::new(0),
             opening: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
             beats: AtomicU64::new(0),
@@ -135,6 +138,15 @@ impl LayerStats {
 
     pub(super) fn request(&self) {
         self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn landed(&self) {
+        self.landed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Spans that were fetched and were what they should be.
+    pub fn spans_landed(&self) -> u64 {
+        self.landed.load(Ordering::Relaxed)
     }
 
     /// A request is made once more, because it is too slow.

@@ -27,7 +27,8 @@ use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::signals::Signals;
 use super::stall::Stall;
 use super::takedown::{self, TakedownError};
-use crate::fs::{FsError, Reads};
+use crate::content::Content;
+use crate::fs::FsError;
 use crate::fuse::Served;
 use crate::image::{Image, ImageError, Learning, Preparation, Replay, Unconfirmed};
 use crate::layer::LayerContext;
@@ -163,7 +164,7 @@ pub async fn serve(
     let mut mount = Mount {
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
-        reads: None,
+        content: None,
         served: Arc::default(),
         session: None,
         stall: Stall::new(patience(&config), Instant::now()),
@@ -241,7 +242,7 @@ struct Mount {
     side: Side,
     /// Until there is an image to listen to.
     learning: Option<Learning>,
-    reads: Option<Arc<Reads>>,
+    content: Option<Arc<Content>>,
     /// What requests get.
     served: Arc<Served>,
     /// The open /dev/fuse, until a session serves it.

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::prefetch::PrefetchStatus;
 use crate::blob::Link;
+use crate::content::ReadStatus;
 use crate::fetch::Load;
-use crate::fs::ReadStatus;
 use crate::image::Unconfirmed;
 use crate::layer::LayerStatus;
 

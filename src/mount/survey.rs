@@ -9,8 +9,8 @@ use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::status::{MountState, MountStatus};
 use super::takedown::{TakedownError, has_ended, not_mounted};
 use super::users::Users;
+use crate::content::ReadStatus;
 use crate::fetch::Load;
-use crate::fs::ReadStatus;
 
 /// All mounts of this user, by path; also the dead ones, and those that are unmounted and still in use.
 pub async fn list(run: &RunDir) -> Result<Vec<MountStatus>, TakedownError> {

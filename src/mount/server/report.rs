@@ -39,7 +39,7 @@ impl Mount {
             },
             problem: match &self.failure {
                 Some(error) => Some(error.to_string()),
-                None => self.context.health.problem().or_else(|| self.preparation.trouble()),
+                None => self.problem(),
             },
             writable: record.writable,
             uptime: self.config.started.elapsed().as_secs_f64(),
@@ -58,9 +58,22 @@ impl Mount {
             requests: layers.iter().map(|l| l.requests).sum(),
             in_flight: self.context.lanes.load(),
             link: link.map(LinkStatus::from),
-            reads: self.reads.as_ref().map(|reads| reads.snapshot()).unwrap_or_default(),
+            reads: self.content.as_ref().map(|content| content.reads()).unwrap_or_default(),
             prefetch: Some(self.side.status()),
             layers,
+        }
+    }
+
+    /// What does not work at the moment.
+    fn problem(&self) -> Option<String> {
+        let reading = self.content.as_ref().and_then(|content| content.problem());
+        let problems: Vec<String> = [self.context.health.store_problem(), reading]
+            .into_iter()
+            .flatten()
+            .collect();
+        match problems.is_empty() {
+            true => self.preparation.trouble(),
+            false => Some(problems.join("; ")),
         }
     }
 }

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::{Mount, MountError, system};
+use crate::content::Content;
 use crate::fs::{FsError, ImageFs};
 use crate::fuse::{self, Stage};
 use crate::image::{Image, ImageError};
@@ -48,9 +49,9 @@ impl Mount {
                 if let Some(learning) = self.learning.take() {
                     self.side.start(&image, learning);
                 }
-                let fs = ImageFs::new(image, self.config.timeout);
-                self.reads = Some(fs.reads().clone());
-                Stage::Ready(fs)
+                let content = Arc::new(Content::new(image, self.config.timeout));
+                self.content = Some(content.clone());
+                Stage::Ready(ImageFs::new(content))
             }
             Err(error) if self.config.require_ready => return Err(error.into()),
             Err(error) => {

@@ -49,7 +49,7 @@ impl Histogram {
     }
 }
 
-/// Reads of one file system.
+/// Reads of one image.
 #[derive(Debug, Default)]
 pub struct Reads {
     at_once: Histogram,

@@ -20,7 +20,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::erofs::Nid;
+use crate::tree::LayerIdx;
 
 /// How long a failed range is remembered. The kernel repeats within milliseconds, but on a busy machine with many readers
 /// that takes longer; and a program that tries again should not be refused for long.
@@ -28,14 +28,34 @@ const REMEMBERED: Duration = Duration::from_millis(500);
 /// Ranges remembered at once: more than the kernel has requests under way.
 const MOST: usize = 1024;
 
+/// A range of a layer's data device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) layer: LayerIdx,
+    pub(super) device: Range<u64>,
+}
+
+impl Place {
+    pub(super) fn new(layer: LayerIdx, offset: u64, len: usize) -> Self {
+        Self {
+            layer,
+            device: offset..offset.saturating_add(len as u64),
+        }
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let (a, b) = (&self.device, &other.device);
+        self.layer == other.layer && a.start < b.end && b.start < a.end
+    }
+}
+
 /// Ranges that could not be read lately.
 #[derive(Debug, Default)]
 pub(super) struct Asked(Mutex<VecDeque<Failed>>);
 
 #[derive(Debug)]
 struct Failed {
-    ino: Nid,
-    bytes: Range<u64>,
+    places: Vec<Place>,
     /// When they were first asked for.
     first: Instant,
     /// Until when a request for the same bytes counts as the same request.
@@ -45,8 +65,7 @@ struct Failed {
 /// A read that has to wait.
 #[derive(Debug)]
 pub(super) struct Wait {
-    ino: Nid,
-    bytes: Range<u64>,
+    places: Vec<Place>,
     /// When this request came, and when these bytes were first asked for.
     began: Instant,
     first: Instant,
@@ -62,16 +81,15 @@ impl Wait {
 }
 
 impl Asked {
-    /// Begins to wait for these bytes of a file at `now`.
-    pub(super) fn wait(&self, ino: Nid, bytes: Range<u64>, timeout: Duration, now: Instant) -> Wait {
+    /// Begins to wait for these bytes at `now`.
+    pub(super) fn wait(&self, places: Vec<Place>, timeout: Duration, now: Instant) -> Wait {
         let mut failed = self.0.lock().expect("no panic while locked");
         failed.retain(|f| f.until > now);
-        let overlapping = |f: &&Failed| f.ino == ino && f.bytes.start < bytes.end && bytes.start < f.bytes.end;
+        let overlapping = |f: &&Failed| f.places.iter().any(|a| places.iter().any(|b| a.overlaps(b)));
         let first = failed.iter().filter(overlapping).map(|f| f.first).min();
         let first = first.unwrap_or(now);
         Wait {
-            ino,
-            bytes,
+            places,
             began: now,
             first,
             deadline: later(first, timeout),
@@ -89,8 +107,7 @@ impl Asked {
             failed.pop_front();
         }
         failed.push_back(Failed {
-            ino: wait.ino,
-            bytes: wait.bytes,
+            places: wait.places,
             first: wait.first,
             until: now + REMEMBERED,
         });
@@ -108,7 +125,12 @@ mod tests {
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(6);
-    const FILE: Nid = Nid(7);
+
+    /// Some bytes of one layer.
+    fn place(layer: u32, device: Range<u64>) -> Vec<Place> {
+        let layer = LayerIdx(layer);
+        vec![Place { layer, device }]
+    }
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
@@ -117,58 +139,58 @@ mod tests {
     #[test]
     fn the_kernels_repetitions_continue_the_first_wait() {
         let (asked, start) = (Asked::default(), Instant::now());
-        let readahead = asked.wait(FILE, 0..131_072, TIMEOUT, start);
+        let readahead = asked.wait(place(7, 0..131_072), TIMEOUT, start);
         assert_eq!(readahead.deadline, start + TIMEOUT);
         let end = readahead.deadline;
         asked.failed(readahead, end);
         // It asks for the page until it gives up, and others for theirs.
         for i in 1..100 {
             let now = end + ms(i);
-            let page = asked.wait(FILE, 4096..8192, TIMEOUT, now);
+            let page = asked.wait(place(7, 4096..8192), TIMEOUT, now);
             assert_eq!(page.deadline, end, "it has no time left");
             asked.failed(page, now);
         }
         // The next access has all the time again, whoever tried meanwhile.
         let again = end + REMEMBERED;
-        assert_eq!(asked.wait(FILE, 0..4096, TIMEOUT, again).deadline, again + TIMEOUT);
+        assert_eq!(asked.wait(place(7, 0..4096), TIMEOUT, again).deadline, again + TIMEOUT);
     }
 
     #[test]
     fn a_read_that_fails_early_leaves_its_repetition_what_is_left() {
         let (asked, start) = (Asked::default(), Instant::now());
-        let wait = asked.wait(FILE, 0..4096, TIMEOUT, start);
+        let wait = asked.wait(place(7, 0..4096), TIMEOUT, start);
         asked.failed(wait, start + ms(4000));
-        let wait = asked.wait(FILE, 0..4096, TIMEOUT, start + ms(4400));
+        let wait = asked.wait(place(7, 0..4096), TIMEOUT, start + ms(4400));
         assert_eq!(wait.deadline, start + TIMEOUT);
         asked.failed(wait, start + ms(4500));
-        let wait = asked.wait(FILE, 0..4096, TIMEOUT, start + ms(4999));
+        let wait = asked.wait(place(7, 0..4096), TIMEOUT, start + ms(4999));
         assert_eq!(wait.deadline, start + TIMEOUT, "remembered since the last failure");
         asked.failed(wait, start + ms(6000));
         let anew = start + ms(6501);
-        assert_eq!(asked.wait(FILE, 0..4096, TIMEOUT, anew).deadline, anew + TIMEOUT);
+        assert_eq!(asked.wait(place(7, 0..4096), TIMEOUT, anew).deadline, anew + TIMEOUT);
     }
 
     #[test]
-    fn other_bytes_and_other_files_are_not_concerned() {
+    fn other_bytes_and_other_layers_are_not_concerned() {
         let (asked, start) = (Asked::default(), Instant::now());
-        let wait = asked.wait(FILE, 4096..8192, TIMEOUT, start);
+        let wait = asked.wait(place(7, 4096..8192), TIMEOUT, start);
         let now = wait.deadline;
         asked.failed(wait, now);
-        for (ino, bytes) in [(FILE, 0..4096), (FILE, 8192..9000), (Nid(8), 4096..8192)] {
-            assert_eq!(asked.wait(ino, bytes, TIMEOUT, now).deadline, now + TIMEOUT);
+        for (layer, bytes) in [(7, 0..4096), (7, 8192..9000), (8, 4096..8192)] {
+            assert_eq!(asked.wait(place(layer, bytes), TIMEOUT, now).deadline, now + TIMEOUT);
         }
-        assert_eq!(asked.wait(FILE, 0..4097, TIMEOUT, now).deadline, now);
+        assert_eq!(asked.wait(place(7, 0..4097), TIMEOUT, now).deadline, now);
     }
 
     #[test]
     fn only_so_much_is_remembered() {
         let (asked, now) = (Asked::default(), Instant::now());
-        for i in 0..3 * MOST as u64 {
-            let wait = asked.wait(Nid(i), 0..1, TIMEOUT, now);
+        for i in 0..3 * MOST as u32 {
+            let wait = asked.wait(place(i, 0..1), TIMEOUT, now);
             asked.failed(wait, now);
         }
         assert_eq!(asked.0.lock().unwrap().len(), MOST);
-        let _ = asked.wait(FILE, 0..1, Duration::MAX / 2, now + REMEMBERED);
+        let _ = asked.wait(place(7, 0..1), Duration::MAX / 2, now + REMEMBERED);
         assert!(asked.0.lock().unwrap().is_empty());
     }
 }

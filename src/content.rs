@@ -1,0 +1,217 @@
+//! The content of an image as every door reads it.
+//!
+//! A door (a FUSE directory, a disk) finds out where the bytes are that somebody reads, in which layers' data devices, and asks
+//! here for them: at once if they are local, else with a wait. What holds for every reader, whatever door it comes through, is
+//! decided in this module: until when a read waits, how long reads take, what is wrong at the moment, and that the start of a
+//! program brings what it will load.
+//!
+//! Invariants: from the first request for some bytes to the last answer no more time passes than the timeout and a moment
+//! ([`asked`]); a read that needs no waiting takes no lock of this module.
+
+mod asked;
+mod latency;
+mod trouble;
+
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+pub use latency::ReadStatus;
+use latency::Reads;
+
+use self::asked::{Asked, Place};
+use self::trouble::Trouble;
+use crate::erofs::Mapping;
+use crate::image::Image;
+use crate::layer::LayerError;
+
+/// Why content could not be had.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ContentError {
+    /// A layer could not give it.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// It did not come in time.
+    #[error("no data within {}s", timeout.as_secs_f32())]
+    Timeout {
+        /// The deadline that passed.
+        timeout: Duration,
+    },
+}
+
+impl ContentError {
+    /// Whether the content itself is wrong, and not the way to it.
+    fn is_of_content(&self) -> bool {
+        matches!(self, Self::Layer(LayerError::Corrupt { .. }))
+    }
+}
+
+/// The bytes of an image's files.
+#[derive(Debug)]
+pub struct Content {
+    image: Arc<Image>,
+    timeout: Option<Duration>,
+    asked: Asked,
+    reads: Reads,
+    trouble: Trouble,
+}
+
+impl Content {
+    /// Serves `image`. A read that waits longer than `timeout` fails (never, if there is none), and so do others of the same
+    /// bytes right after it: the kernel repeats what failed.
+    pub fn new(image: Arc<Image>, timeout: Option<Duration>) -> Self {
+        Self {
+            image,
+            timeout,
+            asked: Asked::default(),
+            reads: Reads::default(),
+            trouble: Trouble::default(),
+        }
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// How long reads take.
+    pub fn reads(&self) -> ReadStatus {
+        self.reads.snapshot()
+    }
+
+    /// What is wrong with reading, if anything is at the moment.
+    pub fn problem(&self) -> Option<String> {
+        self.trouble.problem(self.image.landed())
+    }
+
+    /// Fills `buf` with these parts if that needs no waiting; else false, and `buf` is garbage. The parts together are as long
+    /// as `buf` or longer. Ends with the first error of `parts`.
+    pub fn read_local<E>(
+        &self,
+        parts: impl Iterator<Item = Result<Mapping, E>>,
+        mut buf: &mut [u8],
+    ) -> Result<bool, E> {
+        let start = Instant::now();
+        let mut first = None;
+        for part in parts {
+            let part = part?;
+            let (now, later) = buf.split_at_mut(buf.len().min(clamp(part.bytes())));
+            match part {
+                Mapping::Hole { .. } => now.fill(0),
+                Mapping::Device { layer, offset, .. } => {
+                    if !self.image.layer(layer).read_local(offset, now) {
+                        return Ok(false);
+                    }
+                    let place = Place::new(layer, offset, now.len());
+                    self.image.started(layer, offset);
+                    first.get_or_insert(place);
+                }
+            }
+            buf = later;
+        }
+        self.reads.at_once(start);
+        if self.trouble.is_any()
+            && let Some(place) = first
+        {
+            self.trouble.read_worked(self.run_of(&place));
+        }
+        Ok(true)
+    }
+
+    /// Like [`Content::read_local`], but waits for what is missing, at most for the timeout, and returns the first `length` bytes
+    /// of the parts.
+    pub async fn read(&self, parts: &[Mapping], length: usize) -> Result<Vec<u8>, ContentError> {
+        let places = places(parts, length);
+        let Some(timeout) = self.timeout else {
+            return self.read_until(None, &places, parts, length).await;
+        };
+        let wait = self.asked.wait(places.clone(), timeout, Instant::now());
+        if wait.is_over() {
+            return Err(ContentError::Timeout { timeout });
+        }
+        let result = self.read_until(Some(wait.deadline), &places, parts, length).await;
+        if result.is_err() {
+            self.asked.failed(wait, Instant::now());
+        }
+        result
+    }
+
+    async fn read_until(
+        &self,
+        deadline: Option<Instant>,
+        places: &[Place],
+        parts: &[Mapping],
+        length: usize,
+    ) -> Result<Vec<u8>, ContentError> {
+        let waiting = self.reads.wait();
+        let mut reading = std::pin::pin!(self.read_waiting(parts, length));
+        // What the reader waits for is asked for first, then what may be loaded with it.
+        if let Poll::Ready(result) = futures::poll!(&mut reading) {
+            return result;
+        }
+        for place in places {
+            self.image.started(place.layer, place.device.start);
+        }
+        let late = ContentError::Timeout {
+            timeout: self.timeout.unwrap_or_default(),
+        };
+        let result = match deadline {
+            None => reading.await,
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), reading)
+                .await
+                .unwrap_or(Err(late)),
+        };
+        tracing::debug!(?places, took_ms = waiting.elapsed().as_secs_f64() * 1e3, "read waited");
+        if let Some(place) = places.first() {
+            let run = self.run_of(place);
+            match &result {
+                Ok(_) => self.trouble.read_worked(run),
+                Err(error) => {
+                    let landed = self.image.landed();
+                    self.trouble.read_failed(run, error.is_of_content(), error, landed);
+                }
+            }
+        }
+        result
+    }
+
+    async fn read_waiting(&self, parts: &[Mapping], length: usize) -> Result<Vec<u8>, ContentError> {
+        let mut buf = vec![0; length];
+        let mut done = 0;
+        for part in parts {
+            let end = length.min(done + clamp(part.bytes()));
+            if let Mapping::Device { layer, offset, .. } = *part {
+                self.image.layer(layer).read(offset, &mut buf[done..end]).await?;
+            }
+            done = end;
+        }
+        Ok(buf)
+    }
+
+    /// Where the run of content around a place begins: mostly a file.
+    fn run_of(&self, place: &Place) -> (u32, u64) {
+        let run = self.image.layer(place.layer).spans().run_around(place.device.start);
+        (place.layer.0, run.map_or(place.device.start, |run| run.start))
+    }
+}
+
+/// The places of the first `length` bytes of `parts`.
+fn places(parts: &[Mapping], length: usize) -> Vec<Place> {
+    let mut left = length;
+    let mut places = Vec::new();
+    for part in parts {
+        let len = left.min(clamp(part.bytes()));
+        if let Mapping::Device { layer, offset, .. } = *part
+            && len > 0
+        {
+            places.push(Place::new(layer, offset, len));
+        }
+        left -= len;
+    }
+    places
+}
+
+fn clamp(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,89 @@
+//! Following paths in a tree, as the kernel does for a process whose root it is (path_resolution(7)).
+
+use super::{ErofsError, FileType, Nid, Reader};
+
+/// Symbolic links followed on the way to one file, as many as the kernel follows.
+pub const MOST_LINKS: u32 = 40;
+
+/// Why a path leads nowhere.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WalkError {
+    /// There is no such name.
+    #[error("no such file or directory in the image")]
+    NotFound,
+    /// A name on the way is that of something else than a directory.
+    #[error("not a directory")]
+    NotADirectory,
+    /// Symbolic links lead in a circle, or there are too many of them.
+    #[error("too many levels of symbolic links")]
+    TooManyLinks,
+    /// The walker may not look up any more names.
+    #[error("too many names looked up")]
+    Exhausted,
+    /// The tree is damaged.
+    #[error(transparent)]
+    Tree(#[from] ErofsError),
+}
+
+/// Follows paths in a tree.
+#[derive(Debug)]
+pub struct Walker<'a, B> {
+    tree: &'a Reader<B>,
+    /// Names that may still be looked up.
+    left: usize,
+}
+
+impl<'a, B: AsRef<[u8]>> Walker<'a, B> {
+    /// Looks up as many names as it takes.
+    pub fn new(tree: &'a Reader<B>) -> Self {
+        Self::limited(tree, usize::MAX)
+    }
+
+    /// Looks up at most `names` names in its life.
+    pub fn limited(tree: &'a Reader<B>, names: usize) -> Self {
+        Self { tree, left: names }
+    }
+
+    /// The tree.
+    pub fn tree(&self) -> &'a Reader<B> {
+        self.tree
+    }
+
+    /// What is at `path`, symbolic links followed. A path that does not begin with `/` begins at the directory `from`.
+    pub fn resolve(&mut self, from: Nid, path: &[u8]) -> Result<Nid, WalkError> {
+        let mut links = 0;
+        let mut at = if path.starts_with(b"/") { self.tree.root() } else { from };
+        let mut is_directory = true;
+        let mut rest = names(path);
+        while let Some(name) = rest.pop() {
+            if !is_directory {
+                return Err(WalkError::NotADirectory);
+            }
+            self.left = self.left.checked_sub(1).ok_or(WalkError::Exhausted)?;
+            let (next, file_type) = self.tree.lookup(at, &name)?.ok_or(WalkError::NotFound)?;
+            if file_type != FileType::Symlink {
+                (at, is_directory) = (next, file_type == FileType::Directory);
+                continue;
+            }
+            links += 1;
+            if links > MOST_LINKS {
+                return Err(WalkError::TooManyLinks);
+            }
+            let target = self.tree.symlink(next)?;
+            if target.starts_with(b"/") {
+                at = self.tree.root();
+            }
+            rest.extend(names(target));
+        }
+        Ok(at)
+    }
+}
+
+/// Names of a path, the first one last.
+fn names(path: &[u8]) -> Vec<Vec<u8>> {
+    let names = path
+        .split(|&byte| byte == b'/')
+        .filter(|name| !matches!(*name, b"" | b"."));
+    names.rev().map(<[u8]>::to_vec).collect()
+}
