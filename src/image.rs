@@ -10,6 +10,7 @@
 mod early;
 mod kept;
 mod learning;
+mod named;
 mod prefetch;
 mod programs;
 mod tree_file;
@@ -24,9 +25,12 @@ use futures::StreamExt as _;
 use tokio::runtime::Handle;
 use tokio::sync::{OnceCell, watch};
 
-pub use early::{Early, Replay};
-pub use kept::{Confirm, KeptSource, Unconfirmed};
+use early::Early;
+pub use early::Replay;
+use kept::KeptSource;
+pub use kept::{Confirm, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
+pub use named::{NamedImage, Opening};
 pub use verify::{StoreReport, verify};
 
 use self::prefetch::Layers;
@@ -34,7 +38,9 @@ use self::programs::Programs;
 use crate::blob::{BlobError, BlobSource, ImageSource, Link};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
-use crate::layer::{self, FirstPassError, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened};
+use crate::layer::{
+    self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened,
+};
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{Profile, Recorder};
@@ -74,6 +80,30 @@ pub enum ImageError {
     /// The program is shutting down.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// Why not all of an image is in the store.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompleteError {
+    /// Some of it could not be fetched.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// Some of it was fetched and is not in the store.
+    #[error("{}", not_kept(*spans, problem.as_deref()))]
+    NotKept {
+        /// Spans that are not there.
+        spans: usize,
+        /// Why the store cannot be written; if it can, the image is larger than the store may be.
+        problem: Option<String>,
+    },
+}
+
+fn not_kept(spans: usize, problem: Option<&str>) -> String {
+    match problem {
+        Some(problem) => format!("not all of the image could be kept: {problem}"),
+        None => format!("not all of the image fits in the cache, {spans} spans are gone again: raise --cache-size"),
+    }
 }
 
 /// What an image does that is being prepared.
@@ -227,6 +257,7 @@ impl Preparation {
             programs,
             eager: AtomicBool::new(false),
             runtime: Handle::current(),
+            health: context.health.clone(),
         })
     }
 
@@ -342,6 +373,7 @@ pub struct Image {
     eager: AtomicBool,
     /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
+    health: Arc<Health>,
 }
 
 impl Image {
@@ -393,10 +425,15 @@ impl Image {
         }
     }
 
-    /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
-    /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
-    pub async fn complete(&self) -> Result<usize, LayerError> {
-        self.layers.complete().await
+    /// Fetches every span that is not on the local devices. When this succeeds, no registry is needed any more.
+    pub async fn complete(&self) -> Result<(), CompleteError> {
+        match self.layers.complete().await? {
+            0 => Ok(()),
+            spans => Err(CompleteError::NotKept {
+                spans,
+                problem: self.health.store_problem(),
+            }),
+        }
     }
 
     /// The way to the largest layer, for most of the bytes come from where that one does.

@@ -33,7 +33,7 @@
 //! | 0 | [`oci`] [`memory`] |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
 //! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
-//! | 3 | [`device`] [`fetch`] [`erofs`] |
+//! | 3 | [`device`] [`fetch`] [`erofs`] [`source`] |
 //! | 4 | [`layer`] |
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
@@ -61,6 +61,7 @@ pub mod profile;
 pub mod program;
 pub mod registry;
 pub mod resolve;
+pub mod source;
 pub mod span;
 pub mod store;
 pub mod toc;

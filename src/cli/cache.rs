@@ -8,7 +8,7 @@ use clap::Subcommand;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::config::Config;
-use super::open::{self, Named};
+use super::open;
 use super::units::{Size, human};
 use super::{Fetching, ImageArgs, ImageName, say};
 use ocifs::device::{Scope, evict_to};
@@ -133,7 +133,7 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
             let context = open::context(config)?;
             // Without the handling of signals that fetching has: the checks that follow end like any program.
             let recalled = Fetching::new()?.runtime().block_on(async {
-                let named = Named::open(config, args, &context).await?;
+                let named = open::named(config, args, &context.store).await?;
                 anyhow::Ok(named.recall().await)
             })?;
             let known = recalled.with_context(|| format!("the store does not know the image {}", args.image))?;

@@ -37,9 +37,8 @@ fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
 
 pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> anyhow::Result<()> {
     let context = open::context(config)?;
-    let preparing = open::prepare_and_tell(config, &args.image, &context);
-    let (preparation, unconfirmed) = fetching.run(preparing)?;
-    let image = preparation.resolved();
+    let opening = fetching.run(open::resolve(config, &args.image, &context.store))?;
+    let (image, unconfirmed) = (opening.preparation.resolved(), &opening.unconfirmed);
     let oddities = oddities(&context.store, image.layers());
     if args.json {
         let manifest: serde_json::Value = serde_json::from_slice(&image.manifest_document.bytes)?;

@@ -24,7 +24,6 @@ use super::fetching::{Interrupted, signals};
 use super::mounts::locate;
 use super::say;
 use super::{Fetching, ImageArgs, explain, open, progress, text};
-use ocifs::image::Early;
 use ocifs::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
 use ocifs::profile::Label;
 use ocifs::store::gone;
@@ -330,18 +329,15 @@ async fn serve_async(
         .or(config.prefetch)
         .map(Prefetch::from)
         .unwrap_or_default();
-    let named = open::Named::open(config, &args.image, &context).await?;
+    let named = open::named(config, &args.image, &context.store).await?;
     let replayed = (prefetch != Prefetch::None).then(|| args.profile.clone());
-    let recalled = named.recall().await;
-    let early = recalled.and_then(|recalled| Early::begin(recalled, &context, replayed));
-    let (preparation, unconfirmed) = named.prepare().await?;
-    if let Some(message) = unconfirmed.as_ref().and_then(|u| open::warning(&args.image.image, u)) {
+    let opened = named.open(&context, replayed).await;
+    let opening = opened.map_err(|error| open::advised(error.into(), &args.image.image))?;
+    let unconfirmed = opening.unconfirmed.as_ref();
+    if let Some(message) = unconfirmed.and_then(|u| open::warning(&args.image.image, u)) {
         reports.send(&Report::Warning { message });
     }
-    let (preparation, replay) = match early.and_then(|early| early.confirm(preparation.resolved())) {
-        Some((preparation, replay)) => (preparation, Some(replay)),
-        None => (Arc::new(preparation), None),
-    };
+    let preparation = opening.preparation.clone();
     let mount = MountConfig {
         image: args.image.image.to_string(),
         mountpoint,
@@ -350,7 +346,6 @@ async fn serve_async(
         upper,
         prefetch,
         label: args.profile.clone(),
-        unconfirmed,
         timeout: config.timeout,
         started,
         parent: std::os::unix::process::parent_id(),
@@ -378,12 +373,12 @@ async fn serve_async(
             Event::Ready(image) => {
                 reports.send(&Report::Ready { seconds });
                 if complete {
-                    let (reports, health) = (reports.clone(), health.clone());
+                    let reports = reports.clone();
                     tokio::spawn(async move {
-                        let report = match open::complete(&image, &health).await {
+                        let report = match image.complete().await {
                             Ok(()) => Report::Complete,
                             Err(error) => Report::Failed {
-                                message: explain(&error),
+                                message: error.to_string(),
                             },
                         };
                         reports.send(&report);
@@ -395,7 +390,7 @@ async fn serve_async(
             }
         }
     };
-    Ok(mount::serve(mount, context, preparation, replay, events).await?)
+    Ok(mount::serve(mount, context, opening, events).await?)
 }
 
 /// Reports how far the layers are, for the progress bar of the process that waits, as long as it does.

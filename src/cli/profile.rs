@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 
 use super::config::Config;
-use super::open::{context, prepare};
+use super::open::{context, resolve};
 use super::say;
 use super::units::human;
 use super::{Fetching, ImageArgs};
@@ -77,12 +78,12 @@ pub(super) fn run(config: &Config, fetching: &Fetching, command: ProfileCommand)
 }
 
 /// The store, which has to be there, and the image's manifest and config.
-fn open(config: &Config, fetching: &Fetching, image: &ImageArgs) -> anyhow::Result<(LayerContext, Preparation)> {
+fn open(config: &Config, fetching: &Fetching, image: &ImageArgs) -> anyhow::Result<(LayerContext, Arc<Preparation>)> {
     let context = context(config)?;
     if let Some(problem) = context.health.store_problem() {
         bail!(problem);
     }
-    let preparation = fetching.run(prepare(config, image, &context))?;
+    let preparation = fetching.run(resolve(config, image, &context.store))?.preparation;
     Ok((context, preparation))
 }
 

@@ -1,12 +1,10 @@
 //! `ocifs pull`: all of an image into the store.
 
-use std::sync::Arc;
-
 use anyhow::bail;
 use clap::Args;
 
 use super::config::Config;
-use super::open::{complete, context, prepare_and_tell, watch};
+use super::open::{context, resolve, watch};
 use super::progress::Bar;
 use super::say;
 use super::units::human;
@@ -28,12 +26,12 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: PullArgs) -> anyho
         bail!("nothing can be kept: {problem}");
     }
     let result = fetching.run(async {
-        let (preparation, unconfirmed) = prepare_and_tell(config, &args.image, &context).await?;
-        let preparation = Arc::new(preparation);
+        let opening = resolve(config, &args.image, &context.store).await?;
+        let (preparation, unconfirmed) = (opening.preparation, opening.unconfirmed);
         fetching.begin(&context.store, &preparation);
         let bar = Bar::new(&args.image.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;
-        watch(&preparation, &bar, complete(&image, &context.health)).await?;
+        watch(&preparation, &bar, image.complete()).await?;
         bar.finish();
         let digest = preparation.resolved().manifest_document.digest.to_string();
         anyhow::Ok((digest, preparation.status(), unconfirmed))

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
-use crate::image::{Image, Learning, Replay};
+use crate::image::{CompleteError, Image, Learning, Replay};
 use crate::layer::LayerError;
 use crate::profile::Profile;
 
@@ -156,13 +156,10 @@ async fn complete(image: &Image, progress: &Progress) {
     loop {
         progress.set(PrefetchState::Rest, progress.problem());
         match image.complete().await {
-            Ok(0) => return progress.set(PrefetchState::Rest, None),
-            Ok(missing) => {
-                let problem = format!(
-                    "{missing} spans could not be kept: the store cannot be written, or --cache-size is less than the image"
-                );
-                tracing::warn!(problem, "not all of the image is here");
-                return progress.set(PrefetchState::Rest, Some(problem));
+            Ok(()) => return progress.set(PrefetchState::Rest, None),
+            Err(error @ CompleteError::NotKept { .. }) => {
+                tracing::warn!(%error, "not all of the image is here");
+                return progress.set(PrefetchState::Rest, Some(error.to_string()));
             }
             Err(error) => {
                 tracing::warn!(%error, pause_s = pause.as_secs(), "cannot fetch the rest of the image, trying again later");

@@ -30,7 +30,7 @@ use super::takedown::{self, TakedownError};
 use crate::content::Content;
 use crate::fs::FsError;
 use crate::fuse::Served;
-use crate::image::{Image, ImageError, Learning, Preparation, Replay, Unconfirmed};
+use crate::image::{Image, ImageError, Learning, Opening, Preparation, Unconfirmed};
 use crate::layer::LayerContext;
 use crate::profile::Label;
 use crate::store::gone;
@@ -50,8 +50,6 @@ pub struct MountConfig {
     pub prefetch: Prefetch,
     /// Which of the image's programs will run.
     pub label: Label,
-    /// If the image's tag was resolved without its registry: since when, and why.
-    pub unconfirmed: Option<Unconfirmed>,
     /// Deadline of a read; none is for ever.
     pub timeout: Option<Duration>,
     /// Give up, instead of serving errors, if the image cannot be prepared.
@@ -144,8 +142,7 @@ fn patience(config: &MountConfig) -> Duration {
 pub async fn serve(
     config: MountConfig,
     context: LayerContext,
-    preparation: Arc<Preparation>,
-    replay: Option<Replay>,
+    opening: Opening,
     events: impl Fn(Event),
 ) -> Result<(), MountError> {
     // From here on a signal takes down what stands, instead of killing the process.
@@ -157,6 +154,11 @@ pub async fn serve(
         takedown::clear_now(&entry, &dead)?;
     }
     let directory = MountPoint::open(&config.mountpoint, config.options.nonempty).await?;
+    let Opening {
+        preparation,
+        replay,
+        unconfirmed,
+    } = opening;
     let record = record(&config, &preparation, &entry);
     entry.register(&record, config.log.as_deref())?;
     let repository = preparation.repository();
@@ -173,6 +175,7 @@ pub async fn serve(
         config,
         context,
         preparation,
+        unconfirmed,
         image: None,
         failure: None,
         mounted: Duration::ZERO,
@@ -239,6 +242,8 @@ struct Mount {
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
+    /// If the image's tag was resolved without its registry: since when, and why.
+    unconfirmed: Option<Unconfirmed>,
     side: Side,
     /// Until there is an image to listen to.
     learning: Option<Learning>,

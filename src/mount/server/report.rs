@@ -26,7 +26,7 @@ impl Mount {
             pid: record.pid,
             image: record.image.clone(),
             digest: record.digest.clone(),
-            unconfirmed: self.config.unconfirmed.clone(),
+            unconfirmed: self.unconfirmed.clone(),
             mountpoint: record.mountpoint.display().to_string(),
             mountpoint_base64: record.mountpoint_base64(),
             // Whoever asks knows better where it is by now.
