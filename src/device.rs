@@ -44,8 +44,9 @@ use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
 use joined::Joined;
 
+use crate::os::{gone, is_denied};
 use crate::span::{Piece, SpanMap};
-use crate::store::{LayerDir, Store, gone, is_denied};
+use crate::store::{LayerDir, Store};
 
 /// How often one looks again before a span counts as damaged.
 const LOOKS: usize = 3;

@@ -30,11 +30,11 @@
 //!
 //! | level | modules |
 //! |---|---|
-//! | 0 | [`oci`] [`memory`] |
+//! | 0 | [`oci`] [`memory`] [`os`] |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
-//! | 2 | [`registry`] [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
-//! | 3 | [`device`] [`fetch`] [`erofs`] [`source`] |
-//! | 4 | [`layer`] |
+//! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
+//! | 3 | [`registry`] [`device`] [`fetch`] [`erofs`] |
+//! | 4 | [`source`] [`layer`] |
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
 //! | 7 | [`fs`] |
@@ -57,6 +57,7 @@ pub mod layout;
 pub mod memory;
 pub mod mount;
 pub mod oci;
+pub mod os;
 pub mod profile;
 pub mod program;
 pub mod registry;

@@ -33,7 +33,6 @@ mod namespace;
 mod options;
 mod overlay;
 mod prefetch;
-mod private;
 mod privilege;
 mod process;
 mod registration;

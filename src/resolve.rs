@@ -55,15 +55,23 @@ impl ResolvedImage {
 ///
 /// Images lie about their platform often enough that the only one there is gets the benefit of the doubt: if nobody asked for a
 /// platform, one that does not match is a warning in the log. Fails with [`BlobError::NotFound`] listing the platforms there
-/// are if none fits, with [`BlobError::Unsupported`] for what is no
-/// mountable image, and with [`BlobError::Invalid`] for documents that contradict themselves.
+/// are if none fits, with [`BlobError::Unsupported`] for what is no mountable image, and with [`BlobError::Invalid`] for
+/// documents that contradict themselves.
 pub async fn resolve(source: &dyn ImageSource, wanted: Option<&Platform>) -> Result<ResolvedImage, BlobError> {
+    resolve_root(source, source.root().await?, wanted).await
+}
+
+/// The same from the root document on, which `source` has given.
+pub async fn resolve_root(
+    source: &dyn ImageSource,
+    root: Document,
+    wanted: Option<&Platform>,
+) -> Result<ResolvedImage, BlobError> {
     let resolver = Resolver {
         source,
         is_explicit: wanted.is_some(),
         wanted: wanted.map_or_else(Platform::host, Platform::normalized),
     };
-    let root = source.root().await?;
     match resolver.kind(&root)? {
         DocumentKind::Manifest => {
             let image = resolver.image(root).await?;

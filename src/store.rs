@@ -36,7 +36,7 @@ mod trees;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::os::fd::BorrowedFd;
+
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -50,6 +50,8 @@ pub use partial::Partial;
 use sealed::SealingWriter;
 pub use sealed::read_sealed;
 pub use trees::StoredTree;
+
+use crate::os::{is_denied, on_disk};
 
 /// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
@@ -287,33 +289,12 @@ impl Store {
     }
 }
 
-/// Bytes that a file takes on disk.
-pub fn on_disk(metadata: &fs::Metadata) -> u64 {
-    use std::os::unix::fs::MetadataExt as _;
-    metadata.blocks() * 512
-}
-
 /// Takes note that a file was used just now. It is a hint, so that failing does not matter.
 fn touch(path: &Path) {
     let touched = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
     if let Err(error) = touched {
         tracing::debug!(path = %path.display(), %error, "cannot note the use of a file");
     }
-}
-
-/// The outcome of a removal, for whoever wants the thing gone and does not mind that it was not there.
-pub fn gone(removed: io::Result<()>) -> io::Result<()> {
-    match removed {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-/// Whether `path` is a name of the open file.
-pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
-    matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
 }
 
 fn create_parent(target: &Path) -> io::Result<()> {
@@ -323,14 +304,6 @@ fn create_parent(target: &Path) -> io::Result<()> {
 /// Creates a directory, and those above it, for this user alone.
 fn create_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Whether something may not be written.
-pub fn is_denied(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
-    )
 }
 
 /// How files are created and opened for writing: for this user alone.

@@ -13,7 +13,8 @@ use super::units::{Size, human};
 use super::{Fetching, ImageArgs, ImageName, say};
 use ocifs::device::{Scope, evict_to};
 use ocifs::image;
-use ocifs::store::{LayerDir, Store, gone};
+use ocifs::os::gone;
+use ocifs::store::{LayerDir, Store};
 
 /// Commands of `cache`.
 #[derive(Debug, Subcommand)]

@@ -1,13 +1,15 @@
 //! `ocifs export`: the merged file system of an image as one tar, or as one EROFS disk.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use tar::{EntryType, Header};
+use tempfile::NamedTempFile;
 
 use super::config::Config;
 use super::open::open_image;
@@ -49,15 +51,15 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> any
         (None, Format::Tar) => tar(&fs, fetching, io::stdout().lock()),
         (None, Format::Erofs) => disk(&fs, fetching, &mut io::stdout().lock()),
         (Some(path), format) => {
-            let mut output = Output::create(path)?;
             let named = || format!("{}", path.display());
+            let mut output = Output::create(path).with_context(named)?;
+            let file = output.file();
             match format {
-                Format::Tar => tar(&fs, fetching, &output.file)?,
+                Format::Tar => tar(&fs, fetching, &*file)?,
                 Format::Erofs => {
-                    let mut sparse = Sparse { file: &mut output.file };
-                    disk(&fs, fetching, &mut sparse)?;
-                    let length = output.file.stream_position().with_context(named)?;
-                    output.file.set_len(length).with_context(named)?;
+                    disk(&fs, fetching, &mut Sparse { file: &mut *file })?;
+                    let length = file.stream_position().with_context(named)?;
+                    file.set_len(length).with_context(named)?;
                 }
             }
             output.publish().with_context(named)
@@ -66,47 +68,41 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> any
 }
 
 /// A file that has its name only when it is whole, unless there is something at its path that is no regular file.
-struct Output<'a> {
-    file: File,
-    /// Where it is until then.
-    part: Option<PathBuf>,
-    path: &'a Path,
+enum Output<'a> {
+    Whole(NamedTempFile, &'a Path),
+    Special(File),
 }
 
 impl<'a> Output<'a> {
-    fn create(path: &'a Path) -> anyhow::Result<Self> {
-        let special = std::fs::metadata(path).is_ok_and(|m| !m.is_file());
-        let part = (!special).then(|| {
-            let mut name = path.file_name().unwrap_or_default().to_owned();
-            name.push(format!(".{:016x}.part", fastrand::u64(..)));
-            path.with_file_name(name)
-        });
-        let file = match &part {
-            Some(part) => File::create_new(part),
-            None => File::options().write(true).open(path),
-        };
-        let file = file.with_context(|| format!("{}", path.display()))?;
-        Ok(Self { file, part, path })
+    fn create(path: &'a Path) -> io::Result<Self> {
+        if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+            return Ok(Self::Special(File::options().write(true).open(path)?));
+        }
+        let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let mut prefix = path.file_name().unwrap_or_default().to_owned();
+        prefix.push(".");
+        let part = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".part")
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(directory.unwrap_or(Path::new(".")))?;
+        Ok(Self::Whole(part, path))
     }
 
-    fn publish(mut self) -> io::Result<()> {
-        // Only when nothing is left to fail does the old file go.
-        if let Some(part) = &self.part {
-            self.file.sync_all()?;
-            std::fs::rename(part, self.path)?;
-            self.part = None;
+    fn file(&mut self) -> &mut File {
+        match self {
+            Self::Whole(part, _) => part.as_file_mut(),
+            Self::Special(file) => file,
+        }
+    }
+
+    fn publish(self) -> io::Result<()> {
+        if let Self::Whole(part, path) = self {
+            // Only when nothing is left to fail does the old file go.
+            part.as_file().sync_all()?;
+            part.persist(path)?;
         }
         Ok(())
-    }
-}
-
-impl Drop for Output<'_> {
-    fn drop(&mut self) {
-        if let Some(part) = &self.part
-            && let Err(error) = std::fs::remove_file(part)
-        {
-            tracing::warn!(path = %part.display(), %error, "an unfinished file stays behind");
-        }
     }
 }
 

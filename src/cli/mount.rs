@@ -25,8 +25,8 @@ use super::mounts::locate;
 use super::say;
 use super::{Fetching, ImageArgs, explain, open, progress, text};
 use ocifs::mount::{self, Event, FuseOptions, MountConfig, Prefetch, RunDir, SERVE, Upper};
+use ocifs::os::{gone, until};
 use ocifs::profile::Label;
-use ocifs::store::gone;
 
 /// Arguments of `mount`.
 #[derive(Debug, Args)]
@@ -191,22 +191,16 @@ async fn end(child: &mut Child) -> anyhow::Result<()> {
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
     }
-    let asked = Instant::now();
-    let mut killed = false;
-    while child.try_wait()?.is_none() {
-        if asked.elapsed() > 2 * GRACE {
-            bail!(
-                "process {} behind the mount does not end, although it was killed",
-                child.id()
-            );
-        }
-        if asked.elapsed() > GRACE && !killed {
-            child.kill()?;
-            killed = true;
-        }
-        tokio::time::sleep(LOOK).await;
+    let mut ended = || Ok::<_, std::io::Error>(child.try_wait()?.map(drop));
+    if until(LOOK, GRACE, &mut ended).await?.is_some() {
+        return Ok(());
     }
-    Ok(())
+    child.kill()?;
+    let id = child.id();
+    match until(LOOK, GRACE, || child.try_wait()).await? {
+        Some(_) => Ok(()),
+        None => bail!("process {id} behind the mount does not end, although it was killed"),
+    }
 }
 
 /// Reads reports until the state the user waits for is reached.

@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 
 use super::file::{DeviceFile, SpanLock};
-use crate::store::{LayerDir, Store, StoreError, StoredTree, gone, on_disk};
+use crate::os::{gone, on_disk, until_blocking};
+use crate::store::{LayerDir, Store, StoreError, StoredTree};
 use crate::toc::DEVICE_BLOCK;
 
 /// What an eviction did.
@@ -138,20 +139,23 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
 
 /// The right to evict; none if another process has it and does not get done.
 fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
-    let deadline = Instant::now() + PATIENCE;
-    let (mut file, path) = store.eviction_lock()?;
-    loop {
-        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(Some(lock)),
-            Err((file, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file,
-            Err((_, Errno::EWOULDBLOCK)) => {
-                tracing::warn!(path = %path.display(), "another process is evicting and does not get done");
-                return Ok(None);
+    let (file, path) = store.eviction_lock()?;
+    let mut file = Some(file);
+    let locked = until_blocking(LOOK, PATIENCE, || match file.take() {
+        None => Ok(None),
+        Some(open) => match Flock::lock(open, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((open, Errno::EWOULDBLOCK)) => {
+                file = Some(open);
+                Ok(None)
             }
-            Err((_, error)) => return Err(StoreError::io("lock", &path, error.into())),
-        };
-        std::thread::sleep(LOOK);
+            Err((_, error)) => Err(StoreError::io("lock", &path, error.into())),
+        },
+    })?;
+    if locked.is_none() {
+        tracing::warn!(path = %path.display(), "another process is evicting and does not get done");
     }
+    Ok(locked)
 }
 
 /// All that can go, least recently used first.

@@ -33,11 +33,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{FallocateFlags, FcntlArg, PosixFadviseAdvice, fallocate, fcntl, posix_fadvise};
-use nix::libc;
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
 use super::geometry::{Check, Geometry};
 use super::handle::Handle;
+use crate::os::{lock_bytes, unlock_bytes};
 use crate::toc::DEVICE_BLOCK;
 
 const MAGIC: &[u8; 8] = b"OCIFSDV2";
@@ -185,6 +185,12 @@ impl DeviceFile {
         }
     }
 
+    /// The bytes that stand for some spans in locks.
+    fn lock_range(&self, spans: &Range<u32>) -> Range<u64> {
+        let byte = |span: u32| self.records() + u64::from(span);
+        byte(spans.start)..byte(spans.end)
+    }
+
     pub(super) fn geometry(&self) -> &Geometry {
         &self.geometry
     }
@@ -311,12 +317,12 @@ impl DeviceFile {
             ranges: Vec::with_capacity(ranges.len()),
         };
         for range in ranges {
-            if lock_range(self, &lock.file, range, LockAction::Try)? {
+            if lock_bytes(&lock.file, self.lock_range(range))? {
                 lock.ranges.push(range.clone());
                 continue;
             }
             for span in range.clone() {
-                if lock_range(self, &lock.file, &(span..span + 1), LockAction::Try)? {
+                if lock_bytes(&lock.file, self.lock_range(&(span..span + 1)))? {
                     lock.ranges.push(span..span + 1);
                 }
             }
@@ -418,33 +424,6 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("a slice of eight bytes"))
 }
 
-/// What to do with the open-file-description lock of some spans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum LockAction {
-    Try,
-    Release,
-}
-
-/// Whether it was done: false if somebody else has part of it.
-fn lock_range(device: &DeviceFile, file: &File, spans: &Range<u32>, action: LockAction) -> io::Result<bool> {
-    let kind = match action {
-        LockAction::Try => libc::F_WRLCK,
-        LockAction::Release => libc::F_UNLCK,
-    };
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: device.records() as i64 + i64::from(spans.start),
-        l_len: i64::from(spans.end) - i64::from(spans.start),
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(true),
-        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
-}
-
 /// The right to fill or evict some spans; given back when dropped, also by the kernel when the process dies.
 #[derive(Debug)]
 pub struct SpanLock {
@@ -469,7 +448,7 @@ impl SpanLock {
 impl Drop for SpanLock {
     fn drop(&mut self) {
         for range in &self.ranges {
-            let unlocked = lock_range(&self.device, &self.file, range, LockAction::Release);
+            let unlocked = unlock_bytes(&self.file, self.device.lock_range(range));
             if let Err(error) = unlocked {
                 tracing::error!(%error, "cannot release a span lock");
             }

@@ -7,8 +7,9 @@ use super::evict::clear;
 use super::file::DeviceFile;
 use super::geometry::Geometry;
 use super::{DataDevice, DeviceError, Found};
+use crate::os::gone;
 use crate::span::SpanMap;
-use crate::store::{LayerDir, gone};
+use crate::store::LayerDir;
 
 /// What a check of a device found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

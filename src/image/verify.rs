@@ -13,8 +13,9 @@ use super::ImageError;
 use crate::device;
 use crate::layer::{stored_spans, stored_toc};
 use crate::oci::Digest;
+use crate::os::gone;
 use crate::resolve::ResolvedImage;
-use crate::store::{LayerDir, Store, StoreError, gone, read_sealed};
+use crate::store::{LayerDir, Store, StoreError, read_sealed};
 
 /// What a check of the store found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

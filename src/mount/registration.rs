@@ -22,16 +22,12 @@ use std::io::{self, Write as _};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 pub use record::{MountRecord, Standing};
 
-use super::private;
 use super::privilege::{is_system_root, outer_uid};
-use crate::store::{gone, is_at};
+use crate::os::{gone, is_at, lock_bytes, private, until, until_blocking};
 
 /// A new log is given up when this often another process was in the way.
 const LOG_ATTEMPTS: u32 = 100;
@@ -252,29 +248,15 @@ impl RunEntry {
     /// Waits until no other process is between looking at this mount point and having it mounted, or given up. The turn
     /// ends when the file is dropped.
     pub async fn turn(&self) -> Result<File, RegistrationError> {
-        let waiting = Instant::now();
-        loop {
-            match self.try_turn()? {
-                Some(turn) => return Ok(turn),
-                None if waiting.elapsed() > PATIENCE => {
-                    return Err(RegistrationError::Busy {
-                        lock: self.path.with_file_name("locks"),
-                    });
-                }
-                None => tokio::time::sleep(LOOK).await,
-            }
-        }
+        let turn = until(LOOK, PATIENCE, || self.try_turn()).await?;
+        turn.ok_or_else(|| RegistrationError::Busy {
+            lock: self.path.with_file_name("locks"),
+        })
     }
 
     /// Like [`RunEntry::turn`] for callers that are not asynchronous. None if it did not come in time.
     pub fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
-        let waiting = Instant::now();
-        loop {
-            match self.try_turn()? {
-                None if waiting.elapsed() < PATIENCE => std::thread::sleep(LOOK),
-                turn => return Ok(turn),
-            }
-        }
+        until_blocking(LOOK, PATIENCE, || self.try_turn())
     }
 
     fn try_turn(&self) -> Result<Option<File>, RegistrationError> {
@@ -287,18 +269,8 @@ impl RunEntry {
         let name = name.split('-').next().unwrap_or_default();
         // The byte of this mount point; the file has none, and locks do not mind.
         let byte = u64::from_str_radix(name, 16).unwrap_or_default() >> 1;
-        let lock = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: byte.cast_signed(),
-            l_len: 1,
-            l_pid: 0,
-        };
-        match fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)) {
-            Ok(_) => Ok(Some(file)),
-            Err(Errno::EAGAIN | Errno::EACCES) => Ok(None),
-            Err(error) => Err(self.io(&path)(error.into())),
-        }
+        let locked = lock_bytes(&file, byte..byte + 1).map_err(self.io(&path))?;
+        Ok(locked.then_some(file))
     }
 
     /// Registers a mount, whose process writes its log to the file `log` if it has one; fails if a live one is registered.

@@ -21,7 +21,6 @@ use super::namespace;
 use super::options::FuseOptions;
 use super::overlay::{self, OverlayError, Upper};
 use super::prefetch::{Prefetch, Side};
-use super::private;
 use super::process::process_start;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::signals::Signals;
@@ -32,8 +31,8 @@ use crate::fs::FsError;
 use crate::fuse::Served;
 use crate::image::{Image, ImageError, Learning, Opening, Preparation, Unconfirmed};
 use crate::layer::LayerContext;
+use crate::os::{gone, private};
 use crate::profile::Label;
-use crate::store::gone;
 
 /// What to mount where.
 #[derive(Debug, Clone)]

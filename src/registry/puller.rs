@@ -53,16 +53,9 @@ use super::blob::{Kind, RegistryBlob};
 use super::client::RegistryClient;
 use super::elsewhere::Elsewhere;
 use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
-use crate::oci::{
-    Digest, DocumentError, DocumentKind, ImageIndex as OwnIndex, Manifest as OwnManifest, Platform, ReferenceSelector,
-    classify, platform,
-};
-
-/// Media type of a manifest that does not state one: only OCI's may be silent.
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-
-/// Deepest nesting of image indexes followed; tools write one level, two when an index is copied into another.
-const MAX_INDEX_DEPTH: usize = 4;
+use crate::oci::media_type::OCI_MANIFEST;
+use crate::oci::{Digest, DocumentError, DocumentKind, Manifest as OwnManifest, Platform, ReferenceSelector, classify};
+use crate::resolve::resolve_root;
 
 /// Pulls from one registry.
 #[derive(Debug, Clone)]
@@ -206,24 +199,14 @@ impl Puller {
     /// The manifest document, through image indexes if there are any.
     async fn manifest(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {
         let source = self.source(repository, selector)?;
-        let mut document = source.root().await?;
-        let mut depth = 0;
-        while kind(&document)? == DocumentKind::ImageIndex {
-            if depth == MAX_INDEX_DEPTH {
-                return Err(BlobError::Invalid {
-                    what: source.describe(),
-                    reason: format!("more than {MAX_INDEX_DEPTH} image indexes inside each other"),
-                });
+        let root = source.root().await?;
+        match kind(&root)? {
+            DocumentKind::Manifest => Ok(root),
+            DocumentKind::ImageIndex => {
+                let image = resolve_root(&source, root, Some(&self.platform)).await?;
+                Ok(image.manifest_document)
             }
-            depth += 1;
-            let index = OwnIndex::parse(&document.bytes).map_err(|error| unusable(&document, error))?;
-            let entry = platform::choose(&index.manifests, &self.platform).map_err(|error| BlobError::NotFound {
-                what: source.describe(),
-                hint: Some(error.to_string()),
-            })?;
-            document = source.manifest(entry).await?;
         }
-        Ok(document)
     }
 }
 
@@ -236,7 +219,7 @@ fn known(document: &Document) -> Result<OwnManifest, BlobError> {
     OwnManifest::parse(&document.bytes).map_err(|error| unusable(document, error))
 }
 
-/// The media type to list a manifest under.
+/// The media type to list a manifest under. Only OCI's may be silent.
 fn manifest_type(manifest: &OwnManifest) -> &str {
     match manifest.media_type.as_str() {
         "" => OCI_MANIFEST,

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{Store, StoreError, create_parent, gone, is_at, on_disk, private};
+use super::{Store, StoreError, create_parent, private};
+use crate::os::{gone, is_at, on_disk};
 
 /// A file in `tmp`. It goes when it is dropped, unless it was published.
 #[derive(Debug)]

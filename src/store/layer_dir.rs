@@ -4,8 +4,9 @@ use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use super::{Store, StoreError, create_directory, gone, is_at, on_disk, private};
+use super::{Store, StoreError, create_directory, private};
 use crate::oci::Digest;
+use crate::os::{gone, is_at, on_disk};
 
 /// The directory of one layer's files.
 #[derive(Debug, Clone)]

@@ -17,7 +17,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::{LayerDir, StoreError, gone, is_at, on_disk, private};
+use super::{LayerDir, StoreError, private};
+use crate::os::{gone, is_at, on_disk};
 
 /// The kept bytes of one layer, in use by a pass. Clones share them.
 #[derive(Debug, Clone)]

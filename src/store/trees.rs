@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::{Store, StoreError, on_disk, touch};
+use super::{Store, StoreError, touch};
 use crate::oci::Digest;
+use crate::os::on_disk;
 
 /// A merged tree in the store.
 #[derive(Debug, Clone)]

@@ -4,9 +4,12 @@
 //! right. A name therefore proves content, whatever died when; an unfinished `.part` file is removed, never continued.
 
 use std::collections::HashSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use tempfile::NamedTempFile;
 use tokio::fs;
 use tokio::io::AsyncWriteExt as _;
 
@@ -89,56 +92,41 @@ fn blob_path(directory: &Path, digest: &Digest) -> PathBuf {
 
 /// A file that is not there until it is whole.
 struct Part {
-    file: tokio::io::BufWriter<fs::File>,
-    part: PathBuf,
+    /// Goes when it is dropped, unless it was published.
+    part: NamedTempFile,
+    out: tokio::io::BufWriter<fs::File>,
     path: PathBuf,
-    published: bool,
 }
 
 impl Part {
     async fn create(path: &Path) -> Result<Self, BlobError> {
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)
-                .await
-                .map_err(|error| BlobError::io(parent, error))?;
-        }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{:016x}.part", fastrand::u64(..)));
-        let part = path.with_file_name(name);
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let failed = |error| BlobError::io(path, error);
+        fs::create_dir_all(directory).await.map_err(failed)?;
         // Not in the background: a pull that is given up meanwhile would leave the file behind.
-        let file = std::fs::File::create_new(&part).map_err(|error| BlobError::io(&part, error))?;
+        let part = tempfile::Builder::new()
+            .suffix(".part")
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(directory)
+            .map_err(failed)?;
+        let out = fs::File::from_std(part.as_file().try_clone().map_err(failed)?);
         Ok(Self {
-            file: tokio::io::BufWriter::with_capacity(BUFFER, fs::File::from_std(file)),
             part,
+            out: tokio::io::BufWriter::with_capacity(BUFFER, out),
             path: path.to_owned(),
-            published: false,
         })
     }
 
     async fn write(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
-        self.file
-            .write_all(bytes)
-            .await
-            .map_err(|error| BlobError::io(&self.part, error))
+        let written = self.out.write_all(bytes).await;
+        written.map_err(|error| BlobError::io(self.part.path(), error))
     }
 
     async fn publish(mut self) -> Result<(), BlobError> {
-        let part = self.part.clone();
-        let failed = |error| BlobError::io(&part, error);
-        self.file.flush().await.map_err(failed)?;
-        self.file.get_ref().sync_all().await.map_err(failed)?;
-        fs::rename(&self.part, &self.path).await.map_err(failed)?;
-        self.published = true;
+        let failed = |error| BlobError::io(&self.path, error);
+        self.out.flush().await.map_err(failed)?;
+        self.out.get_ref().sync_all().await.map_err(failed)?;
+        self.part.persist(&self.path).map_err(|e| failed(e.error))?;
         Ok(())
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        if !self.published
-            && let Err(error) = std::fs::remove_file(&self.part)
-        {
-            tracing::warn!(path = %self.part.display(), %error, "an unfinished file stays behind");
-        }
     }
 }

@@ -9,7 +9,7 @@ const DIRECTORY: u32 = 0o700;
 const FILE: u32 = 0o600;
 
 /// Makes a directory, and those above it that are missing. One that is there already is made private.
-pub(super) fn directory(path: &Path) -> io::Result<()> {
+pub fn directory(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(DIRECTORY).create(path) {
         Ok(()) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound && path.parent().is_some() => {
@@ -39,14 +39,14 @@ fn directory_above(path: &Path) -> io::Result<()> {
 }
 
 /// Opens a file; if that creates it, it is private.
-pub(super) fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+pub fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.mode(FILE).open(path)?;
     narrow(file.metadata()?.mode(), FILE, |mode| file.set_permissions(mode))?;
     Ok(file)
 }
 
 /// Makes a file private that somebody else's code created.
-pub(super) fn restrict(path: &Path) -> io::Result<()> {
+pub fn restrict(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(FILE))
 }
 

@@ -1,0 +1,41 @@
+//! What several modules need of the file system and the clock: private files, locks on bytes, waiting with a look now and then.
+
+mod lock;
+pub mod private;
+mod until;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+pub use lock::{lock_bytes, unlock_bytes};
+pub use until::{until, until_blocking};
+
+/// The result of removing or renaming something that may be gone already.
+pub fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether `path` is a name of the open file.
+pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
+    let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
+}
+
+/// Whether something may not be written.
+pub fn is_denied(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
+    )
+}
+
+/// Bytes that a file takes on disk.
+pub fn on_disk(metadata: &fs::Metadata) -> u64 {
+    metadata.blocks() * 512
+}

@@ -1,0 +1,37 @@
+//! Locks on bytes of a file (fcntl_locking(2), open file description locks).
+//!
+//! A lock belongs to the open file, not to the process, and the kernel gives it back when the file is closed, also by the end
+//! of the process. Locks do not care whether the file has these bytes, nor what they say.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+/// Locks bytes of a file for this open file alone; false if another one has a lock on any of them.
+pub fn lock_bytes(file: &File, bytes: Range<u64>) -> io::Result<bool> {
+    set(file, bytes, libc::F_WRLCK)
+}
+
+/// Gives a lock back.
+pub fn unlock_bytes(file: &File, bytes: Range<u64>) -> io::Result<()> {
+    set(file, bytes, libc::F_UNLCK).map(drop)
+}
+
+fn set(file: &File, bytes: Range<u64>, kind: libc::c_int) -> io::Result<bool> {
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: bytes.start.cast_signed(),
+        l_len: (bytes.end - bytes.start).cast_signed(),
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,54 @@
+//! Waiting for something that nobody announces: a look now and then, for some time.
+
+use std::time::{Duration, Instant};
+
+/// Looks every `pause` until there is something, or `patience` is over: then there is nothing. Looks at least once.
+pub async fn until<T, E>(
+    pause: Duration,
+    patience: Duration,
+    mut look: impl FnMut() -> Result<Option<T>, E>,
+) -> Result<Option<T>, E> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match look()? {
+            None if Instant::now() < deadline => tokio::time::sleep(pause).await,
+            found => return Ok(found),
+        }
+    }
+}
+
+/// Does the same as [`until`] on a thread that may wait.
+pub fn until_blocking<T, E>(
+    pause: Duration,
+    patience: Duration,
+    mut look: impl FnMut() -> Result<Option<T>, E>,
+) -> Result<Option<T>, E> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match look()? {
+            None if Instant::now() < deadline => std::thread::sleep(pause),
+            found => return Ok(found),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_looks_until_there_is_something_or_time_is_up() {
+        let (pause, patience) = (Duration::from_millis(1), Duration::from_secs(60));
+        let mut looks = 0;
+        let mut third = || {
+            looks += 1;
+            Ok::<_, Infallible>((looks == 3).then_some(looks))
+        };
+        assert_eq!(until(pause, patience, &mut third).await, Ok(Some(3)));
+        assert_eq!(until_blocking(pause, Duration::ZERO, &mut third), Ok(None));
+        assert_eq!(looks, 4);
+        assert_eq!(until(pause, patience, || Err::<Option<()>, _>("no")).await, Err("no"));
+    }
+}
