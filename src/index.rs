@@ -38,6 +38,7 @@ mod gzip;
 pub mod inflate;
 mod layer;
 mod span_index;
+mod step;
 mod zstd;
 
 use std::fmt;

@@ -7,7 +7,6 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
-use super::mount::PrefetchMode;
 use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
 use ocifs::registry::PlainHttp;
@@ -65,6 +64,28 @@ pub(super) struct Globals {
     /// No progress, no summaries, no warnings: only errors
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
+}
+
+/// [`Prefetch`] on the command line and in the configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum PrefetchMode {
+    /// Only what lies ahead of readers
+    None,
+    /// What earlier starts read
+    Profile,
+    /// All of the image
+    All,
+}
+
+impl From<PrefetchMode> for Prefetch {
+    fn from(mode: PrefetchMode) -> Self {
+        match mode {
+            PrefetchMode::None => Self::None,
+            PrefetchMode::Profile => Self::Profile,
+            PrefetchMode::All => Self::All,
+        }
+    }
 }
 
 /// How log lines look.

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::ChildStdout;
 
-use super::config::Config;
+use super::config::{Config, PrefetchMode};
 use super::fetching::{Interrupted, signals};
 use super::mounts::locate;
 use super::say;
@@ -74,28 +74,6 @@ impl MountArgs {
     fn wait(&self) -> Option<Wait> {
         let overlay = self.writable || self.upper.is_some();
         overlay.then_some(Wait::Ready).max(self.wait)
-    }
-}
-
-/// [`Prefetch`] on the command line and in the configuration file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum PrefetchMode {
-    /// Only what lies ahead of readers
-    None,
-    /// What earlier starts read
-    Profile,
-    /// All of the image
-    All,
-}
-
-impl From<PrefetchMode> for Prefetch {
-    fn from(mode: PrefetchMode) -> Self {
-        match mode {
-            PrefetchMode::None => Self::None,
-            PrefetchMode::Profile => Self::Profile,
-            PrefetchMode::All => Self::All,
-        }
     }
 }
 

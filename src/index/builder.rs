@@ -11,17 +11,6 @@ use crate::oci::{DiffId, Digest};
 /// The zstd level of windows, which is the fastest. Level 3 makes an index one per cent smaller, and takes twice as long.
 const WINDOW_LEVEL: i32 = 1;
 
-/// Which layer an index describes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
-    /// Digest of the blob.
-    pub blob: Digest,
-    /// Bytes in the blob.
-    pub blob_size: u64,
-    /// Digest of the uncompressed tar.
-    pub diff_id: DiffId,
-}
-
 /// Collects spans, hashes them and compresses their windows.
 ///
 /// It hashes neither the blob nor the whole tar: whoever feeds it does, and vouches for the [`Identity`] given at the end.

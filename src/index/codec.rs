@@ -2,18 +2,8 @@
 
 use super::gzip::Gzip;
 use super::zstd::{Room, Zstd};
+use super::step::Step;
 use super::{BitPosition, Compression, IndexError};
-
-/// What a codec did with its input.
-#[derive(Debug)]
-pub(super) enum Step<'a> {
-    /// All input is consumed.
-    Input,
-    /// Output, and how far the input was consumed to make it.
-    Output { bytes: &'a [u8], position: BitPosition },
-    /// Decoding could begin at this position, with the byte that comes out next.
-    Restart(BitPosition),
-}
 
 /// A decoder from some place of a blob to its end.
 #[derive(Debug)]

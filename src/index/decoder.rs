@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::vec;
 
-use super::codec::{Codec, Step};
+use super::codec::Codec;
+use super::step::Step;
 use super::zstd::Room;
 use super::{BitPosition, Compression, IndexError, SpanId};
 

@@ -11,7 +11,7 @@
 
 use crc32fast::Hasher;
 
-use super::codec::Step;
+use super::step::Step;
 use super::inflate::{Inflate, Progress};
 use super::{BitPosition, IndexError};
 

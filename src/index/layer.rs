@@ -1,6 +1,7 @@
 //! The first pass: a whole blob in, tar bytes and the places of its spans out.
 
-use super::codec::{Codec, Step};
+use super::codec::Codec;
+use super::step::Step;
 use super::zstd::{Room, room_within};
 use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanId};
 use crate::memory::TABLES;

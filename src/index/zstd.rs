@@ -6,7 +6,7 @@ use std::fmt;
 
 use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
 
-use super::codec::Step;
+use super::step::Step;
 use super::{BitPosition, IndexError};
 use crate::memory::OverLimit;
 

@@ -18,6 +18,58 @@ use crate::oci::{DiffId, Digest};
 use crate::span::SpanMap;
 use crate::store::LayerDir;
 
+/// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
+const PASSES: usize = 8;
+
+/// What all layers of a process share.
+#[derive(Debug, Clone)]
+pub struct LayerContext {
+    /// Where indexes and data devices are kept.
+    pub store: Store,
+    /// Decoded spans in memory.
+    pub memory: Arc<SpanMemory>,
+    /// What the tables of the image may take beside that.
+    pub tables: Arc<Allowance>,
+    /// Limit of the data devices.
+    pub budget: Arc<CacheBudget>,
+    /// What stopped working without stopping the mount.
+    pub health: Arc<Health>,
+    /// Layers that are streamed are asked for until they come.
+    pub(super) patient: bool,
+    pub(super) passes: Arc<Semaphore>,
+    pub(super) windows: Windows,
+    pub(super) shared: Arc<SharedLayers>,
+    pub(super) ahead: Ahead,
+    /// Who may send a request now.
+    pub lanes: Arc<Lanes>,
+}
+
+impl LayerContext {
+    /// A context with `memory` bytes for decoded spans and `cache` bytes for data devices.
+    pub fn new(store: Store, memory: usize, cache: u64) -> Self {
+        let tables = Allowance::new(TABLES + memory as u64);
+        Self {
+            budget: CacheBudget::new(store.clone(), cache),
+            store,
+            memory: Arc::new(SpanMemory::new(memory)),
+            windows: Windows::new(tables.clone()),
+            tables,
+            health: Arc::default(),
+            patient: false,
+            passes: Arc::new(Semaphore::new(PASSES)),
+            ahead: Ahead::default(),
+            shared: Arc::default(),
+            lanes: Arc::default(),
+        }
+    }
+
+    /// With layers that are streamed asked for until they come, whatever the timeout is: whoever waits for them is told
+    /// otherwise when that takes too long.
+    pub fn patient(self) -> Self {
+        Self { patient: true, ..self }
+    }
+}
+
 /// One layer, without a way to fetch it.
 #[derive(Debug)]
 pub(super) struct LayerData {
@@ -46,7 +98,7 @@ impl LayerData {
 
     /// Spans that need no fetch, and their compressed bytes.
     pub(super) fn local(&self) -> (u32, u64) {
-        kept::local(&*self.spans, &self.present())
+        local(&*self.spans, &self.present())
     }
 
     /// For each span whether it is on the device.
@@ -141,4 +193,22 @@ impl SharedLayers {
         layers.insert(digest, Arc::downgrade(&data));
         data
     }
+}
+
+/// How many spans of a layer are there, of each of which `present` says whether it is, and their compressed bytes.
+pub(super) fn local(map: &dyn SpanMap, present: &[bool]) -> (u32, u64) {
+    let here = |span: u32| present[span as usize];
+    let (mut spans, mut bytes, mut start) = (0, 0, 0);
+    // By stretches, because neighbours share a byte where one ends within it.
+    for span in 0..=map.span_count() {
+        if span < map.span_count() && here(span) {
+            spans += 1;
+        } else {
+            bytes += map.bytes(start..span);
+            start = span + 1;
+        }
+    }
+    // Headers and trailers belong to no span.
+    let whole = spans == map.span_count();
+    (spans, if whole { map.blob_size() } else { bytes })
 }

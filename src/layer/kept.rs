@@ -43,21 +43,3 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
         bytes,
     }
 }
-
-/// How many spans of a layer are there, of each of which `present` says whether it is, and their compressed bytes.
-pub(super) fn local(map: &dyn SpanMap, present: &[bool]) -> (u32, u64) {
-    let here = |span: u32| present[span as usize];
-    let (mut spans, mut bytes, mut start) = (0, 0, 0);
-    // By stretches, because neighbours share a byte where one ends within it.
-    for span in 0..=map.span_count() {
-        if span < map.span_count() && here(span) {
-            spans += 1;
-        } else {
-            bytes += map.bytes(start..span);
-            start = span + 1;
-        }
-    }
-    // Headers and trailers belong to no span.
-    let whole = spans == map.span_count();
-    (spans, if whole { map.blob_size() } else { bytes })
-}

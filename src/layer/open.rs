@@ -24,58 +24,6 @@ use crate::span::IndexedSpans;
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
 use crate::toc::{ExtentTable, PackedToc};
 
-/// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
-const PASSES: usize = 8;
-
-/// What all layers of a process share.
-#[derive(Debug, Clone)]
-pub struct LayerContext {
-    /// Where indexes and data devices are kept.
-    pub store: Store,
-    /// Decoded spans in memory.
-    pub memory: Arc<SpanMemory>,
-    /// What the tables of the image may take beside that.
-    pub tables: Arc<Allowance>,
-    /// Limit of the data devices.
-    pub budget: Arc<CacheBudget>,
-    /// What stopped working without stopping the mount.
-    pub health: Arc<Health>,
-    /// Layers that are streamed are asked for until they come.
-    patient: bool,
-    passes: Arc<Semaphore>,
-    pub(super) windows: Windows,
-    pub(super) shared: Arc<SharedLayers>,
-    pub(super) ahead: Ahead,
-    /// Who may send a request now.
-    pub lanes: Arc<Lanes>,
-}
-
-impl LayerContext {
-    /// A context with `memory` bytes for decoded spans and `cache` bytes for data devices.
-    pub fn new(store: Store, memory: usize, cache: u64) -> Self {
-        let tables = Allowance::new(TABLES + memory as u64);
-        Self {
-            budget: CacheBudget::new(store.clone(), cache),
-            store,
-            memory: Arc::new(SpanMemory::new(memory)),
-            windows: Windows::new(tables.clone()),
-            tables,
-            health: Arc::default(),
-            patient: false,
-            passes: Arc::new(Semaphore::new(PASSES)),
-            ahead: Ahead::default(),
-            shared: Arc::default(),
-            lanes: Arc::default(),
-        }
-    }
-
-    /// With layers that are streamed asked for until they come, whatever the timeout is: whoever waits for them is told
-    /// otherwise when that takes too long.
-    pub fn patient(self) -> Self {
-        Self { patient: true, ..self }
-    }
-}
-
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -4,6 +4,7 @@
 //! which other engines go, drops it too). A keyword that comes twice has its last value, except
 //! `GNU.sparse.offset` and `.numbytes`, whose repetitions are the map of the oldest pax sparse style.
 
+use super::number::decimal;
 use super::sparse::{Fragment, push_fragment};
 use super::xattr::RawXattrs;
 
@@ -171,18 +172,6 @@ fn parse<T>(field: &'static str, value: &[u8], with: impl FnOnce(&[u8]) -> Optio
         field,
         value: value.to_vec(),
     })
-}
-
-/// Decimal digits only; at most `i64::MAX`, as sizes and offsets of files are.
-pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() {
-        return None;
-    }
-    let value = digits.iter().try_fold(0i64, |value, digit| match digit {
-        b'0'..=b'9' => value.checked_mul(10)?.checked_add(i64::from(digit - b'0')),
-        _ => None,
-    })?;
-    Some(value.unsigned_abs())
 }
 
 /// Decimal digits behind an optional sign, as Go's reader takes them.

@@ -4,9 +4,8 @@
 //! chunk layout), and only chunks that hold data get room, one after the other: so fragments in neighbouring chunks stay
 //! neighbours, and the room between fragments of one chunk is a hole of the device.
 
-use super::header::BLOCK;
-use super::pax::decimal;
-use super::{DEVICE_BLOCK, DataLayout, Extent, FileData};
+use super::number::decimal;
+use super::{BLOCK, DEVICE_BLOCK, DataLayout, Extent, FileData};
 
 /// A stored piece of a sparse file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

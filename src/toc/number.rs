@@ -1,0 +1,13 @@
+//! Numbers as tar writes them in text.
+
+/// Decimal digits only; at most `i64::MAX`, as sizes and offsets of files are.
+pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() {
+        return None;
+    }
+    let value = digits.iter().try_fold(0i64, |value, digit| match digit {
+        b'0'..=b'9' => value.checked_mul(10)?.checked_add(i64::from(digit - b'0')),
+        _ => None,
+    })?;
+    Some(value.unsigned_abs())
+}
