@@ -213,7 +213,7 @@ impl RegistryClient {
         let claimed = || claimed_digest(reply.headers());
         let expected = wanted.cloned().or_else(claimed);
         let encoding = Encoding::of(reply.headers());
-        let bytes = plain(bytes, encoding, expected.as_ref(), cap);
+        let bytes = encoding::plain(bytes, encoding, expected.as_ref(), cap);
         let digest = check_digest(&bytes, expected, &format!("{what} from {host}"))?;
         let media_type = reply.header(CONTENT_TYPE).unwrap_or_default();
         let media_type = media_type.split(';').next().unwrap_or_default().trim().to_owned();
@@ -283,23 +283,6 @@ pub(super) async fn refusal(mut reply: Reply, what: &str, tried: &str) -> BlobEr
         tried,
     };
     failure::status(context, reply.status(), reply.headers(), &body)
-}
-
-/// A document without the compression that its answer states. Some servers label what they have not compressed, so bytes
-/// that have the digest as they are stay as they are, and so does a JSON text.
-fn plain(bytes: Bytes, encoding: Encoding, expected: Option<&Digest>, cap: usize) -> Bytes {
-    let Encoding::Compressed(coding) = encoding else {
-        return bytes;
-    };
-    let good = match expected {
-        Some(expected) => expected.verify(&bytes).is_ok(),
-        None => bytes.trim_ascii_start().starts_with(b"{"),
-    };
-    match good {
-        true => bytes,
-        // What cannot be decoded fails its check, or is no document.
-        false => encoding::decode(coding, bytes.clone(), cap).unwrap_or(bytes),
-    }
 }
 
 /// The digest of a document: checked against the one asked for, or, for a tag, against what the server claims.
