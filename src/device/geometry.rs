@@ -15,6 +15,7 @@
 
 use std::ops::Range;
 
+use super::checksum::Seed;
 use crate::index::SpanIndex;
 use crate::toc::{DEVICE_BLOCK, ExtentTable};
 
@@ -43,6 +44,8 @@ pub(super) struct Geometry {
     pub(super) heads: Vec<u64>,
     /// Hash over the places and digests of all spans: devices of different indexes have different keys.
     pub(super) key: [u8; 32],
+    /// Where the checksums begin.
+    pub(super) seed: Seed,
 }
 
 impl Geometry {
@@ -63,6 +66,7 @@ impl Geometry {
             heads: heads.collect(),
             size,
             key: *hasher.finalize().as_bytes(),
+            seed: Seed::of(index.blob_digest()),
         }
     }
 
@@ -156,6 +160,7 @@ impl Iterator for Fragments<'_> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::oci::Digest;
 
     /// Spans with these heads in a device of `blocks` blocks.
     pub(in super::super) fn geometry(blocks: u64, heads: &[u64]) -> Geometry {
@@ -163,6 +168,7 @@ pub(super) mod tests {
             size: blocks * DEVICE_BLOCK,
             heads: heads.to_vec(),
             key: [heads.len() as u8; 32],
+            seed: Seed::of(&Digest::of(b"layer")),
         }
     }
 

@@ -8,7 +8,7 @@ use super::file::DeviceFile;
 use super::geometry::Geometry;
 use super::{DataDevice, DeviceError, Found};
 use crate::index::SpanIndex;
-use crate::store::{LayerDir, gone};
+use crate::store::{LayerDir, clear_way, gone, is_foreign, open_regular};
 use crate::toc::ExtentTable;
 
 /// What a check of a device found.
@@ -35,8 +35,13 @@ pub fn verify<B: AsRef<[u8]>>(
 
 fn verify_file<B: AsRef<[u8]>>(dir: &LayerDir, geometry: Geometry, extents: &ExtentTable<B>) -> io::Result<Verified> {
     let mut verified = Verified::default();
-    let file = match File::options().read(true).write(true).open(dir.data()) {
+    let file = match open_regular(File::options().read(true).write(true), &dir.data()) {
         Ok(file) => file,
+        Err(e) if is_foreign(&e) => {
+            clear_way(&dir.data())?;
+            verified.dropped = 1;
+            return Ok(verified);
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(verified),
         Err(e) => return Err(e),
     };

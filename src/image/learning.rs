@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::oci::Digest;
-use crate::profile::{Label, Profile, ProfileError, ProfiledLayer, Recorder};
+use crate::profile::{LARGEST_FILE, Label, Profile, ProfileError, ProfiledLayer, Recorder};
 use crate::resolve::ResolvedImage;
-use crate::store::{Durability, Store, StoreError};
+use crate::store::{Durability, Store, StoreError, read_regular};
 
 /// How often it is looked whether a start is over.
 const LOOK: Duration = Duration::from_millis(500);
@@ -156,7 +156,7 @@ fn read(store: &Store, manifest: &Digest, label: &Label) -> Result<Option<Profil
     let Some(path) = store.profile(manifest, label.as_str()) else {
         return Ok(None);
     };
-    let bytes = match std::fs::read(&path) {
+    let bytes = match read_regular(&path, LARGEST_FILE as u64) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes?,
     };

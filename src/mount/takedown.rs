@@ -132,7 +132,11 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         Err(ControlError::Slow) => {
             // If it is in the kernel with this very unmount, there is nothing left to do here.
             unmount_all(&entry, &record, lazy)?;
-            match ends_within(&record, WORKING).await? {
+            let limit = match record.scratch {
+                Some(_) => WORKING,
+                None => until.saturating_duration_since(Instant::now()).max(ASKED),
+            };
+            match ends_within(&record, limit).await? {
                 true => Ok(None),
                 false => Ok(Some(format!("process {} has not ended yet", record.pid))),
             }
