@@ -27,7 +27,7 @@ use tokio::sync::{OnceCell, watch};
 pub use early::{Early, Replay};
 pub use kept::{Confirm, KeptSource, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
-pub use verify::{StoreReport, verify};
+pub use verify::{StoreReport, Unchecked, verify};
 
 use self::prefetch::Layers;
 use self::programs::Programs;
