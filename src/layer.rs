@@ -172,6 +172,11 @@ impl Layer {
         self.disk.keeps()
     }
 
+    /// Whether there is a disk that what is fetched can be written to, full or not.
+    pub fn has_disk(&self) -> bool {
+        self.disk.device().is_some_and(|device| device.is_writable())
+    }
+
     /// Spans that need no fetch, and their compressed bytes.
     pub fn local(&self) -> (u32, u64) {
         kept::local(&self.index, &self.disk.present(self.index.count()))

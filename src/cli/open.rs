@@ -172,7 +172,7 @@ pub(super) async fn complete(image: &Image, health: &Health) -> anyhow::Result<(
     if let Some(problem) = health.store_problem() {
         bail!("not all of the image could be kept: {problem}");
     }
-    if missing > 0 && !image.layers().iter().all(|layer| layer.keeps()) {
+    if missing > 0 && !image.layers().iter().all(|layer| layer.has_disk()) {
         bail!("not all of the image could be kept: the store cannot be written");
     }
     if missing > 0 {
