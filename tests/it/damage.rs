@@ -267,7 +267,7 @@ impl Intruder {
             fs::write(path, b"").unwrap();
         }
         if let Self::Unreadable = self {
-            fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
             return;
         }
         fs::remove_file(path).unwrap();
