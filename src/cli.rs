@@ -3,6 +3,7 @@
 //! Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong arguments, 128 and
 //! the number of a signal that ended it.
 
+mod allocator;
 mod cache;
 mod config;
 mod export;
@@ -136,6 +137,7 @@ struct StoreArgs {
 /// Runs the command line; the whole program.
 pub fn main() -> ExitCode {
     let started = Instant::now();
+    allocator::settle();
     let cli = Cli::parse();
     match run(cli, started) {
         Ok(()) => ExitCode::SUCCESS,

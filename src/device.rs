@@ -3,9 +3,10 @@
 //! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
 //!
 //! * Whoever fills a span has checked its bytes against the span's digest, and records a CRC-32C for each of its *fragments*
-//!   (blocks of 4096 bytes, cut where a span begins; see the module `geometry`). Every read compares every fragment that it touches
-//!   with what is recorded ([`DataDevice::read`]). So whatever happened to the file since, on this or any other machine, is
-//!   found before a reader sees it: a flipped bit, a write that was lost, a page of zeros, an older copy.
+//!   (blocks of 4096 bytes, cut where a span begins; see the module `geometry`). The checksum begins with the layer's digest and
+//!   the fragment's place. Every read compares every fragment that it touches with what is recorded ([`DataDevice::read`]). So
+//!   whatever happened to the file since, on this or any other machine, is found before a reader sees it: a flipped bit, a
+//!   write that was lost, a page of zeros, an older copy, another layer's file.
 //! * Fill: write the bytes, then the checksums, then set the span's record to present. Evict: set the record to absent, clear
 //!   the checksums, then punch the hole. A reader that meets either half-way finds a checksum of 0, or looks at the checksum
 //!   again and finds that it changed: the span counts as absent.
@@ -39,16 +40,17 @@ pub use file::SpanLock;
 pub use verify::{Verified, verify};
 pub use writer::DeviceWriter;
 
-use checksum::{Checksummer, recorded};
+use checksum::{Checksummer, Seed, recorded};
 use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
 use joined::Joined;
 
-use crate::os::{gone, is_denied};
+use crate::os::{clear_way, gone, is_denied, is_foreign, is_symlink, open_regular};
 use crate::span::{Piece, SpanMap};
 use crate::store::{LayerDir, Store};
+use crate::toc::DEVICE_BLOCK;
 
-/// How often one looks again before a span counts as damaged.
+/// How often one looks again before a span counts as damaged, or a device is opened although others make it at the same time.
 const LOOKS: usize = 3;
 
 /// Why the data device cannot be used. The layer goes on without it.
@@ -105,17 +107,22 @@ impl DataDevice {
     }
 
     fn open_or_create(store: &Store, path: &Path, geometry: Geometry) -> io::Result<Self> {
-        loop {
-            let (file, writable) = match File::options().read(true).write(true).open(path) {
-                Err(e) if is_denied(&e) => (File::open(path), false),
+        for _ in 0..LOOKS {
+            let (file, writable) = match open_regular(File::options().read(true).write(true), path) {
+                Err(e) if is_denied(&e) => (open_regular(File::options().read(true), path), false),
                 opened => (opened, true),
             };
             match file {
+                Err(e) if is_foreign(&e) => clear_way(path)?,
                 Ok(file) => match DeviceFile::open(file, path, writable, geometry.clone())? {
                     Some(file) => return Ok(Self { file: Arc::new(file) }),
                     None => gone(std::fs::remove_file(path))?,
                 },
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    if is_symlink(path) {
+                        // It leads nowhere, and is in the way.
+                        clear_way(path)?;
+                    }
                     let draft = store.draft().map_err(io::Error::other)?;
                     DeviceFile::write(draft.file(), &geometry, None)?;
                     draft.publish_new(path)?;
@@ -123,13 +130,15 @@ impl DataDevice {
                 Err(e) => return Err(e),
             }
         }
+        Err(io::Error::other("something else keeps coming in its place"))
     }
 
     /// Starts a file for a pass that writes the whole layer. Nobody sees it before [`DeviceWriter::finish`].
     pub fn create(store: &Store, dir: &LayerDir) -> Result<DeviceWriter, DeviceError> {
         let path = dir.data();
         let draft = store.layer_draft(dir).map_err(io::Error::other);
-        Ok(DeviceWriter::new(draft.map_err(DeviceError::at(&path))?, path))
+        let seed = dir.digest().as_ref().map(Seed::of).unwrap_or_default();
+        Ok(DeviceWriter::new(draft.map_err(DeviceError::at(&path))?, path, seed))
     }
 
     /// Whether spans can be written to it.
@@ -200,7 +209,8 @@ impl DataDevice {
         let mut bytes = Stream([&before, content, &behind]);
         let mut gaps = Vec::new();
         for (fragment, expected) in fragments.iter().zip(expected) {
-            let crc = recorded(bytes.checksum((fragment.range.end - fragment.range.start) as usize));
+            let length = (fragment.range.end - fragment.range.start) as usize;
+            let crc = recorded(bytes.checksum(geometry.seed.start(fragment.check), length));
             if expected == crc {
                 continue;
             }
@@ -270,6 +280,18 @@ impl DataDevice {
         Ok((lock, held))
     }
 
+    /// Bytes on disk that the content of a span takes: pieces that are far apart take a block each, however short they are.
+    pub fn footprint(pieces: &[Piece]) -> u64 {
+        // Pieces ascend, and two of them can lie in one block.
+        let (mut blocks, mut next) = (0, 0);
+        for piece in pieces.iter().filter(|piece| piece.len > 0) {
+            let end = (piece.device + piece.len).div_ceil(DEVICE_BLOCK);
+            blocks += end - (piece.device / DEVICE_BLOCK).max(next).min(end);
+            next = end;
+        }
+        blocks * DEVICE_BLOCK
+    }
+
     /// Writes a span's content and marks it present. `bytes` are the span's uncompressed bytes, verified; `pieces` says which
     /// of them are content, and where it goes. False if the lock is of another file, which has taken this one's place or had it.
     pub fn fill(&self, lock: &SpanLock, span: u32, pieces: &[Piece], bytes: &[u8]) -> io::Result<bool> {
@@ -285,7 +307,7 @@ impl DataDevice {
             Check::Head(_) => head = crc,
             Check::Block(_) => checks.add(check, crc),
         };
-        let mut summer = Checksummer::default();
+        let mut summer = Checksummer::new(self.file.geometry().seed);
         summer.span(span);
         let (file, mut joined) = (self.file.file()?, Joined::default());
         for piece in pieces {
@@ -295,8 +317,8 @@ impl DataDevice {
         }
         joined.write(&file)?;
         summer.close(self.file.geometry().range(span).end, &mut done);
-        for (block, run) in &checks.blocks {
-            self.file.write_checks(*block, run)?;
+        for (block, run) in checks.blocks() {
+            self.file.write_checks(block, run)?;
         }
         self.file.write_record(span, true, head)?;
         Ok(true)
@@ -315,9 +337,8 @@ impl DataDevice {
 struct Stream<'a>([&'a [u8]; 3]);
 
 impl Stream<'_> {
-    /// CRC-32C of the next `count` bytes.
-    fn checksum(&mut self, mut count: usize) -> u32 {
-        let mut crc = 0;
+    /// CRC-32C of the next `count` bytes, from `crc` on.
+    fn checksum(&mut self, mut crc: u32, mut count: usize) -> u32 {
         for part in &mut self.0 {
             let (now, later) = part.split_at(part.len().min(count));
             crc = crc32c::crc32c_append(crc, now);

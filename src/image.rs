@@ -31,7 +31,7 @@ use kept::KeptSource;
 pub use kept::{Confirm, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
 pub use named::{NamedImage, Opening};
-pub use verify::{StoreReport, verify};
+pub use verify::{StoreReport, Unchecked, verify};
 
 use self::prefetch::Layers;
 use self::programs::Programs;

@@ -46,8 +46,9 @@ use std::ops::Range;
 
 use crate::memory::OverLimit;
 
-pub use builder::{Identity, SpanIndexBuilder};
+pub use builder::SpanIndexBuilder;
 pub use decoder::SpanDecoder;
+pub use format::Identity;
 pub use layer::{DecodeSink, LayerDecoder, LayerEnd, SpanStart};
 pub use span_index::SpanIndex;
 

@@ -40,6 +40,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use futures::FutureExt as _;
 use tokio::runtime::Handle;
 
+pub use data::LayerContext;
 use data::LayerData;
 pub use first_pass::FirstPassError;
 use flight::Run;
@@ -47,7 +48,7 @@ pub use flight::{Flown, flown};
 pub use health::Health;
 pub use kept::{KeptOfLayer, kept_of_layer};
 pub use memory::SpanMemory;
-pub use open::{LayerContext, OpenError, Opened, open, stored_spans, stored_toc};
+pub use open::{OpenError, Opened, open, stored_spans, stored_toc};
 pub use prefetch::Begun;
 pub use programs::{Programs, stored_programs};
 use race::Origin;
@@ -174,6 +175,11 @@ impl Layer {
     /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
     pub fn keeps(&self) -> bool {
         self.data.keeps()
+    }
+
+    /// Whether there is a disk that what is fetched can be written to, full or not.
+    pub fn has_disk(&self) -> bool {
+        self.data.disk.device().is_some_and(|device| device.is_writable())
     }
 
     /// Whether a read of the span needs no flight.

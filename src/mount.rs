@@ -26,6 +26,8 @@
 
 mod attached;
 mod control;
+mod error;
+mod found;
 mod kernel;
 mod mountinfo;
 mod mountpoint;
@@ -45,6 +47,7 @@ mod takedown;
 mod users;
 
 pub use control::{ControlError, Request, Response, call};
+pub use error::{MountError, TakedownError};
 pub use kernel::KernelMountError;
 pub use namespace::SERVE;
 pub use options::{FuseOptions, UnknownOption};
@@ -52,8 +55,8 @@ pub use overlay::{OverlayError, Upper};
 pub use prefetch::{Prefetch, PrefetchState, PrefetchStatus};
 pub use privilege::is_system_root;
 pub use registration::{MountRecord, RegistrationError, RunDir, RunEntry, Standing};
-pub use server::{Event, MountConfig, MountError, serve};
+pub use server::{Event, MountConfig, serve};
 pub use signals::Signals;
 pub use status::{LinkStatus, MountState, MountStatus};
 pub use survey::{list, status_of};
-pub use takedown::{Remainder, TakedownError, take_down};
+pub use takedown::{Remainder, take_down};

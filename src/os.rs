@@ -2,6 +2,7 @@
 
 mod lock;
 pub mod private;
+mod regular;
 mod until;
 
 use std::fs::{self, File};
@@ -11,6 +12,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 pub use lock::{lock_bytes, unlock_bytes};
+pub use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_regular};
 pub use until::{until, until_blocking};
 
 /// The result of removing or renaming something that may be gone already.

@@ -22,6 +22,7 @@ use std::sync::Arc;
 pub use indexed::IndexedSpans;
 
 use crate::index::{IndexError, Room};
+use crate::oci::Digest;
 
 /// Where one run of a span's content lies: bytes `span..` of the span are bytes `device..` of the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +51,9 @@ pub trait SpanDecoder: fmt::Debug + Send {
 /// # Panics
 /// Methods that take numbers of spans panic if the layer has no such span.
 pub trait SpanMap: fmt::Debug + Send + Sync {
+    /// Digest of the layer's blob.
+    fn layer(&self) -> &Digest;
+
     /// Bytes of the data device, a multiple of its block size.
     fn device_size(&self) -> u64;
 

@@ -51,10 +51,13 @@ use sealed::SealingWriter;
 pub use sealed::read_sealed;
 pub use trees::StoredTree;
 
-use crate::os::{is_denied, on_disk};
+use crate::os::{is_denied, is_foreign, on_disk, open_or_replace, open_regular, read_regular};
 
 /// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
+
+/// A longer file at the place of the version is none.
+const LONGEST_VERSION: u64 = 4096;
 
 /// What can go wrong with the store.
 #[derive(Debug, thiserror::Error)]
@@ -139,19 +142,19 @@ impl Store {
             writable,
         };
         let version = root.join("version");
-        match fs::read_to_string(&version) {
-            Ok(text) if text == VERSION => {}
-            Ok(text) if text.starts_with("ocifs store ") => {
-                return Err(StoreError::Version {
-                    path: root.to_owned(),
-                    found: text.lines().next().unwrap_or_default().chars().take(80).collect(),
-                });
-            }
-            // Missing, or damaged: whatever is in the store is checked when it is used.
-            Ok(_) => store.write_version(&version)?,
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => {
-                store.write_version(&version)?;
-            }
+        match read_regular(&version, LONGEST_VERSION) {
+            Ok(text) if text == VERSION.as_bytes() => {}
+            Ok(text) => match other_version(&text) {
+                Some(found) => {
+                    return Err(StoreError::Version {
+                        path: root.to_owned(),
+                        found,
+                    });
+                }
+                // Damaged: whatever is in the store is checked when it is used.
+                None => store.write_version(&version)?,
+            },
+            Err(e) if e.kind() == io::ErrorKind::NotFound || is_foreign(&e) => store.write_version(&version)?,
             Err(e) => return Err(StoreError::io("read", &version, e)),
         }
         if store.writable {
@@ -243,7 +246,7 @@ impl Store {
     /// Opens (and creates) the file whose lock the evicting process holds.
     pub fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
         let path = self.writable_root()?.join("eviction.lock");
-        match private().create(true).truncate(false).open(&path) {
+        match open_or_replace(private().create(true).truncate(false), &path) {
             Ok(file) => Ok((file, path)),
             Err(e) => Err(StoreError::io("open", &path, e)),
         }
@@ -289,9 +292,17 @@ impl Store {
     }
 }
 
+/// The layout that a version file names, if it is another one than this program's. What is none is damaged.
+fn other_version(text: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(text).ok()?.strip_suffix('\n')?;
+    let number: u32 = text.strip_prefix("ocifs store ")?.parse().ok()?;
+    (format!("ocifs store {number}\n") != VERSION).then(|| text.to_owned())
+}
+
 /// Takes note that a file was used just now. It is a hint, so that failing does not matter.
 fn touch(path: &Path) {
-    let touched = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+    let opened = open_regular(File::options().read(true), path);
+    let touched = opened.and_then(|file| file.set_modified(SystemTime::now()));
     if let Err(error) = touched {
         tracing::debug!(path = %path.display(), %error, "cannot note the use of a file");
     }

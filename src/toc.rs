@@ -30,6 +30,7 @@ mod codec;
 mod error;
 mod extents;
 mod header;
+mod number;
 mod path;
 mod pax;
 mod reader;
@@ -44,6 +45,9 @@ pub use reader::{Limits, TarReader};
 pub(crate) use xattr::chmod as chmod_acl;
 
 use crate::memory::Charge;
+
+/// Unit of a tar.
+const BLOCK: usize = 512;
 
 /// Alignment of every file in the data device, and the block size of the EROFS image.
 pub const DEVICE_BLOCK: u64 = 4096;

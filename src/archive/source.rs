@@ -94,7 +94,8 @@ impl Archive {
         let len = file.metadata().map_err(|e| BlobError::io(&path, e))?.len();
         let members = Members::of(&file).map_err(|error| BlobError::Invalid {
             what: format!("archive {}", path.display()),
-            reason: error.to_string(),
+            // The library quotes what it could not read.
+            reason: format!("it is no tar: {}", shown(&error.to_string())),
         })?;
         Ok(Self {
             file: Arc::new(file),

@@ -161,6 +161,12 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
         if report.dropped_spans > 0 {
             say!("damaged and dropped: {} spans of data", report.dropped_spans);
         }
+        for unchecked in &report.unchecked {
+            say!("not checked: {}: {}", unchecked.path.display(), unchecked.reason);
+        }
+    }
+    if !report.unchecked.is_empty() {
+        bail!("some of the store could not be checked");
     }
     if !report.is_sound() {
         bail!("some of the store was damaged; what was removed is fetched again when it is needed");

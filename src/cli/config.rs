@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
+use ocifs::mount::Prefetch;
 use ocifs::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;

@@ -9,6 +9,7 @@ use super::progress::Bar;
 use super::say;
 use super::units::human;
 use super::{Fetching, ImageArgs};
+use ocifs::layer::kept_of_layer;
 
 /// Arguments of `pull`.
 #[derive(Debug, Args)]
@@ -28,6 +29,12 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: PullArgs) -> anyho
     let result = fetching.run(async {
         let opening = resolve(config, &args.image, &context.store).await?;
         let (preparation, unconfirmed) = (opening.preparation, opening.unconfirmed);
+        let mut layers = preparation.resolved().layers().iter();
+        if let Err(error) = context.store.probe(0)
+            && !layers.all(|layer| kept_of_layer(&context.store, &layer.digest).is_whole)
+        {
+            bail!("nothing can be kept: {error}");
+        }
         fetching.begin(&context.store, &preparation);
         let bar = Bar::new(&args.image.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;

@@ -48,7 +48,7 @@ pub(super) fn in_error(text: &str) -> String {
     String::from_utf8_lossy(&name(text.as_bytes(), true)).into_owned()
 }
 
-/// Lines as a terminal may get them, whatever they were made of.
+/// Lines as a terminal may get them, whatever they were made of. What is escaped stays valid in JSON.
 pub(super) fn harmless(lines: &str) -> Cow<'_, str> {
     let bad = |c: char| controls(c) && c != '\n';
     if !lines.contains(bad) {
@@ -57,7 +57,10 @@ pub(super) fn harmless(lines: &str) -> Cow<'_, str> {
     let mut out = String::new();
     for c in lines.chars() {
         if bad(c) {
-            out.extend(c.escape_default());
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                // Writing to a string cannot fail.
+                let _ = write!(out, "\\u{unit:04x}");
+            }
         } else {
             out.push(c);
         }
@@ -102,7 +105,10 @@ mod tests {
     #[test]
     fn lines_stay_lines() {
         assert_eq!(harmless("a\nb\\c"), "a\nb\\c");
-        assert_eq!(harmless("a\n\x1b]0;x\x07\r"), "a\n\\u{1b}]0;x\\u{7}\\r");
+        assert_eq!(
+            harmless("a\n\x1b]0;x\x07\r\u{9b}"),
+            "a\n\\u001b]0;x\\u0007\\u000d\\u009b"
+        );
     }
 
     #[test]

@@ -1,9 +1,35 @@
 //! Checksums of fragments, computed while content is written in device order.
 
 use super::geometry::Check;
+use crate::oci::Digest;
 use crate::toc::DEVICE_BLOCK;
 
 static ZEROS: [u8; DEVICE_BLOCK as usize] = [0; DEVICE_BLOCK as usize];
+
+/// Where the checksums of a layer begin. They depend on the layer and on the place of the fragment, so that another layer's
+/// device in the place of this one, or bytes in another place, do not pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Seed(u32);
+
+impl Seed {
+    /// That of the layer whose blob has this digest.
+    pub(super) fn of(layer: &Digest) -> Self {
+        let hash = blake3::hash(layer.to_string().as_bytes());
+        let mut first = [0; 4];
+        first.copy_from_slice(&hash.as_bytes()[..4]);
+        Self(u32::from_le_bytes(first))
+    }
+
+    /// What the checksum of a fragment is before any of its bytes.
+    pub(super) fn start(self, check: Check) -> u32 {
+        let place = match check {
+            Check::Block(block) => block,
+            Check::Head(span) => u64::from(span) | 1 << 63,
+        };
+        // Any two places differ in what multiplication by an odd number makes of them.
+        self.0 ^ (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+    }
+}
 
 /// What is recorded for a fragment: its CRC-32C, or 1 where that is 0, because 0 stands for an absent fragment.
 pub(super) fn recorded(crc: u32) -> u32 {
@@ -32,14 +58,23 @@ struct Open {
 }
 
 /// Sums up content that comes in device order; what lies between counts as zeros, as it does on the device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Checksummer {
+    seed: Seed,
     open: Option<Open>,
     /// A span begins with the next content.
     begun: Option<u32>,
 }
 
 impl Checksummer {
+    pub(super) fn new(seed: Seed) -> Self {
+        Self {
+            seed,
+            open: None,
+            begun: None,
+        }
+    }
+
     /// The content that comes next belongs to `span`.
     pub(super) fn span(&mut self, span: u32) {
         self.begun = Some(span);
@@ -62,7 +97,7 @@ impl Checksummer {
                         check,
                         block,
                         at,
-                        crc: 0,
+                        crc: self.seed.start(check),
                     }
                 }
             };
@@ -114,7 +149,8 @@ mod tests {
             let geometry = geometry(blocks, &heads);
             let mut found = std::collections::HashMap::new();
             let mut done = |check, crc| assert_eq!(found.insert(format!("{check:?}"), crc), None, "{round}");
-            let mut summer = Checksummer::default();
+            let seed = Seed::of(&Digest::of(b"layer"));
+            let mut summer = Checksummer::new(seed);
             let mut at = 0;
             while at < image.len() {
                 if image[at] == 0 {
@@ -139,7 +175,10 @@ mod tests {
                 let crc = found.remove(&format!("{:?}", fragment.check));
                 match bytes.iter().all(|&byte| byte == 0) {
                     true => assert_eq!(crc, None),
-                    false => assert_eq!(crc, Some(recorded(crc32c::crc32c(bytes))), "{round} {fragment:?}"),
+                    false => {
+                        let expected = crc32c::crc32c_append(seed.start(fragment.check), bytes);
+                        assert_eq!(crc, Some(recorded(expected)), "{round} {fragment:?}");
+                    }
                 }
             }
             assert!(found.is_empty(), "{found:?}");

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
 
 use super::file::{DeviceFile, SpanLock};
-use crate::os::{gone, on_disk, until_blocking};
+use crate::os::{gone, on_disk, open_regular, until_blocking};
 use crate::store::{LayerDir, Store, StoreError, StoredTree};
 use crate::toc::DEVICE_BLOCK;
 
@@ -190,7 +190,7 @@ fn candidates(victims: &[Victim], trees: &[StoredTree], layers: &[LayerDir]) -> 
 /// Opens what eviction needs. A device whose layer has no index, or that is damaged as a whole, is of no use to anybody: it
 /// goes.
 fn open(dir: LayerDir) -> Option<Victim> {
-    let opened = File::options().read(true).write(true).open(dir.data());
+    let opened = open_regular(File::options().read(true).write(true), &dir.data());
     match opened.and_then(|file| DeviceFile::open_unknown(file, &dir.data())) {
         Ok(Some(device)) if dir.spans().exists() => Some(Victim {
             dir,

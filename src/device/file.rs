@@ -3,7 +3,7 @@
 //! ```text
 //! offset        size
 //! 0 .. size           content
-//! tail             8  magic "OCIFSDV2"
+//! tail             8  magic "OCIFSDV3"
 //! tail + 8         8  size of the content
 //! tail + 16        8  number of spans, n
 //! tail + 24       32  key of the layer's geometry
@@ -11,7 +11,7 @@
 //! tail + 128     8 n  heads: the device address at which each span begins
 //! records       16 n  record of each span
 //! checks           4  for each block of 4096 bytes of the content: checksum of the fragment that it begins with
-//! end             16  tail (8), magic "OCIFSDV2"
+//! end             16  tail (8), magic "OCIFSDV3"
 //!
 //! record: CRC-32C of the fragment that begins at the span's head inside a block (4), state (4: 0 absent, 1 present),
 //!         seconds since the epoch when the span was last used (8)
@@ -35,12 +35,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
+use super::checksum::Seed;
 use super::geometry::{Check, Geometry};
 use super::handle::Handle;
 use crate::os::{lock_bytes, unlock_bytes};
 use crate::toc::DEVICE_BLOCK;
 
-const MAGIC: &[u8; 8] = b"OCIFSDV2";
+const MAGIC: &[u8; 8] = b"OCIFSDV3";
 const HEADER: u64 = 128;
 const DESCRIBED: usize = 56;
 const HEAD: u64 = 8;
@@ -117,8 +118,8 @@ impl DeviceFile {
         }
         file.write_all_at(&bytes, tail(geometry.size))?;
         file.set_len(length(geometry.size, geometry.spans()))?;
-        for (block, run) in checks.map_or(&[][..], |checks| &checks.blocks) {
-            write_checks(file, geometry, *block, run)?;
+        for (block, run) in checks.iter().flat_map(|checks| checks.blocks()) {
+            write_checks(file, geometry, block, run)?;
         }
         let end = [&tail(geometry.size).to_le_bytes()[..], MAGIC].concat();
         file.write_all_at(&end, length(geometry.size, geometry.spans()) - END)
@@ -166,6 +167,8 @@ impl DeviceFile {
             size,
             heads: heads.chunks_exact(HEAD as usize).map(|head| u64_at(head, 0)).collect(),
             key,
+            // Nothing of it is read by whoever does not know the layer.
+            seed: Seed::default(),
         };
         let ascending = geometry.heads.is_sorted() && geometry.heads.last().is_none_or(|&last| last <= size);
         let expected = header(&geometry);
@@ -356,8 +359,10 @@ fn read_ahead(handle: &Handle, geometry: &Geometry) {
 pub(super) struct Checks {
     /// Of the fragment at each span's head; 0 if that does not begin inside a block.
     pub(super) heads: Vec<u32>,
-    /// Of consecutive blocks from the first one on, ascending.
-    pub(super) blocks: Vec<(u64, Vec<u32>)>,
+    /// Of blocks, in ascending order.
+    sums: Vec<u32>,
+    /// Runs of consecutive blocks: the first block of each, and where its checksum is.
+    runs: Vec<(u64, usize)>,
 }
 
 impl Checks {
@@ -368,11 +373,21 @@ impl Checks {
                 self.heads.resize(self.heads.len().max(span as usize + 1), 0);
                 self.heads[span as usize] = crc;
             }
-            Check::Block(block) => match self.blocks.last_mut() {
-                Some((first, run)) if *first + run.len() as u64 == block => run.push(crc),
-                _ => self.blocks.push((block, vec![crc])),
-            },
+            Check::Block(block) => {
+                let goes_on = |&(first, at): &(u64, usize)| first + (self.sums.len() - at) as u64 == block;
+                if !self.runs.last().is_some_and(goes_on) {
+                    self.runs.push((block, self.sums.len()));
+                }
+                self.sums.push(crc);
+            }
         }
+    }
+
+    /// The runs of consecutive blocks: the first block, and what is recorded for it and those behind it.
+    pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, &[u32])> {
+        let ends = self.runs.iter().skip(1).map(|&(_, at)| at).chain([self.sums.len()]);
+        let runs = self.runs.iter().zip(ends);
+        runs.map(|(&(first, at), end)| (first, &self.sums[at..end]))
     }
 }
 

@@ -16,6 +16,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::checksum::Seed;
 use crate::span::SpanMap;
 use crate::toc::DEVICE_BLOCK;
 
@@ -44,6 +45,8 @@ pub(super) struct Geometry {
     pub(super) heads: Arc<[u64]>,
     /// Hash over the places and digests of all spans: devices of different indexes have different keys.
     pub(super) key: [u8; 32],
+    /// Where the checksums begin.
+    pub(super) seed: Seed,
 }
 
 impl Geometry {
@@ -53,6 +56,7 @@ impl Geometry {
             size: spans.device_size(),
             heads: spans.heads().clone(),
             key: spans.key(),
+            seed: Seed::of(spans.layer()),
         }
     }
 
@@ -146,6 +150,7 @@ impl Iterator for Fragments<'_> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::oci::Digest;
 
     /// Spans with these heads in a device of `blocks` blocks.
     pub(in super::super) fn geometry(blocks: u64, heads: &[u64]) -> Geometry {
@@ -153,6 +158,7 @@ pub(super) mod tests {
             size: blocks * DEVICE_BLOCK,
             heads: heads.into(),
             key: [heads.len() as u8; 32],
+            seed: Seed::of(&Digest::of(b"layer")),
         }
     }
 

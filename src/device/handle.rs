@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use crate::os::open_regular;
+
 /// Descriptors that devices may keep although the limit of the process is low.
 const LEAST: usize = 16;
 
@@ -67,7 +69,7 @@ impl Slot {
         if let Some(file) = &*slot {
             return Ok(file.clone());
         }
-        let file = File::options().read(true).write(self.writable).open(&self.path)?;
+        let file = open_regular(File::options().read(true).write(self.writable), &self.path)?;
         let metadata = file.metadata()?;
         if (metadata.dev(), metadata.ino()) != self.identity {
             return Err(io::Error::new(

@@ -9,6 +9,9 @@ use crate::toc::DEVICE_BLOCK;
 /// Content of this many bytes is written by itself: copying it would cost more than the system call.
 const LONG: usize = 128 << 10;
 
+/// No more than this is joined.
+const LONGEST: usize = 1 << 20;
+
 /// Content that lies together on a device and is not written yet.
 ///
 /// Between two files of a layer there is padding of less than a block, which is zero. It is written with them, so that many
@@ -26,10 +29,16 @@ impl Joined {
         self.buffer.len()
     }
 
+    /// Bytes on disk that these take, in whole blocks.
+    pub(super) fn footprint(&self) -> u64 {
+        footprint(self.start, self.buffer.len())
+    }
+
     /// Whether content at a device offset joins what was added. If not, that is written first, and long content at once.
     pub(super) fn takes(&self, offset: u64, content: &[u8]) -> bool {
         let end = self.start + self.buffer.len() as u64;
-        !is_long(content) && (self.buffer.is_empty() || (end..end + DEVICE_BLOCK).contains(&offset))
+        let joins = self.buffer.len() < LONGEST && (end..end + DEVICE_BLOCK).contains(&offset);
+        !is_long(content) && (self.buffer.is_empty() || joins)
     }
 
     /// Adds content at a device offset. What does not join is written. After an error it may be tried again.
@@ -53,6 +62,14 @@ impl Joined {
         file.write_all_at(&self.buffer, self.start)?;
         self.buffer.clear();
         Ok(())
+    }
+}
+
+/// Bytes on disk of the blocks that content at a device offset lies in.
+pub(super) fn footprint(offset: u64, length: usize) -> u64 {
+    match length {
+        0 => 0,
+        length => (offset + length as u64).next_multiple_of(DEVICE_BLOCK) - offset / DEVICE_BLOCK * DEVICE_BLOCK,
     }
 }
 
@@ -92,6 +109,19 @@ mod tests {
             });
             prop_assert!(apart == together);
         }
+    }
+
+    #[test]
+    fn little_is_held_and_whole_blocks_are_counted() {
+        let file = tempfile::tempfile().unwrap();
+        let mut joined = Joined::default();
+        for i in 0..1000 {
+            joined.add(&file, i * DEVICE_BLOCK, b"x").unwrap();
+            assert!(joined.len() <= LONGEST + LONG);
+        }
+        assert_eq!(footprint(5, 0), 0);
+        assert_eq!(footprint(DEVICE_BLOCK - 1, 2), 2 * DEVICE_BLOCK);
+        assert_eq!(footprint(DEVICE_BLOCK, 1), DEVICE_BLOCK);
     }
 
     #[test]

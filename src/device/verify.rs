@@ -7,7 +7,7 @@ use super::evict::clear;
 use super::file::DeviceFile;
 use super::geometry::Geometry;
 use super::{DataDevice, DeviceError, Found};
-use crate::os::gone;
+use crate::os::{clear_way, gone, is_foreign, open_regular};
 use crate::span::SpanMap;
 use crate::store::LayerDir;
 
@@ -31,8 +31,13 @@ pub fn verify(dir: &LayerDir, spans: &dyn SpanMap) -> Result<Verified, DeviceErr
 
 fn verify_file(dir: &LayerDir, spans: &dyn SpanMap) -> io::Result<Verified> {
     let mut verified = Verified::default();
-    let file = match File::options().read(true).write(true).open(dir.data()) {
+    let file = match open_regular(File::options().read(true).write(true), &dir.data()) {
         Ok(file) => file,
+        Err(e) if is_foreign(&e) => {
+            clear_way(&dir.data())?;
+            verified.dropped = 1;
+            return Ok(verified);
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(verified),
         Err(e) => return Err(e),
     };

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::checksum::Checksummer;
+use super::checksum::{Checksummer, Seed};
 use super::file::{Checks, DeviceFile};
 use super::geometry::Geometry;
-use super::joined::{Joined, is_long};
+use super::joined::{Joined, footprint, is_long};
 use super::{CacheBudget, DataDevice, DeviceError};
 use crate::span::SpanMap;
 use crate::store::Draft;
@@ -25,11 +25,11 @@ pub struct DeviceWriter {
 }
 
 impl DeviceWriter {
-    pub(super) fn new(draft: Draft, path: PathBuf) -> Self {
+    pub(super) fn new(draft: Draft, path: PathBuf, seed: Seed) -> Self {
         Self {
             draft,
             joined: Joined::default(),
-            summer: Checksummer::default(),
+            summer: Checksummer::new(seed),
             checks: Checks::default(),
             path,
         }
@@ -47,7 +47,7 @@ impl DeviceWriter {
         if is_due && !self.flush(budget)? {
             return Ok(false);
         }
-        if is_long(bytes) && !budget.reserve(bytes.len() as u64) {
+        if is_long(bytes) && !budget.reserve(footprint(offset, bytes.len())) {
             return Ok(false);
         }
         let added = self.joined.add(self.draft.file(), offset, bytes);
@@ -60,7 +60,7 @@ impl DeviceWriter {
 
     /// Writes what was added. False if `budget` has no room for it; then, and after an error, it may be tried again.
     pub fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
-        if !budget.reserve(self.joined.len() as u64) {
+        if !budget.reserve(self.joined.footprint()) {
             return Ok(false);
         }
         let written = self.joined.write(self.draft.file());

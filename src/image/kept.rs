@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
-use crate::oci::{Descriptor, Digest};
+use crate::oci::{Descriptor, Digest, DocumentError, DocumentKind, ImageIndex, Manifest, classify};
 use crate::store::Store;
 
 /// How long a registry is asked what a tag means when the store knows an answer to fall back on. A healthy one takes a few
@@ -100,7 +100,17 @@ impl KeptSource {
 
     /// The root document as the source names it now.
     async fn confirmed(&self) -> Result<Document, BlobError> {
-        let document = self.ask()?.root().await.map(|d| self.keep(d))?;
+        let document = self.ask()?.root().await?;
+        if let Err(error) = understood(&document) {
+            // Somebody between here and the registry may have answered in its place.
+            return Err(BlobError::Protocol {
+                host: self.describe(),
+                what: "the image".to_owned(),
+                detail: format!("the answer is no manifest or image index: {error}"),
+                transient: true,
+            });
+        }
+        let document = self.keep(document);
         match self.store.set_root_document(&self.inner.describe(), &document.digest) {
             Ok(()) => {}
             Err(error) if error.is_by_design() => {}
@@ -130,6 +140,14 @@ impl KeptSource {
             Err(error) => tracing::warn!(digest = %document.digest, %error, "cannot keep a document"),
         }
         document
+    }
+}
+
+/// Whether a document is one that a name can mean. It may still be of an image that cannot be mounted.
+fn understood(document: &Document) -> Result<(), DocumentError> {
+    match classify(&document.media_type, &document.bytes)? {
+        DocumentKind::Manifest => Manifest::parse(&document.bytes).map(drop),
+        DocumentKind::ImageIndex => ImageIndex::parse(&document.bytes).map(drop),
     }
 }
 

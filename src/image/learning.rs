@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use super::Image;
 use super::prefetch::Layers;
 use crate::oci::Digest;
-use crate::profile::{Label, Profile, ProfileError, ProfiledLayer, Recorder};
+use crate::profile::{LARGEST_FILE, Label, Profile, ProfileError, ProfiledLayer, Recorder};
 use crate::resolve::ResolvedImage;
+use crate::os::read_regular;
 use crate::store::{Durability, Store, StoreError};
 
 /// How often it is looked whether a start is over.
@@ -161,7 +162,7 @@ fn read(store: &Store, manifest: &Digest, label: &Label) -> Result<Option<Profil
     let Some(path) = store.profile(manifest, label.as_str()) else {
         return Ok(None);
     };
-    let bytes = match std::fs::read(&path) {
+    let bytes = match read_regular(&path, LARGEST_FILE as u64) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes?,
     };

@@ -1,9 +1,12 @@
 //! Checking what the store has of an image, or all that it has.
 //!
 //! What is damaged is removed: it is made or fetched again by whoever needs it next, and a mount that uses it now is not
-//! disturbed. Hints (profiles, what names meant) are checked when they are used.
+//! disturbed. What cannot be checked or removed is reported, and the check goes on with the rest. Profiles, which are hints,
+//! are checked when they are used.
 
 use std::collections::HashSet;
+use std::fmt::Display;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -13,7 +16,7 @@ use super::ImageError;
 use crate::device;
 use crate::layer::{stored_spans, stored_toc};
 use crate::oci::Digest;
-use crate::os::gone;
+use crate::os::clear_way;
 use crate::resolve::ResolvedImage;
 use crate::store::{LayerDir, Store, StoreError, read_sealed};
 
@@ -34,26 +37,60 @@ pub struct StoreReport {
     pub dropped_spans: u64,
     /// Files that were not, and were removed.
     pub removed: Vec<PathBuf>,
+    /// Files that could not be read, or not removed, and why.
+    pub unchecked: Vec<Unchecked>,
+}
+
+/// A file or directory of the store that could not be checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unchecked {
+    /// Which.
+    pub path: PathBuf,
+    /// Why not.
+    pub reason: String,
 }
 
 impl StoreReport {
     /// Whether all of it was as it should be.
     pub fn is_sound(&self) -> bool {
-        self.dropped_spans == 0 && self.removed.is_empty()
+        self.dropped_spans == 0 && self.removed.is_empty() && self.unchecked.is_empty()
     }
 
-    fn remove(&mut self, path: PathBuf) -> Result<(), StoreError> {
-        gone(std::fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))?;
-        self.removed.push(path);
-        Ok(())
+    fn remove(&mut self, path: &Path) {
+        match clear_way(path) {
+            Ok(()) => self.removed.push(path.to_owned()),
+            Err(error) => self.cannot(path, &error),
+        }
+    }
+
+    fn cannot(&mut self, path: &Path, reason: &dyn Display) {
+        self.unchecked.push(Unchecked {
+            path: path.to_owned(),
+            reason: reason.to_string(),
+        });
     }
 
     /// Checks a sealed file; whether it is there and sound.
-    fn sealed(&mut self, path: &Path) -> Result<bool, StoreError> {
+    fn sealed(&mut self, path: &Path) -> bool {
         match read_sealed(path) {
-            Ok(content) => Ok(content.is_some()),
-            Err(StoreError::Damaged { .. }) => self.remove(path.to_owned()).map(|()| false),
-            Err(error) => Err(error),
+            Ok(content) => return content.is_some(),
+            Err(StoreError::Damaged { .. }) => self.remove(path),
+            // What its owner may not read is of no use.
+            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => self.remove(path),
+            Err(error) => self.cannot(path, &error),
+        }
+        false
+    }
+
+    /// Checks a document.
+    fn document(&mut self, store: &Store, digest: &Digest) {
+        let path = store.document_path(digest);
+        let there = |path: &PathBuf| path.symlink_metadata().is_ok();
+        let Some(path) = path.filter(there) else { return };
+        match store.document(digest) {
+            Ok(Some(_)) => self.documents += 1,
+            Ok(None) => self.removed.push(path),
+            Err(error) => self.cannot(&path, &error),
         }
     }
 }
@@ -83,38 +120,40 @@ pub fn verify(
             )
         }
     };
-    for digest in documents {
-        let Some(path) = store.document_path(&digest).filter(|path| path.exists()) else {
-            continue;
-        };
-        match store.document(&digest)? {
-            Some(_) => report.documents += 1,
-            None => report.removed.push(path),
+    for digest in &documents {
+        report.document(store, digest);
+    }
+    if image.is_none() {
+        for path in store.root_documents()? {
+            report.sealed(&path);
         }
     }
     for tree in trees {
-        if report.sealed(&tree.path)? && tree.path.extension().is_some_and(|extension| extension == "erofs") {
+        if report.sealed(&tree.path) && tree.path.extension().is_some_and(|extension| extension == "erofs") {
             report.trees += 1;
         }
     }
     for dir in layers {
         progress(&dir);
-        verify_layer(store, &dir, &mut report)?;
+        verify_layer(store, &dir, &mut report);
     }
     Ok(report)
 }
 
-fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) -> Result<(), ImageError> {
-    let lock = dir.lock_file()?;
+fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
+    let lock = match dir.lock_file() {
+        Ok(lock) => lock,
+        Err(error) => return report.cannot(dir.path(), &error),
+    };
     let Ok(_lock) = Flock::lock(lock, FlockArg::LockExclusiveNonblock) else {
         tracing::info!(layer = %dir.path().display(), "a layer that is being indexed is not checked");
-        return Ok(());
+        return;
     };
-    report.sealed(&dir.programs())?;
+    report.sealed(&dir.programs());
     let files = [dir.spans(), dir.extents(), dir.toc()];
     let mut sound = true;
     for path in &files {
-        sound &= report.sealed(path)?;
+        sound &= report.sealed(path);
     }
     let spans = dir.digest().filter(|_| sound).and_then(|digest| {
         stored_toc(store, &digest).ok()?;
@@ -122,15 +161,19 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) -> Resu
     });
     let Some(spans) = spans else {
         // Without all of its index the layer is streamed again, and its device is of no use.
-        for path in files.into_iter().chain([dir.data()]).filter(|path| path.exists()) {
-            report.remove(path)?;
+        let there = |path: &PathBuf| path.symlink_metadata().is_ok();
+        for path in files.into_iter().chain([dir.data()]).filter(there) {
+            report.remove(&path);
         }
-        return Ok(());
+        return;
     };
     report.layers += 1;
-    let verified = device::verify(dir, &spans)?;
-    report.spans += verified.good;
-    report.bytes += verified.bytes;
-    report.dropped_spans += verified.dropped;
-    Ok(())
+    match device::verify(dir, &spans) {
+        Ok(verified) => {
+            report.spans += verified.good;
+            report.bytes += verified.bytes;
+            report.dropped_spans += verified.dropped;
+        }
+        Err(error) => report.cannot(&dir.data(), &error),
+    }
 }

@@ -3,10 +3,9 @@
 use std::fmt;
 use std::io;
 
-use super::format::{Entry, Header};
+use super::format::{Entry, Header, Identity};
 use super::span_index::SpanIndex;
 use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
-use crate::oci::{DiffId, Digest};
 
 /// The zstd level of windows, which is the fastest. Level 3 makes an index one per cent smaller, and takes twice as long.
 const WINDOW_LEVEL: i32 = 1;

@@ -27,7 +27,6 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::builder::Identity;
 use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanStart};
 use crate::oci::{DiffId, Digest};
 
@@ -39,6 +38,17 @@ const CHECKSUM: usize = 32;
 /// Room for a digest as text; `sha512:` and 128 digits are 135 bytes.
 const DIGEST_TEXT: usize = 136;
 const RESTART: u32 = 1;
+
+/// Which layer an index describes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Digest of the blob.
+    pub blob: Digest,
+    /// Bytes in the blob.
+    pub blob_size: u64,
+    /// Digest of the uncompressed tar.
+    pub diff_id: DiffId,
+}
 
 /// What the header of the file says, the counts aside.
 #[derive(Debug, Clone, PartialEq, Eq)]

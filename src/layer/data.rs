@@ -8,15 +8,20 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, Weak};
 
+use tokio::sync::Semaphore;
+
 use super::disk::{LayerDisk, Miss};
-use super::open::LayerContext;
-use super::{Landing, kept};
-use crate::device::DataDevice;
-use crate::fetch::{Board, Flights};
-use crate::memory::Charge;
+use super::health::Health;
+use super::memory::SpanMemory;
+use super::stripes::Ahead;
+use super::windows::Windows;
+use super::Landing;
+use crate::device::{CacheBudget, DataDevice};
+use crate::fetch::{Board, Flights, Lanes, Spans as _};
+use crate::memory::{Allowance, Charge, TABLES};
 use crate::oci::{DiffId, Digest};
 use crate::span::SpanMap;
-use crate::store::LayerDir;
+use crate::store::{LayerDir, Store};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
 const PASSES: usize = 8;

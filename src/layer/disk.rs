@@ -179,7 +179,7 @@ impl LayerDisk {
         if self.is_distrusted(span) {
             return false;
         }
-        let filled = self.budget.reserve(bytes.len() as u64)
+        let filled = self.budget.reserve(DataDevice::footprint(pieces))
             && device.fill(lock, span, pieces, bytes).unwrap_or_else(|error| {
                 self.health
                     .store_failed(&format!("data device of layer {}: {error}", self.layer));

@@ -24,7 +24,7 @@ use tokio::sync::mpsc;
 
 pub use self::error::FirstPassError;
 use super::arrival::Arrival;
-use super::open::LayerContext;
+use super::data::LayerContext;
 use super::race::Origin;
 use crate::blob::{BlobError, ByteStream};
 use crate::device::{CacheBudget, DataDevice, DeviceError, DeviceWriter};

@@ -3,7 +3,6 @@
 use std::fs;
 
 use crate::device::DataDevice;
-use crate::fetch::Spans as _;
 use crate::oci::Digest;
 use crate::span::SpanMap;
 use crate::store::Store;
@@ -37,7 +36,7 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
     // What cannot be read is not there.
     let present = device.and_then(|device| device.present(0..count).ok());
     let present = present.unwrap_or_else(|| vec![false; count as usize]);
-    let (here, bytes) = local(&spans, &present);
+    let (here, bytes) = super::data::local(&spans, &present);
     KeptOfLayer {
         is_whole: here == count,
         bytes,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
-use super::data::{LayerData, SharedLayers};
+use super::data::{LayerContext, LayerData};
 use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::health::Health;

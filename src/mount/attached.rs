@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::Flock;
 
 use super::registration::{MountRecord, RunEntry, Standing};
-use super::server::{MountError, system};
+use super::error::{MountError, system};
 use super::{kernel, mountinfo, overlay};
 
 /// What this process attached and has to take down, at the latest when this is dropped.

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -19,7 +19,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::mountinfo;
-use super::mountpoint::handle;
 use super::options::FuseOptions;
 use super::registration::Standing;
 use super::users::mount_id;
@@ -236,6 +235,11 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
         Err(Errno::EPERM) => unmount_by_helper(&mountpoint, &handle(&parent), lazy),
         Err(e) => Err(failed(e.into())),
     }
+}
+
+/// A path that leads to an open file of this process.
+pub(super) fn handle(fd: &impl AsRawFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 /// Opens a path without touching what is there.

@@ -2,16 +2,16 @@
 //! /etc, say, the mount still goes where it was checked, or nowhere.
 
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use super::kernel;
+use super::kernel::{self, handle};
 use super::mountinfo;
-use super::server::{MountError, system};
+use super::error::{MountError, system};
 
 /// How long a mount is asked whether it is dead.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -69,11 +69,6 @@ impl MountPoint {
     pub(super) fn place(&self) -> Result<PathBuf, MountError> {
         fs::read_link(self.handle()).map_err(system("find the mount point"))
     }
-}
-
-/// A path that leads to an open file of this process.
-pub(super) fn handle(fd: &impl AsRawFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 fn refuse(path: &Path, reason: String) -> MountError {

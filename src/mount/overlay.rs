@@ -20,7 +20,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 
 use super::mountinfo::MountEntry;
-use super::mountpoint::handle;
+use super::kernel::handle;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
 

@@ -25,7 +25,7 @@ use super::process::process_start;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::signals::Signals;
 use super::stall::Stall;
-use super::takedown::{self, TakedownError};
+use super::takedown;
 use crate::content::Content;
 use crate::fs::FsError;
 use crate::fuse::Served;
@@ -70,50 +70,6 @@ pub enum Event {
     Ready(Arc<Image>),
     /// Requests are answered with errors, because of this.
     Failed(String),
-}
-
-/// Why a mount did not come about.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MountError {
-    /// The mount point cannot be used.
-    #[error("cannot mount on {}: {reason}", mountpoint.display())]
-    Mountpoint {
-        /// Where.
-        mountpoint: PathBuf,
-        /// Why not, and what to do.
-        reason: String,
-    },
-    /// The kernel refused.
-    #[error(transparent)]
-    Kernel(#[from] KernelMountError),
-    /// The overlay failed.
-    #[error(transparent)]
-    Overlay(#[from] OverlayError),
-    /// The run directory failed.
-    #[error(transparent)]
-    Registration(#[from] RegistrationError),
-    /// What a dead process left at the mount point does not go away.
-    #[error("cannot clear a dead mount: {0}")]
-    Takedown(#[from] TakedownError),
-    /// The image could not be prepared.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// Nothing useful came for too long.
-    #[error(transparent)]
-    Stalled(FsError),
-    /// Signals, sockets, threads.
-    #[error("cannot {action}: {source}")]
-    System {
-        /// What was tried.
-        action: &'static str,
-        /// The system's answer.
-        source: io::Error,
-    },
-}
-
-pub(super) fn system(action: &'static str) -> impl Fn(io::Error) -> MountError {
-    move |source| MountError::System { action, source }
 }
 
 /// Others may still use the mount after an unmount. They are served on, but `umount` waits no longer than this for their end.

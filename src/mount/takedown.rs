@@ -10,83 +10,18 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::control::{self, ControlError, Request, Response};
-use super::kernel::{self, KernelMountError};
-use super::mountinfo;
-use super::overlay;
+use super::error::{TakedownError, not_mounted};
+use super::found::{ends_within, find, has_ended, registered, still_used, users};
 use super::process::{Process, standstill};
-use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
-use super::survey::{find, registered, still_used, users};
+use super::registration::{MountRecord, RunDir, RunEntry};
+use super::{kernel, mountinfo, overlay};
 
-/// How long a process that closes its connections gets to be gone.
-const ENDING: Duration = Duration::from_millis(800);
 /// How long a process without a mount gets to end by itself, and after SIGTERM.
 const ASKED: Duration = Duration::from_millis(150);
 /// How long an unmount takes at most, if the process does not do it.
 const LIMIT: Duration = Duration::from_millis(1700);
 /// How long a process that says it works gets to end when its mount is gone: a large private upper directory takes time.
 const WORKING: Duration = Duration::from_secs(20);
-
-/// Why a mount could not be asked or taken down.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TakedownError {
-    /// There is none.
-    #[error("{path} is not an ocifs mount of this user (see `ocifs list`)")]
-    NotMounted {
-        /// What was named.
-        path: String,
-    },
-    /// It is unmounted already, and its process goes on.
-    #[error("{path}: {reason}")]
-    Detached {
-        /// What was named.
-        path: String,
-        /// Who uses it.
-        reason: String,
-    },
-    /// The run directory failed.
-    #[error(transparent)]
-    Registration(#[from] RegistrationError),
-    /// The process could not be asked.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The kernel refused.
-    #[error(transparent)]
-    Kernel(#[from] KernelMountError),
-    /// The kernel refused an unmount that this process tried because the one behind the mount does not answer.
-    #[error("process {pid} behind the mount does not answer{}, and {source}", why.as_deref().unwrap_or_default())]
-    Unresponsive {
-        /// Who does not answer.
-        pid: u32,
-        /// Why, if that can be seen.
-        why: Option<String>,
-        /// What the kernel said.
-        source: KernelMountError,
-    },
-    /// The process refused.
-    #[error("{message}")]
-    Refused {
-        /// What it said.
-        message: String,
-    },
-    /// The system refused.
-    #[error("cannot {action}: {source}")]
-    System {
-        /// What was tried.
-        action: &'static str,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// The mount table could not be read.
-    #[error("cannot read the mount table: {0}")]
-    MountTable(#[from] std::io::Error),
-}
-
-pub(super) fn not_mounted(path: &Path) -> TakedownError {
-    TakedownError::NotMounted {
-        path: path.display().to_string(),
-    }
-}
 
 fn system(action: &'static str) -> impl Fn(std::io::Error) -> TakedownError {
     move |source| TakedownError::System { action, source }
@@ -132,7 +67,11 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         Err(ControlError::Slow) => {
             // If it is in the kernel with this very unmount, there is nothing left to do here.
             unmount_all(&entry, &record, lazy)?;
-            match ends_within(&record, WORKING).await? {
+            let limit = match record.scratch {
+                Some(_) => WORKING,
+                None => until.saturating_duration_since(Instant::now()).max(ASKED),
+            };
+            match ends_within(&record, limit).await? {
                 true => Ok(None),
                 false => Ok(Some(format!("process {} has not ended yet", record.pid))),
             }
@@ -143,19 +82,6 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
             true => clear(&entry, &record).await.map(|()| None),
             false => force(&entry, &record, lazy, until).await,
         },
-    }
-}
-
-/// Whether a process that does not take connections ends in this moment.
-pub(super) async fn has_ended(record: &MountRecord) -> bool {
-    ends_within(record, ENDING).await.unwrap_or(false)
-}
-
-async fn ends_within(record: &MountRecord, limit: Duration) -> Result<bool, TakedownError> {
-    let held = system("look at the process behind the mount");
-    match Process::open(record.pid, record.started).map_err(&held)? {
-        Some(process) => process.ends_within(limit).await.map_err(held),
-        None => Ok(true),
     }
 }
 

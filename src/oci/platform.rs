@@ -18,6 +18,19 @@ pub enum PlatformError {
         /// The text, cut to a printable length.
         text: String,
     },
+    /// A variant that the architecture does not have.
+    #[error(
+        "`{text}` is not a platform: {architecture} has no variant `{variant}`{}",
+        known_variants(architecture)
+    )]
+    UnknownVariant {
+        /// The text.
+        text: String,
+        /// Its architecture.
+        architecture: String,
+        /// Its variant.
+        variant: String,
+    },
     /// No entry fits.
     #[error("no image for {wanted}: {}", Available(available))]
     NoMatch {
@@ -53,9 +66,18 @@ impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", shown(&self.os), shown(&self.architecture))?;
         match self.variant.as_deref() {
-            Some(variant) if !variant.is_empty() => write!(f, "/{}", shown(variant)),
-            _ => Ok(()),
+            Some(variant) if !variant.is_empty() => write!(f, "/{}", shown(variant))?,
+            _ => {}
         }
+        for (i, feature) in self.os_features.iter().enumerate() {
+            write!(
+                f,
+                "{}{}",
+                if i == 0 { " with os.features " } else { ", " },
+                shown(feature)
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -85,7 +107,25 @@ impl FromStr for Platform {
             variant: variant.map(str::to_owned),
             ..Self::default()
         };
-        Ok(platform.normalized())
+        let platform = platform.normalized();
+        match (&platform.variant, platform.has_known_variant()) {
+            (Some(variant), false) => Err(PlatformError::UnknownVariant {
+                text: text.to_owned(),
+                architecture: platform.architecture.clone(),
+                variant: variant.clone(),
+            }),
+            _ => Ok(platform),
+        }
+    }
+}
+
+/// The variants of an architecture, for an error.
+fn known_variants(architecture: &str) -> &'static str {
+    match architecture {
+        "amd64" => " (it has v1 to v4)",
+        "arm" => " (it has v5 to v8)",
+        "arm64" => " (it has v8, v8.1 to v8.9, v9 and v9.1 to v9.7)",
+        _ => "",
     }
 }
 
@@ -128,6 +168,20 @@ impl Platform {
             variant: (!variant.is_empty()).then(|| variant.to_owned()),
             os_version: self.os_version.clone(),
             os_features: self.os_features.clone(),
+        }
+    }
+
+    /// Whether this (normalised) platform's variant is one that its architecture has; of most architectures nobody knows any.
+    fn has_known_variant(&self) -> bool {
+        let Some(variant) = self.variant.as_deref() else {
+            return true;
+        };
+        match (self.architecture.as_str(), version(variant)) {
+            ("amd64", Some((1..=4, None))) => true,
+            ("arm", Some((5..=8, None))) => true,
+            ("arm64", Some((8, None | Some(0..=9)) | (9, None | Some(0..=7)))) => true,
+            ("amd64" | "arm" | "arm64", _) => false,
+            _ => true,
         }
     }
 
@@ -499,7 +553,28 @@ mod tests {
             chosen("linux/ppc64le/power9", &["linux/ppc64le"]).unwrap(),
             "linux/ppc64le"
         );
-        assert_eq!(chosen("linux/amd64/odd", &["linux/amd64"]).unwrap(), "linux/amd64");
+        for known in [
+            "amd64/v1",
+            "amd64/v4",
+            "arm/v7",
+            "arm64/v8",
+            "arm64/v8.2",
+            "arm64/v9.1",
+            "riscv64/any",
+        ] {
+            assert!(format!("linux/{known}").parse::<Platform>().is_ok(), "{known}");
+        }
+        for unknown in [
+            "amd64/odd",
+            "amd64/v9",
+            "amd64/v1.1",
+            "arm/v9",
+            "arm64/vfoo",
+            "arm64/v10",
+        ] {
+            let error = format!("linux/{unknown}").parse::<Platform>().unwrap_err();
+            assert!(error.to_string().contains("has no variant"), "{error}");
+        }
     }
 
     #[test]

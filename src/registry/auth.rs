@@ -1,7 +1,8 @@
 //! What a repository must be shown: challenges remembered, tokens cached, fetched once, renewed.
 //!
-//! State is kept per (registry, repository), which determines service, scope and credential: the challenge last seen and a
-//! cell with the *grant* (an `Authorization` value) obtained for it.
+//! State is kept per (origin of the registry, repository), which determines service, scope and credential: the challenge last
+//! seen and a cell with the *grant* (an `Authorization` value) obtained for it. The origin has the scheme in it: what was
+//! obtained from a host with TLS is not shown to the same host without.
 //!
 //! ```text
 //!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant ──80 % of its life over──▶ renewed grant
@@ -26,6 +27,7 @@ use tokio::sync::OnceCell;
 use super::challenge::{self, Challenge};
 use super::config::RegistryConfig;
 use super::credentials::{Credential, Lookup};
+use super::encoding::{self, Encoding};
 use super::endpoint::{Repository, is_loopback};
 use super::failure::{self, Context};
 use super::secret::Secret;
@@ -125,7 +127,8 @@ impl Auth {
     }
 
     fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut Space) -> T) -> T {
-        let key = (repository.endpoint.name().to_owned(), repository.name.clone());
+        let origin = repository.endpoint.base().origin().ascii_serialization();
+        let key = (origin, repository.name.clone());
         let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
         body(spaces.get_or_insert_mut(key, Space::default))
     }
@@ -246,15 +249,14 @@ async fn obtain(
         (true, Some(_)) => "with credentials".to_owned(),
         (false, _) => tried.join(", "),
     };
+    // Whoever reads along could also have written the challenge, and named a token server of his own.
+    let is_exposed = !may_see_secrets(repository.endpoint.base(), transport.is_plain(&repository.endpoint));
+    if credential.is_some() && is_exposed {
+        let said = "it has no TLS, so it is not shown the credentials";
+        return Err(unauthorized(repository, &tried, said));
+    }
     let (value, lifetime) = match (scheme, credential) {
-        (Scheme::Basic, Some(Credential::Basic { username, password })) => {
-            let base = repository.endpoint.base();
-            if !may_see_secrets(base, transport.is_plain(&repository.endpoint)) {
-                let said = "it has no TLS, so it is not shown the credentials";
-                return Err(unauthorized(repository, &tried, said));
-            }
-            (basic(&username, &password), None)
-        }
+        (Scheme::Basic, Some(Credential::Basic { username, password })) => (basic(&username, &password), None),
         (Scheme::Basic, None) => return Err(unauthorized(repository, &tried, "")),
         (Scheme::Basic, Some(_)) => {
             let said = "it takes user and password only, no token";
@@ -332,7 +334,7 @@ async fn fetch_token(
     ask.guarded = transport.leads_to_public_only(repository.endpoint.base());
     let mut reply = transport.send(&ask, wait).await?;
     let status = reply.status();
-    if status != StatusCode::OK {
+    if !status.is_success() {
         let body = reply.error_body().await;
         let context = Context {
             host: &host,
@@ -345,7 +347,9 @@ async fn fetch_token(
             _ => failure::status(context, status, reply.headers(), &body),
         });
     }
+    let encoding = Encoding::of(reply.headers());
     let body = reply.whole(MAX_TOKEN_ANSWER).await?;
+    let body = body.map(|body| encoding::plain(body, encoding, None, MAX_TOKEN_ANSWER));
     let token = body.and_then(|body| token::parse(&body, SystemTime::now()));
     let token = token.ok_or_else(|| BlobError::Protocol {
         host,

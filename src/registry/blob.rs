@@ -249,17 +249,19 @@ impl Core {
             StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
             // Some servers send a part and call it the whole.
             StatusCode::OK if self.is_part(&reply, wanted) => self.accept_part(reply, wanted, can_skip).await,
-            StatusCode::OK => {
+            StatusCode::OK if self.check_length(&reply).is_ok() => {
                 self.belief.ranges_were_ignored();
                 match can_skip {
-                    true => self.accept_whole(reply, wanted).await,
-                    false => Err(self
-                        .check_length(&reply)
-                        .err()
-                        .unwrap_or_else(|| self.range_unsupported(reply.host()))),
+                    true => self.accept_called_whole(reply, wanted).await,
+                    false => Err(self.range_unsupported(reply.host())),
                 }
             }
-            StatusCode::RANGE_NOT_SATISFIABLE => Err(self.unsatisfied(&reply, wanted)),
+            // Neither the part nor the whole, or an answer that makes no sense to a range within the blob. What is wrong with
+            // the blob shows when the whole is asked for.
+            status if status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE => {
+                self.belief.parts_are_wrong();
+                Err(self.range_unsupported(reply.host()))
+            }
             _ => Err(self.elsewhere.explain(refusal(reply, &self.what(), &tried).await)),
         };
         self.forget_if_failed(&from, result)
@@ -399,7 +401,8 @@ impl Core {
                 if !proven && self.kind == Kind::Unchecked {
                     return Err(self.range_unsupported(host));
                 }
-                Ok(Body::new(content, skip, take))
+                let body = Body::new(content, skip, take);
+                Ok(if proven { body } else { body.guessed() })
             }
             Place::Whole if can_skip && !is_encoded => {
                 self.belief.ranges_were_ignored();
@@ -410,6 +413,18 @@ impl Core {
                 Err(self.range_unsupported(host))
             }
         }
+    }
+
+    /// Takes an answer to a range for the whole blob, because it calls itself that. If it does not state its length, it may be
+    /// the part for all that.
+    async fn accept_called_whole(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
+        let is_proven = reply.length().is_some();
+        let body = self.accept_whole(reply, wanted).await?;
+        if is_proven {
+            return Ok(body);
+        }
+        self.belief.part_came(false);
+        Ok(body.guessed())
     }
 
     /// Takes an answer for the whole blob, of which `wanted` is passed on.
@@ -448,18 +463,6 @@ impl Core {
                 expected: format!("{} bytes", self.size),
                 actual: format!("{length} bytes"),
             }),
-        }
-    }
-
-    /// 416: the blob is shorter than promised, or the server takes no ranges.
-    fn unsatisfied(&self, reply: &Reply, wanted: &Range<u64>) -> BlobError {
-        match answer::label(reply) {
-            Some(ContentRange::Unsatisfied { total }) if total < wanted.end => BlobError::Corrupt {
-                what: format!("{} from {}", self.what(), reply.host()),
-                expected: format!("{} bytes", self.size),
-                actual: format!("{total} bytes"),
-            },
-            _ => self.range_unsupported(reply.host()),
         }
     }
 

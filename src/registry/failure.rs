@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
+use rustls::{CertificateError, OtherError};
 
 use super::transport::NotPublic;
 use crate::blob::BlobError;
@@ -25,13 +26,9 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     let host = host.to_owned();
     // Later than in the handshake, TLS fails because a connection breaks; another one may hold.
     if let Some(tls) = find::<rustls::Error>(&error).filter(|_| error.is_connect()) {
-        let hint = match tls {
-            rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
-            _ => "",
-        };
         return BlobError::Tls {
             host,
-            reason: format!("{tls}{hint}"),
+            reason: tls_reason(tls),
         };
     }
     if let Some(refused) = find::<NotPublic>(&error) {
@@ -55,6 +52,33 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
         (false, _) => format!("connection lost: {}", innermost(&error)),
     };
     BlobError::Unreachable { host, reason }
+}
+
+/// Why TLS failed, with what may be meant or done.
+fn tls_reason(error: &rustls::Error) -> String {
+    let hint = match error {
+        rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
+        rustls::Error::InvalidCertificate(certificate) => match certificate {
+            CertificateError::UnknownIssuer => {
+                ": nobody who is trusted here vouches for its certificate (--ca FILE trusts another authority, or this certificate)"
+            }
+            CertificateError::BadSignature => {
+                ": its signature does not fit, or its key is too short (RSA keys need 2048 bits), or it is self-signed and not trusted (--ca FILE)"
+            }
+            CertificateError::Other(other) if is_self_signed(other) => {
+                ": it is self-signed and not trusted (--ca FILE trusts it)"
+            }
+            _ => "",
+        },
+        _ => "",
+    };
+    format!("{error}{hint}")
+}
+
+/// Whether the error is that of an authority's certificate that a server uses as its own.
+fn is_self_signed(error: &OtherError) -> bool {
+    let webpki = error.0.downcast_ref::<webpki::Error>();
+    matches!(webpki, Some(webpki::Error::CaUsedAsEndEntity))
 }
 
 /// The first error of a kind in a chain; `std::io::Error` hides its content from `source()`.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::blob::{Kind, RegistryBlob};
-use super::client::{MAX_CONFIG, RegistryClient};
+use super::client::RegistryClient;
+use super::documents::MAX_CONFIG;
 use super::elsewhere::Elsewhere;
 use super::endpoint::Repository;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
@@ -100,4 +101,16 @@ fn inline_document(descriptor: &Descriptor) -> Option<Document> {
         digest: descriptor.digest.clone(),
         bytes: descriptor.embedded()?.into(),
     })
+}
+
+impl RegistryClient {
+    /// The image `selector` of a repository; `registry` is a host as in references, such as `docker.io` or `localhost:5000`.
+    pub fn source(
+        &self,
+        registry: &str,
+        repository: &str,
+        selector: ReferenceSelector,
+    ) -> Result<RegistrySource, BlobError> {
+        RegistrySource::new(self.clone(), self.repository(registry, repository)?, selector)
+    }
 }

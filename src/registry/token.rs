@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::Url;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::credentials::Credential;
 use super::secret::Secret;
@@ -92,31 +93,42 @@ pub struct Token {
     pub lifetime: Duration,
 }
 
+/// Only the token has to be of the right type: what is odd about the rest counts as not stated.
 #[derive(Deserialize)]
 struct Answer {
     #[serde(default)]
-    token: Option<String>,
+    token: Value,
     #[serde(default)]
-    access_token: Option<String>,
+    access_token: Value,
     #[serde(default)]
-    expires_in: Option<f64>,
+    expires_in: Value,
     #[serde(default)]
-    issued_at: Option<String>,
+    issued_at: Value,
+}
+
+/// A number, or one in quotes.
+fn number(value: &Value) -> Option<f64> {
+    match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    }
 }
 
 /// Parses a token server's answer; `None` if there is no token in it.
 pub fn parse(body: &[u8], now: SystemTime) -> Option<Token> {
+    // Some servers begin with a byte order mark.
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let answer: Answer = serde_json::from_slice(body).ok()?;
-    let non_empty = |token: Option<String>| token.filter(|token| !token.is_empty());
-    let token = non_empty(answer.token).or_else(|| non_empty(answer.access_token))?;
-    let stated = answer
-        .expires_in
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let non_empty = |token: &Value| text(token).filter(|token| !token.is_empty());
+    let token = non_empty(&answer.token).or_else(|| non_empty(&answer.access_token))?;
+    let stated = number(&answer.expires_in)
         .filter(|seconds| *seconds > 0.0)
         .map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or(LONGEST_LIFETIME));
     let lifetime = stated.unwrap_or(DEFAULT_LIFETIME).min(LONGEST_LIFETIME);
     // A server may hand out a token it issued a while ago. A date that leaves nothing is a clock that is wrong.
-    let age = answer
-        .issued_at
+    let age = text(&answer.issued_at)
         .and_then(|date| humantime::parse_rfc3339(&date).ok())
         .and_then(|issued| now.duration_since(issued).ok())
         .filter(|age| *age < lifetime)
@@ -195,6 +207,12 @@ mod tests {
             get(r#"{"token":"a","expires_in":1e300}"#),
             token("a", LONGEST_LIFETIME.as_secs())
         );
+        assert_eq!(
+            get(r#"{"token":"a","expires_in":"300","issued_at":1767225900}"#),
+            token("a", 300)
+        );
+        assert_eq!(get("\u{feff}{\"token\":\"a\"}"), token("a", 60));
+        assert_eq!(get(r#"{"token":7}"#), None);
         assert_eq!(get("{}"), None);
         assert_eq!(get("<html>"), None);
     }

@@ -20,6 +20,7 @@ pub(super) use self::guard::NotPublic;
 use self::pools::Pools;
 use self::schemes::Schemes;
 use super::config::RegistryConfig;
+use super::encoding::{self, Encoding};
 use super::endpoint::Endpoint;
 use super::failure;
 use super::secret::Secret;
@@ -322,7 +323,16 @@ impl Reply {
                 Ok(None) | Err(_) => break,
             }
         }
-        body
+        match Encoding::of(self.headers()) {
+            Encoding::Compressed(coding) => {
+                match encoding::decode(coding, body.clone().into(), failure::MAX_ERROR_BODY) {
+                    Some(decoded) => decoded.into(),
+                    // It is not compressed, or longer than anybody reads.
+                    None => body,
+                }
+            }
+            Encoding::Identity | Encoding::Unknown => body,
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Piece, SpanDecoder, SpanMap};
 use crate::index::{self, IndexError, Room, SpanId, SpanIndex};
+use crate::oci::Digest;
 use crate::toc::ExtentTable;
 
 /// A span index, and which bytes of the tar it speaks of are content.
@@ -59,6 +60,10 @@ impl IndexedSpans {
 }
 
 impl SpanMap for IndexedSpans {
+    fn layer(&self) -> &Digest {
+        self.index.blob_digest()
+    }
+
     fn device_size(&self) -> u64 {
         self.extents.device_size()
     }

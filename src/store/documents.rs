@@ -7,8 +7,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{Durability, Store, StoreError, touch};
+use super::{Durability, Store, StoreError, read_sealed, touch};
+use crate::os::{clear_way, is_foreign, read_regular};
 use crate::oci::{Algorithm, Digest};
+
+/// A longer file is no document: configs have at most 16 MiB.
+const LONGEST: u64 = 16 << 20;
 
 impl Store {
     /// Where a document is kept.
@@ -26,16 +30,16 @@ impl Store {
         let Some(path) = self.document_path(digest) else {
             return Ok(None);
         };
-        match fs::read(&path) {
-            Ok(bytes) if digest.matches(&bytes) => Ok(Some(bytes.into())),
-            Ok(_) => {
-                tracing::warn!(path = %path.display(), "stored document does not match its digest, removing it");
-                fs::remove_file(&path).map_err(|e| StoreError::io("remove", &path, e))?;
-                Ok(None)
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(StoreError::io("read", &path, e)),
+        match read_regular(&path, LONGEST) {
+            Ok(bytes) if digest.matches(&bytes) => return Ok(Some(bytes.into())),
+            Ok(_) => {}
+            Err(e) if is_foreign(&e) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(StoreError::io("read", &path, e)),
         }
+        tracing::warn!(path = %path.display(), "stored document does not match its digest, removing it");
+        clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+        Ok(None)
     }
 
     /// Digests of all documents.
@@ -54,7 +58,7 @@ impl Store {
     /// Keeps a document that was verified against `digest`.
     pub fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         let path = self.document_path(digest).ok_or(StoreError::Unavailable)?;
-        if path.exists() {
+        if fs::symlink_metadata(&path).is_ok_and(|found| found.len() == bytes.len() as u64 && found.is_file()) {
             return Ok(());
         }
         self.publish(&path, Durability::Lazy, |file| file.write_all(bytes))
@@ -63,8 +67,13 @@ impl Store {
     /// Digest of the document that an image's name meant the last time.
     pub fn root_document(&self, name: &str) -> Option<Digest> {
         let path = self.name_path(name)?;
-        let text = fs::read_to_string(path).ok()?;
-        text.trim_end().parse().ok()
+        match read_sealed(&path) {
+            Ok(content) => std::str::from_utf8(&content?).ok()?.parse().ok(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot read what an image's name means");
+                None
+            }
+        }
     }
 
     /// Remembers which document an image's name means.
@@ -74,7 +83,16 @@ impl Store {
             return Ok(());
         }
         let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
-        self.publish(&path, Durability::Lazy, |file| writeln!(file, "{digest}"))
+        self.publish_sealed(&path, Durability::Lazy, |file| write!(file, "{digest}"))
+    }
+
+    /// Files that say what images' names mean.
+    pub fn root_documents(&self) -> Result<Vec<PathBuf>, StoreError> {
+        Ok(self
+            .entries("documents/of")?
+            .into_iter()
+            .map(|entry| entry.path())
+            .collect())
     }
 
     /// How long ago it was last said what an image's name means.

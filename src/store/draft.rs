@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{Store, StoreError, create_parent, private};
-use crate::os::{gone, is_at, on_disk};
+use crate::os::{clear_way, gone, is_at, is_foreign, on_disk, open_regular};
 
 /// A file in `tmp`. It goes when it is dropped, unless it was published.
 #[derive(Debug)]
@@ -45,7 +45,15 @@ impl Draft {
     /// Gives the file its name, in place of whatever had it.
     pub fn publish(mut self, target: &Path) -> io::Result<File> {
         create_parent(target)?;
-        fs::rename(&self.path, target)?;
+        if let Err(error) = fs::rename(&self.path, target) {
+            // A directory is in the way.
+            if fs::symlink_metadata(target).is_ok_and(|found| found.is_dir()) {
+                clear_way(target)?;
+                fs::rename(&self.path, target)?;
+            } else {
+                return Err(error);
+            }
+        }
         let file = self.file.take().expect("a draft has its file until it is published");
         file.unlock().map_err(|(_, e)| e.into())
     }
@@ -72,7 +80,18 @@ impl Drop for Draft {
 /// Deletes the drafts in `directory` whose writers are dead.
 pub(super) fn sweep(directory: &Path) {
     for path in drafts(directory) {
-        let Ok(file) = File::open(&path) else { continue };
+        let file = match open_regular(File::options().read(true), &path) {
+            Ok(file) => file,
+            Err(error) => {
+                // No draft has ever been anything else than a file.
+                if is_foreign(&error)
+                    && let Err(error) = clear_way(&path)
+                {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove what is no file of the store");
+                }
+                continue;
+            }
+        };
         // Held until the file is gone: a writer that has just made it would lock it in between, and find it in its place.
         let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
             continue;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Store, StoreError, create_directory, private};
 use crate::oci::Digest;
-use crate::os::{gone, is_at, on_disk};
+use crate::os::{clear_way, is_at, on_disk, open_or_replace};
 
 /// The directory of one layer's files.
 #[derive(Debug, Clone)]
@@ -60,11 +60,8 @@ impl LayerDir {
     pub fn lock_file(&self) -> Result<File, StoreError> {
         let path = self.path.join("lock");
         create_directory(&self.path).map_err(|e| StoreError::io("create", &self.path, e))?;
-        private()
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|e| StoreError::io("open", &path, e))
+        let opened = open_or_replace(private().create(true).truncate(false), &path);
+        opened.map_err(|e| StoreError::io("open", &path, e))
     }
 
     /// Whether `lock` is (still) the file that [`LayerDir::lock_file`] opens.
@@ -75,7 +72,7 @@ impl LayerDir {
     /// Removes the span index, without which the layer counts as not indexed.
     pub fn forget(&self) -> Result<(), StoreError> {
         let path = self.spans();
-        gone(fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))
+        clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))
     }
 
     /// Bytes the data device occupies on disk; 0 if there is none.
@@ -97,6 +94,8 @@ impl Store {
     /// Directories of all layers the store knows.
     pub fn layers(&self) -> Result<Vec<LayerDir>, StoreError> {
         let entries = self.entries("layers")?;
-        Ok(entries.into_iter().map(|e| LayerDir { path: e.path() }).collect())
+        let layers = entries.into_iter().map(|entry| LayerDir { path: entry.path() });
+        // What has another name is nothing that was put there.
+        Ok(layers.filter(|layer| layer.digest().is_some()).collect())
     }
 }

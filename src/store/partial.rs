@@ -18,7 +18,7 @@ use bytes::Bytes;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::{LayerDir, StoreError, private};
-use crate::os::{gone, is_at, on_disk};
+use crate::os::{clear_way, gone, is_at, is_foreign, on_disk, open_or_replace, open_regular};
 
 /// The kept bytes of one layer, in use by a pass. Clones share them.
 #[derive(Debug, Clone)]
@@ -42,9 +42,13 @@ impl Partial {
     /// What is kept of a layer whose blob has `size` bytes; nothing if somebody else uses it.
     pub fn open(dir: &LayerDir, size: u64) -> Result<Option<Self>, StoreError> {
         let path = dir.partial();
-        let file = match File::options().read(true).append(true).open(&path) {
+        let file = match open_regular(File::options().read(true).append(true), &path) {
             Ok(file) => Some(file),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) if is_foreign(&e) => {
+                clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+                None
+            }
             Err(e) => return Err(StoreError::io("open", &path, e)),
         };
         let mut file = match file.map(|file| lock(file, &path)) {
@@ -122,7 +126,7 @@ impl Partial {
 impl State {
     fn append(&mut self, path: &Path, offset: u64, pieces: &[Bytes]) -> io::Result<()> {
         if self.file.is_none() {
-            let file = private().create(true).read(true).append(true).open(path)?;
+            let file = open_or_replace(private().create(true).read(true).append(true), path)?;
             let file = lock(file, path).ok_or(io::ErrorKind::WouldBlock)?;
             self.len = file.metadata()?.len();
             self.file = Some(file);
@@ -173,9 +177,13 @@ impl LayerDir {
     /// Deletes them unless somebody uses them; whether they are gone.
     pub fn remove_partial(&self) -> Result<bool, StoreError> {
         let path = self.partial();
-        let file = match File::open(&path) {
+        let file = match open_regular(File::options().read(true), &path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(e) if is_foreign(&e) => {
+                clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))?;
+                return Ok(true);
+            }
             Err(e) => return Err(StoreError::io("open", &path, e)),
         };
         let Some(_locked) = lock(file, &path) else {

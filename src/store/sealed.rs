@@ -13,9 +13,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use super::StoreError;
+use crate::os::{is_foreign, open_regular};
 
 const MAGIC: &[u8; 8] = b"ocifsSEA";
 const HASH: usize = 32;
@@ -78,15 +80,25 @@ pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
         path: path.to_owned(),
         reason,
     };
-    let mut file = match File::open(path) {
+    let mut file = match open_regular(File::options().read(true), path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if is_foreign(&e) => return Err(damaged("it is no regular file")),
         Err(e) => return Err(StoreError::io("open", path, e)),
     };
     let io = |e| StoreError::io("read", path, e);
     let length = file.metadata().map_err(io)?.len();
     if length > LONGEST {
         return Err(damaged("it is longer than any such file"));
+    }
+    // A file of holes is as long as somebody says: the end has to be one before the rest is read.
+    let mut end = [0; MAGIC.len()];
+    let Some(end_at) = length.checked_sub(TRAILER as u64) else {
+        return Err(damaged("it is cut short"));
+    };
+    file.read_exact_at(&mut end, end_at).map_err(io)?;
+    if end != *MAGIC {
+        return Err(damaged("it does not end with a seal"));
     }
     let mut bytes = Vec::new();
     bytes

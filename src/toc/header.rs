@@ -9,10 +9,8 @@
 
 use std::ops::Range;
 
+use super::BLOCK;
 use super::sparse::{Fragment, push_fragment};
-
-/// Unit of a tar.
-pub(super) const BLOCK: usize = 512;
 
 /// A block of a tar.
 pub(super) type Block = [u8; BLOCK];

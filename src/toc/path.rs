@@ -10,6 +10,9 @@ const COMPONENT_MAX: usize = 255;
 /// `PATH_MAX` of Linux; no system call could name a longer path.
 const PATH_MAX: usize = 4096;
 
+/// What the name of a marker begins with (OCI image specification, "Whiteouts").
+const WHITEOUT: &[u8] = b".wh.";
+
 /// Brings a name from a tar into the form of [`TocEntry::path`](super::TocEntry::path); the root is empty.
 pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
     if raw.contains(&0) {
@@ -20,7 +23,6 @@ pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
         match component {
             b"" | b"." => {}
             b".." => path.truncate(path.iter().rposition(|&b| b == b'/').unwrap_or(0)),
-            _ if component.len() > COMPONENT_MAX => return Err(NameProblem::ComponentTooLong),
             _ => {
                 if !path.is_empty() {
                     path.push(b'/');
@@ -29,19 +31,42 @@ pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
             }
         }
     }
-    if path.len() > PATH_MAX {
+    // Only what is left names anything. A marker stands for a name without its prefix.
+    if path
+        .split(|&b| b == b'/')
+        .any(|component| unmarked(component).len() > COMPONENT_MAX)
+    {
+        return Err(NameProblem::ComponentTooLong);
+    }
+    if length(&path) > PATH_MAX {
         return Err(NameProblem::PathTooLong);
     }
     Ok(path.into())
 }
 
+/// A name without the prefix of markers.
+fn unmarked(component: &[u8]) -> &[u8] {
+    component.strip_prefix(WHITEOUT).unwrap_or(component)
+}
+
+/// Bytes of a path, a marker's without its prefix.
+fn length(path: &[u8]) -> usize {
+    let base = path.rsplit(|&b| b == b'/').next().unwrap_or_default();
+    path.len() - (base.len() - unmarked(base).len())
+}
+
 /// Whether `path` is what [`canonical`] returns for it.
 pub(super) fn is_canonical(path: &[u8]) -> bool {
     path.is_empty()
-        || path.len() <= PATH_MAX
+        || length(path) <= PATH_MAX
             && path
                 .split(|&b| b == b'/')
-                .all(|c| !matches!(c, b"" | b"." | b"..") && c.len() <= COMPONENT_MAX && !c.contains(&0))
+                .all(|c| !matches!(c, b"" | b"." | b"..") && unmarked(c).len() <= COMPONENT_MAX && !c.contains(&0))
+}
+
+/// Whether `path` is a canonical one that the tree can show.
+pub(super) fn is_visible(path: &[u8]) -> bool {
+    is_canonical(path) && path.len() <= PATH_MAX && path.split(|&b| b == b'/').all(|c| c.len() <= COMPONENT_MAX)
 }
 
 /// What an entry's name makes of it.
@@ -61,20 +86,19 @@ pub(super) enum Place<'a> {
 
 /// Classifies a canonical path by the whiteout rules of the OCI image specification ("Whiteouts").
 pub(super) fn classify(path: &[u8]) -> Place<'_> {
-    const PREFIX: &[u8] = b".wh.";
     const AUFS: &[u8] = b".wh..wh.";
     const OPAQUE: &[u8] = b".wh..wh..opq";
     let (dir, base) = match path.iter().rposition(|&b| b == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
         None => (&path[..0], path),
     };
-    let marked = |c: &&[u8]| c.starts_with(PREFIX);
+    let marked = |c: &&[u8]| c.starts_with(WHITEOUT);
     match dir.split(|&b| b == b'/').find(marked) {
         Some(c) if c.starts_with(AUFS) && c != OPAQUE => return Place::Bookkeeping,
         Some(_) => return Place::Meaningless,
         None => {}
     }
-    match base.strip_prefix(PREFIX) {
+    match base.strip_prefix(WHITEOUT) {
         None => Place::Visible,
         Some(_) if base == OPAQUE => Place::Opaque(dir),
         Some(_) if base.starts_with(AUFS) => Place::Bookkeeping,
@@ -123,6 +147,23 @@ mod tests {
         let long = [b"abc/".repeat(1024), b"a".to_vec()].concat();
         assert_eq!(canonical(&long), Err(NameProblem::PathTooLong));
         assert!(canonical(&long[1..]).is_ok());
+        // What `..` takes away names nothing.
+        assert_eq!(
+            canonical(&[&[b'x'; 300][..], b"/../ok"].concat()).unwrap(),
+            b"ok"[..].into()
+        );
+        // A marker is as long as what it hides, and its prefix.
+        let hidden = [b'a'; 255];
+        let marker = canonical(&[b"d/.wh.", &hidden[..]].concat()).unwrap();
+        assert_eq!(classify(&marker), Place::Whiteout([b"d/", &hidden[..]].concat().into()));
+        assert!(is_canonical(&marker) && !is_visible(&marker));
+        assert_eq!(
+            canonical(&[b"d/.wh.a", &hidden[..]].concat()),
+            Err(NameProblem::ComponentTooLong)
+        );
+        let deepest = [b"abc/".repeat(1023), b".wh.abcd".to_vec()].concat();
+        assert!(canonical(&deepest).is_ok());
+        assert_eq!(canonical(&[&deepest[..], b"e"].concat()), Err(NameProblem::PathTooLong));
         for bad in ["/", "/a", "a/", "a//b", "a/./b", "..", "a/..", "a\0"] {
             assert!(!is_canonical(bad.as_bytes()), "{bad}");
         }

@@ -39,13 +39,21 @@ pub(super) struct SparseRecords {
 }
 
 impl SparseRecords {
-    /// The map stands at the start of the data (version 1.0). `Err` for a version nobody has defined.
-    pub fn map_in_data(&self) -> Result<bool, &'static str> {
-        match self.version {
-            (Some(1), Some(0)) => Ok(true),
-            (None, None) | (Some(0), Some(0 | 1)) => Ok(false),
-            _ => Err("its version (GNU.sparse.major and .minor) is unknown"),
-        }
+    /// The map stands at the start of the data (version 1.0).
+    pub fn map_in_data(&self) -> bool {
+        self.version == (Some(1), Some(0))
+    }
+
+    /// The records, if they make the entry a sparse file; else none of them counts, its name neither. What does is Go's rule, by
+    /// which the engines go.
+    pub fn of_sparse_file(self) -> Self {
+        let counts = match self.version {
+            (Some(1), Some(0)) | (Some(0), Some(0 | 1)) => true,
+            // The first versions do not state theirs.
+            (None, None) => self.map.is_some(),
+            _ => false,
+        };
+        if counts { self } else { Self::default() }
     }
 }
 
@@ -176,10 +184,7 @@ fn parse<T>(field: &'static str, value: &[u8], with: impl FnOnce(&[u8]) -> Optio
 
 /// Decimal digits behind an optional sign, as Go's reader takes them.
 fn signed_decimal(text: &[u8]) -> Option<i64> {
-    let negative = text.first() == Some(&b'-');
-    let signed = negative || text.first() == Some(&b'+');
-    let value = i64::try_from(decimal(&text[usize::from(signed)..])?).ok()?;
-    Some(if negative { -value } else { value })
+    std::str::from_utf8(text).ok()?.parse().ok()
 }
 
 /// `-12.345678901` as seconds and nanoseconds towards the past; digits beyond the ninth are cut off.

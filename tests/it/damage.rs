@@ -244,3 +244,152 @@ fn copy(from: &Path, to: &Path) {
         fs::copy(path, target).unwrap();
     }
 }
+
+/// What else can lie at a file's place.
+#[derive(Debug, Clone, Copy)]
+enum Intruder {
+    Fifo,
+    Socket,
+    Directory,
+    /// A symbolic link to a device without end.
+    Endless,
+    /// A symbolic link that leads nowhere.
+    Dangling,
+    /// A file of three gigabytes of holes.
+    Sparse,
+    Unreadable,
+}
+
+impl Intruder {
+    fn put(self, path: &Path) {
+        // A mount removes what nobody needs.
+        if !path.exists() {
+            fs::write(path, b"").unwrap();
+        }
+        if let Self::Unreadable = self {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
+            return;
+        }
+        fs::remove_file(path).unwrap();
+        match self {
+            Self::Fifo => nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+            Self::Socket => {
+                let (kind, mode) = (nix::sys::stat::SFlag::S_IFSOCK, nix::sys::stat::Mode::S_IRWXU);
+                nix::sys::stat::mknod(path, kind, mode, 0).unwrap();
+            }
+            Self::Directory => fs::create_dir_all(path.join("full")).unwrap(),
+            Self::Endless => std::os::unix::fs::symlink("/dev/zero", path).unwrap(),
+            Self::Dangling => std::os::unix::fs::symlink("nowhere/x", path).unwrap(),
+            Self::Sparse => File::create(path).unwrap().set_len(3 << 30).unwrap(),
+            Self::Unreadable => {}
+        }
+    }
+}
+
+/// Anything at the place of any file of the store keeps nothing waiting, takes no memory, and gives way.
+#[test]
+fn nothing_that_lies_in_a_files_place_is_in_the_way() {
+    let intruders = [
+        Intruder::Fifo,
+        Intruder::Socket,
+        Intruder::Directory,
+        Intruder::Endless,
+        Intruder::Dangling,
+        Intruder::Sparse,
+        Intruder::Unreadable,
+    ];
+    let scene = Scene::full();
+    let store = scene.ocifs.store().to_owned();
+    let mut names = victims(&store);
+    for name in ["version", "eviction.lock"] {
+        names.push(store.join(name));
+    }
+    names.extend(
+        files(&store.join("layers"))
+            .into_iter()
+            .filter(|path| path.ends_with("lock")),
+    );
+    names.extend(
+        fs::read_dir(store.join("layers"))
+            .unwrap()
+            .map(|layer| layer.unwrap().path().join("partial")),
+    );
+    names.push(store.join("tmp/file.0"));
+    for path in names {
+        for intruder in intruders {
+            let what = format!("{intruder:?} at {}", path.strip_prefix(&store).unwrap().display());
+            // What nobody has used since lies there still.
+            match fs::symlink_metadata(&path) {
+                Ok(found) if found.is_dir() => fs::remove_dir_all(&path).unwrap(),
+                Ok(found) if !found.is_file() => fs::remove_file(&path).unwrap(),
+                _ => {}
+            }
+            if !path.exists() {
+                fs::write(&path, b"").unwrap();
+            }
+            {
+                let mount = scene.mount();
+                intruder.put(&path);
+                assert_eq!(mount.read("s0-1"), b"0 1\n", "{what}");
+                mount.forget("f1-2");
+                assert!(mount.read("f1-2") == noise(12, large_size(2)), "{what}");
+            }
+            // The image, and the check, go past it.
+            let said = scene.ocifs.ok(["cat", &scene.image, "f0-3"]);
+            assert!(said.stdout == noise(3, large_size(3)), "{what}");
+            let said = scene.ocifs.run(["cache", "verify"]);
+            assert!(said.stdout.starts_with(b"sound:"), "{what}: {said:?}");
+            scene.ocifs.ok(["pull", &scene.image]);
+            scene.ocifs.ok(["cache", "verify"]);
+        }
+    }
+}
+
+/// Two builds of one program: other content in files of the same sizes. The device of one in the place of the other, under a
+/// mount that has checked it when it was opened.
+#[test]
+fn another_layers_content_is_never_served() {
+    let registry = TestRegistry::start();
+    let tar = |seed: u64| (0..6).fold(Tar::new(), |tar, i| tar.file(format!("f{i}"), noise(seed + i, 300_000)));
+    let layers = [10, 20].map(|seed| Blob::plain(tar(seed).finish()));
+    for (layer, tag) in layers.iter().zip(["1", "2"]) {
+        push(&registry, "app", tag, std::slice::from_ref(layer));
+    }
+    let ocifs = Ocifs::new();
+    let host = registry.host();
+    let image = |tag: &str| format!("{host}/app:{tag}");
+    ocifs.ok(["pull", &image("1")]);
+    ocifs.ok(["pull", &image("2")]);
+    let data = |layer: &Blob| {
+        let name = layer.digest().to_string().replace(':', "-");
+        ocifs.store().join("layers").join(name).join("data")
+    };
+    let mount = ocifs.mount_with(&image("1"), &["--wait", "ready", "--prefetch", "none"]);
+    assert!(mount.read("f0") == noise(10, 300_000));
+    let other = fs::read(data(&layers[1])).unwrap();
+    File::options()
+        .write(true)
+        .open(data(&layers[0]))
+        .unwrap()
+        .write_all_at(&other, 0)
+        .unwrap();
+    for i in 0..6 {
+        mount.forget(&format!("f{i}"));
+        assert!(mount.read(&format!("f{i}")) == noise(10 + i, 300_000), "f{i}");
+    }
+    drop(mount);
+    // What a tag means is not what another one means.
+    drop(registry);
+    let names = files(&ocifs.store().join("documents/of"));
+    assert_eq!(names.len(), 2);
+    let before: Vec<Vec<u8>> = names.iter().map(|name| fs::read(name).unwrap()).collect();
+    for (name, other) in names.iter().zip(before.iter().rev()) {
+        fs::write(name, other).unwrap();
+    }
+    for tag in ["1", "2"] {
+        let said = ocifs.run(["cat", &image(tag), "f0"]);
+        assert_ne!(said.code, Some(0), "{said:?}");
+    }
+    let said = ocifs.run(["cache", "verify"]);
+    assert_eq!(said.code, Some(1), "{said:?}");
+}

@@ -278,6 +278,58 @@ fn refused_requests_for_a_layer_do_not_hurt_the_others() {
     assert!(good(&mount, 3));
 }
 
+/// Answers to ranges that make no sense, from a server that sends the whole blob well.
+#[test]
+fn odd_answers_to_ranges_cost_the_whole_layer_and_no_read() {
+    let status = |code: u16, headers: &[(&str, &str)]| Fault::Status {
+        code,
+        headers: headers.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect(),
+        body: String::new(),
+    };
+    let tar = (0..12).fold(Tar::new(), |tar, i| tar.file(format!("a{i}"), noise(100 + i, FILE)));
+    let tar = tar.finish();
+    for layer in [Blob::gzip(&tar), Blob::plain(tar)] {
+        for faults in [
+            vec![status(206, &[]), Fault::OnRanges(Box::new(Fault::NoLength))],
+            vec![status(200, &[])],
+            vec![status(204, &[])],
+            vec![status(416, &[])],
+            vec![status(416, &[("Content-Range", "bytes */0")])],
+            vec![status(416, &[("Content-Range", "bytes */1000")])],
+            vec![Fault::PartAsWhole, Fault::Chunked],
+            vec![Fault::Short(1000)],
+        ] {
+            let registry = TestRegistry::start();
+            push(&registry, "app", "1", std::slice::from_ref(&layer));
+            let image = format!("{}/app:1", registry.host());
+            let ocifs = Ocifs::with(&["--timeout", "20s"]);
+            drop(ocifs.mount(&image));
+            ocifs.ok(["cache", "drop"]);
+            for fault in &faults {
+                let fault = match fault {
+                    Fault::OnRanges(_) => fault.clone(),
+                    fault => Fault::OnRanges(Box::new(fault.clone())),
+                };
+                registry.fault(&layer.path(), usize::MAX, fault);
+            }
+            let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
+            let start = Instant::now();
+            for i in [7, 0, 11, 3] {
+                assert!(
+                    mount.read(&format!("a{i}")) == noise(100 + i, FILE),
+                    "{} {faults:?}: a{i}",
+                    layer.media_type
+                );
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "{} {faults:?}",
+                layer.media_type
+            );
+        }
+    }
+}
+
 #[test]
 fn a_mount_outlives_its_login() {
     for code in [400, 401, 403] {

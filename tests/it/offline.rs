@@ -83,6 +83,32 @@ fn a_registry_that_fails_or_is_silent_is_as_good_as_gone() {
     }
 }
 
+/// Such as the login page of a hotel's network, or a proxy with nothing to say.
+#[test]
+fn an_answer_that_is_no_manifest_is_no_answer() {
+    let page = Fault::Status {
+        code: 200,
+        headers: vec![("Content-Type".to_owned(), "text/html".to_owned())],
+        body: "<html>Please log in</html>".to_owned(),
+    };
+    let empty = Fault::Status {
+        code: 200,
+        headers: Vec::new(),
+        body: String::new(),
+    };
+    for fault in [page, empty] {
+        let (registry, ocifs, image) = pulled();
+        registry.fault("/manifests/", usize::MAX, fault);
+        let said = ocifs.ok(["cat", &image, "f"]);
+        assert!(said.stdout == noise(1, SIZE));
+        warned(&said.stderr, "no manifest");
+        drop(registry);
+        // And what the tag means was not forgotten over it.
+        assert!(ocifs.ok(["cat", &image, "f"]).stdout == noise(1, SIZE));
+        assert!(ocifs.ok(["cat", "--pull", "never", &image, "f"]).stdout == noise(1, SIZE));
+    }
+}
+
 #[test]
 fn a_registry_that_says_no_is_believed() {
     for code in [401, 403, 404] {

@@ -110,3 +110,46 @@ fn a_public_registry_names_no_private_token_server() {
         assert_eq!(tokens.log().len(), 0);
     });
 }
+
+/// A login of the user for the host that a redirect leads to, in each form that configuration files have.
+#[test]
+fn a_host_without_tls_is_shown_no_login_whatever_it_asks_for() {
+    use base64::Engine as _;
+    in_a_network_of_its_own(|| {
+        let encoded = base64::engine::general_purpose::STANDARD.encode("me:secret");
+        for login in [
+            serde_json::json!({"auth": encoded}),
+            serde_json::json!({"auth": encoded, "identitytoken": "secret"}),
+            serde_json::json!({"registrytoken": "secret"}),
+        ] {
+            for guard in [
+                Guard::Basic("me".to_owned(), "secret".to_owned()),
+                Guard::Bearer(Tokens {
+                    login: Some(("me".to_owned(), "secret".to_owned())),
+                    identity: Some("secret".to_owned()),
+                    ..Tokens::default()
+                }),
+            ] {
+                let registry = serve("127.0.0.1:0");
+                let storage = TestRegistry::start_at("10.0.0.8:0");
+                storage.guard(guard.clone());
+                registry.redirect_blobs_as(&storage, None);
+                let home = tempfile::tempdir().unwrap();
+                let file = serde_json::json!({"auths": {storage.host(): login}});
+                fs::write(home.path().join("config.json"), file.to_string()).unwrap();
+                let ocifs = Ocifs::new().env("DOCKER_CONFIG", home.path());
+                let error = ocifs.fails(["cat", &format!("{}/app:1", registry.host()), "f"]);
+                assert!(error.contains("it has no TLS"), "{login} {guard:?}: {error}");
+                assert_ne!(storage.log().len(), 0);
+                for logged in storage.log() {
+                    assert_eq!(
+                        logged.headers.get("authorization"),
+                        None,
+                        "{login} {guard:?}: {logged:?}"
+                    );
+                    assert!(!logged.target.contains("/token"), "{login} {guard:?}: {logged:?}");
+                }
+            }
+        }
+    });
+}

@@ -1,6 +1,6 @@
 //! The module table of the crate documentation is true.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -88,4 +88,144 @@ fn only_the_front_end_knows_fuser_and_only_the_registry_knows_http() {
             assert!(inside || !uses, "{} uses {library}", file.display());
         }
     }
+}
+
+/// A path such as `crate::index::format`.
+type Module = Vec<String>;
+
+/// Paths that a file uses, absolute ones. `module` is that of the file.
+fn paths(code: &str, module: &Module) -> BTreeSet<Module> {
+    let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let code: Vec<&str> = lines.take_while(|line| *line != "#[cfg(test)]").collect();
+    let code = code.join("\n");
+    let mut found = BTreeSet::new();
+    for start in ["crate::", "super::", "self::"] {
+        for (at, _) in code.match_indices(start) {
+            // Not in the middle of a path.
+            if !code[..at].ends_with("::") {
+                flatten(&code[at..], &mut Vec::new(), &mut found);
+            }
+        }
+    }
+    let absolute = |path: &Module| {
+        let mut base = match path[0].as_str() {
+            "crate" => Module::new(),
+            _ => module.clone(),
+        };
+        for name in path {
+            match name.as_str() {
+                "crate" | "self" => {}
+                "super" => drop(base.pop()),
+                name => base.push(name.to_owned()),
+            }
+        }
+        base
+    };
+    found.iter().map(absolute).collect()
+}
+
+/// Reads one path, or a tree of them in braces, from the beginning of `text`; how much of it that is.
+fn flatten(text: &str, before: &mut Module, found: &mut BTreeSet<Module>) -> usize {
+    let word = text.len() - text.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_').len();
+    let depth = before.len();
+    before.push(text[..word].to_owned());
+    let mut at = word;
+    let rest = &text[at..];
+    if rest.starts_with("::{") {
+        at += 3;
+        while !text[at..].starts_with('}') && at < text.len() {
+            match text[at..].starts_with(|c: char| c.is_alphanumeric() || c == '_') {
+                true => at += flatten(&text[at..], before, found),
+                false => at += text[at..].chars().next().map_or(1, char::len_utf8),
+            }
+        }
+    } else if rest.starts_with("::") && rest[2..].starts_with(|c: char| c.is_alphanumeric() || c == '_') {
+        at += 2;
+        at += flatten(&text[at..], before, found);
+    } else {
+        found.insert(before.clone());
+    }
+    before.truncate(depth);
+    at
+}
+
+/// Which file of a directory a name is from that the module above passes on: name -> file.
+fn passed_on(code: &str) -> BTreeMap<String, String> {
+    let mut names = BTreeMap::new();
+    for statement in code.split(';') {
+        let Some(at) = statement.find("use ") else { continue };
+        let text = statement[at + 4..].trim().trim_start_matches("self::");
+        let mut found = BTreeSet::new();
+        flatten(text, &mut Vec::new(), &mut found);
+        for path in found.into_iter().filter(|path| path.len() > 1) {
+            names.insert(path[path.len() - 1].clone(), path[0].clone());
+        }
+    }
+    names
+}
+
+/// Circles among the files of one directory; a file and the directory of its name are one.
+fn circles(directory: &Path, module: &Module) -> Vec<String> {
+    let above = fs::read_to_string(directory.with_extension("rs")).unwrap_or_default();
+    let passed_on = passed_on(&above);
+    let mut uses: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut files = Vec::new();
+    sources(directory, &mut files);
+    let names: BTreeSet<String> = files
+        .iter()
+        .map(|file| {
+            let below = file.strip_prefix(directory).unwrap().with_extension("");
+            below.components().next().unwrap().as_os_str().to_str().unwrap().to_owned()
+        })
+        .collect();
+    for file in &files {
+        let below = file.strip_prefix(directory).unwrap().with_extension("");
+        let parts: Module = below.iter().map(|part| part.to_str().unwrap().to_owned()).collect();
+        let own = [&module[..], &parts[..]].concat();
+        for path in paths(&fs::read_to_string(file).unwrap(), &own) {
+            let Some(name) = path.strip_prefix(&module[..]).and_then(|rest| rest.first()) else {
+                continue;
+            };
+            let target = if names.contains(name) { Some(name) } else { passed_on.get(name) };
+            if let Some(target) = target.filter(|target| **target != parts[0] && names.contains(*target)) {
+                uses.entry(parts[0].clone()).or_default().insert(target.clone());
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for name in &names {
+        // What can be reached from it.
+        let (mut reached, mut next) = (BTreeSet::new(), vec![name]);
+        while let Some(at) = next.pop() {
+            next.extend(uses.get(at).into_iter().flatten().filter(|used| reached.insert((*used).clone())));
+        }
+        if reached.contains(name) {
+            found.push(format!("{}/{name}.rs uses {:?}", directory.display(), uses[name]));
+        }
+    }
+    found
+}
+
+#[test]
+fn no_files_of_a_directory_use_each_other_in_a_circle() {
+    let mut todo = vec![(PathBuf::from("src"), Module::new())];
+    let mut found = Vec::new();
+    while let Some((directory, module)) = todo.pop() {
+        if directory != Path::new("src") {
+            found.extend(circles(&directory, &module));
+        }
+        for entry in fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                todo.push((path.clone(), [&module[..], &[name]].concat()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+    // The reader of paths reads them.
+    let module = vec!["a".to_owned(), "b".to_owned()];
+    let code = "use super::{c::D, e};\nuse crate::x::{self, y::{Z, w}};\nlet f = super::g::h(self::i);\n";
+    let read: Vec<String> = paths(code, &module).iter().map(|path| path.join("/")).collect();
+    assert_eq!(read, ["a/b/i", "a/c/D", "a/e", "a/g/h", "x", "x/y/Z", "x/y/w"]);
 }

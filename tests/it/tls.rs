@@ -117,6 +117,29 @@ impl Certificate {
     }
 }
 
+/// A server's certificate that was made to be trusted by itself vouches for no other one, as for OpenSSL and Go.
+#[test]
+fn a_trusted_certificate_that_is_no_authority_vouches_for_nobody() {
+    let rsa = ["rsa:2048"];
+    for (constraint, is_authority) in [("CA:FALSE", false), ("CA:TRUE", true)] {
+        let directory = tempfile::tempdir().unwrap();
+        let constraint = format!("basicConstraints=critical,{constraint}");
+        let made = Certificate::signed(directory.path(), &["rsa:2048", "-addext", &constraint], &rsa, &[]);
+        let said = made.read();
+        match is_authority {
+            true => accepted(&constraint, &said),
+            false => {
+                assert_eq!(said.code, Some(1), "{constraint}: {said:?}");
+                assert!(said.stderr.contains("--ca"), "{constraint}: {said:?}");
+            }
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let client = ["-addext", NAMES, "-addext", "extendedKeyUsage=clientAuth"];
+    let said = Certificate::self_signed(directory.path(), &rsa, &client).read();
+    assert_eq!(said.code, Some(1), "it is for clients only: {said:?}");
+}
+
 #[track_caller]
 fn accepted(what: &str, said: &Said) {
     assert!(

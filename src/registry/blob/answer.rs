@@ -163,6 +163,11 @@ impl Content {
         })
     }
 
+    /// Whether compression is undone.
+    pub(super) fn is_decoded(&self) -> bool {
+        self.decoder.is_some()
+    }
+
     /// Undoes this compression from here on.
     pub(super) fn decode(&mut self, coding: Coding) -> Result<(), BlobError> {
         self.decoder = Some(Decoder::new(coding).map_err(|error| self.broken(&error))?);

@@ -20,6 +20,8 @@ pub(super) struct Body {
     left: u64,
     /// Whether it was guessed how to read the answer. Then an early end may be the end of bytes read in the wrong way.
     is_guessed: bool,
+    /// Bytes that were given out.
+    given: u64,
 }
 
 /// The state of one [`BlobSource::read`].
@@ -37,10 +39,20 @@ pub(super) struct Reading {
     flowed: u64,
     /// When the caller got the last chunk.
     given: Option<Instant>,
+    /// Whether the caller got anything.
+    has_given: bool,
+    /// Answers that may still turn out to have been read in the wrong way before anything was given out.
+    guesses: u32,
+    /// Answers in a row that brought next to nothing of what was asked for.
+    scanty: u32,
 }
 
 /// Fewer bytes than this are no progress: a server that gives a few with each answer would never be given up.
 const PROGRESS: u64 = 16 << 10;
+/// Ways to read an answer: as a part or as the whole, decoded or not.
+const GUESSES: u32 = 3;
+/// A server that answers this often with less than a page or two of a larger range does not really serve ranges.
+const SCANTY_ANSWERS: u32 = 4;
 
 impl Reading {
     /// Gets `range` flowing; what fails for good fails here, before a stream exists.
@@ -53,6 +65,9 @@ impl Reading {
             body: None,
             flowed: 0,
             given: None,
+            has_given: false,
+            guesses: GUESSES,
+            scanty: 0,
             core,
         };
         reading.open().await?;
@@ -98,6 +113,7 @@ impl Reading {
             };
             match body.chunk().await {
                 Ok(Some(chunk)) => {
+                    self.has_given = true;
                     self.rest.start += chunk.len() as u64;
                     self.flowed += chunk.len() as u64;
                     self.core.meter.bytes(chunk.len() as u64);
@@ -105,10 +121,21 @@ impl Reading {
                     return Ok(Some(chunk));
                 }
                 // A shorter range than asked for is legal; the next request asks for the rest.
-                Ok(None) => self.body = None,
+                Ok(None) => {
+                    self.scanty = if body.given < PROGRESS { self.scanty + 1 } else { 0 };
+                    self.body = None;
+                    if self.scanty >= SCANTY_ANSWERS {
+                        self.core.belief.parts_are_wrong();
+                    }
+                }
                 Err(error @ BlobError::Corrupt { .. }) => {
                     self.core.belief.bytes_were_wrong();
-                    return Err(error);
+                    self.guesses = self.guesses.saturating_sub(1);
+                    // What was given out before is checked by whoever has it.
+                    if self.has_given || self.guesses == 0 {
+                        return Err(error);
+                    }
+                    self.body = None;
                 }
                 Err(error) => {
                     self.body = None;
@@ -133,6 +160,7 @@ impl Body {
             skip,
             left,
             is_guessed: false,
+            given: 0,
         }
     }
 
@@ -148,7 +176,8 @@ impl Body {
     async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
         while self.left > 0 {
             let Some(mut chunk) = self.content.chunk().await? else {
-                if self.is_guessed {
+                // Some of an unproven part is as good as a shorter part.
+                if self.is_guessed && (self.given == 0 || self.skip > 0 || self.content.is_decoded()) {
                     return Err(BlobError::Corrupt {
                         what: format!("a blob from {}", self.content.host()),
                         expected: format!("{} more bytes", self.skip + self.left),
@@ -171,6 +200,7 @@ impl Body {
             }
             if !chunk.is_empty() {
                 self.left -= chunk.len() as u64;
+                self.given += chunk.len() as u64;
                 return Ok(Some(chunk));
             }
         }

@@ -98,7 +98,7 @@ impl Pools {
         {
             builder = builder.tcp_user_timeout(alive);
         }
-        if loopback {
+        if loopback || no_proxy_for_any() {
             builder = builder.no_proxy();
         }
         if guarded {
@@ -126,6 +126,14 @@ impl Pools {
         }
         [native.certs, self.authorities.clone()].concat()
     }
+}
+
+/// Whether the environment says that no host is asked through a proxy; the HTTP library takes the star for names only.
+fn no_proxy_for_any() -> bool {
+    let said = ["NO_PROXY", "no_proxy"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok());
+    said.is_some_and(|hosts| hosts.split(',').any(|host| host.trim() == "*"))
 }
 
 fn config(trusted: Vec<CertificateDer<'static>>) -> Result<rustls::ClientConfig, BlobError> {

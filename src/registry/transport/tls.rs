@@ -3,7 +3,9 @@
 //! Certificates are checked as webpki does it, with one addition. A server's own certificate may be among the trusted ones,
 //! as the documentation of registries has it: `openssl req -x509` makes a self-signed certificate that is marked as an
 //! authority, and the client is given a copy. webpki refuses an authority that acts as a server. OpenSSL and Go accept a
-//! certificate that was trusted itself, and so does this verifier. Its dates and its names are checked like any other's.
+//! certificate that was trusted itself, and so does this verifier. Its dates, its names and what it may be used for are checked
+//! like any other's. The other way round, a server's certificate that is no authority vouches for no other one: webpki takes
+//! every trusted certificate for an authority, so those that are none are not given to it.
 //!
 //! Connections are encrypted by ring. Signatures are verified by aws-lc, which knows what OpenSSL and Go accept and ring does
 //! not: the curve P-521, and mixed hashes such as P-384 with SHA-512. aws-lc's random numbers are not used without need: to
@@ -17,22 +19,31 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{ActiveKeyExchange, CryptoProvider, SharedSecret, SupportedKxGroup, aws_lc_rs, ring};
 use rustls::ffdhe_groups::FfdheGroup;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, NamedGroup, PeerMisbehaved, RootCertStore,
     SignatureScheme,
 };
+use x509_cert::Certificate;
+use x509_cert::certificate::Version;
+use x509_cert::der::Decode as _;
+use x509_cert::der::oid::db::rfc5280;
+use x509_cert::ext::pkix::{BasicConstraints, ExtendedKeyUsage};
 
 /// A configuration that trusts these certificates; nothing of this machine is trusted besides.
 pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConfig, Error> {
     let provider = provider();
     let versions = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
     let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(trusted.iter().cloned());
+    roots.add_parsable_certificates(trusted.iter().filter(|certificate| may_sign(certificate)).cloned());
     if roots.is_empty() {
-        // Every certificate is of an unknown issuer then.
-        return Ok(versions.with_root_certificates(roots).with_no_client_auth());
+        if trusted.is_empty() {
+            // Every certificate is of an unknown issuer then.
+            return Ok(versions.with_root_certificates(roots).with_no_client_auth());
+        }
+        // A verifier needs an authority: this one vouches for nobody, since its key is known to nobody.
+        roots.roots.push(nobody());
     }
     let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
@@ -75,6 +86,9 @@ impl ServerCertVerifier for Verifier {
             .verify_server_cert(certificate, intermediates, name, ocsp, now);
         match verified {
             Err(error) if is_about_the_issuer(&error) && self.trusted.contains(certificate) => {
+                if !may_serve(certificate) {
+                    return Err(Error::InvalidCertificate(CertificateError::InvalidPurpose));
+                }
                 rustls::client::verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
                 Ok(ServerCertVerified::assertion())
             }
@@ -102,6 +116,45 @@ impl ServerCertVerifier for Verifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.chains.supported_verify_schemes()
+    }
+}
+
+/// Whether a trusted certificate may vouch for others: not if it says that it is no authority, or does not say that it is one
+/// (RFC 5280, 4.2.1.9). Those of version 1 cannot say anything.
+fn may_sign(certificate: &CertificateDer<'_>) -> bool {
+    let Ok(certificate) = Certificate::from_der(certificate) else {
+        // What webpki makes of it counts.
+        return true;
+    };
+    let parsed = certificate.tbs_certificate();
+    match parsed.get_extension::<BasicConstraints>() {
+        Ok(Some((_, constraints))) => constraints.ca,
+        Ok(None) => parsed.version() == Version::V1,
+        Err(_) => false,
+    }
+}
+
+/// Whether a certificate may be a server's, as far as it says what it may be used for (RFC 5280, 4.2.1.12).
+fn may_serve(certificate: &CertificateDer<'_>) -> bool {
+    let Ok(certificate) = Certificate::from_der(certificate) else {
+        return false;
+    };
+    match certificate.tbs_certificate().get_extension::<ExtendedKeyUsage>() {
+        Ok(Some((_, usage))) => {
+            let mut usage = usage.0.iter();
+            usage.any(|id| [rfc5280::ID_KP_SERVER_AUTH, rfc5280::ANY_EXTENDED_KEY_USAGE].contains(id))
+        }
+        Ok(None) => true,
+        Err(_) => false,
+    }
+}
+
+/// An authority without a key.
+fn nobody() -> TrustAnchor<'static> {
+    TrustAnchor {
+        subject: Vec::new().into(),
+        subject_public_key_info: Vec::new().into(),
+        name_constraints: None,
     }
 }
 

@@ -286,7 +286,7 @@ impl<R: BufRead> Decoder<R> {
         self.path.resize(shared + len, 0);
         self.input.read_exact(&mut self.path[shared..]).map_err(|_| CUT)?;
         let may_be_root = matches!(tag, tag::DIRECTORY | tag::OPAQUE);
-        if !path::is_canonical(&self.path) || self.path.is_empty() && !may_be_root {
+        if !path::is_visible(&self.path) || self.path.is_empty() && !may_be_root {
             return Err("a path is not canonical");
         }
         let meta = Metadata {

@@ -19,6 +19,7 @@ impl TarReader {
             ..
         } = std::mem::take(&mut self.pending);
         let mut pax = pax.unwrap_or_default();
+        pax.sparse = pax.sparse.of_sparse_file();
         let regular = matches!(flag, b'0' | 0 | b'7');
         let real_name = pax.sparse.name.take().filter(|_| regular);
         // Go's order, so that all engines agree: GNU.sparse.name, GNU long name, pax path, header.
@@ -90,7 +91,7 @@ impl TarReader {
             reason,
         };
         const NO_SIZE: &str = "the file's size (GNU.sparse.size or .realsize) is missing";
-        if pax.sparse.map_in_data().map_err(bad)? {
+        if pax.sparse.map_in_data() {
             let size = pax.sparse.size.ok_or(NO_SIZE).map_err(bad)?;
             if stored == 0 {
                 return Err(bad("it is missing"));

@@ -72,7 +72,7 @@ fn sparse_styles_agree() {
     for (size, pieces) in [
         (40_000, &PIECES[..]),
         (700_000, &many),
-        (0, &[]),
+        (0, &[(0, 0)]),
         (9, &[(0, 9)]),
         (5000, &[(5000, 0)]),
     ] {
@@ -133,11 +133,20 @@ fn bad_sparse_maps() {
     assert_eq!(toc.device_size, 16 << 30);
     let full: Vec<_> = (0..2000).map(piece).collect();
     assert!(matches!(read(&full), Err(TocError::TooLarge { .. })));
-    let version = pax(&[("GNU.sparse.major", b"2"), ("GNU.sparse.minor", b"0")]);
-    assert!(matches!(
-        read(&[version, entry("f", b'0', b"1", &[])]),
-        Err(TocError::BadSparse { .. })
-    ));
+    // What makes no sparse file of an entry does not count, as for the engines.
+    let plain: [&[(&str, &[u8])]; 4] = [
+        &[("GNU.sparse.major", b"2"), ("GNU.sparse.minor", b"0")],
+        &[("GNU.sparse.major", b"1")],
+        &[("GNU.sparse.name", b"other")],
+        &[("GNU.sparse.name", b"other"), ("GNU.sparse.realsize", b"9")],
+    ];
+    for records in plain {
+        let toc = read(&[pax(records), entry("f", b'0', b"1", &[])]).unwrap();
+        assert_eq!(
+            (&*paths(&toc)[0], &toc.entries[0].kind),
+            ("f", &EntryKind::Regular(flat(1, 0)))
+        );
+    }
     for map in ["", "3\n0\n", "x\n"] {
         let v1 = pax(&[
             ("GNU.sparse.major", b"1"),

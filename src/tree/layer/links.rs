@@ -2,7 +2,7 @@
 //!
 //! A link may come before its target, and mean something in a lower layer. Until the layer ends such a link has a pending inode.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use super::{Hide, Upper};
 use crate::toc::{AttributeId, Metadata, PackedEntry, chmod_acl};
@@ -95,8 +95,8 @@ impl Upper<'_> {
     }
 
     fn apply_links(&mut self) -> Result<(), TreeError> {
-        // Attributes that links add or change: sets that are complete only when all links were seen.
-        let mut added: HashMap<Id, Vec<AttributeId>> = HashMap::new();
+        // Inodes whose attributes links add to or change, each with the link: its set is complete when all of them are applied.
+        let mut changed: Vec<(Id, u32)> = Vec::new();
         for link in 0..self.links.len() {
             let Link {
                 entry,
@@ -121,15 +121,23 @@ impl Upper<'_> {
                 let own = inode.xattrs;
                 let adds = xattrs != own && xattrs != SetId::EMPTY;
                 if adds || own != SetId::EMPTY {
-                    let set = added.entry(settled).or_insert_with(|| self.arena.set(own).to_vec());
-                    chmod(self.arena, set, meta.mode);
-                    set_xattrs(self.arena, set, xattrs);
-                    // What chmod makes of lists of access control is new text.
-                    self.cover(0, b"")?;
+                    changed.push((settled, link as u32));
+                    self.cover(size_of::<(Id, u32)>(), b"")?;
                 }
             }
         }
-        for (id, set) in added {
+        // One set at a time; the links of an inode stay in their order.
+        changed.sort_by_key(|&(id, _)| id);
+        for links in changed.chunk_by(|a, b| a.0 == b.0) {
+            let (id, _) = links[0];
+            let mut set = self.arena.set(self.arena.get(id).xattrs).to_vec();
+            for &(_, link) in links {
+                let Link { meta, xattrs, .. } = self.links[link as usize];
+                chmod(self.arena, &mut set, meta.mode);
+                set_xattrs(self.arena, &mut set, xattrs);
+                // What chmod makes of lists of access control is new text.
+                self.cover(0, b"")?;
+            }
             let set = self.arena.sets.intern(&set);
             let set = set.and_then(|set| self.arena.cover(self.bytes).map(|()| set));
             self.arena.get_mut(id).xattrs = set.map_err(|why| self.full(why, b""))?;
