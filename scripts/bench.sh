@@ -1,28 +1,30 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are for the scripts that source this
-# What the benchmarks share, on top of lib.sh: links, cold caches, timing, traffic, medians.
+# Functions that the benchmarks share, on top of lib.sh: links, cold caches, timing, traffic, medians.
 
 LINKS=(loopback 20ms-200mbit)
 FAR=ocifs-far
-# The far end's address and the near end's interface, as scripts/netdelay/up calls it.
+# Address of the far end and interface of the near end, as scripts/netdelay/up names them.
 FAR_ADDRESS=198.18.0.2
 NEAR=near0
-# What the headers of a packet with TCP data take: Ethernet 14, IPv4 20, TCP with time stamps 32.
+# Bytes of the headers of a TCP packet: Ethernet 14, IPv4 20, TCP with time stamps 32.
 HEADER_BYTES=66
 
-# link_rtt LINK, link_mbit LINK: the parts of a name such as 20ms-200mbit (round trip, rate); nothing for loopback.
+# link_rtt LINK, link_mbit LINK: print the round trip and the rate of a name such as 20ms-200mbit; nothing for
+# loopback.
 link_rtt() { sed -nE 's/^([0-9.]+)ms-[0-9.]+mbit$/\1/p' <<<"$1"; }
 link_mbit() { sed -nE 's/^[0-9.]+ms-([0-9.]+)mbit$/\1/p' <<<"$1"; }
 
-# known_link LINK: ends the script if it is none.
+# known_link LINK: ends the script if LINK is not the name of a link.
 known_link() {
     [ "$1" = loopback ] || [ -n "$(link_mbit "$1")" ] || die "no link called $1: it is loopback, or a round trip and a rate such as 20ms-200mbit"
 }
 
-# use_link LINK DIR: starts a registry at the far end of the link, and ends the one of the link before; its address is in
-# REGISTRY, its log in REGISTRY_LOG. What was pushed stays in DIR. AT_REGISTRY is a prefix for commands that are to reach it
-# without the link. Of an emulated link's registry a front hands out the blobs, as with large registries: docker-registry fills
-# a buffer of 4 MiB for every range, 4 ms of a processor that is the near end's, too.
+# use_link LINK DIR: starts a registry at the far end of a link and ends the one on the link before. Sets REGISTRY to
+# its address and REGISTRY_LOG to its log. Pushed images stay in DIR. AT_REGISTRY is a prefix for commands that reach
+# the registry without the link. On an emulated link, a front server sends the blobs, as at large registries.
+# docker-registry alone would fill a buffer of 4 MiB for every range, which takes 4 ms of a processor that the near
+# end shares.
 use_link() {
     known_link "$1"
     leave_link
@@ -31,21 +33,21 @@ use_link() {
         start_registry "$2"
         return
     fi
-    # Another benchmark's link is not taken down at the end of this one.
+    # This keeps the script from taking down the link of another benchmark at its end.
     [ ! -e "/run/netdelay-$FAR" ] || die "the link to $FAR is up already: for another benchmark, or take it down with scripts/netdelay/down"
     LINK_UP=1
     on_exit leave_link
     "$ROOT/scripts/netdelay/up" "$(awk -v rtt="$(link_rtt "$1")" 'BEGIN { print rtt / 2 }')" "$(link_mbit "$1")" "$FAR"
     AT_REGISTRY=(nsenter "--net=/run/netns/$FAR")
     start_registry "$2" "$FAR_ADDRESS:5001" ip netns exec "$FAR"
-    # The port is always the same, so that the images keep their names from one link to the next.
+    # The port is always the same, so that image names are equal on all links.
     start_front "$2/front" "$FAR_ADDRESS:5000" "$2/data" "$REGISTRY"
     FRONT_PID=$STARTED REGISTRY_LOG=$2/front/access.log REGISTRY=$FAR_ADDRESS:5000
 }
 
-# start_front DIR ADDRESS DATA REGISTRY [CERTIFICATE KEY]: nginx at the far end, which hands out the blobs in DATA, the directory
-# of a docker-registry, and passes all else on to that; with a certificate over HTTPS. Its process is in STARTED; its log is
-# DIR/access.log, of which `traffic` knows the format.
+# start_front DIR ADDRESS DATA REGISTRY [CERTIFICATE KEY]: starts nginx at the far end. It sends the blobs from DATA,
+# the directory of a docker-registry, and forwards all other requests to that registry. With a certificate it serves
+# HTTPS. Sets STARTED to its process. Its log is DIR/access.log, in the format that `traffic` reads.
 start_front() {
     local dir=$1 address=$2 tls=''
     install_packages nginx-light curl
@@ -72,7 +74,7 @@ http {
     server {
         listen $address $tls;
         location ~ "^/v2/.+/blobs/sha256:([0-9a-f]{2})([0-9a-f]{62})\$" {
-            # Whether a repository has a blob is for the registry to say.
+            # The registry decides whether a repository has a blob.
             error_page 418 = @registry;
             if (\$request_method != GET) { return 418; }
             default_type application/octet-stream;
@@ -103,21 +105,21 @@ leave_link() {
     LINK_UP=
 }
 
-# Nothing of any file is in memory afterwards, on either end.
+# drop_caches: empties the page cache of both ends.
 drop_caches() {
     sync
     echo 3 >/proc/sys/vm/drop_caches
 }
 
-# timed COMMAND...: runs it and leaves the seconds it took in TOOK.
+# timed COMMAND...: runs a command and leaves its seconds in TOOK.
 timed() {
     local start=$EPOCHREALTIME
     "$@" >/dev/null
     TOOK=$(awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.4f", b - a }')
 }
 
-# mark_traffic, traffic: what the registry has answered in between, as {"requests": N, "bytes": N}. A response counts when it
-# has ended.
+# mark_traffic: starts a measurement. traffic: prints what the registry has answered since, as {"requests": N,
+# "bytes": N}. It counts only completed responses.
 mark_traffic() { TRAFFIC_MARK=$(wc -c <"$REGISTRY_LOG"); }
 traffic() {
     tail -c "+$((TRAFFIC_MARK + 1))" "$REGISTRY_LOG" | awk '/response completed/ && match($0, /http.response.written=[0-9]+/) {
@@ -125,14 +127,15 @@ traffic() {
         END { printf "{\"requests\": %d, \"bytes\": %d}", requests, bytes }'
 }
 
-# received: the bytes of TCP streams that have come over the emulated link so far; of responses that have not ended, too.
+# received: prints the bytes of TCP streams that the emulated link has delivered so far, also those of incomplete
+# responses.
 received() { echo $(($(<"/sys/class/net/$NEAR/statistics/rx_bytes") - HEADER_BYTES * $(<"/sys/class/net/$NEAR/statistics/rx_packets"))); }
 
 # jq functions for the summaries.
 JQ_MEDIAN='def median: sort | if length % 2 == 1 then .[(length - 1) / 2] else (.[length / 2 - 1] + .[length / 2]) / 2 end;
     def round2: . * 100 | round / 100;'
 
-# parse_options ARGUMENT...: sets RUNS, JSON, IMAGE, FILES, and LINKS to those named.
+# parse_options ARGUMENT...: sets RUNS, JSON, IMAGE and FILES, and LINKS to the named links.
 parse_options() {
     RUNS=5 JSON='' FILES=''
     local links=()

@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# What the scripts share. Source it: it only defines functions and ROOT, and sets the exit trap that runs `on_exit` actions.
+# Functions that the scripts share. A script sources this file. It only defines functions and variables, and sets the
+# exit trap that runs the `on_exit` actions.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# rustup's place, for whoever comes through sudo.
+# rustup's directory, also for a user who runs the script through sudo.
 PATH=$PATH:${CARGO_HOME:-$(getent passwd "${SUDO_USER:-$(id -un)}" | cut -d: -f6)/.cargo}/bin
-# One way of writing numbers and of sorting, whatever the machine's language.
+# Numbers and sorting do not depend on the machine's language.
 export LC_ALL=C.UTF-8
 APT_LOCK_SECONDS=300
 WAIT_SECONDS=30
 
-# say TEXT: a heading, bold on a terminal unless NO_COLOR is set.
+# say TEXT: prints a heading, in bold on a terminal unless NO_COLOR is set.
 say() {
     if [ -t 2 ] && [ -z "${NO_COLOR:-}" ]; then
         printf '\033[1m== %s\033[0m\n' "$*" >&2
@@ -23,7 +24,7 @@ die() {
     exit 1
 }
 
-# Actions for the end of the script, whatever ends it; the last one added runs first.
+# Actions that run at the end of the script, however it ends. The action that was added last runs first.
 EXIT_ACTIONS=()
 on_exit() { EXIT_ACTIONS+=("$(printf '%q ' "$@")"); }
 run_exit_actions() {
@@ -34,13 +35,14 @@ trap run_exit_actions EXIT
 
 need_root() { [ "$(id -u)" = 0 ] || die "$0 needs root: it installs packages, mounts, and keeps file owners"; }
 
-# temp_dir: a fresh directory in TEMP_DIR, removed at the end. (Not printed: a subshell could not register the removal.)
+# temp_dir: makes a directory, which the script removes at its end. Sets TEMP_DIR to its path. (It does not print the
+# path, because a subshell could not register the removal.)
 temp_dir() {
     TEMP_DIR=$(mktemp -d "${TMPDIR:-/tmp}/ocifs-XXXXXX")
     on_exit rm -rf --one-file-system "$TEMP_DIR"
 }
 
-# wait_until DESCRIPTION COMMAND...: polls until the command succeeds; fails after WAIT_SECONDS.
+# wait_until DESCRIPTION COMMAND...: repeats a command until it succeeds. Fails after WAIT_SECONDS.
 wait_until() {
     local what=$1 deadline=$((SECONDS + WAIT_SECONDS))
     shift
@@ -50,7 +52,7 @@ wait_until() {
     done
 }
 
-# install_packages PACKAGE...: Debian packages, only those that are missing.
+# install_packages PACKAGE...: installs Debian packages that are missing.
 install_packages() {
     local missing=() package
     for package; do
@@ -61,12 +63,13 @@ install_packages() {
     need_root
     say "installing ${missing[*]}"
     local apt=(apt-get -qq -o "DPkg::Lock::Timeout=$APT_LOCK_SECONDS")
-    # What is in the way of a package stays. (In a condition the shell would go on after an error.)
+    # apt-get does not remove packages that conflict. (`|| return` is needed because in a condition the shell would go
+    # on after an error.)
     "${apt[@]}" update || return
     DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-remove --no-install-recommends "${missing[@]}" >/dev/null
 }
 
-# build_ocifs: the release binary, its path in OCIFS; a path that OCIFS has already is taken instead.
+# build_ocifs: builds the release binary and sets OCIFS to its path. If OCIFS is already set, nothing is built.
 build_ocifs() {
     install_packages fuse3 jq gcc libc6-dev || return
     [ -c /dev/fuse ] || modprobe fuse 2>/dev/null || die "/dev/fuse is missing: load the fuse module, or give the container the device"
@@ -79,7 +82,7 @@ build_ocifs() {
     export OCIFS=$target/release/ocifs
 }
 
-# listening_port PID: the TCP port a process listens on, in the network namespace of that process.
+# listening_port PID: prints the TCP port that a process listens on, in the network namespace of that process.
 listening_port() {
     local inode
     for inode in $(find "/proc/$1/fd" -lname 'socket:*' -printf '%l\n' | tr -dc '0-9\n'); do
@@ -89,9 +92,10 @@ listening_port() {
     return 1
 }
 
-# start_registry DIR [ADDRESS [COMMAND_PREFIX...]]: docker-registry over DIR on an ephemeral port of ADDRESS (loopback; it may
-# name a port), started through a prefix such as `ip netns exec NS`. Its host:port is left in REGISTRY, its process in
-# REGISTRY_PID; it ends with the script. The address of requests and their sizes are in DIR/registry.log.
+# start_registry DIR [ADDRESS [COMMAND_PREFIX...]]: starts a docker-registry over DIR. It listens at ADDRESS, on an
+# ephemeral port unless ADDRESS names one; the default is loopback. A prefix such as `ip netns exec NS` starts it
+# elsewhere. Sets REGISTRY to its host:port and REGISTRY_PID to its process, which ends with the script.
+# DIR/registry.log has the requests and the sizes of the responses.
 start_registry() {
     local dir=$1 address=${2:-127.0.0.1} pid
     [[ $address == *:* ]] || address+=:0
@@ -114,22 +118,23 @@ YAML
     wait_until "an answer of $REGISTRY" curl --fail --silent --max-time 5 "http://$REGISTRY/v2/"
 }
 
-# stop_process PID: ends a process in the background of this shell; one that has been waited for may have left its number to
-# somebody else.
+# stop_process PID: ends a background process of this shell. Checks first that the process is still a job of this
+# shell: after a wait, another process may have its id.
 stop_process() {
     jobs -p | grep -qx "$1" || return 0
     kill "$1" 2>/dev/null || true
     wait "$1" 2>/dev/null || true
 }
 
-# is_mounted DIR: looks in the mount table; asking the file system would fail if its process is dead, and hang if it hangs.
+# is_mounted DIR: looks in the mount table. A call to the file system would fail if its process is dead, and hang if
+# its process hangs.
 is_mounted() { awk -v dir="$1" '$5 == dir { found = 1 } END { exit !found }' /proc/self/mountinfo; }
 
-# unmount MOUNTPOINT: takes an ocifs mount down; does nothing when there is none.
+# unmount MOUNTPOINT: takes an ocifs mount down. Does nothing if there is none.
 unmount() { ! is_mounted "$1" || timeout 60 "$OCIFS" umount "$1" || umount --lazy "$1"; }
 
-# push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are; through the prefix
-# AT_REGISTRY, if there is one, that reaches it on a shorter way.
+# push LAYOUT:REF NAME: copies an image, or all images of an image index, into the registry as they are. The prefix
+# AT_REGISTRY, if set, reaches the registry without the link.
 push() {
     "${AT_REGISTRY[@]}" skopeo --insecure-policy copy --quiet --all --preserve-digests --dest-tls-verify=false "oci:$1" "docker://$REGISTRY/$2"
 }

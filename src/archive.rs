@@ -1,8 +1,9 @@
-//! Archives written by `docker save`, and by tools that write alike (podman, skopeo, buildah, containerd, bazel, kaniko).
+//! Archives written by `docker save`, and by tools that write alike (podman, skopeo, buildah, containerd, bazel,
+//! kaniko).
 //!
-//! `manifest.json` is what counts: it lists images, each a config and layers by path within the archive. What is at the paths
-//! differs between writers: plain files, symlinks to another layer's directory, blobs of an embedded OCI layout; uncompressed
-//! layers or compressed ones. Everything else in the archive is ignored.
+//! `manifest.json` is what counts. It lists images; each has a config and layers, by path within the archive. Writers
+//! put different things at these paths: plain files, symlinks to another layer's directory, blobs of an embedded OCI
+//! layout. Layers are uncompressed or compressed. This module ignores everything else in the archive.
 //!
 //! ```text
 //! docker <= 24      <hex>.json  <id>/layer.tar, repeats as symlinks to ../<id>/layer.tar
@@ -10,9 +11,9 @@
 //! docker >= 25      blobs/sha256/<hex>, layers uncompressed: hex is the diffID
 //! containerd        blobs/sha256/<hex>, layers as pulled: hex is the blob digest
 //! ```
-//! The archive is walked once, header by header. Layers are then ranges of the file, read in place. An archive that is itself
-//! compressed is unpacked to an unlinked temporary file first. For the rest of the program the image has a manifest, made up
-//! here, and always the same for the same archive content.
+//! The module walks the archive once, header by header. Layers are then ranges of the file, read in place. An archive
+//! that is itself compressed is first unpacked to an unlinked temporary file. The module makes up a manifest of the
+//! image for the rest of the program. The manifest is always the same for the same archive content.
 
 mod image;
 mod members;
@@ -42,15 +43,15 @@ impl DockerArchive {
     /// Opens the image called `image` in the archive `file`.
     ///
     /// `image` is one of its `RepoTags` (as written there, or meaning the same reference: `alpine` finds
-    /// `docker.io/library/alpine:latest`) or `@N` for the entry of `manifest.json` at position N. It may be left out when there
-    /// is just one image.
+    /// `docker.io/library/alpine:latest`) or `@N` for the entry of `manifest.json` at position N. It may be left out
+    /// when there is just one image.
     ///
-    /// Reads every header of the archive. Compressed layers under names that do not tell their digest are read whole, to hash
-    /// them; an archive compressed as a whole (gzip or zstd) is unpacked into the directory for temporary files, unless it
-    /// unpacks to far more than images do.
+    /// Reads every header of the archive. Compressed layers are read whole and hashed if their names do not tell
+    /// their digest. An archive that is compressed as a whole (gzip or zstd) is unpacked into the directory for
+    /// temporary files. An archive that unpacks to far more than images do is refused.
     ///
-    /// Fails with [`BlobError::NotFound`] listing the tags there are, and with [`BlobError::Invalid`] if `file` is no such
-    /// archive.
+    /// Fails with [`BlobError::NotFound`], which lists the tags, if there is no such image. Fails with
+    /// [`BlobError::Invalid`] if `file` is no such archive.
     pub async fn open(file: impl Into<PathBuf>, image: Option<&str>) -> Result<Self, BlobError> {
         let path: Arc<Path> = file.into().into();
         let name = image.map(str::to_owned);

@@ -1,10 +1,11 @@
-//! Where bytes come from: the traits every image source implements, and the one error type they share.
+//! Where bytes come from: the traits that every image source implements, and the error type that they share.
 //!
-//! An [`ImageSource`] answers for one image reference in one place (a registry, an OCI layout directory, a docker archive). It
-//! hands out verified documents and [`BlobSource`]s. Nothing here knows HTTP, tar or the store.
+//! An [`ImageSource`] answers for one image reference in one place (a registry, an OCI layout directory, a docker
+//! archive). It hands out verified documents and [`BlobSource`]s. This module does not know HTTP, tar or the store.
 //!
-//! Invariants: a document's bytes always hash to its digest; a blob's bytes are *not* verified here (a range cannot be), that
-//! is the work of the span index above.
+//! Invariants:
+//! - The bytes of a document always hash to its digest.
+//! - The bytes of a blob are *not* verified here, because a range cannot be. The span index verifies them.
 
 pub mod file;
 mod link;
@@ -23,13 +24,14 @@ pub use link::{Link, LinkId, Pace};
 
 use crate::oci::{Descriptor, Digest};
 
-/// Bytes of a blob in order; ends after the last byte asked for, or with the first error.
+/// Bytes of a blob in order. The stream ends after the last requested byte, or with the first error.
 pub type ByteStream = BoxStream<'static, Result<Bytes, BlobError>>;
 
 /// A manifest, image index or config as received: raw bytes that hash to `digest`.
 #[derive(Debug, Clone)]
 pub struct Document {
-    /// Media type as declared by the source, without parameters; may be empty or wrong, so look at the body as well.
+    /// Media type as declared by the source, without parameters. It may be empty or wrong, so look at the body as
+    /// well.
     pub media_type: String,
     /// Digest of `bytes`, checked.
     pub digest: Digest,
@@ -40,22 +42,22 @@ pub struct Document {
 /// One image reference in one place.
 #[async_trait]
 pub trait ImageSource: Send + Sync + Debug {
-    /// The document the reference names: an image index or a manifest.
+    /// Returns the document that the reference names: an image index or a manifest.
     async fn root(&self) -> Result<Document, BlobError>;
 
-    /// A manifest or image index below the root, by descriptor; verified and at most 16 MiB.
+    /// Returns a manifest or image index below the root, by descriptor. It is verified and has at most 16 MiB.
     async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError>;
 
-    /// A small blob (an image config) read whole; verified and at most 16 MiB.
+    /// Returns a small blob (an image config) as a whole. It is verified and has at most 16 MiB.
     async fn config(&self, descriptor: &Descriptor) -> Result<Document, BlobError>;
 
-    /// A handle on a blob. Cheap; touches the network only if it must.
+    /// Returns a handle on a blob. The call is cheap, and uses the network only if it must.
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError>;
 
-    /// The reference as a person would write it, without secrets.
+    /// Returns the reference as a person would write it, without secrets.
     fn describe(&self) -> String;
 
-    /// What this image has in common with its other versions.
+    /// Returns a name that this image has in common with its other versions.
     fn repository(&self) -> String {
         self.describe()
     }
@@ -64,28 +66,29 @@ pub trait ImageSource: Send + Sync + Debug {
 /// Content-addressed bytes that can be read by range.
 #[async_trait]
 pub trait BlobSource: Send + Sync + Debug {
-    /// Digest of the whole blob, as claimed by the descriptor.
+    /// Returns the digest of the whole blob, as claimed by the descriptor.
     fn digest(&self) -> &Digest;
 
-    /// Size in bytes, as claimed by the descriptor.
+    /// Returns the size in bytes, as claimed by the descriptor.
     fn size(&self) -> u64;
 
     /// Opens a stream of exactly the bytes `range` (half-open, within the blob).
     ///
-    /// The stream resumes by itself after transient failures; it yields an error once when it gives up.
-    /// An empty range is an empty stream.
+    /// The stream resumes by itself after transient failures. It yields one error when it gives up. An empty range is
+    /// an empty stream.
     async fn read(&self, range: Range<u64>) -> Result<ByteStream, BlobError>;
 
-    /// The same over connections of its own, where there are any: those of other reads may hang.
+    /// Opens a stream like [`BlobSource::read`], over connections of its own where the source has connections. Those
+    /// of other reads may hang.
     async fn read_apart(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
         self.read(range).await
     }
 
-    /// Takes the verdict of a reader who compared bytes of this blob with a digest: answers that did not say clearly what
-    /// they brought are read in another way from then on.
+    /// Takes the verdict of a reader that compared bytes of this blob with a digest. From then on, the source reads
+    /// those responses in another way that did not say clearly what they contained.
     fn judged(&self, _verdict: Verdict) {}
 
-    /// What is known about the way to the bytes.
+    /// Returns what is known about the link to the bytes.
     fn link(&self) -> Link {
         Link::LOCAL
     }
@@ -94,59 +97,59 @@ pub trait BlobSource: Send + Sync + Debug {
 /// What a reader found out about bytes of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// They were not the blob's.
+    /// The bytes were not the blob's.
     Wrong,
-    /// Those of parts were not, and those of the whole blob were.
+    /// The bytes of parts were not the blob's, but those of the whole blob were.
     OnlyPartsAreWrong,
 }
 
-/// Why bytes could not be had. Each variant says what a user can do about it; [`BlobError::is_transient`] says if trying again
-/// can help.
+/// Why bytes cannot be read. Each variant says what a user can do about it. [`BlobError::is_transient`] says whether
+/// a retry can help.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlobError {
-    /// 401 after all credentials were tried.
+    /// Status 401 after all credentials were tried.
     #[error("{host} wants a login for {what}: {tried}")]
     Unauthorized {
         /// Registry host.
         host: String,
-        /// What was asked for (repository, blob).
+        /// What was requested (repository, blob).
         what: String,
         /// Which credential sources were tried, and what the server said.
         tried: String,
     },
-    /// 403: known but not allowed.
+    /// Status 403: the user is known but not allowed.
     #[error("{host} denies access to {what}: {message}")]
     Denied {
         /// Registry host.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
         /// The server's message, and which credentials were used.
         message: String,
     },
-    /// It is not there.
+    /// The requested document or blob is not there.
     #[error("{what} not found{}", hint.as_deref().map(|h| format!(": {h}")).unwrap_or_default())]
     NotFound {
-        /// What was asked for, and where.
+        /// What was requested, and where.
         what: String,
         /// What exists instead, or what to try.
         hint: Option<String>,
     },
-    /// 429 to the end of the retries.
+    /// Status 429 until the retries ended.
     #[error("{host} limits the rate of requests{}", after.map(|a| format!(", try again in {}s", a.as_secs())).unwrap_or_default())]
     RateLimited {
         /// Registry host.
         host: String,
-        /// `Retry-After`, if the server said.
+        /// `Retry-After`, if the server sent it.
         after: Option<Duration>,
     },
-    /// The server cannot serve ranges and the caller cannot do without.
+    /// The server cannot serve ranges, and the caller needs them.
     #[error("{host} does not serve byte ranges of {what}")]
     RangeUnsupported {
         /// Registry host.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
     },
     /// Bytes that do not hash to their digest, or have the wrong length.
@@ -159,7 +162,7 @@ pub enum BlobError {
         /// Digest or size received.
         actual: String,
     },
-    /// No answer in time.
+    /// No response within the deadline.
     #[error("{what} did not answer within {seconds}s")]
     Timeout {
         /// Host or blob.
@@ -183,16 +186,16 @@ pub enum BlobError {
         /// The innermost cause.
         reason: String,
     },
-    /// The server broke the protocol or answered an unexpected status.
+    /// The server broke the protocol, or answered with an unexpected status.
     #[error("{host} answered unexpectedly to {what}: {detail}")]
     Protocol {
         /// Host or file.
         host: String,
-        /// What was asked.
+        /// What was requested.
         what: String,
-        /// What came.
+        /// What the server sent.
         detail: String,
-        /// Whether the status class suggests trying again (5xx).
+        /// Whether the status class suggests a retry (5xx).
         transient: bool,
     },
     /// The document is no image ocifs can mount (schema 1, encrypted, Windows, artifact).
@@ -222,7 +225,7 @@ pub enum BlobError {
 }
 
 impl BlobError {
-    /// Whether trying the same again later can succeed.
+    /// Returns whether a later retry can succeed.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::RateLimited { .. } | Self::Timeout { .. } | Self::Unreachable { .. } => true,

@@ -1,7 +1,8 @@
-//! The command line: arguments become a resolved configuration, then calls. The only module that prints.
+//! The command line. It turns arguments into a resolved configuration and calls the library with it. It is the only
+//! module that prints.
 //!
-//! Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 wrong arguments, 128 and
-//! the number of a signal that ended it.
+//! Data goes to standard output, everything else to standard error. The exit status is 0 for success, 1 for failure
+//! and 2 for wrong arguments. If a signal ended the command, the exit status is 128 plus the number of the signal.
 
 mod allocator;
 mod cache;
@@ -119,7 +120,7 @@ impl From<PullWhen> for Confirm {
     }
 }
 
-/// Heading of the options of every command.
+/// Help heading of the options that every command has.
 const GLOBAL: &str = "Global options";
 
 /// The store and its limit, as given.
@@ -134,14 +135,14 @@ struct StoreArgs {
     cache_size: Option<Size>,
 }
 
-/// Runs the command line; the whole program.
+/// Runs the whole program and returns its exit status.
 pub fn main() -> ExitCode {
     let started = Instant::now();
     allocator::settle();
     let cli = Cli::parse();
     match run(cli, started) {
         Ok(()) => ExitCode::SUCCESS,
-        // Somebody closed our standard output, as `head` does: no reason to complain.
+        // The reader of standard output closed it, as `head` does. The user needs no message.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ocifs: {}", explain(&error));
@@ -151,7 +152,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The error and its causes in one line; many messages quote their cause already, which is enough once.
+/// Returns the error and its causes as one line. A cause whose text the line already contains is left out: many
+/// messages quote their cause.
 fn explain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -162,7 +164,8 @@ fn explain(error: &anyhow::Error) -> String {
     text
 }
 
-/// Writes a line to standard output, without what would control a terminal; ends the function with an error if that is closed.
+/// Writes a line to standard output, escaped for a terminal. Returns from the calling function with an error if
+/// standard output is closed.
 macro_rules! say {
     ($($arguments:tt)*) => {
         $crate::cli::write_line(format_args!($($arguments)*))?
@@ -178,7 +181,8 @@ fn write_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
     writeln!(out, "{line}")
 }
 
-/// Whether our standard output was closed. The socket of a mount can break as well, which is another matter.
+/// Returns whether the error means that standard output was closed. The socket of a mount can break too; that error
+/// is not counted.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     if error.is::<ocifs::mount::TakedownError>() {
         return false;
@@ -188,7 +192,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
-    // These ask other processes and need nothing of what can be configured, so a bad file does not stand in their way.
+    // These commands ask other processes and need no configuration. A bad configuration file must not stop them.
     let command = match cli.command {
         Command::Umount(args) => return mounts::umount(args),
         Command::List(args) => return mounts::list(args),
@@ -216,7 +220,8 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
     fetching.end(result)
 }
 
-/// Allows as many open files as this user may have. With fewer, devices of layers are closed and opened again.
+/// Raises the limit of open files to the most that this user may have. With a lower limit, the devices of layers are
+/// closed and opened again more often.
 fn raise_file_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
         true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),

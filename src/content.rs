@@ -1,12 +1,18 @@
-//! The content of an image as every door reads it.
+//! The content of an image, as every front end reads it.
 //!
-//! A door (a FUSE directory, a disk) finds out where the bytes are that somebody reads, in which layers' data devices, and asks
-//! here for them: at once if they are local, else with a wait. What holds for every reader, whatever door it comes through, is
-//! decided in this module: until when a read waits, how long reads take, what is wrong at the moment, and that the start of a
-//! program brings what it will load.
+//! A front end (a FUSE directory, a disk) maps the requested bytes to ranges of the layers' data devices. Then the
+//! front end asks this module for these ranges. Local bytes come at once; for other bytes the reader waits.
 //!
-//! Invariants: from the first request for some bytes to the last answer no more time passes than the timeout and a moment
-//! ([`asked`]); a read that needs no waiting takes no lock of this module.
+//! This module decides what is the same for the readers of all front ends:
+//! - How long a read may wait ([`asked`]).
+//! - How reading times are counted (`latency`).
+//! - Which reading problems `status` shows (`trouble`).
+//! - When a read starts a program, so that the files of the program are fetched (`Image::started`).
+//!
+//! Invariants:
+//! - The time from the first request for some bytes to the last answer is at most the timeout and a moment
+//!   ([`asked`]).
+//! - A read of local bytes takes no lock of this module, unless a problem is being shown.
 
 mod asked;
 mod latency;
@@ -25,23 +31,23 @@ use crate::erofs::Mapping;
 use crate::image::Image;
 use crate::layer::LayerError;
 
-/// Why content could not be had.
+/// Why content could not be read.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ContentError {
-    /// A layer could not give it.
+    /// A layer could not deliver the content.
     #[error(transparent)]
     Layer(#[from] LayerError),
-    /// It did not come in time.
+    /// The content did not come before the deadline.
     #[error("no data within {}s", timeout.as_secs_f32())]
     Timeout {
-        /// The deadline that passed.
+        /// The timeout that passed.
         timeout: Duration,
     },
 }
 
 impl ContentError {
-    /// Whether the content itself is wrong, and not the way to it.
+    /// Whether the content itself is wrong, as opposed to a failure to fetch it.
     fn is_of_content(&self) -> bool {
         matches!(self, Self::Layer(LayerError::Corrupt { .. }))
     }
@@ -58,8 +64,9 @@ pub struct Content {
 }
 
 impl Content {
-    /// Serves `image`. A read that waits longer than `timeout` fails (never, if there is none), and so do others of the same
-    /// bytes right after it: the kernel repeats what failed.
+    /// Serves the content of `image`. A read that waits longer than `timeout` fails; without a timeout it waits for
+    /// ever. Further reads of the same bytes right after such a failure fail at once, because the kernel repeats
+    /// failed reads.
     pub fn new(image: Arc<Image>, timeout: Option<Duration>) -> Self {
         Self {
             image,
@@ -75,18 +82,19 @@ impl Content {
         &self.image
     }
 
-    /// How long reads take.
+    /// How many reads there were, and how long they took.
     pub fn reads(&self) -> ReadStatus {
         self.reads.snapshot()
     }
 
-    /// What is wrong with reading, if anything is at the moment.
+    /// Describes the present problem with reading, if there is one.
     pub fn problem(&self) -> Option<String> {
         self.trouble.problem(self.image.landed())
     }
 
-    /// Fills `buf` with these parts if that needs no waiting; else false, and `buf` is garbage. The parts together are as long
-    /// as `buf` or longer. Ends with the first error of `parts`.
+    /// Fills `buf` with the bytes of `parts` and returns true if all of them are local. Otherwise returns false, and
+    /// the contents of `buf` are undefined. The parts together must be at least as long as `buf`. Returns the first
+    /// error of `parts`.
     pub fn read_local<E>(
         &self,
         parts: impl Iterator<Item = Result<Mapping, E>>,
@@ -119,8 +127,8 @@ impl Content {
         Ok(true)
     }
 
-    /// Like [`Content::read_local`], but waits for what is missing, at most for the timeout, and returns the first `length` bytes
-    /// of the parts.
+    /// Reads the first `length` bytes of the parts. Waits for missing bytes, at most for the timeout, whereas
+    /// [`Content::read_local`] never waits.
     pub async fn read(&self, parts: &[Mapping], length: usize) -> Result<Vec<u8>, ContentError> {
         let places = places(parts, length);
         let Some(timeout) = self.timeout else {
@@ -146,7 +154,8 @@ impl Content {
     ) -> Result<Vec<u8>, ContentError> {
         let waiting = self.reads.wait();
         let mut reading = std::pin::pin!(self.read_waiting(parts, length));
-        // What the reader waits for is asked for first, then what may be loaded with it.
+        // The first poll requests the bytes that the reader waits for. Bytes that the program may load are requested
+        // after it.
         if let Poll::Ready(result) = futures::poll!(&mut reading) {
             return result;
         }
@@ -189,14 +198,14 @@ impl Content {
         Ok(buf)
     }
 
-    /// Where the run of content around a place begins: mostly a file.
+    /// The layer and the start of the run of content around a place. A run is mostly one file.
     fn run_of(&self, place: &Place) -> (u32, u64) {
         let run = self.image.layer(place.layer).spans().run_around(place.device.start);
         (place.layer.0, run.map_or(place.device.start, |run| run.start))
     }
 }
 
-/// The places of the first `length` bytes of `parts`.
+/// The places of the first `length` bytes of `parts`, without holes.
 fn places(parts: &[Mapping], length: usize) -> Vec<Place> {
     let mut left = length;
     let mut places = Vec::new();

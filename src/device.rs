@@ -1,22 +1,24 @@
-//! A layer's data device on disk: one sparse file that fills as spans are decoded, with a checksum for every block of it.
+//! A layer's data device on disk: one sparse file that fills as spans are decoded, with a checksum for every block.
 //!
-//! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
+//! Several processes share the file without a daemon. These rules keep a wrong byte from being served:
 //!
-//! * Whoever fills a span has checked its bytes against the span's digest, and records a CRC-32C for each of its *fragments*
-//!   (blocks of 4096 bytes, cut where a span begins; see the module `geometry`). The checksum begins with the layer's digest and
-//!   the fragment's place. Every read compares every fragment that it touches with what is recorded ([`DataDevice::read`]). So
-//!   whatever happened to the file since, on this or any other machine, is found before a reader sees it: a flipped bit, a
-//!   write that was lost, a page of zeros, an older copy, another layer's file.
-//! * Fill: write the bytes, then the checksums, then set the span's record to present. Evict: set the record to absent, clear
-//!   the checksums, then punch the hole. A reader that meets either half-way finds a checksum of 0, or looks at the checksum
-//!   again and finds that it changed: the span counts as absent.
-//! * A span is filled or evicted only while holding its open-file-description lock ([`DataDevice::try_lock`]); the evictor uses
-//!   a descriptor of its own, so it conflicts with fillers of its own process too. A process that fails to keep this rule
-//!   costs a fetch and never a wrong byte.
-//! * A span whose fragment does not match is dropped ([`DataDevice::drop_span`]) and fetched again by whoever reads it.
+//! * A process that fills a span has checked its bytes against the span's digest. It records a CRC-32C for each
+//!   *fragment* of the span (a block of 4096 bytes, cut where a span begins; see the module `geometry`). The checksum
+//!   begins with the layer's digest and the fragment's place.
+//! * Every read compares every fragment that it touches with the recorded checksum ([`DataDevice::read`]). It
+//!   therefore finds any change of the file before a reader sees it, on this or any other machine: a flipped bit, a
+//!   lost write, a page of zeros, an older copy, another layer's file.
+//! * To fill a span, a process writes the bytes, then the checksums, then sets the span's record to present. To evict
+//!   a span, it sets the record to absent, clears the checksums, then punches the hole. A reader that meets either
+//!   half-way finds a checksum of 0. Otherwise it looks at the checksum again, and finds that it changed. The span
+//!   then counts as absent.
+//! * A process fills or evicts a span only while it holds the span's open-file-description lock
+//!   ([`DataDevice::try_lock`]). The evictor uses a file descriptor of its own, so that it also conflicts with
+//!   fillers of its own process. A process that breaks this rule costs a fetch and never a wrong byte.
+//! * A reader drops a span whose fragment does not match ([`DataDevice::drop_span`]), and fetches it again.
 //!
-//! A file gets its name when it is complete: empty (nothing present) or whole (everything present, written by a pass that
-//! verified the layer). A device belongs to one span index; one that cannot be written is only read.
+//! A file gets its name when it is complete: empty (no span is present) or whole (every span is present, written by a
+//! pass that verified the layer). A device belongs to one span index. A device that cannot be written is only read.
 
 mod budget;
 mod checksum;
@@ -50,7 +52,9 @@ use crate::span::{Piece, SpanMap};
 use crate::store::{LayerDir, Store};
 use crate::toc::DEVICE_BLOCK;
 
-/// How often one looks again before a span counts as damaged, or a device is opened although others make it at the same time.
+/// How often a read looks again before a span counts as damaged. It is also how often opening a device is tried while
+/// other processes make the device. A larger number reports real damage later. A smaller one reports damage in a span
+/// that other processes evict and fill.
 const LOOKS: usize = 3;
 
 /// Why the data device cannot be used. The layer goes on without it.
@@ -64,7 +68,7 @@ pub struct DeviceError {
 }
 
 impl DeviceError {
-    /// Whether the disk, or the user's share of it, is full.
+    /// Returns whether the disk, or the user's share of it, is full.
     pub fn is_full(&self) -> bool {
         matches!(
             self.source.kind(),
@@ -81,7 +85,7 @@ impl DeviceError {
     }
 }
 
-/// A sparse file with a layer's content and what is recorded about it.
+/// A sparse file with a layer's content, and with records and checksums of the content.
 #[derive(Debug)]
 pub struct DataDevice {
     file: Arc<DeviceFile>,
@@ -90,17 +94,18 @@ pub struct DataDevice {
 /// What a read of the device found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// The bytes, each of them checked.
+    /// The bytes, all of them checked.
     Bytes,
-    /// Some of it is not on the device.
+    /// Some of the bytes are not on the device.
     Absent,
-    /// This span is on the device, and is not what was written there.
+    /// This span is on the device, but its bytes are not those that were written.
     Damaged(u32),
 }
 
 impl DataDevice {
-    /// Opens the device of a layer with these spans; makes an empty one if there is none, or one that is of other spans, or is
-    /// damaged as a whole. One that may not be written is opened for reading, if it is there.
+    /// Opens the device of a layer with these spans. Makes an empty device if there is none. Replaces a device that
+    /// has other spans, or is damaged as a whole, by an empty one. A device that may not be written is opened for
+    /// reading, if it is there.
     pub fn open(store: &Store, dir: &LayerDir, spans: &dyn SpanMap) -> Result<Self, DeviceError> {
         let path = dir.data();
         Self::open_or_create(store, &path, Geometry::of(spans)).map_err(DeviceError::at(&path))
@@ -120,7 +125,7 @@ impl DataDevice {
                 },
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     if is_symlink(path) {
-                        // It leads nowhere, and is in the way.
+                        // The link leads nowhere, and is in the way.
                         clear_way(path)?;
                     }
                     let draft = store.draft().map_err(io::Error::other)?;
@@ -133,7 +138,8 @@ impl DataDevice {
         Err(io::Error::other("something else keeps coming in its place"))
     }
 
-    /// Starts a file for a pass that writes the whole layer. Nobody sees it before [`DeviceWriter::finish`].
+    /// Starts a file for a pass that writes the whole layer. The file becomes the layer's device in
+    /// [`DeviceWriter::finish`].
     pub fn create(store: &Store, dir: &LayerDir) -> Result<DeviceWriter, DeviceError> {
         let path = dir.data();
         let draft = store.layer_draft(dir).map_err(io::Error::other);
@@ -141,24 +147,25 @@ impl DataDevice {
         Ok(DeviceWriter::new(draft.map_err(DeviceError::at(&path))?, path, seed))
     }
 
-    /// Whether spans can be written to it.
+    /// Returns whether spans can be written to the device.
     pub fn is_writable(&self) -> bool {
         self.file.is_writable()
     }
 
-    /// Whether the span is recorded as present.
+    /// Returns whether the span is recorded as present.
     pub fn is_present(&self, span: u32) -> io::Result<bool> {
         Ok(self.file.record(span)?.present)
     }
 
-    /// For each of some spans, whether it is recorded as present.
+    /// Returns whether each of some spans is recorded as present.
     pub fn present(&self, spans: Range<u32>) -> io::Result<Vec<bool>> {
         let records = self.file.read_records(&*self.file.file()?, spans)?;
         Ok(records.into_iter().map(|record| record.present).collect())
     }
 
-    /// Fills `buf` from device offset `offset`, with checked bytes only; unless [`Found::Bytes`] comes back, `buf` is garbage.
-    /// `has_content` says of a range of the device whether any of it is content: what is not reads as zeros.
+    /// Fills `buf` with checked bytes from device offset `offset`. Unless the result is [`Found::Bytes`], `buf` is
+    /// garbage. `has_content` says whether a range of the device has any content. A range without content reads as
+    /// zeros.
     pub fn read(&self, offset: u64, buf: &mut [u8], has_content: impl Fn(Range<u64>) -> bool) -> io::Result<Found> {
         let found = self.read_unnoticed(offset, buf, &has_content)?;
         if found == Found::Bytes {
@@ -169,7 +176,7 @@ impl DataDevice {
         Ok(found)
     }
 
-    /// Reads like [`DataDevice::read`] without counting as a use of the spans.
+    /// Reads like [`DataDevice::read`], but does not count as a use of the spans.
     fn read_unnoticed(
         &self,
         offset: u64,
@@ -178,7 +185,7 @@ impl DataDevice {
     ) -> io::Result<Found> {
         let mut found = self.read_once(offset, buf, has_content)?;
         for _ in 0..LOOKS {
-            // A span that was evicted and filled again in the meantime looks damaged once.
+            // A span that another process evicted and filled again in the meantime looks damaged once.
             if !matches!(found, Found::Damaged(_)) {
                 break;
             }
@@ -197,7 +204,7 @@ impl DataDevice {
         };
         let file = self.file.file()?;
         let expected = self.expected(&file, &fragments)?;
-        // The fragments at both ends are read as a whole, to be checked.
+        // Read the fragments at both ends as a whole, since only whole fragments can be checked.
         let mut before = vec![0; (offset - first.range.start) as usize];
         let mut behind = vec![0; last.range.end.saturating_sub(end) as usize];
         let beyond = end.saturating_sub(last.range.end) as usize;
@@ -226,16 +233,18 @@ impl DataDevice {
         Ok(Found::Bytes)
     }
 
-    /// What it means that a fragment of content is not what `expected` says. Somebody may be filling or evicting its span.
+    /// Returns what it means that a fragment of content does not match `expected`. Another process may be filling or
+    /// evicting its span.
     fn mismatch(&self, fragment: &Fragment, expected: u32) -> io::Result<Found> {
         let owner = self.file.geometry().owner(fragment);
         let present = self.file.record(owner)?.present;
-        // An evictor clears the record first, and a filler writes it last: so this span should be here.
+        // An evictor clears the record first, and a filler writes it last. A span that is recorded as present should
+        // therefore be here.
         let stays = self.file.check(fragment.check)? == expected && (present || expected != 0);
         Ok(if stays { Found::Damaged(owner) } else { Found::Absent })
     }
 
-    /// What is recorded for consecutive fragments.
+    /// Returns the recorded checksums of consecutive fragments.
     fn expected(&self, file: &File, fragments: &[Fragment]) -> io::Result<Vec<u32>> {
         let blocks = || {
             fragments.iter().filter_map(|fragment| match fragment.check {
@@ -265,8 +274,9 @@ impl DataDevice {
         Ok(expected.collect())
     }
 
-    /// Takes the locks of those of `spans` (ascending) that nobody else fills or evicts at the moment; only their holder may
-    /// fill them. Returns the spans it got as well. Within a process no two holders may overlap: the kernel takes them for one.
+    /// Takes the locks of those of `spans` (ascending) that no other process fills or evicts at the moment. Only the
+    /// holder of a span's lock may fill the span. Also returns the spans whose locks it got. The spans of two holders
+    /// in one process must not overlap, because the kernel takes both for one holder.
     pub fn try_lock(&self, spans: &[u32]) -> io::Result<(SpanLock, Vec<u32>)> {
         let mut ranges: Vec<Range<u32>> = Vec::new();
         for &span in spans {
@@ -280,7 +290,8 @@ impl DataDevice {
         Ok((lock, held))
     }
 
-    /// Bytes on disk that the content of a span takes: pieces that are far apart take a block each, however short they are.
+    /// Returns the bytes on disk that the content of a span takes. Pieces that are far apart take a block each,
+    /// however short they are.
     pub fn footprint(pieces: &[Piece]) -> u64 {
         // Pieces ascend, and two of them can lie in one block.
         let (mut blocks, mut next) = (0, 0);
@@ -292,8 +303,9 @@ impl DataDevice {
         blocks * DEVICE_BLOCK
     }
 
-    /// Writes a span's content and marks it present. `bytes` are the span's uncompressed bytes, verified; `pieces` says which
-    /// of them are content, and where it goes. False if the lock is of another file, which has taken this one's place or had it.
+    /// Writes a span's content and marks the span present. `bytes` are the span's uncompressed bytes, verified.
+    /// `pieces` says which of them are content, and where that goes. Returns false if the lock is one of another
+    /// file, which replaced this file or was replaced by it.
     pub fn fill(&self, lock: &SpanLock, span: u32, pieces: &[Piece], bytes: &[u8]) -> io::Result<bool> {
         if !lock.is_of(&self.file) {
             return Ok(false);
@@ -324,7 +336,8 @@ impl DataDevice {
         Ok(true)
     }
 
-    /// Marks a span absent whose bytes are not what was written, so that it is fetched again. The caller holds its lock.
+    /// Marks a damaged span absent, so that a reader fetches it again. The caller holds the span's lock. Does nothing
+    /// if the lock is one of another file.
     pub fn drop_span(&self, lock: &SpanLock, span: u32) -> io::Result<()> {
         match lock.is_of(&self.file) {
             true => evict::clear(&self.file, span),
@@ -337,7 +350,7 @@ impl DataDevice {
 struct Stream<'a>([&'a [u8]; 3]);
 
 impl Stream<'_> {
-    /// CRC-32C of the next `count` bytes, from `crc` on.
+    /// Returns the CRC-32C of the next `count` bytes, continued from `crc`.
     fn checksum(&mut self, mut crc: u32, mut count: usize) -> u32 {
         for part in &mut self.0 {
             let (now, later) = part.split_at(part.len().min(count));

@@ -1,19 +1,23 @@
 //! The tree as an EROFS image: metadata that the Linux kernel, `fsck.erofs` and ocifs read alike.
 //!
-//! [`write()`] turns a [`crate::tree::Tree`] into the metadata of a virtual disk; [`Reader`] answers from those bytes without parsing
-//! them first. File content is not in the image: behind the metadata, the disk goes on with the layers' data devices end to end,
-//! so a file's first block says both which layer has the content and where.
+//! # How it works
+//! [`write()`] turns a [`crate::tree::Tree`] into the metadata of a virtual disk. [`Reader`] answers questions from
+//! these bytes without parsing them first. The image contains no file content. On the disk the layers' data devices
+//! follow the metadata, end to end. The first block of a file therefore says which layer has the content, and where.
 //!
 //! ```text
 //! | metadata | device of layer 0 | device of layer 1 | ...      blocks of 4 KiB, numbered with 32 bits: at most 16 TiB
 //! ```
 //!
-//! The format is the oldest one that can say everything (kernel 5.4; 5.15 when a sparse file needs chunks): extended inodes, plain
-//! files, small directories and symlinks behind their inode. Equal trees give equal bytes. A [`Nid`] is an inode's place in the
-//! image, hence the inode number on every host.
+//! The writer uses the oldest format that can express the tree: kernel 5.4, or 5.15 if a sparse file needs chunks.
+//! The image has extended inodes and plain files. Small directories and symlinks lie behind their inode.
 //!
-//! The reader trusts nothing: bytes that make no sense are a typed error, never a panic, an endless loop or a large allocation. It
-//! reads what this module writes and refuses other EROFS images that use more of the format.
+//! # Invariants
+//! - Equal trees give equal bytes.
+//! - A [`Nid`] is an inode's place in the image, so the inode number is the same on every host.
+//! - The reader trusts nothing. Bytes that make no sense are a typed error, never a panic, an endless loop or a large
+//!   allocation.
+//! - The reader reads what this module writes. The reader refuses EROFS images that use more of the format.
 
 mod dirent;
 mod format;
@@ -33,18 +37,18 @@ pub use xattr::{Xattr, XattrIter};
 
 use crate::tree::LayerIdx;
 
-/// Number of an inode: its byte offset in the image, divided by 32.
+/// Number of an inode: its byte offset in the image divided by 32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Nid(pub u64);
 
-/// Why a tree has no image, or an image no answer.
+/// Why a tree cannot become an image, or an image cannot answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ErofsError {
-    /// The image could not be stored.
+    /// An error of the output to which the image is written.
     #[error("cannot write the file system image")]
     Io(#[from] std::io::Error),
-    /// More blocks than 32 bits number.
+    /// An image with more blocks than 32 bits can number.
     #[error(
         "the image needs {metadata_blocks} blocks of metadata and {device_blocks} of content, and a disk has at most {} (16 TiB)",
         u32::MAX
@@ -55,105 +59,105 @@ pub enum ErofsError {
         /// Blocks of all data devices.
         device_blocks: u64,
     },
-    /// Sparse files that would need an unreasonable amount of metadata.
+    /// Sparse files that need an unreasonable amount of metadata.
     #[error("{} makes {chunks} chunks of sparse files, more than the {limit} one image may have", path.escape_ascii())]
     TooManyChunks {
-        /// The file that passed the limit.
+        /// Path of the file that exceeded the limit.
         path: Box<[u8]>,
-        /// Chunks of it and of files before it.
+        /// Chunks of that file and of all files before it.
         chunks: u64,
-        /// Chunks allowed.
+        /// Most chunks that are allowed.
         limit: u64,
     },
-    /// More metadata than may be held in memory.
+    /// Metadata that takes more memory than is allowed.
     #[error(
         "up to {}, the tree takes {} MiB, more than the {} MiB that are allowed; a larger --memory allows more",
         path.escape_ascii(), bytes.div_ceil(1 << 20), limit >> 20
     )]
     TooMuchMetadata {
-        /// The file that passed the limit.
+        /// Path of the file that exceeded the limit.
         path: Box<[u8]>,
-        /// Bytes with it.
+        /// Bytes of metadata up to and including that file.
         bytes: u64,
-        /// Bytes allowed.
+        /// Most bytes that are allowed.
         limit: u64,
     },
-    /// More extended attributes than an inode can have.
+    /// A file with more extended attributes than an inode can have.
     #[error("extended attributes of {} take {size} bytes, and at most {limit} fit", path.escape_ascii())]
     XattrsTooLarge {
-        /// The file.
+        /// Path of the file.
         path: Box<[u8]>,
-        /// Bytes as stored.
+        /// Size of the attributes as stored, in bytes.
         size: u64,
-        /// Bytes allowed.
+        /// Most bytes that are allowed.
         limit: u64,
     },
-    /// Content that lies outside the data device of its layer.
+    /// A file whose content lies outside the data device of its layer.
     #[error("content of {} lies outside the data device of layer {}", path.escape_ascii(), layer.0)]
     OutsideDevice {
-        /// The file.
+        /// Path of the file.
         path: Box<[u8]>,
         /// The layer that should have the content.
         layer: LayerIdx,
     },
-    /// A name, symlink or chunk list that breaks the promises of [`crate::tree::Tree`].
+    /// A name, symlink or chunk list that violates the invariants of [`crate::tree::Tree`].
     #[error("{} cannot be stored: {what}", path.escape_ascii())]
     Unstorable {
-        /// The file, or the directory of the name.
+        /// Path of the file, or of the directory that has the name.
         path: Box<[u8]>,
-        /// What is wrong with it.
+        /// What is wrong with the file or the directory.
         what: &'static str,
     },
-    /// Not the number of bytes the superblock and the device sizes tell of.
+    /// An image whose length differs from what the superblock and the device sizes say.
     #[error("the file system image has {size} bytes instead of {expected}")]
     Truncated {
-        /// Bytes there are.
+        /// Length of the image in bytes.
         size: u64,
-        /// Bytes there should be.
+        /// Expected length in bytes.
         expected: u64,
     },
-    /// No EROFS superblock.
+    /// An image without an EROFS superblock.
     #[error("not an erofs image: magic {magic:#010x}")]
     NotErofs {
-        /// What stands where the magic number should.
+        /// The four bytes in the place of the magic number.
         magic: u32,
     },
-    /// The first block was altered.
+    /// An image whose first block was altered.
     #[error("the superblock is corrupt: checksum {found:#010x}, computed {computed:#010x}")]
     Checksum {
-        /// As stored.
+        /// Checksum that the superblock states.
         found: u32,
-        /// As computed.
+        /// Checksum computed from the block.
         computed: u32,
     },
-    /// An EROFS image of another program.
+    /// An EROFS image that another program wrote.
     #[error("the erofs image was not written by ocifs: it has {what}")]
     Foreign {
-        /// What ocifs does not write.
+        /// The part of the image that ocifs does not write.
         what: &'static str,
     },
-    /// The image belongs to other data devices than those given.
+    /// An image that belongs to other data devices than the given ones.
     #[error("the image counts {blocks} blocks, fewer than its data devices have ({device_blocks})")]
     DeviceMismatch {
-        /// Blocks of metadata and devices as the superblock has it.
+        /// Blocks of metadata and devices, as the superblock states.
         blocks: u64,
-        /// Blocks of the devices given.
+        /// Blocks of the given devices.
         device_blocks: u64,
     },
-    /// An inode, or something that belongs to it, makes no sense.
+    /// An inode that makes no sense, or something that belongs to the inode.
     #[error("inode {nid} of the image is corrupt: {what}")]
     Corrupt {
-        /// The inode.
+        /// Number of the inode.
         nid: u64,
-        /// What makes no sense.
+        /// The part that makes no sense.
         what: &'static str,
     },
-    /// The inode is of another type than the question.
+    /// An inode of a different type than the caller asked for.
     #[error("inode {nid} is no {wanted}")]
     WrongType {
-        /// The inode.
+        /// Number of the inode.
         nid: u64,
-        /// What it would have to be.
+        /// Type that the caller asked for.
         wanted: &'static str,
     },
 }

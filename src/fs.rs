@@ -1,10 +1,11 @@
-//! The file system without a kernel: names, attributes and bytes of an image.
+//! The file system of an image, independent of the kernel: names, attributes and bytes.
 //!
-//! Metadata comes straight from the tree in memory and never waits. A read is turned into places in the layers and asked of the
-//! content ([`crate::content`]). Nothing here knows FUSE; errno is chosen in [`error`] and nowhere else.
+//! Metadata comes from the tree in memory, so metadata operations never wait. A read is split into ranges of the
+//! layers' data devices, which the content ([`crate::content`]) delivers. Nothing in this module knows FUSE. Only
+//! [`error`] chooses errno values.
 //!
-//! Inode numbers are the EROFS nids of the tree, so they are the same on every host and after every remount, and there is no
-//! lookup count to keep.
+//! Inode numbers are the EROFS nids of the tree. An inode has one number on every host and after every remount, and
+//! no lookup count is needed.
 
 pub mod error;
 pub mod kernel;
@@ -19,7 +20,7 @@ use crate::erofs::{ErofsError, FileType, Inode, Mapping, Nid};
 use crate::image::Image;
 use crate::toc::DEVICE_BLOCK;
 
-/// What stat(2) shows.
+/// The attributes of an inode as stat(2) shows them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attr {
     /// Inode number.
@@ -33,11 +34,11 @@ pub struct Attr {
 pub struct DirEntry<'a> {
     /// Inode number.
     pub ino: Nid,
-    /// Where to continue after this entry.
+    /// Position from which to list the entries after this one.
     pub next: u64,
     /// Type.
     pub file_type: FileType,
-    /// Name; `.` and `..` are entries like others.
+    /// Name; `.` and `..` are entries like all others.
     pub name: &'a [u8],
 }
 
@@ -50,14 +51,14 @@ pub struct FsStat {
     pub inodes: u64,
 }
 
-/// An image as a file system.
+/// The file system of one image.
 #[derive(Debug, Clone)]
 pub struct ImageFs {
     content: Arc<Content>,
 }
 
 impl ImageFs {
-    /// The files of an image with this content.
+    /// A file system over the files of the image with this content.
     pub fn new(content: Arc<Content>) -> Self {
         Self { content }
     }
@@ -67,7 +68,7 @@ impl ImageFs {
         self.image().tree().root()
     }
 
-    /// The image behind it.
+    /// The image whose files this file system shows.
     pub fn image(&self) -> &Arc<Image> {
         self.content.image()
     }
@@ -86,7 +87,8 @@ impl ImageFs {
         }
     }
 
-    /// Entries of a directory from `position` on (0, or a [`DirEntry::next`]), until `visit` says false.
+    /// Passes the entries of a directory from `position` on (0, or a [`DirEntry::next`]) to `visit`, until `visit`
+    /// returns false.
     pub fn read_dir(
         &self,
         ino: Nid,
@@ -127,12 +129,12 @@ impl ImageFs {
         Ok(names)
     }
 
-    /// Whether any inode has extended attributes; if not, nobody needs to ask.
+    /// Whether any inode has extended attributes. If none has, the kernel need not ask for them.
     pub fn has_xattrs(&self) -> bool {
         self.image().tree().has_any_xattr()
     }
 
-    /// Whether any inode has an access control list; if not, modes and owners decide everything.
+    /// Whether any inode has an access control list. If none has, modes and owners decide about all permissions.
     pub fn has_acls(&self) -> bool {
         self.image().tree().has_any_acl()
     }
@@ -146,8 +148,9 @@ impl ImageFs {
         }
     }
 
-    /// Fills `buf` from `offset` of a regular file if that needs no waiting. Returns the bytes read (short at the end of the
-    /// file), or nothing if it has to wait.
+    /// Fills `buf` with bytes of a regular file from `offset` on if all of them are local. Returns the number of
+    /// bytes read, which is smaller than `buf` only at the end of the file. Returns `None` if the read would have to
+    /// wait.
     pub fn read_local(&self, ino: Nid, offset: u64, buf: &mut [u8]) -> Result<Option<usize>, FsError> {
         let length = self.readable(ino, offset, buf.len())?;
         let parts = self.parts(ino, offset, length);
@@ -155,14 +158,14 @@ impl ImageFs {
         Ok(here.then_some(length))
     }
 
-    /// Like [`ImageFs::read_local`], but waits for what is missing, at most for the timeout of the content.
+    /// Reads like [`ImageFs::read_local`], but waits for missing bytes, at most for the timeout of the content.
     pub async fn read(&self, ino: Nid, offset: u64, size: usize) -> Result<Vec<u8>, FsError> {
         let length = self.readable(ino, offset, size)?;
         let parts: Vec<Mapping> = self.parts(ino, offset, length).collect::<Result<_, _>>()?;
         Ok(self.content.read(&parts, length).await?)
     }
 
-    /// Where `length` bytes of a file from `offset` on are, all of which lie within the file.
+    /// The places of `length` bytes of a file from `offset` on. All of these bytes must lie within the file.
     fn parts(&self, ino: Nid, offset: u64, length: usize) -> impl Iterator<Item = Result<Mapping, ErofsError>> {
         let end = offset + length as u64;
         let mut at = offset;
@@ -178,7 +181,7 @@ impl ImageFs {
         })
     }
 
-    /// How many of `size` bytes at `offset` lie within the file.
+    /// Returns how many of `size` bytes at `offset` lie within the file.
     fn readable(&self, ino: Nid, offset: u64, size: usize) -> Result<usize, FsError> {
         let inode = self.image().tree().inode(ino)?;
         match inode.file_type {
@@ -189,8 +192,8 @@ impl ImageFs {
     }
 }
 
-/// Modification time as the standard library has it. Times before the epoch count down to the second and then up by the
-/// nanoseconds.
+/// The modification time as a [`SystemTime`]. For times before the epoch, the seconds are negative and the
+/// nanoseconds are added to them.
 pub fn mtime(inode: &Inode) -> SystemTime {
     let nanoseconds = Duration::from_nanos(inode.mtime_nsec.into());
     let seconds = Duration::from_secs(inode.mtime.unsigned_abs());

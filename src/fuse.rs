@@ -1,12 +1,15 @@
-//! FUSE front end: carries [`ImageFs`] to the kernel. The only module that knows fuser.
+//! FUSE front end: connects [`ImageFs`] to the kernel. Only this module knows fuser.
 //!
-//! What makes it fast is what the kernel is told never to ask again: names, attributes, absent names, links and pages of an
-//! immutable tree stay valid for ever; OPEN and OPENDIR are answered ENOSYS once, after which the kernel sends no OPEN,
-//! RELEASE, FLUSH at all and keeps pages and directories cached. Hits are answered on the thread that took the request; a
-//! read that has to wait becomes a task that answers later, so waiting reads never hold up others.
+//! The front end is fast because the kernel caches almost everything. Names, attributes, absent names, links and
+//! pages of an immutable tree stay valid for ever. OPEN and OPENDIR are answered with ENOSYS once. After that the
+//! kernel sends no OPEN, RELEASE or FLUSH at all, and keeps pages and directories cached.
 //!
-//! The session starts when the tree is ready, or when preparing it does not come on. Until then requests wait inside the
-//! kernel, where a fatal signal ends the waiting process at once. Once a request was handed over, the module `watch` looks after that.
+//! The thread that took a request answers hits itself. A read that has to wait becomes a task that answers later, so
+//! waiting reads never delay others.
+//!
+//! The session starts when the tree is ready, or when the preparation of the image stalls. Until then requests wait
+//! inside the kernel, where a fatal signal ends the waiting process at once. Once the session has taken a request,
+//! the module `watch` ends its wait after a signal.
 
 mod attr;
 mod served;
@@ -33,16 +36,16 @@ use crate::erofs::Nid;
 use crate::fs::kernel::{NOT_NEEDED, VALID};
 use crate::fs::{FsError, ImageFs, ToErrno as _};
 
-/// A READ of the kernel is at most this long; one page array (fs.fuse.max_pages_limit) is 1 MiB.
+/// Largest READ of the kernel: one page array (fs.fuse.max_pages_limit) is 1 MiB.
 const MAX_READ: u32 = 1 << 20;
-/// Readahead requests in flight. Each may wait for the network, and what is beyond waits inside the kernel without a deadline:
-/// so as many as there can be readers who wait.
+/// Readahead requests in flight. Each may wait for the network. Further requests wait inside the kernel, which has no
+/// deadline for them. So the limit is as large as the number of readers that may wait at once.
 const MAX_BACKGROUND: u16 = 512;
-/// Threads taking requests. One is woken on the other CPU for each request, which costs more than serving it; several
-/// find one still awake.
+/// Threads that take requests. The kernel would wake a single thread on another CPU for each request, which costs
+/// more than serving it. With several threads, a request mostly finds one that is still awake.
 const THREADS: usize = 8;
 
-/// Who may use the mount.
+/// Users that may use the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// Everybody, as modes and owners allow.
@@ -54,7 +57,7 @@ pub enum Access {
 }
 
 impl Access {
-    /// The part that fuser decides.
+    /// The part of the access check that fuser does.
     fn session(self) -> SessionACL {
         match self {
             Self::Everybody => SessionACL::All,
@@ -62,10 +65,12 @@ impl Access {
         }
     }
 
-    /// What the kernel can decide of it besides modes and owners, for a tree that has access control lists or not.
+    /// Flags for the access checks that the kernel can do besides modes and owners. `has_acls` says whether the tree
+    /// has access control lists.
     ///
-    /// Either flag makes the kernel check permissions, which a mount without check must not have. Lists are looked up for each
-    /// inode once, which costs a round trip, so they are asked for only where there are some.
+    /// Either flag makes the kernel check permissions, which it must not do for [`Access::OwnerWithoutCheck`]. The
+    /// kernel looks up the list of each inode once, which costs a round trip. So lists are requested only if there
+    /// are some.
     fn flags(self, has_acls: bool) -> InitFlags {
         let acl = if has_acls {
             InitFlags::FUSE_POSIX_ACL
@@ -73,7 +78,7 @@ impl Access {
             InitFlags::empty()
         };
         match self {
-            // Nobody but the owner's user id passes in a private mount, and an ID-mapped one has others.
+            // A private mount lets only the owner's user id in, but an ID-mapped mount has other user ids.
             Self::Everybody => acl | InitFlags::FUSE_ALLOW_IDMAP,
             Self::Owner => acl,
             Self::OwnerWithoutCheck => InitFlags::empty(),
@@ -81,7 +86,7 @@ impl Access {
     }
 }
 
-/// Serves requests from `fuse` (an open /dev/fuse that is mounted) until it is unmounted. Blocks.
+/// Serves requests from `fuse` (an open /dev/fuse that is mounted) until the file system is unmounted. Blocks.
 /// `runtime` runs the reads that have to wait.
 pub fn serve(fuse: OwnedFd, access: Access, served: Arc<Served>, runtime: Handle) -> io::Result<()> {
     let mut config = Config::default();
@@ -108,7 +113,7 @@ struct Adapter {
     runtime: Handle,
 }
 
-/// A reply that can be an error: all of them.
+/// Replies that can be an error; all of them can.
 trait Refuse: Send + 'static {
     fn refuse(self, errno: Errno);
 }
@@ -135,7 +140,7 @@ refuse!(
 );
 
 impl Adapter {
-    /// Answers from the image: at once if it is here, else when it is.
+    /// Answers a request from the image: at once if the image is ready, otherwise when it becomes ready.
     fn answer<R: Refuse>(&self, request: &Request, reply: R, answer: impl FnOnce(&ImageFs, R) + Send + 'static) {
         if let Some(fs) = self.served.ready() {
             return answer(fs, reply);
@@ -149,7 +154,7 @@ impl Adapter {
             };
             match image {
                 Ok(fs) => answer(&fs, reply),
-                // Who prepares the image has said why.
+                // The task that prepares the image has logged the reason.
                 Err(error) => reply.refuse(errno(&error)),
             }
         });
@@ -160,7 +165,7 @@ fn nid(fs: &ImageFs, ino: INodeNo) -> Nid {
     fs.inode(ino.0)
 }
 
-/// See [`NOT_NEEDED`].
+/// The errno of [`NOT_NEEDED`] for fuser.
 fn not_needed() -> Errno {
     Errno::from_i32(NOT_NEEDED as i32)
 }
@@ -175,7 +180,7 @@ fn attr_of(fs: &ImageFs, ino: INodeNo) -> Result<fuser::FileAttr, Errno> {
     Ok(attr::to_fuse(fs, &found.map_err(report)?))
 }
 
-/// Logs an error where it leaves the program, and turns it into fuser's errno.
+/// Logs an error that a program will see, and returns fuser's errno for it.
 fn report(error: FsError) -> Errno {
     tracing::error!(%error, "answering a request with an error");
     errno(&error)
@@ -185,7 +190,7 @@ fn errno(error: &FsError) -> Errno {
     Errno::from_i32(error.errno() as i32)
 }
 
-/// Answers getxattr or listxattr. Both ask for the size first, with an empty buffer.
+/// Answers getxattr or listxattr. A program first asks for the size, with an empty buffer.
 fn reply_sized(reply: ReplyXattr, size: u32, data: &[u8]) {
     if size == 0 {
         reply.size(data.len() as u32);
@@ -205,15 +210,16 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_NO_OPEN_SUPPORT
             | InitFlags::FUSE_NO_OPENDIR_SUPPORT;
-        // What is not known yet may have some.
+        // An image that is not ready may have access control lists.
         let has_acls = self.served.ready().is_none_or(ImageFs::has_acls);
         let wanted = wanted | self.access.flags(has_acls);
-        // Old kernels lack some: then something is slower, or an ID-mapped mount is refused.
+        // Old kernels lack some of these capabilities. Without them an operation is slower, or the kernel refuses
+        // ID-mapped mounts.
         let offered = wanted & config.capabilities();
         if let Err(refused) = config.add_capabilities(offered) {
             tracing::warn!(?refused, "the kernel offers a capability and refuses it");
         }
-        // The nearest value the kernel takes is as good.
+        // If the kernel does not take a value, the nearest one that it takes is as good.
         let _ = config.set_max_write(MAX_READ);
         let _ = config.set_max_background(MAX_BACKGROUND);
         let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
@@ -360,7 +366,8 @@ impl Filesystem for Adapter {
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        // Always served, unlike getxattr: it is rare, and programs take "not supported" for an error here.
+        // Unlike getxattr, listxattr is always served: it is rare, and programs treat "not supported" as an error
+        // here.
         self.answer(request, reply, move |fs, reply| {
             match fs.xattr_names(nid(fs, ino)).map_err(report) {
                 Ok(names) => {
@@ -373,8 +380,9 @@ impl Filesystem for Adapter {
     }
 
     fn access(&self, request: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
-        // With default_permissions, which a mount that others may use has, the kernel does not ask: it decides by mode and
-        // owner. In a private mount its owner may read all, but a program is one only if somebody may execute it.
+        // With default_permissions, the kernel does not send ACCESS but decides by mode and owner. A mount that
+        // others may use has this option. In a private mount the owner may read everything, but may execute a file
+        // only if it has an execute bit.
         self.answer(request, reply, move |fs, reply| match attr_of(fs, ino) {
             Err(errno) => reply.error(errno),
             Ok(_) if mask.contains(AccessFlags::W_OK) => reply.error(Errno::EROFS),
@@ -388,10 +396,10 @@ impl Filesystem for Adapter {
     }
 }
 
-/// Answers a read if that needs no waiting; else the reply comes back.
+/// Answers a read if all bytes are local. Otherwise returns the reply to the caller.
 fn read_at_once(fs: &ImageFs, nid: Nid, offset: u64, size: usize, reply: ReplyData) -> Option<ReplyData> {
     READ_BUFFER.with_borrow_mut(|buffer| {
-        // It only grows: clearing it again for every other read would cost as much as the copy.
+        // The buffer only grows: clearing it again for every read would cost as much as the copy.
         if buffer.len() < size {
             buffer.resize(size, 0);
         }
@@ -405,6 +413,6 @@ fn read_at_once(fs: &ImageFs, nid: Nid, offset: u64, size: usize, reply: ReplyDa
 }
 
 thread_local! {
-    /// One buffer per dispatch thread: an allocation of a megabyte for each read would cost more than the copy.
+    /// One buffer per thread that takes requests. Allocating a megabyte for each read would cost more than the copy.
     static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }

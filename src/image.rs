@@ -1,11 +1,14 @@
 //! An image opened for reading: its merged tree and its layers.
 //!
-//! [`Preparation`] is what is known once manifest and config are here: enough to mount. [`Preparation::finish`] then opens all
-//! layers side by side (from the store, or by streaming each once) and merges their tables into the tree, unless the store
-//! has the tree of this very manifest.
+//! A [`Preparation`] knows manifest and config, which is enough to mount. [`Preparation::finish`] opens all layers
+//! side by side, from the store or by streaming each once. Then `finish` merges their tables into the tree, unless
+//! the store has the tree of this manifest.
 //!
-//! Invariants: manifest and config are verified; a layer in use was verified against its digest and diffID, here or by the
-//! process that put its index into the store; the tree is made from such layers only.
+//! Invariants:
+//! - Manifest and config are verified.
+//! - Each layer in use was verified against its digest and diffID. Either this process verified the layer, or the
+//!   process that put the layer's index into the store did.
+//! - The tree is made only from such layers.
 
 mod early;
 mod kept;
@@ -49,29 +52,30 @@ use crate::store::{Store, StoreError};
 use crate::toc::PackedToc;
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
 
-/// Layers that are being opened at a time. Each has a few files open meanwhile, of which a process may not have many.
+/// Number of layers that are opened at the same time. Each has a few files open meanwhile, and a process may open
+/// only a limited number.
 const OPENING: usize = 64;
 
-/// Why an image cannot be made readable.
+/// Why an image cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
-    /// A blob could not be had.
+    /// A blob could not be fetched.
     #[error(transparent)]
     Blob(#[from] BlobError),
     /// A layer could not be opened.
     #[error(transparent)]
     Layer(#[from] OpenError),
-    /// The layers do not fit together.
+    /// The layers cannot be merged.
     #[error("cannot merge the layers: {0}")]
     Merge(#[from] TreeError),
     /// The tree could not be written or read back.
     #[error("cannot build the tree: {0}")]
     Tree(#[from] ErofsError),
-    /// The tree is larger than may be held in memory.
+    /// The tree takes more memory than the image is allowed.
     #[error("the tree of the image takes {0}")]
     TooMuchMemory(#[from] OverLimit),
-    /// The tree could not be read from the store.
+    /// The store could not be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A data device could not be read.
@@ -82,19 +86,19 @@ pub enum ImageError {
     Interrupted,
 }
 
-/// Why not all of an image is in the store.
+/// Why a part of an image is not in the store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompleteError {
-    /// Some of it could not be fetched.
+    /// A span could not be fetched.
     #[error(transparent)]
     Layer(#[from] LayerError),
-    /// Some of it was fetched and is not in the store.
+    /// Spans are missing in the store, although no fetch failed.
     #[error("{}", not_kept(*spans, problem.as_deref()))]
     NotKept {
-        /// Spans that are not there.
+        /// Number of spans that are not in the store.
         spans: usize,
-        /// Why the store cannot be written; if it can, the image is larger than the store may be.
+        /// Why the store cannot be written. If it can be written, the image is larger than the store may be.
         problem: Option<String>,
     },
 }
@@ -106,16 +110,16 @@ fn not_kept(spans: usize, problem: Option<&str>) -> String {
     }
 }
 
-/// What an image does that is being prepared.
+/// What the preparation of an image is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Activity {
-    /// Compressed bytes that have come.
+    /// Compressed bytes that have arrived.
     pub bytes: u64,
-    /// How often other processes, which stream some of the layers, have shown that they get on: about once a second each.
+    /// How often other processes that stream some of the layers have shown progress: about once a second each.
     pub beats: u64,
-    /// This machine has something to do: it decodes what has come, or merges the layers.
+    /// Whether this machine has work to do: decoding the arrived bytes, or merging the layers.
     pub working: bool,
-    /// Bytes per second that are worth waiting for, as the links to the layers are.
+    /// Bytes per second that are worth waiting for, on the best link to a layer.
     pub useful_rate: f64,
 }
 
@@ -125,7 +129,7 @@ pub struct Preparation {
     source: Arc<dyn ImageSource>,
     resolved: Arc<ResolvedImage>,
     stats: HashMap<Digest, Arc<LayerStats>>,
-    /// Those that were opened.
+    /// Sources of the layers, as far as they are known.
     blobs: Mutex<HashMap<Digest, Arc<dyn BlobSource>>>,
     /// The layers, once they are open.
     layers: watch::Sender<Option<Arc<Layers>>>,
@@ -134,7 +138,7 @@ pub struct Preparation {
 }
 
 impl Preparation {
-    /// Nothing is fetched yet.
+    /// A preparation of the image, which has fetched nothing yet.
     pub fn new(source: Arc<dyn ImageSource>, resolved: ResolvedImage) -> Self {
         let stats = resolved.layers().iter().map(|d| {
             let size = u64::try_from(d.size).unwrap_or(0);
@@ -156,18 +160,18 @@ impl Preparation {
         &self.resolved
     }
 
-    /// What this image has in common with its other versions.
+    /// Name that this image has in common with its other versions.
     pub fn repository(&self) -> String {
         self.source.repository()
     }
 
-    /// Counters per layer, base first, before there is an image.
+    /// Returns the counters of each layer, base first, also before the image is ready.
     pub fn status(&self) -> Vec<LayerStatus> {
         let layers = self.resolved.layers().iter();
         layers.map(|d| self.stats[&d.digest].snapshot(&d.digest)).collect()
     }
 
-    /// What it does at the moment.
+    /// Returns what the preparation is doing.
     pub fn activity(&self) -> Activity {
         let stats = self.stats.values();
         let blobs = self.blobs.lock().expect("no panic while locked");
@@ -179,12 +183,12 @@ impl Preparation {
         }
     }
 
-    /// Why layers do not come that are asked for again.
+    /// Why the last request for a layer failed, if such a request is being retried.
     pub fn trouble(&self) -> Option<String> {
         self.stats.values().find_map(|stats| stats.trouble())
     }
 
-    /// The layers, as soon as [`Preparation::finish`] has opened them.
+    /// Waits until [`Preparation::finish`] has opened the layers, and returns them.
     async fn layers(&self) -> Arc<Layers> {
         let mut layers = self.layers.subscribe();
         let opened = layers.wait_for(Option::is_some).await;
@@ -192,15 +196,15 @@ impl Preparation {
         opened.clone().expect("that was waited for")
     }
 
-    /// Opens all layers and the tree, once: whoever asks meanwhile waits for the same image. A stored table of contents that
-    /// is damaged is made again.
+    /// Opens all layers and the tree, once: concurrent callers wait for the same image. A damaged table of contents
+    /// in the store is made again.
     pub async fn finish(&self, context: &LayerContext) -> Result<Arc<Image>, ImageError> {
         let opening = || async { self.open(context).await.map(Arc::new) };
         self.image.get_or_try_init(opening).await.cloned()
     }
 
     async fn open(&self, context: &LayerContext) -> Result<Image, ImageError> {
-        // Each layer's table can be damaged, and each is made again once.
+        // The table of each layer may be damaged, and each is made again once.
         for _ in self.resolved.layers() {
             match self.assemble(context).await {
                 Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
@@ -261,7 +265,8 @@ impl Preparation {
         })
     }
 
-    /// The largest layer starts first, because it ends last; the small ones then fill the other places.
+    /// Opens all layers. The largest layer starts first, because it ends last. The small layers then use the other
+    /// places.
     async fn open_layers(&self, context: &LayerContext) -> Result<HashMap<Digest, Opened>, ImageError> {
         let mut order: Vec<usize> = (0..self.resolved.layers().len()).collect();
         order.sort_by_key(|&i| self.resolved.layers()[i].size);
@@ -295,7 +300,7 @@ impl Preparation {
         Ok(opened)
     }
 
-    /// A layer's bytes are there.
+    /// Records the source of a layer, whose blob was found.
     fn found(&self, digest: &Digest, blob: &Arc<dyn BlobSource>) {
         let mut blobs = self.blobs.lock().expect("no panic while locked");
         blobs.insert(digest.clone(), blob.clone());
@@ -316,7 +321,7 @@ impl Preparation {
     }
 }
 
-/// What the image's programs need: as it is kept, or put together now.
+/// Returns the needs of the image's programs from the store, or finds them and keeps them there.
 fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[Digest]) -> Option<Programs> {
     store.root()?;
     Programs::stored(store, manifest).or_else(|| {
@@ -331,10 +336,10 @@ fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[
     })
 }
 
-/// Tables of contents that the store does not have, with the memory they take.
+/// Tables of contents that the store does not have, with their memory charges.
 type Tocs = HashMap<Digest, Option<(PackedToc, Charge)>>;
 
-/// Merges the layers' tables, base first, one in memory at a time if the store has them.
+/// Merges the layers' tables, base first. Only one table is in memory at a time if the store has them.
 fn merge(store: &Store, order: &[Digest], tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
     let mut merger = Merger::charged(tables.charge())?;
     for (position, digest) in order.iter().enumerate() {
@@ -364,14 +369,15 @@ fn merge(store: &Store, order: &[Digest], tocs: &Tocs, tables: &Arc<Allowance>) 
 pub struct Image {
     resolved: Arc<ResolvedImage>,
     tree: Reader<Vec<u8>>,
-    /// Memory of the tree.
+    /// Memory charge of the tree.
     _charge: Charge,
     layers: Arc<Layers>,
-    /// What its programs need, if that is known.
+    /// The needs of the image's programs, if they are known.
     programs: Option<Programs>,
-    /// Whether what was not read yet may be guessed.
+    /// Whether more may be fetched ahead of readers; see [`Image::be_eager`].
     eager: AtomicBool,
-    /// Where what is fetched ahead is fetched: reads that need no waiting come from threads that belong to no runtime.
+    /// Runtime of the requests ahead of readers. Reads that need no waiting come from threads that belong to no
+    /// runtime.
     runtime: Handle,
     health: Arc<Health>,
 }
@@ -387,10 +393,10 @@ impl Image {
         &self.tree
     }
 
-    /// The layer at a position, 0 is the base.
+    /// Returns the layer at a position; 0 is the base.
     ///
     /// # Panics
-    /// If the image has no such layer; positions in the tree are checked when it is opened.
+    /// If the image has no such layer. Positions in the tree are checked when it is opened.
     pub fn layer(&self, position: LayerIdx) -> &Arc<Layer> {
         &self.layers.all[position.0 as usize]
     }
@@ -400,12 +406,12 @@ impl Image {
         &self.layers.all
     }
 
-    /// Spans of all layers that this image has fetched.
+    /// Number of spans that this image has fetched, over all layers.
     pub fn landed(&self) -> u64 {
         self.layers.all.iter().map(|layer| layer.stats().spans_landed()).sum()
     }
 
-    /// From now on more may be fetched ahead of readers who wait, see [`Layer::be_eager`], and what programs need.
+    /// Allows fetching more ahead of readers: what [`Layer::be_eager`] allows, and the files that programs need.
     pub fn be_eager(&self) {
         self.eager.store(true, Ordering::Relaxed);
         for layer in &self.layers.all {
@@ -413,8 +419,9 @@ impl Image {
         }
     }
 
-    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint, and from then on what
-    /// it says is guessed at like anything else. If it says nothing, the image's own program is expected.
+    /// Fetches the content that a profile names, in its order. Returns at the first error. The profile is only a
+    /// hint: after an error, readahead guesses about its spans like about all others. If the profile is empty,
+    /// fetches the files of the image's own program.
     pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
         match profile.touches.is_empty() {
             true => {
@@ -425,7 +432,7 @@ impl Image {
         }
     }
 
-    /// Fetches every span that is not on the local devices. When this succeeds, no registry is needed any more.
+    /// Fetches every span that is not on the local devices. After success, the image needs no registry.
     pub async fn complete(&self) -> Result<(), CompleteError> {
         match self.layers.complete().await? {
             0 => Ok(()),
@@ -436,12 +443,12 @@ impl Image {
         }
     }
 
-    /// The way to the largest layer, for most of the bytes come from where that one does.
+    /// The link to the largest layer: most bytes come over it.
     pub fn link(&self) -> Option<Link> {
         self.layers.link()
     }
 
-    /// Begins to listen to what is read.
+    /// Starts to record the reads of the image.
     pub fn record(&self) -> Arc<Recorder> {
         let recorder = Arc::new(Recorder::default());
         for (layer, position) in self.layers.all.iter().zip(0..) {
@@ -450,7 +457,7 @@ impl Image {
         recorder
     }
 
-    /// Counters per layer, base first.
+    /// Returns the counters of each layer, base first.
     pub fn status(&self) -> Vec<LayerStatus> {
         self.layers.all.iter().map(|layer| layer.status()).collect()
     }

@@ -1,10 +1,13 @@
 //! Span index: how to decode a layer from the middle.
 //!
-//! A compressed layer can be read only from its first byte on. One full pass over it ([`LayerDecoder`]) finds the places where
-//! decoding can begin again, the *restarts*, and cuts the tar into *spans*. [`SpanIndexBuilder`] turns that into a
-//! [`SpanIndex`], a small file kept beside the layer. With it, any part of the tar is had by fetching the compressed bytes of
-//! a few spans ([`SpanIndex::blob_range`]) and decoding these ([`SpanIndex::decoder`]); each span is verified by its digest
-//! before it is delivered.
+//! # How it works
+//! A compressed layer can be read only from its first byte on. One full pass over the layer ([`LayerDecoder`]) finds
+//! the *restarts*, the places where decoding can begin again. The pass also cuts the tar into *spans*.
+//! [`SpanIndexBuilder`] makes a [`SpanIndex`] from both, a small file that is kept beside the layer.
+//!
+//! With the index, a reader can get any part of the tar. The reader fetches the compressed bytes of a few spans
+//! ([`SpanIndex::blob_range`]) and decodes them ([`SpanIndex::decoder`]). The decoder verifies each span by its
+//! digest before it delivers the span.
 //!
 //! ```text
 //! first pass   blob bytes -> LayerDecoder --+-- span, bytes, window --> SpanIndexBuilder -> SpanIndex -> file
@@ -18,17 +21,21 @@
 //! | zstd | a frame | its byte position |
 //!
 //! # Windows are sparse
-//! Of a window only those bytes are kept that the 32 KiB of output after the restart read from it; the rest is zero, and the
-//! whole is compressed: about 2 KB instead of 32. That is enough for decoding from a restart to the very end of the blob, past
-//! any number of other restarts: a reference reaches at most 32 KiB back, so once 32 KiB are decoded none reaches the window
-//! any more; and up to there all its reads were recorded when the index was made. A read of what an earlier reference copied
-//! out of the window is a read of the output, which is complete.
+//! The index keeps only those bytes of a window that the 32 KiB of output after the restart read from it. The other
+//! bytes are zero, and the window is compressed. A window then takes about 2 KB instead of 32.
+//!
+//! A sparse window is enough to decode from its restart to the end of the blob, past any number of other restarts. A
+//! back-reference reaches at most 32 KiB back, so no reference behind the first 32 KiB of output reads the window.
+//! The first pass recorded all window reads of these first 32 KiB. A later reference may read bytes that an earlier
+//! one copied from the window. The later reference then reads the output, which is complete.
 //!
 //! # Invariants
-//! Spans are never empty, follow each other without gaps and are at most [`MAX_SPAN`] long; the first one is a restart.
-//! Whatever the bytes of a blob or an index file are, decoding them does not panic, and memory is bounded: by the decoder's
-//! fixed buffers, one span, and the zstd window limit of 128 MiB. What [`SpanDecoder`] delivers hashes to the digest in the
-//! index.
+//! - Spans are never empty, follow each other without gaps and are at most [`MAX_SPAN`] long. The first span is a
+//!   restart.
+//! - No bytes of a blob or an index file make decoding panic.
+//! - Memory of decoding is bounded by the decoder's fixed buffers, one span, and the zstd window that [`Room`]
+//!   allows.
+//! - Everything that [`SpanDecoder`] delivers matches the digest in the index.
 
 mod builder;
 mod codec;
@@ -55,17 +62,18 @@ pub use span_index::SpanIndex;
 pub use self::zstd::Room;
 pub(crate) use self::zstd::{ARCHIVE_WINDOW_LOG_MAX as ZSTD_WINDOW_LOG_MAX, WINDOW_TOO_LARGE as ZSTD_WINDOW_TOO_LARGE};
 
-/// Default distance of restarts, in bytes of tar: a cold read decodes one span in about a millisecond, and the index of a
-/// Debian base layer is 1.06 % of its gzip -6 and 1.2 % of its pigz blob (1.3 and 1.6 % at 384 KiB).
+/// Default distance of restarts in bytes of tar. A larger distance makes a cold read slower: at 512 KiB it decodes
+/// one span in about a millisecond. A smaller distance makes the index larger. The index of a Debian base layer takes
+/// 1.06 % of its gzip -6 blob and 1.2 % of its pigz blob. At 384 KiB it takes 1.3 % and 1.6 %.
 pub const SPACING: u64 = 512 * 1024;
 
-/// Longest span: bounds the buffer that holds one until it is verified.
+/// Longest span in bytes, which bounds the buffer that holds a span until the span is verified.
 pub const MAX_SPAN: u64 = 1024 * 1024;
 
 /// How a layer's tar is stored in its blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Compression {
-    /// Not at all.
+    /// Uncompressed.
     Tar,
     /// A gzip stream of any number of members (RFC 1952).
     Gzip,
@@ -93,22 +101,22 @@ impl fmt::Display for SpanId {
     }
 }
 
-/// Bits from the start of a blob; within a byte the lowest bit comes first, as in deflate.
+/// A position in a blob, in bits from its start. Within a byte the lowest bit comes first, as in deflate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BitPosition(pub u64);
 
 impl BitPosition {
-    /// The byte that the bit lies in.
+    /// Returns the byte that contains the bit.
     pub fn byte(self) -> u64 {
         self.0 / 8
     }
 
-    /// The bit within its byte, 0 being the lowest.
+    /// Returns the position of the bit within its byte; 0 is the lowest bit.
     pub fn bit_in_byte(self) -> u8 {
         (self.0 % 8) as u8
     }
 
-    /// The nearest byte border at or after the bit.
+    /// Returns the nearest byte boundary at or after the bit.
     pub fn next_byte(self) -> Self {
         Self(self.0.next_multiple_of(8))
     }
@@ -118,7 +126,7 @@ impl BitPosition {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexError {
-    /// Neither gzip nor zstd nor a tar.
+    /// A blob that is neither gzip nor zstd nor a tar.
     #[error("not a layer: it begins with {prefix}, which is neither gzip nor zstd nor a tar header")]
     UnknownFormat {
         /// The first bytes, in hex.
@@ -127,39 +135,39 @@ pub enum IndexError {
     /// Invalid deflate data.
     #[error("corrupt gzip data near byte {offset}: {source}")]
     Deflate {
-        /// Blob offset, near the place.
+        /// Offset in the blob, near the invalid data.
         offset: u64,
-        /// What is wrong.
+        /// What is wrong with the data.
         source: inflate::DeflateError,
     },
     /// An invalid gzip header or trailer.
     #[error("corrupt gzip data at byte {offset}: {reason}")]
     Gzip {
-        /// Blob offset.
+        /// Offset in the blob.
         offset: u64,
-        /// What is wrong.
+        /// What is wrong with the header or trailer.
         reason: &'static str,
     },
     /// Invalid zstd data.
     #[error("corrupt zstd data after byte {offset}: {reason}")]
     Zstd {
-        /// Blob offset up to which the data was decoded.
+        /// Offset in the blob up to which the data was decoded.
         offset: u64,
-        /// What libzstd says.
+        /// What libzstd reports.
         reason: &'static str,
     },
-    /// A zstd frame with a window that no decoder takes.
+    /// A zstd frame whose window is larger than any decoder accepts.
     #[error("zstd frame near byte {offset} needs a window above 2 GiB, which no reader of layers takes")]
     ZstdWindow {
-        /// Blob offset in or before the frame.
+        /// Offset in the blob, in or before the frame.
         offset: u64,
     },
     /// A zstd frame that needs more memory than is allowed.
     #[error("the window of the zstd frame near byte {offset} takes {} MiB, {source}", bytes.div_ceil(1 << 20))]
     ZstdMemory {
-        /// Blob offset in or before the frame.
+        /// Offset in the blob, in or before the frame.
         offset: u64,
-        /// What decoding it takes.
+        /// Memory in bytes that decoding the frame may take.
         bytes: u64,
         /// The limit.
         source: OverLimit,
@@ -170,69 +178,70 @@ pub enum IndexError {
     /// The blob ends in the middle of its content.
     #[error("compressed layer is cut off at byte {offset}")]
     Truncated {
-        /// Bytes there are.
+        /// Size of the blob in bytes.
         offset: u64,
     },
     /// More than 2^32 - 1 spans.
     #[error("layer has too many spans: it is larger than an index can describe")]
     TooManySpans,
-    /// Events reached the builder out of order.
+    /// Events that reached the builder in the wrong order.
     #[error("span events are out of order at tar offset {offset}")]
     OutOfOrder {
-        /// Tar bytes the builder has seen.
+        /// Tar bytes that the builder has seen.
         offset: u64,
     },
-    /// The decoded bytes of a span do not hash to its digest.
+    /// A span whose decoded bytes do not match its digest.
     #[error("span {span} (tar bytes {}..{}) is corrupt: its content does not match its digest", tar.start, tar.end)]
     SpanCorrupt {
         /// The span.
         span: SpanId,
-        /// Its place in the tar.
+        /// Range of the span in the tar.
         tar: Range<u64>,
     },
-    /// Decoding was asked to begin at a span that is no restart.
+    /// A caller asked to begin decoding at a span that is no restart.
     #[error("decoding cannot begin at span {span}")]
     NotARestart {
         /// The span.
         span: SpanId,
     },
-    /// A range of spans that is empty or goes beyond the last one.
+    /// A range of spans that is empty or goes beyond the last span.
     #[error("no spans {first}..={last} in an index of {len} spans")]
     NoSuchSpans {
-        /// First span asked for.
+        /// First span of the range.
         first: SpanId,
-        /// Last span asked for.
+        /// Last span of the range.
         last: SpanId,
-        /// Spans there are.
+        /// Number of spans in the index.
         len: usize,
     },
-    /// Bytes that are no span index.
+    /// Bytes that are not a valid span index.
     #[error("not a valid span index: {reason}; remove it and it will be made anew")]
     Malformed {
-        /// What is wrong.
+        /// What is wrong with the bytes.
         reason: &'static str,
     },
-    /// A span index of another version of the format.
+    /// A span index with another version of the format.
     #[error("span index has format version {found}, this program knows {known}")]
     Version {
-        /// Version in the file.
+        /// Version that the file states.
         found: u32,
-        /// Version this program writes and reads.
+        /// Version that this program writes and reads.
         known: u32,
     },
 }
 
 const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
-/// The lowest of the sixteen magics of skippable frames (RFC 8878, 3.1.2).
+/// Lowest of the sixteen magic numbers of skippable frames (RFC 8878, 3.1.2).
 const ZSTD_SKIPPABLE: u32 = 0x184d_2a50;
 const TAR_BLOCK: usize = 512;
-/// Place of the checksum in a tar header (POSIX pax, ustar).
+/// Bytes of the checksum in a tar header (POSIX pax, ustar).
 const TAR_CHECKSUM: Range<usize> = 148..156;
 
-/// Tells a layer's compression from its first bytes. `prefix` should be 512 bytes long, or the whole blob if that is shorter.
+/// Finds out a layer's compression from its first bytes. `prefix` should have 512 bytes, or be the whole blob if that
+/// is shorter.
 ///
-/// Media types are not asked: layers labelled wrongly are common.
+/// The media type plays no role, because wrongly labelled layers are common.
 pub fn sniff(prefix: &[u8]) -> Result<Compression, IndexError> {
     if prefix.starts_with(&GZIP_MAGIC) {
         return Ok(Compression::Gzip);
@@ -243,7 +252,7 @@ pub fn sniff(prefix: &[u8]) -> Result<Compression, IndexError> {
         return Ok(Compression::Zstd);
     }
     let block = &prefix[..prefix.len().min(TAR_BLOCK)];
-    // An empty tar is nothing at all, or zero blocks.
+    // An empty tar has no bytes at all, or only zero blocks.
     let zeros = block.iter().all(|&byte| byte == 0) && (block.is_empty() || block.len() == TAR_BLOCK);
     if zeros || is_tar_header(block) {
         return Ok(Compression::Tar);
@@ -265,7 +274,7 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Whether the checksum of a tar header is right. Old writers summed signed bytes.
+/// Whether the checksum of a tar header is valid. Old writers summed signed bytes, so both sums are valid.
 fn is_tar_header(block: &[u8]) -> bool {
     if block.len() < TAR_BLOCK {
         return false;

@@ -1,20 +1,25 @@
 //! One layer, readable at any address of its data device.
 //!
-//! A read looks in three places, nearest first: the data device on disk, the spans in memory, the blob's source. A miss
-//! becomes one *flight* per span: the first reader starts it, all others of this process wait for the same one, and other
-//! processes wait for the span's lock. A flight fetches the compressed bytes from the nearest restart on, decodes, and
-//! delivers each span after its digest matched.
+//! A read looks in three places, nearest first: the data device on disk, the spans in memory, the blob's source. A
+//! miss starts one *flight* per span. The first reader starts the flight, and all other readers of this process wait
+//! for it. Other processes wait for the span's lock. A flight fetches the compressed bytes from the nearest restart
+//! on and decodes them. The flight delivers each span after the span's digest matched.
 //!
-//! The first read of a span is an event of its own: it counts as used, it is told to whoever records the start of the
-//! program, and readahead decides what to fetch next. A reader waits for the bytes it needs and no others.
+//! Every read is reported to the recorder of the program's start. At the first read of a span, the span counts as
+//! used, and readahead decides what to fetch next. A reader waits only for the bytes that it needs.
 //!
-//! Invariants: bytes that did not match their span's digest are never returned; at most one flight per span in a process;
-//! looking up and starting a flight is one critical section; no lock is held across an await; a flight outlives its readers,
-//! so an impatient reader wastes nothing; spans are claimed for flights nobody waits for only when these may start, so a
-//! reader never waits for something that waits itself.
+//! A *group* of spans shares one restart. A layer that is a single zstd frame is one group. Decoding a span passes
+//! over all earlier spans of its group. So a flight takes the whole group, and delivers each span as decoding passes
+//! the span. If the spans cannot be kept on disk, the flight takes only as many as memory can hold.
 //!
-//! A group of spans shares one restart (a single-frame zstd layer is one group): decoding it passes over all of them, so a
-//! flight always takes the whole group and hands out each span as it passes.
+//! Invariants:
+//! - Bytes that did not match their span's digest are never returned.
+//! - A process has at most one flight per span.
+//! - Looking up a flight and starting one happen in one critical section.
+//! - No lock is held across an await.
+//! - A flight outlives its readers, so a reader that gives up wastes nothing.
+//! - A flight without readers claims its spans only when it may start. So a reader never waits for a flight that is
+//!   still queued behind others.
 
 mod arrival;
 mod data;
@@ -62,7 +67,7 @@ use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
 
-/// Why bytes of a layer cannot be had. Shared by all readers of a flight.
+/// Why bytes of a layer cannot be read. All readers of a flight share the error.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayerError {
@@ -71,17 +76,17 @@ pub enum LayerError {
     Blob {
         /// Digest of the layer.
         layer: Digest,
-        /// Its error.
+        /// The error of the source.
         source: BlobError,
     },
-    /// The bytes do not decode, or decode to something else than was indexed, every time they are fetched.
+    /// Every time the bytes are fetched, they do not decode, or do not decode to what the index says.
     #[error("layer {layer}, span {span}: {source}")]
     Corrupt {
         /// Digest of the layer.
         layer: Digest,
         /// The span that failed.
         span: u32,
-        /// What is wrong.
+        /// What is wrong with the bytes.
         source: Arc<IndexError>,
     },
     /// The process is shutting down.
@@ -92,18 +97,19 @@ pub enum LayerError {
     },
 }
 
-/// What a flight brings for one span.
+/// What a flight delivers for one span.
 #[derive(Debug, Clone)]
 enum Landed {
     /// The span's uncompressed bytes, verified.
     Bytes(Arc<[u8]>),
-    /// Nothing, but things have changed: another process put it on the device, or is about to.
+    /// No bytes, but the reader should look again: another process put the span on the device, or will do so.
     LookAgain,
 }
 
 type Landing = Result<Landed, LayerError>;
 
-/// A layer as one mount has it: the data that all mounts of it share, and how this one fetches, what it read and guesses.
+/// A layer as one mount uses it. All mounts of the layer share its data. Each mount has its own source, statistics,
+/// recorder and guesses.
 #[derive(Debug)]
 pub struct Layer {
     data: Arc<LayerData>,
@@ -111,13 +117,13 @@ pub struct Layer {
     touches: Touches,
     readahead: Mutex<Readahead>,
     recorder: OnceLock<(u32, Arc<Recorder>)>,
-    /// Where flights fly; reads that need no waiting come from threads that belong to no runtime.
+    /// Runtime of the flights. Reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
     stats: Arc<LayerStats>,
 }
 
 impl Layer {
-    /// A view of its own of the layer that `data` is of.
+    /// A new view of the layer that `data` belongs to.
     fn new(data: Arc<LayerData>, blob: Arc<dyn BlobSource>, stats: Arc<LayerStats>) -> Arc<Self> {
         Arc::new(Self {
             touches: Touches::new(data.spans.span_count() as usize),
@@ -140,12 +146,12 @@ impl Layer {
         &*self.data.spans
     }
 
-    /// What this mount did with the layer so far.
+    /// The counters of what this mount did with the layer.
     pub fn stats(&self) -> &Arc<LayerStats> {
         &self.stats
     }
 
-    /// The counters now, and what of the layer is here.
+    /// The present counters, and how much of the layer is local.
     pub fn status(&self) -> LayerStatus {
         let (local_spans, local) = self.data.local();
         LayerStatus {
@@ -157,7 +163,7 @@ impl Layer {
         }
     }
 
-    /// Sizes that follow from the link to the blob.
+    /// Request sizes that follow from the link to the blob.
     pub fn policy(&self) -> Policy {
         Policy::of(self.blob.link())
     }
@@ -167,32 +173,33 @@ impl Layer {
         self.blob.link()
     }
 
-    /// From now on reads are told to `recorder`, as those of the layer at `position`. The first recorder stays.
+    /// Reports all further reads to `recorder`, as reads of the layer at `position`. If there is a recorder already,
+    /// it stays.
     pub fn record(&self, position: u32, recorder: Arc<Recorder>) {
         self.recorder.get_or_init(|| (position, recorder));
     }
 
-    /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
+    /// Whether fetched spans are expected to be kept on disk. The disk may still be full, or become full.
     pub fn keeps(&self) -> bool {
         self.data.keeps()
     }
 
-    /// Whether there is a disk that what is fetched can be written to, full or not.
+    /// Whether there is a disk that fetched spans can be written to, full or not.
     pub fn has_disk(&self) -> bool {
         self.data.disk.device().is_some_and(|device| device.is_writable())
     }
 
-    /// Whether a read of the span needs no flight.
+    /// Whether the span is on the local device, so that a read of it needs no flight.
     pub fn is_local(&self, span: u32) -> bool {
         self.data.is_local(span)
     }
 
-    /// Bytes of decoded spans that memory holds.
+    /// Bytes of decoded spans that memory may hold.
     pub fn memory_budget(&self) -> u64 {
         self.data.context.memory.budget() as u64
     }
 
-    /// Where the bytes come from.
+    /// Where requests for the layer's bytes go.
     fn origin(&self) -> Origin {
         Origin {
             blob: self.blob.clone(),
@@ -202,8 +209,8 @@ impl Layer {
         }
     }
 
-    /// Fills `buf` from device offset `offset` if that needs no waiting; false if it does (then `buf` is garbage).
-    /// Bytes between files read as zeros.
+    /// Fills `buf` from device offset `offset` if the device has all the bytes. Otherwise returns false, and the
+    /// contents of `buf` are undefined. Bytes between files read as zeros.
     pub fn read_local(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
         let Some(content) = self.spans().content(offset..offset + buf.len() as u64) else {
             buf.fill(0);
@@ -218,13 +225,13 @@ impl Layer {
         present
     }
 
-    /// Fills `buf`, which is zeros, from device offset `offset`, fetching what is missing. Cancel safe: a dropped read leaves its
-    /// flights running.
+    /// Fills `buf`, which must be zeros, from device offset `offset`, and fetches missing spans. Cancel safe: a
+    /// dropped read leaves its flights running.
     pub async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
         if let Some(content) = self.spans().content(offset..offset + buf.len() as u64) {
             self.note(&content);
             let ahead = self.touch(&content);
-            // Every flight of this read starts before the first is waited for.
+            // All flights of this read start before the reader waits for the first one.
             for spans in self.spans_with_content(&content) {
                 self.want(spans);
             }
@@ -239,19 +246,21 @@ impl Layer {
         Ok(())
     }
 
-    /// Fills `buf` from device offset `offset` if that needs no waiting, and nobody is told of it: this is not a reader.
+    /// Fills `buf` from device offset `offset` if the device has all the bytes. The access counts as no read:
+    /// statistics, recorder and readahead do not see it.
     fn peek(&self, offset: u64, buf: &mut [u8]) -> bool {
         self.data.read_device(offset, buf)
     }
 
-    /// Tells the recorder of a read.
+    /// Reports a read to the recorder.
     fn note(&self, content: &Range<u64>) {
         if let Some((position, recorder)) = self.recorder.get() {
             recorder.read(*position, content.clone());
         }
     }
 
-    /// The spans that have the content in a range of the device: stretches without those that have none.
+    /// The spans with content in a range of the device, as stretches of neighbours. Spans without content are left
+    /// out.
     fn spans_with_content(&self, content: &Range<u64>) -> Vec<Range<u32>> {
         let mut stretches: Vec<Range<u32>> = Vec::new();
         for span in self.spans().spans(content.clone()) {
@@ -264,7 +273,7 @@ impl Layer {
         stretches
     }
 
-    /// Copies what `span` has of the device from `offset` on to its place in `buf`.
+    /// Copies the bytes that `span` has of the device from `offset` on to their place in `buf`.
     async fn copy_span(self: &Arc<Self>, span: u32, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
         let end = offset + buf.len() as u64;
         let clip = |piece: Piece| {
@@ -282,13 +291,14 @@ impl Layer {
         let (from, to) = (first.device, last.device + last.len);
         let target = &mut buf[(from - offset) as usize..(to - offset) as usize];
         loop {
-            // Usually from the page cache; when it is not, the runtime goes on with other things.
+            // The bytes usually come from the page cache. If they do not, the runtime runs other tasks on other
+            // threads.
             if tokio::task::block_in_place(|| self.data.read_device(from, target)) {
                 return Ok(());
             }
             match self.wait(span).await? {
                 Landed::Bytes(bytes) => {
-                    // A look at the device may have left something of it between the pieces.
+                    // The failed read of the device may have left bytes between the pieces.
                     target.fill(0);
                     for piece in &pieces {
                         let source = &bytes[piece.span as usize..][..piece.len as usize];
@@ -301,7 +311,7 @@ impl Layer {
         }
     }
 
-    /// The decoded bytes of a span wherever they are, starting a flight if need be.
+    /// Returns the decoded bytes of a span from memory or from its flight, and starts a flight if there is none.
     async fn wait(self: &Arc<Self>, span: u32) -> Result<Landed, LayerError> {
         let Some(mut flight) = self.want(span..span + 1) else {
             return match self.data.context.memory.get(self.digest(), span) {
@@ -319,8 +329,8 @@ impl Layer {
         }
     }
 
-    /// Starts flights for those of `spans` that are neither local nor under way. Returns the flight of the first span, or
-    /// nothing if that one is local.
+    /// Starts flights for those of `spans` that are neither local nor in flight. Returns the flight of the first
+    /// span, or `None` if that span is local.
     fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight<Landing>> {
         let (runs, first) = {
             let mut board = self.data.flights.board();
@@ -328,20 +338,20 @@ impl Layer {
             (runs, board.flight(spans.start))
         };
         for run in runs {
-            // In line at once, before what is fetched ahead of this reader.
+            // The run queues for its pass at once, before the requests that are fetched ahead of this reader.
             let pass = self.line_up(run.spans.clone());
             flight::start(run, pass.map(Arc::new));
         }
         first
     }
 
-    /// Lines up for a request that a reader waits for.
+    /// Queues for a pass for a request that a reader waits for.
     fn line_up(&self, spans: Range<u32>) -> impl Future<Output = Pass> + Send + use<> {
         let bytes = self.spans().bytes(spans);
         self.data.context.lanes.enter(Priority::Demand, bytes, self.policy())
     }
 
-    /// Claims what is missing of `spans`: a run for each stretch of neighbours.
+    /// Claims the missing spans of `spans`, and returns a run for each stretch of neighbours.
     fn claim(self: &Arc<Self>, board: &mut Board<'_, Landing>, spans: Range<u32>, purpose: Priority) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         let mut span = spans.start;

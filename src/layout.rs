@@ -1,8 +1,10 @@
-//! OCI image layouts: a directory with `oci-layout`, `index.json` and `blobs/<algorithm>/<hex>` (image-spec image-layout.md).
+//! OCI image layouts: a directory with `oci-layout`, `index.json` and `blobs/<algorithm>/<hex>` (image-spec
+//! image-layout.md).
 //!
-//! `index.json` may hold several images; see [`OciLayout::open`] for how one is named. A blob's path is made of a parsed digest,
-//! so it cannot leave `blobs/`; the blob itself may be a link to anywhere, since documents are checked against their digest and
-//! layers by whoever decodes them. Blobs may be missing until they are asked for.
+//! `index.json` may hold several images; [`OciLayout::open`] describes how to name one. The path of a blob is made of
+//! a parsed digest, so it cannot leave `blobs/`. The blob itself may be a link to anywhere. That is safe, because
+//! documents are checked against their digest, and the decoder of a layer checks the layer. A blob may be missing
+//! until a caller requests it.
 
 mod select;
 
@@ -34,12 +36,17 @@ struct LayoutFile {
 impl OciLayout {
     /// Opens the image called `image` in the layout at `dir`.
     ///
-    /// `image` is, in this order: the value of an entry's annotation `org.opencontainers.image.ref.name`, that of
-    /// `io.containerd.image.name` (as given, or completed: `alpine` finds `docker.io/library/alpine:latest`), `@N` for the
-    /// entry at position N, or an entry's digest. When several entries have the name, the last one counts. It may be left out
-    /// when there is just one image.
+    /// `image` is one of these, in this order:
+    /// - the value of an entry's annotation `org.opencontainers.image.ref.name`;
+    /// - the value of `io.containerd.image.name` (as given, or completed: `alpine` finds
+    ///   `docker.io/library/alpine:latest`);
+    /// - `@N` for the entry at position N;
+    /// - an entry's digest.
     ///
-    /// Fails with [`BlobError::NotFound`] listing the images there are, or if `dir` is no layout.
+    /// When several entries have the name, the last one counts. `image` may be left out when there is just one image.
+    ///
+    /// Fails with [`BlobError::NotFound`] if there is no such image, and lists the images that there are. Also fails
+    /// if `dir` is no layout.
     pub async fn open(dir: impl Into<PathBuf>, image: Option<&str>) -> Result<Self, BlobError> {
         let dir: Arc<Path> = dir.into().into();
         let image = image.map(str::to_owned);
@@ -58,7 +65,7 @@ impl OciLayout {
                     reason: format!("it has {len} bytes, more than the {MAX_DOCUMENT} allowed for a document"),
                 });
             }
-            // Hand-made indexes say -1 or 0; the digest decides.
+            // Hand-made indexes say -1 or 0. The digest decides.
             if size > 0 && size.unsigned_abs() != len {
                 return Err(wrong_size(&path, size, len));
             }

@@ -1,19 +1,21 @@
-//! How much memory may be taken by what is known of an image's files.
+//! A limit for the memory of what is known of an image's files.
 //!
-//! The tables of an image (names, owners, attributes, places of content) grow with what the image says, and a few compressed
-//! bytes can say a lot. Whatever grows this way is charged to one [`Allowance`], and an image that needs more is refused. A
-//! [`Charge`] returns its bytes when it is dropped.
+//! The tables of an image (names, owners, attributes, places of content) grow with what the image says. A few
+//! compressed bytes can say a lot. Everything that grows in this way is charged to one [`Allowance`], and an image
+//! that needs more is refused. A [`Charge`] returns its bytes when it is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What the tables may take beside the memory for decoded data (`--memory`).
+/// Bytes that tables may take in addition to `--memory`, the bytes for decoded data. A larger bound lets one image
+/// take more memory; a smaller one refuses images with many files.
 pub const TABLES: u64 = 192 << 20;
 
-/// Charges grow by so much at once, so that counting costs nothing.
+/// Bytes by which a charge grows at once. A larger step takes more bytes than are needed; a smaller one counts more
+/// often.
 const STEP: u64 = 64 << 10;
 
-/// More memory would be needed than is allowed.
+/// An image needs more memory than is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("more than {} MiB of memory; a larger --memory allows more", limit >> 20)]
 pub struct OverLimit {
@@ -29,7 +31,7 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// Nothing is used yet.
+    /// Returns an allowance of which no bytes are used.
     pub fn new(limit: u64) -> Arc<Self> {
         Arc::new(Self {
             limit,
@@ -37,18 +39,18 @@ impl Allowance {
         })
     }
 
-    /// Bytes that are allowed.
+    /// Returns the bytes that are allowed.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Bytes that are charged now.
+    /// Returns the bytes that are charged at the moment.
     #[cfg(test)]
     pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// A charge of nothing.
+    /// Returns a charge of no bytes.
     pub fn charge(self: &Arc<Self>) -> Charge {
         Charge {
             allowance: self.clone(),
@@ -65,35 +67,36 @@ pub struct Charge {
 }
 
 impl Default for Charge {
-    /// A charge of nothing, on an allowance of its own without `--memory`.
+    /// Returns a charge of no bytes on an allowance of its own, of [`TABLES`] bytes.
     fn default() -> Self {
         Allowance::new(TABLES).charge()
     }
 }
 
 impl Charge {
-    /// Bytes that are allowed in all.
+    /// Returns the bytes that all charges together may take.
     pub fn limit(&self) -> u64 {
         self.allowance.limit
     }
 
-    /// Whether it has taken that many bytes already.
+    /// Returns whether the charge has taken `bytes` already.
     pub fn covers(&self, bytes: u64) -> bool {
         bytes <= self.bytes
     }
 
-    /// Returns all that it has taken.
+    /// Gives back all bytes that the charge has taken.
     pub fn clear(&mut self) {
         self.allowance.used.fetch_sub(self.bytes, Ordering::Relaxed);
         self.bytes = 0;
     }
 
-    /// Takes at least `bytes` in all, a little more if it has to grow. If that is too much, nothing changes.
+    /// Takes at least `bytes` in all, and a little more if the charge has to grow. If that is too much, nothing
+    /// changes.
     pub fn cover(&mut self, bytes: u64) -> Result<(), OverLimit> {
         if self.covers(bytes) {
             return Ok(());
         }
-        // The steps end at the limit.
+        // A step does not go beyond the limit.
         let wanted = bytes
             .saturating_add(STEP)
             .min(self.bytes.max(self.allowance.limit))
@@ -101,7 +104,7 @@ impl Charge {
         self.exactly(wanted).or_else(|_| self.exactly(bytes))
     }
 
-    /// Takes `bytes` in all, more or less than before. If that is too much, nothing changes.
+    /// Takes exactly `bytes` in all, which may be more or fewer than before. If that is too much, nothing changes.
     pub fn exactly(&mut self, bytes: u64) -> Result<(), OverLimit> {
         let limit = self.allowance.limit;
         if bytes <= self.bytes {

@@ -1,8 +1,10 @@
 //! The vocabulary of the OCI image and distribution specifications: pure values, no I/O.
 //!
-//! Documents are read from raw bytes in two steps: [`classify`] says what they are, [`ImageIndex::parse`], [`Manifest::parse`]
-//! and [`ImageConfig::parse`] give their content. [`platform::choose`] picks an index entry, [`Manifest::refusal`] and
-//! [`ImageConfig::check`] tell images from everything else that is kept in registries.
+//! Documents are read from raw bytes in two steps. [`classify`] says what a document is. [`ImageIndex::parse`],
+//! [`Manifest::parse`] and [`ImageConfig::parse`] then return its content.
+//!
+//! [`platform::choose`] picks the entry of an image index. [`Manifest::refusal`] and [`ImageConfig::check`] tell
+//! images from everything else that registries keep.
 
 mod config;
 mod descriptor;

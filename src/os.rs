@@ -1,4 +1,4 @@
-//! What several modules need of the file system and the clock: private files, locks on bytes, waiting with a look now and then.
+//! What several modules need of the file system and the clock: private files, locks on bytes, and waiting by polling.
 
 mod lock;
 pub mod private;
@@ -15,7 +15,7 @@ pub use lock::{lock_bytes, unlock_bytes};
 pub use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_regular};
 pub use until::{until, until_blocking};
 
-/// The result of removing or renaming something that may be gone already.
+/// Returns the result of removing or renaming something, where it is no error that the thing is gone already.
 pub fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -23,13 +23,13 @@ pub fn gone(removed: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Whether `path` is a name of the open file.
+/// Returns whether `path` is a name of the open file.
 pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
     let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
     matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
 }
 
-/// Whether something may not be written.
+/// Returns whether an error means that something may not be written.
 pub fn is_denied(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -37,7 +37,7 @@ pub fn is_denied(error: &io::Error) -> bool {
     )
 }
 
-/// Bytes that a file takes on disk.
+/// Returns the bytes that a file takes on disk.
 pub fn on_disk(metadata: &fs::Metadata) -> u64 {
     metadata.blocks() * 512
 }

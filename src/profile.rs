@@ -1,12 +1,13 @@
 //! Profiles: what the start of a program reads, learned from earlier runs.
 //!
-//! A [`Recorder`] listens to the first seconds of a mount and notes which blocks of which layer's data device were read, in
-//! order. A [`Profile`] is what several such runs have in common, kept for an image manifest under a [`Label`]: one image
-//! starts different programs. Device addresses follow from the layer's tar alone. So a profile is as good for the same layers
-//! in another image, compressed or indexed in another way, on another machine.
+//! A [`Recorder`] listens to the first seconds of a mount. It notes which blocks of which layer's data device were
+//! read, in order. A [`Profile`] is what several such runs have in common. It is kept for an image manifest under a
+//! [`Label`], because one image starts different programs. Device addresses follow from the layer's tar alone. A
+//! profile is therefore as good for the same layers in another image or on another machine, compressed or indexed in
+//! another way.
 //!
-//! It is a hint. A wrong one costs bandwidth that nobody else wanted, never a wrong byte; so files from elsewhere are checked
-//! only for what could do harm: sizes.
+//! A profile is a hint. A wrong one costs bandwidth that no other request needs, and never a wrong byte. Files from
+//! elsewhere are therefore checked only for sizes, which could do harm.
 //!
 //! # The file
 //! ```json
@@ -14,14 +15,17 @@
 //!  "layers": [{"digest": "sha256:…", "diff_id": "sha256:…"}],
 //!  "ranges": [[0, 1048576, 65536, 12, 4]]}
 //! ```
-//! A range is: position in `layers`, offset and length in that layer's data device (bytes, multiples of [`BLOCK`]),
-//! milliseconds from the mount being ready to the first read of it, and its score. Ranges are in the order of their first
-//! reads. In version 1 of the format offset and length are those in the layer's tar ([`Space::Tar`]); such a profile is
+//! A range has five numbers. The first is the position of its layer in `layers`. Offset and length in that layer's
+//! data device follow (bytes, multiples of [`BLOCK`]). The fourth number is the milliseconds from the mount being
+//! ready to the first read of the range. The last is its score. Ranges are in the order of their first reads.
+//!
+//! In version 1 of the format, offset and length are those in the layer's tar ([`Space::Tar`]). Such a profile is
 //! translated when the layers are open ([`Profile::in_devices`]).
 //!
 //! # Several runs
-//! A block read for the first time scores [`FIRST_SCORE`], each later run that reads it adds one, up to [`BEST_SCORE`], each that
-//! does not takes one away, and at zero it is forgotten. The order is that of the last run; what that did not read follows.
+//! A block that is read for the first time scores [`FIRST_SCORE`]. Each later run that reads the block adds one, up
+//! to [`BEST_SCORE`]. Each run that does not read it takes one away, and at zero the block is forgotten. The order is
+//! that of the last run. The blocks that the last run did not read follow.
 
 mod format;
 mod recorder;
@@ -36,21 +40,25 @@ pub use recorder::Recorder;
 
 use crate::oci::{DiffId, Digest};
 
-/// What reads are rounded to: a few pages, so that runs agree although the kernel reads ahead differently each time.
+/// Bytes to which reads are rounded: a few pages. With smaller blocks, runs would disagree, because the kernel reads
+/// ahead differently each time. Larger blocks would fetch more bytes that no run reads.
 pub const BLOCK: u64 = 16 << 10;
-/// Blocks in a profile; a gigabyte, which is more than any start needs.
+/// Most blocks in a profile: one gigabyte, more than any start needs. A larger bound lets a profile fetch more bytes
+/// that no reader needs; a smaller one cuts the profiles of large starts.
 pub const MOST_BLOCKS: usize = 1 << 16;
-/// Score of a block that was read once.
+/// Score of a block that one run has read. A larger score keeps blocks for longer that only one run reads; a smaller
+/// one forgets blocks that one run happens not to read.
 pub const FIRST_SCORE: u8 = 2;
-/// Highest score: so many runs without a block, and it is forgotten.
+/// Highest score. After this many runs without the block, the block is forgotten. A larger score keeps blocks for
+/// longer that no run reads; a smaller one forgets blocks that some runs do not read.
 pub const BEST_SCORE: u8 = 4;
 
-/// Which of an image's programs a profile is about.
+/// Names the program of an image that a profile is about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Label(String);
 
 impl Label {
-    /// The label as text.
+    /// Returns the label as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -80,7 +88,7 @@ impl FromStr for Label {
     }
 }
 
-/// A layer as profiles know it.
+/// A layer in a profile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProfiledLayer {
     /// Digest of the blob.
@@ -89,12 +97,12 @@ pub struct ProfiledLayer {
     pub diff_id: DiffId,
 }
 
-/// What the offsets of a profile are offsets in.
+/// The space in which the offsets of a profile count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Space {
-    /// The layers' data devices.
+    /// Offsets in the layers' data devices.
     Device,
-    /// The layers' tars, as in version 1 of the format.
+    /// Offsets in the layers' tars, as in version 1 of the format.
     Tar,
 }
 
@@ -114,7 +122,7 @@ pub struct Touch {
     pub block: Block,
     /// Milliseconds from the mount being ready to the read.
     pub at: u32,
-    /// See the module.
+    /// The block's score, as the module documentation explains.
     pub score: u8,
 }
 
@@ -123,20 +131,20 @@ pub struct Touch {
 pub struct Profile {
     /// Manifest of the image.
     pub manifest: Digest,
-    /// Which program.
+    /// The program that runs.
     pub label: Label,
-    /// Runs learned from.
+    /// Number of runs that the profile has learned from.
     pub runs: u32,
     /// Layers of the image, base first.
     pub layers: Vec<ProfiledLayer>,
-    /// What the numbers of blocks count in.
+    /// The space in which the numbers of blocks count.
     pub space: Space,
     /// Each block once, in the order of first reads; at most [`MOST_BLOCKS`].
     pub touches: Vec<Touch>,
 }
 
 impl Profile {
-    /// A profile of no runs.
+    /// Returns a profile of no runs.
     pub fn new(manifest: Digest, label: Label, layers: Vec<ProfiledLayer>) -> Self {
         Self {
             manifest,
@@ -148,8 +156,8 @@ impl Profile {
         }
     }
 
-    /// The profile by device address. `of_tar` says where in a layer's data device, by its position, the content of a range
-    /// of its tar is.
+    /// Returns the profile by device address. `of_tar` takes the position of a layer and a range of its tar. It
+    /// returns where the content of that range is in the layer's data device.
     pub fn in_devices(mut self, of_tar: impl Fn(usize, Range<u64>) -> Vec<Range<u64>>) -> Self {
         if self.space == Space::Device {
             return self;
@@ -173,8 +181,8 @@ impl Profile {
         self
     }
 
-    /// Learns from a run: blocks of data devices and the milliseconds after which they were read, in order, each once. The
-    /// profile must be one by device address.
+    /// Learns from a run: from blocks of data devices and the milliseconds after which they were read. `run` is in
+    /// order, with each block once. The profile must be one by device address.
     pub fn learn(&mut self, run: &[(Block, u32)]) {
         let mut known: HashMap<Block, u8> = self.touches.iter().map(|t| (t.block, t.score)).collect();
         let mut touches: Vec<Touch> = run
@@ -187,7 +195,7 @@ impl Profile {
                 Touch { block, at, score }
             })
             .collect();
-        // What is left in `known` this run did not read.
+        // The blocks left in `known` are those that this run did not read.
         let faded = self.touches.iter().filter(|t| known.contains_key(&t.block));
         touches.extend(faded.filter(|t| t.score > 1).map(|t| Touch {
             score: t.score - 1,
@@ -198,8 +206,8 @@ impl Profile {
         self.runs = self.runs.saturating_add(1);
     }
 
-    /// Takes over what another profile knows: all of it if that one is about the same layers, else what it says of those that
-    /// this one has too, as if one earlier run had read it.
+    /// Takes over what another profile knows. If both are about the same layers, takes over everything. Otherwise
+    /// takes over what the other profile says about shared layers, as if one earlier run had read it.
     pub fn adopt(&mut self, other: &Self) {
         let diff_ids = |profile: &Self| profile.layers.iter().map(|l| l.diff_id.clone()).collect::<Vec<_>>();
         self.space = other.space;
@@ -223,12 +231,12 @@ impl Profile {
         self.touches = known.collect();
     }
 
-    /// How many bytes of layers' content it names.
+    /// Returns the bytes of content that the profile names.
     pub fn bytes(&self) -> u64 {
         self.touches.len() as u64 * BLOCK
     }
 
-    /// What to read, in order: position of the layer and range in its [`Space`].
+    /// Returns what to read, in order: the position of a layer and a range in its [`Space`].
     pub fn ranges(&self) -> impl Iterator<Item = (usize, Range<u64>)> {
         self.touches.iter().map(|touch| {
             let start = touch.block.number * BLOCK;

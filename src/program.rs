@@ -1,8 +1,10 @@
-//! What a program file says it needs: its interpreter, its libraries, and which of its own bytes are read at every start.
+//! What a program file needs: its interpreter, its libraries, and which of its own bytes are read at every start.
 //!
-//! ELF files (System V gABI, chapters 4 and 5) and scripts (`#!`, execve(2)). Only what the loader itself would look at is
-//! read, a few kilobytes. Files come from images, so every number in them may be wrong: all reads are bounded, and what makes
-//! no sense is left out. Nothing that follows from this is more than a guess about what will be read.
+//! The module understands ELF files (System V gABI, chapters 4 and 5) and scripts (`#!`, execve(2)). The module reads
+//! only what the loader itself would look at, a few kilobytes.
+//!
+//! Files come from images, so every number in them may be wrong. All reads are bounded, and values that make no sense
+//! are ignored. The results are guesses about what will be read.
 
 use std::ops::Range;
 
@@ -13,49 +15,55 @@ use elf::file::{Class, FileHeader, parse_ident};
 use elf::segment::{ProgramHeader, SegmentTable};
 use serde::{Deserialize, Serialize};
 
-/// Largest header, and names.
+/// Largest ELF file header, and largest program header, in bytes.
 const HEADER: usize = 64;
+/// Longest name or search path in bytes.
 const LONGEST_NAME: u64 = 256;
+/// Longest first line of a script in bytes.
 const LONGEST_LINE: usize = 128;
-/// Most program headers, entries of the dynamic section, and libraries. Real files have some ten, thirty and a hundred.
+/// Most program headers. Real files have about ten.
 const MOST_SEGMENTS: u16 = 64;
+/// Longest dynamic section in bytes: 1024 entries of a 64-bit file. Real files have about thirty entries.
 const MOST_DYNAMIC: u64 = 16 << 10;
+/// Most libraries. Real files have up to a hundred.
 const MOST_LIBRARIES: usize = 256;
-/// Most places where a program's libraries are looked for first. Real files have one or two.
+/// Most directories of a program's own search path. Real files have one or two.
 const MOST_PLACES: usize = 16;
-/// A file up to this size is read as good as whole when it is loaded; of a larger one the loader reads the tables at its
-/// beginning, of which this much, and the data it relocates.
+/// Largest file of which practically all bytes are read when it is loaded. Of a larger file the loader reads the
+/// tables at its beginning and the data that it relocates.
 const SMALL: u64 = 8 << 20;
+/// Most bytes of the tables of a large file.
 const MOST_TABLES: u64 = 1 << 20;
+/// Most bytes of each data segment of a large file.
 const MOST_DATA: u64 = 2 << 20;
 
 /// What a program or library needs.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Program {
-    /// Path of what loads it, or, of a script, of what runs it.
+    /// Path of the program's loader. For a script: path of the program that runs it.
     pub interpreter: Option<String>,
-    /// The word behind a script's interpreter.
+    /// The first word behind a script's interpreter.
     pub argument: Option<String>,
-    /// Names of the libraries that the loader looks for; one with a slash is a path.
+    /// Names of the libraries that the loader looks for. A name with a slash is a path.
     pub libraries: Vec<String>,
-    /// Where to look for them first, with `$ORIGIN` for the file's own directory.
+    /// Directories in which the loader looks first. `$ORIGIN` stands for the file's own directory.
     pub search: Vec<String>,
     /// Byte ranges of the file that are read at every start.
     pub hot: Vec<Range<u64>>,
 }
 
-/// A file of which parts can be read: fills the buffer from an offset, or says that it cannot.
+/// Reads a part of a file: fills the buffer from an offset, or returns false if it cannot.
 pub type ReadAt<'a> = dyn FnMut(u64, &mut [u8]) -> bool + 'a;
 
 impl Program {
-    /// Bytes that its names and ranges take, about.
+    /// Returns roughly how many bytes of memory the program takes.
     pub fn size(&self) -> usize {
         let names = self.libraries.iter().chain(&self.search);
         let names = names.chain(&self.interpreter).chain(&self.argument);
         size_of::<Self>() + names.map(|name| size_of::<String>() + name.len()).sum::<usize>() + 16 * self.hot.len()
     }
 
-    /// Looks into a file of `size` bytes; nothing if it is no program.
+    /// Looks into a file of `size` bytes; `None` if it is no program.
     pub fn look(size: u64, read: &mut ReadAt<'_>) -> Option<Self> {
         let mut start = vec![0; size.min(LONGEST_LINE as u64) as usize];
         if !read(0, &mut start) {
@@ -142,7 +150,7 @@ impl<'a, 'r> Elf<'a, 'r> {
         hot.filter(|range| !range.is_empty()).collect()
     }
 
-    /// Libraries and where to look for them (gABI, chapter 5, "Dynamic Section").
+    /// Reads the libraries and their search path (gABI, chapter 5, "Dynamic Section").
     fn dynamic(&mut self, program: &mut Program) -> Option<()> {
         let segment = self.segment(abi::PT_DYNAMIC)?;
         let (offset, length) = (segment.p_offset, segment.p_filesz.min(MOST_DYNAMIC));
@@ -170,7 +178,7 @@ impl<'a, 'r> Elf<'a, 'r> {
         Some(())
     }
 
-    /// Where in the file an address is.
+    /// Returns the file offset of a virtual address.
     fn offset_of(&self, address: u64) -> Option<u64> {
         let holds = |segment: &&ProgramHeader| {
             segment.p_type == abi::PT_LOAD
@@ -182,7 +190,7 @@ impl<'a, 'r> Elf<'a, 'r> {
         segment.p_offset.checked_add(address - segment.p_vaddr)
     }
 
-    /// The text at an offset, up to its NUL.
+    /// Reads the text at a file offset, up to its NUL.
     fn name(&mut self, offset: u64) -> Option<String> {
         let length = self.size.checked_sub(offset)?.min(LONGEST_NAME);
         let mut bytes = vec![0; length as usize];

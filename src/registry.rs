@@ -1,27 +1,34 @@
 //! Images in registries: the pull side of the OCI distribution specification.
 //!
-//! A [`RegistryClient`] is shared by a process and holds what is worth sharing: connection pools, challenges and tokens,
-//! redirects, and measurements of the hosts spoken to. [`RegistrySource`] is one image reference seen through it, an
-//! [`ImageSource`](crate::blob::ImageSource); [`RegistryBlob`] one blob, a [`BlobSource`](crate::blob::BlobSource).
+//! A process shares one [`RegistryClient`]. The client holds connection pools, challenges and tokens, redirects, and
+//! measurements of hosts. A [`RegistrySource`] is one image reference read through the client, an
+//! [`ImageSource`](crate::blob::ImageSource). A [`RegistryBlob`] is one blob, a
+//! [`BlobSource`](crate::blob::BlobSource).
 //!
 //! # How it works
-//! - **Round trips.** A manifest is one GET, by tag or digest; there is no ping and no HEAD. A 401 costs a token and a second
-//!   GET, once: later requests of the repository carry the token at once.
-//! - **Credentials** are a [`CredentialSource`] asked again whenever a token must be made; see [`credentials`].
-//! - **Redirects** are followed by hand; credentials stay at the first origin, and the final URL of a blob is used directly
-//!   until it expires.
-//! - **Streams** resume at the exact offset after transient failures, within the deadline of [`RegistryConfig::timeout`];
-//!   the rules are in [`crate::blob::retry`].
-//! - **Embedding**: [`Puller`] has the five operations a program that only pulls wants.
+//! - **Round trips.** The client fetches a manifest with one GET, by tag or digest. It sends no HEAD, and no ping
+//!   before the GET. The first 401 costs a token request and a second GET. Later requests to the repository carry the
+//!   token from the start. If a 401 names no scheme, the client asks the base of the API for it.
+//! - **Credentials.** The client asks its [`CredentialSource`] each time it makes a token; see [`credentials`].
+//! - **Redirects.** The client follows redirects itself. Credentials stay at the first origin. Further requests for a
+//!   blob go to its final URL directly, until that URL expires.
+//! - **Streams.** A stream resumes at the exact offset after a transient failure, within the deadline of
+//!   [`RegistryConfig::timeout`]. The rules are in [`crate::blob::retry`].
+//! - **Embedding.** [`Puller`] offers five operations for programs that only pull.
 //!
 //! # Invariants
-//! - Documents hash to the digest asked for. Blob bytes are not verified here; their number and place are.
-//! - No secret is sent anywhere but to the registry and the token server it names, over TLS unless the registry has none;
-//!   none is logged, put into an error or written down.
-//! - A body is never held whole, documents (at most 16 MiB) apart.
+//! - Documents hash to the requested digest.
+//! - Blob bytes are not verified here. Their number and place are verified, as far as the response's headers state
+//!   them.
+//! - A secret goes only to the registry it is for, and to the token server that this registry names.
+//! - Secrets go over TLS, unless the registry has none or the token server is on this machine.
+//! - No secret is logged, put into an error or written to disk.
+//! - The client never holds a whole body, except documents (at most 16 MiB), token responses and tag lists (at most 1
+//!   MiB).
 //!
-//! The parsers of what servers send are pure: [`challenge::parse`], [`content_range::ContentRange::parse`],
-//! [`encoding::decode`], [`expiry::url_lifetime`], [`token::parse`], [`failure::message`], [`credentials::AuthFile::parse`].
+//! The parsers of server responses are pure: [`challenge::parse`], [`content_range::ContentRange::parse`],
+//! [`encoding::decode`], [`expiry::url_lifetime`], [`token::parse`], [`failure::message`],
+//! [`credentials::AuthFile::parse`].
 
 mod access;
 mod auth;

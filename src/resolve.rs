@@ -5,8 +5,8 @@
 //!        +-- image index -- choose by platform --+-- manifest -- config
 //!                 ^---------- nested index ------+
 //! ```
-//! Costs one round trip for each arrow and no more, except that index entries without a platform have to be looked into. What
-//! comes out is an image ocifs can mount, or the reason it cannot.
+//! Each document in the diagram costs one round trip. Index entries without a platform cost more, because the
+//! resolver has to look into them. The result is an image that ocifs can mount, or the reason why it cannot.
 
 use std::collections::HashSet;
 
@@ -17,17 +17,18 @@ use crate::oci::{
     PlatformError, classify, is_companion,
 };
 
-/// Deepest nesting of image indexes followed; tools write one level, two when an index is copied into a layout.
+/// Deepest nesting of image indexes that is followed. Tools write one level, or two when an index is copied into a
+/// layout.
 const MAX_INDEX_DEPTH: usize = 4;
-/// Most entries without a platform looked into in one index, and as many for each level of nesting: each costs round trips,
-/// and real indexes have one or two.
+/// Most entries without a platform that the resolver looks into in one index. In a whole search it looks into at most
+/// [`MAX_INDEX_DEPTH`] times as many. Each entry costs round trips, and real indexes have one or two.
 const MAX_LOOKED_INTO: usize = 16;
 
-/// One image for one platform, with every document it is made of. The documents' bytes hash to their digests.
+/// One image for one platform, with all documents it is made of. The documents' bytes hash to their digests.
 #[derive(Debug, Clone)]
 pub struct ResolvedImage {
-    /// The image index the reference named, if it did not name a manifest. Its entries are also where companions of the
-    /// manifest, such as SOCI indexes, are found.
+    /// The image index that the reference named, if it did not name a manifest. Its entries also list companions of
+    /// the manifest, such as SOCI indexes.
     pub index: Option<Document>,
     /// The manifest as received.
     pub manifest_document: Document,
@@ -40,28 +41,31 @@ pub struct ResolvedImage {
 }
 
 impl ResolvedImage {
-    /// The layers, lowest first.
+    /// Returns the layers, lowest first.
     pub fn layers(&self) -> &[Descriptor] {
         &self.manifest.layers
     }
 
-    /// The diffIDs of [`ResolvedImage::layers`], as many of them, in the same order.
+    /// Returns the diffIDs of [`ResolvedImage::layers`], as many of them and in the same order.
     pub fn diff_ids(&self) -> &[DiffId] {
         &self.config.rootfs.diff_ids
     }
 }
 
-/// Finds the image for `wanted` (the host's platform if none) that `source` names.
+/// Finds the image that `source` names for the platform `wanted`, or for the host's platform if that is `None`.
 ///
-/// Images lie about their platform often enough that the only one there is gets the benefit of the doubt: if nobody asked for a
-/// platform, one that does not match is a warning in the log. Fails with [`BlobError::NotFound`] listing the platforms there
-/// are if none fits, with [`BlobError::Unsupported`] for what is no mountable image, and with [`BlobError::Invalid`] for
-/// documents that contradict themselves.
+/// Images often state a wrong platform. If the caller names no platform and there is only one image, a mismatch is
+/// therefore only a warning in the log.
+///
+/// # Errors
+/// - [`BlobError::NotFound`] if no image fits. The error lists the platforms that exist.
+/// - [`BlobError::Unsupported`] if the documents are no mountable image.
+/// - [`BlobError::Invalid`] if documents contradict themselves.
 pub async fn resolve(source: &dyn ImageSource, wanted: Option<&Platform>) -> Result<ResolvedImage, BlobError> {
     resolve_root(source, source.root().await?, wanted).await
 }
 
-/// The same from the root document on, which `source` has given.
+/// Finds the image as [`resolve`] does, but begins with a root document that `source` has already given.
 pub async fn resolve_root(
     source: &dyn ImageSource,
     root: Document,
@@ -89,12 +93,12 @@ pub async fn resolve_root(
 struct Resolver<'a> {
     source: &'a dyn ImageSource,
     wanted: Platform,
-    /// Somebody asked for this platform; otherwise it is the host's.
+    /// Whether the caller named the platform. Otherwise it is the host's.
     is_explicit: bool,
 }
 
 impl Resolver<'_> {
-    /// How errors call a document.
+    /// Returns the name of a document in errors.
     fn what(&self, noun: &str, document: &Document) -> String {
         format!("{noun} {} of {}", document.digest, self.source.describe())
     }
@@ -112,14 +116,14 @@ impl Resolver<'_> {
         classify(&document.media_type, &document.bytes).map_err(|e| self.unusable("document", document, e))
     }
 
-    /// Goes down from the root index, depth first.
+    /// Searches the root index and the indexes nested in it, depth first.
     async fn index(&self, root: &Document) -> Result<ResolvedImage, BlobError> {
         let invalid = |reason: String| BlobError::Invalid {
             what: self.what("image index", root),
             reason,
         };
         let mut search = Search::default();
-        // Indexes to search, the next one last, each with the digests of those it is nested in.
+        // Indexes to search, the next one last. Each comes with the digests of the indexes that it is nested in.
         let mut todo = vec![(root.clone(), Vec::new())];
         let mut failure = None;
         while let Some((document, mut above)) = todo.pop() {
@@ -152,7 +156,7 @@ impl Resolver<'_> {
         }))
     }
 
-    /// The image an index has for the wanted platform, or the indexes that are to be searched next.
+    /// Returns the image that an index has for the wanted platform, or the indexes to search next.
     async fn pick(&self, index: &ImageIndex, search: &mut Search) -> Result<Picked, BlobError> {
         match choose(&index.manifests, &self.wanted) {
             Ok(entry) => return self.follow(entry).await,
@@ -168,7 +172,7 @@ impl Resolver<'_> {
             }
             search.looked_into += 1;
             let followed = match self.follow(entry).await {
-                // Beside images, indexes list things that are none.
+                // Indexes also list entries that are no images.
                 Err(BlobError::Unsupported { reason, .. }) if !only_one => {
                     tracing::debug!(digest = %entry.digest, reason, "passed over an image index entry");
                     continue;
@@ -184,14 +188,14 @@ impl Resolver<'_> {
                 Picked::Indexes(indexes) => nested.extend(indexes),
             }
         }
-        // An image of this index goes before those of indexes nested in it.
+        // An image of this index is preferred to images of nested indexes.
         Ok(match self.best(seen, search) {
             Some(image) => Picked::Image(Box::new(image)),
             None => Picked::Indexes(nested),
         })
     }
 
-    /// The best of the images whose platform is only known from their config.
+    /// Returns the best of the images whose platform is known only from their config.
     fn best(&self, mut seen: Vec<ResolvedImage>, search: &mut Search) -> Option<ResolvedImage> {
         let entries: Vec<Descriptor> = seen.iter().map(described).collect();
         if let Ok(entry) = choose(&entries, &self.wanted)
@@ -242,7 +246,7 @@ impl Resolver<'_> {
         })
     }
 
-    /// Looks at what the only image there is says of its platform.
+    /// Checks the platform that the only image states.
     fn check_platform(&self, image: &ResolvedImage) -> Result<(), BlobError> {
         let platform = image.config.platform();
         if platform.architecture.is_empty() || runs(&self.wanted, &platform) {
@@ -265,17 +269,17 @@ impl Resolver<'_> {
 
 enum Picked {
     Image(Box<ResolvedImage>),
-    /// In the order to search them.
+    /// Nested indexes, in the order to search them.
     Indexes(Vec<Document>),
 }
 
-/// What a search through nested indexes has come across.
+/// The state of a search through nested indexes.
 #[derive(Default)]
 struct Search {
     visited: HashSet<Digest>,
-    /// Entries without a platform that were looked into.
+    /// Entries without a platform that the search has looked into.
     looked_into: usize,
-    /// Platforms there are, in order, without repeats.
+    /// Platforms found so far, in order, without repeats.
     available: Vec<Platform>,
 }
 
@@ -289,7 +293,7 @@ impl Search {
     }
 }
 
-/// An index entry for the image as it would be if the index gave its platform.
+/// Makes the index entry that the image would have if the index stated its platform.
 fn described(image: &ResolvedImage) -> Descriptor {
     Descriptor {
         media_type: image.manifest_document.media_type.clone(),
@@ -303,7 +307,7 @@ fn described(image: &ResolvedImage) -> Descriptor {
     }
 }
 
-/// The document embedded in a descriptor, which saves fetching it.
+/// Returns the document embedded in a descriptor, which saves a request.
 fn embedded(descriptor: &Descriptor) -> Option<Document> {
     Some(Document {
         media_type: descriptor.media_type.clone(),
@@ -346,7 +350,7 @@ mod tests {
             digest
         }
 
-        /// An image of one layer, told apart by `name`.
+        /// Adds an image of one layer. `name` makes it different from other images.
         fn add_image(&mut self, platform: &str, name: &str) -> Digest {
             let (os, architecture) = platform.split_once('/').unwrap();
             let diff_id = Digest::of(name.as_bytes());
@@ -503,7 +507,7 @@ mod tests {
             "{error}"
         );
 
-        // An entry that says its platform needs no looking into the others.
+        // If an entry states the wanted platform, the resolver does not look into the others.
         let root = memory.add_index(&[(&amd64, ""), (&arm64, ARM64)]);
         assert_eq!(
             memory.resolve(&root, "arm64").await.unwrap().manifest_document.digest,
@@ -541,7 +545,7 @@ mod tests {
                 .contains("nested more than 4 deep")
         );
 
-        // Only a source that breaks its word makes a circle: a digest cannot be put into what it is computed from.
+        // Only a source that returns wrong documents makes a circle: a document cannot contain its own digest.
         let circle = memory.add_index(&[(&amd64, "")]);
         let root = memory.add_index(&[(&circle, "")]);
         let document = memory.documents[&root].clone();
@@ -575,7 +579,7 @@ mod tests {
             "{error}"
         );
 
-        // One that goes too deep does not hide another one.
+        // An index that is nested too deep does not hide another one.
         let mut deep = memory.add_index(&[(&amd64, AMD64)]);
         for _ in 0..MAX_INDEX_DEPTH {
             deep = memory.add_index(&[(&deep, "")]);

@@ -1,4 +1,4 @@
-//! From the name of an image to where its blobs come from: a registry, an OCI layout, or an archive.
+//! Opens the source of an image's blobs by the image's name: a registry, an OCI layout, or an archive.
 
 use std::sync::Arc;
 
@@ -8,18 +8,18 @@ use crate::layout::OciLayout;
 use crate::oci::{Digest, ImageRef};
 use crate::registry::{RegistryClient, RegistryConfig};
 
-/// Where an image's blobs come from, and what its name says of it.
+/// The source of an image's blobs, and what the image's name says about it.
 #[derive(Debug, Clone)]
 pub struct NamedSource {
     /// The source.
     pub source: Arc<dyn ImageSource>,
-    /// The digest in the name: what the image is, whatever the source says.
+    /// The digest in the name. The image must have this digest, whatever the source says.
     pub pinned: Option<Digest>,
-    /// Whether the source is the only copy of what it has: a file, of which nobody else can be asked.
+    /// Whether the source is the only copy of its content. A local file or directory is; a registry is not.
     pub is_local: bool,
 }
 
-/// Opens the source that `image` names. A registry is not contacted yet; files are read.
+/// Opens the source that `image` names. Reads local files, but sends no request to a registry yet.
 pub async fn open(image: &ImageRef, registry: RegistryConfig) -> Result<NamedSource, BlobError> {
     let (source, pinned): (Arc<dyn ImageSource>, _) = match image {
         ImageRef::Registry(reference) => {

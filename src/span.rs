@@ -1,17 +1,19 @@
-//! The spans of a layer by device address: which there are, where they come from, how they are decoded and checked.
+//! The spans of a layer by device address: which there are, and how they are fetched, decoded and checked.
 //!
-//! Whatever is above layers speaks of places in a layer's data device. A [`SpanMap`] says which spans have the bytes of such a
-//! place, which bytes of the blob hold a span, and how to get one from the other. Where the map comes from is its own matter:
-//! [`IndexedSpans`] has the span index and the extents that a pass over the layer made here, and knows offsets in the tar; a
-//! table of contents from elsewhere has none.
+//! The modules above layers speak of places in a layer's data device. A [`SpanMap`] says which spans have the bytes
+//! of such a place. It also says which bytes of the blob hold a span, and decodes the span from them. A map can come
+//! from anywhere. [`IndexedSpans`] has the span index and the extents that a pass over the layer made. It knows
+//! offsets in the tar. A map made from another program's table of contents knows no such offsets.
 //!
 //! ```text
 //! device   |── file ──|pad|──── file ────|pad|     addresses of readers
 //! spans    ──── 0 ────▶|◀──── 1 ────▶|◀─── 2 ──    each begins at its head
 //! blob       ▓▓▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓      compressed bytes, from a restart on
 //! ```
-//! Invariants: spans are numbered from 0 in the order of the device and of the blob. Heads ascend; a span without content has
-//! the head of the one behind it. What a [`SpanDecoder`] delivers has matched the digest that the map has of the span.
+//! Invariants:
+//! - Spans are numbered from 0, in the order of the device and of the blob.
+//! - Heads ascend. A span without content has the head of the next span.
+//! - A span that a [`SpanDecoder`] delivers has matched the digest that the map has of it.
 
 mod indexed;
 
@@ -24,25 +26,27 @@ pub use indexed::IndexedSpans;
 use crate::index::{IndexError, Room};
 use crate::oci::Digest;
 
-/// Where one run of a span's content lies: bytes `span..` of the span are bytes `device..` of the device.
+/// Where one run of a span's content lies: the `len` bytes from `span` on in the span are those from `device` on in
+/// the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Piece {
     /// Offset in the span's decoded bytes.
     pub span: u64,
     /// Offset in the data device.
     pub device: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
-/// Decodes spans, and checks each.
+/// Decodes spans and checks each of them.
 pub trait SpanDecoder: fmt::Debug + Send {
-    /// Decodes the next bytes of the blob and gives every span that they complete to `sink`, whole and verified, in order.
+    /// Decodes the next bytes of the blob. Gives every span that they complete to `sink`, whole and verified, in
+    /// order.
     ///
-    /// Bytes behind the last span are ignored. After an error nothing more is delivered.
+    /// Ignores bytes behind the last span. After an error, delivers no more spans.
     fn push(&mut self, compressed: &[u8], sink: &mut dyn FnMut(u32, &[u8])) -> Result<(), IndexError>;
 
-    /// Whether all spans are delivered.
+    /// Returns whether all spans are delivered.
     fn is_done(&self) -> bool;
 }
 
@@ -51,65 +55,67 @@ pub trait SpanDecoder: fmt::Debug + Send {
 /// # Panics
 /// Methods that take numbers of spans panic if the layer has no such span.
 pub trait SpanMap: fmt::Debug + Send + Sync {
-    /// Digest of the layer's blob.
+    /// Returns the digest of the layer's blob.
     fn layer(&self) -> &Digest;
 
-    /// Bytes of the data device, a multiple of its block size.
+    /// Returns the bytes of the data device, a multiple of its block size.
     fn device_size(&self) -> u64;
 
-    /// For each span the device address of its first byte of content; see the module.
+    /// Returns each span's head: the device address of its first byte of content.
     fn heads(&self) -> &Arc<[u64]>;
 
-    /// Tells this map from all that have other spans, other digests or other places.
+    /// Returns a key that differs from the keys of all maps with other spans, other digests or other places.
     fn key(&self) -> [u8; 32];
 
-    /// The content in a range of the device: from the first byte of a file in it to the end of the last; none if the range
-    /// reads as zeros.
+    /// Returns the content in a range of the device: from the first byte of a file in it to the end of the last.
+    /// Returns none if the range reads as zeros.
     fn content(&self, device: Range<u64>) -> Option<Range<u64>>;
 
-    /// The content around a device address, as far as it goes on without a gap: mostly that of one file. None in a gap.
+    /// Returns the content around a device address, as far as it continues without a gap. Mostly that is the content
+    /// of one file. Returns none in a gap.
     fn run_around(&self, device: u64) -> Option<Range<u64>>;
 
-    /// Which of a span's decoded bytes are content, and where it goes. Ascending.
+    /// Returns which of a span's decoded bytes are content, and where each piece goes, in ascending order.
     fn pieces(&self, span: u32) -> Vec<Piece>;
 
-    /// Decoded bytes of a span.
+    /// Returns the decoded bytes of a span.
     fn decoded_size(&self, span: u32) -> u64;
 
-    /// The last span at or before `span` at which decoding can begin.
+    /// Returns the last span at or before `span` at which decoding can begin.
     fn restart_for(&self, span: u32) -> u32;
 
-    /// The spans that share the restart of `span`: from it up to the next one. Decoding the last passes over all of them.
+    /// Returns the spans that share the restart of `span`: from that restart up to the next one. Decoding the last of
+    /// them passes over all of them.
     fn group(&self, span: u32) -> Range<u32>;
 
-    /// Bytes of the blob.
+    /// Returns the bytes of the blob.
     fn blob_size(&self) -> u64;
 
-    /// The bytes of the blob that hold `spans` (not empty).
+    /// Returns the range of the blob that holds `spans` (not empty).
     fn blob_range(&self, spans: Range<u32>) -> Range<u64>;
 
-    /// A decoder of `spans` (not empty), the first of which is a restart. It wants the bytes of [`SpanMap::blob_range`], and
-    /// asks `room` for memory.
+    /// Returns a decoder of `spans` (not empty), the first of which is a restart. The decoder takes the bytes of
+    /// [`SpanMap::blob_range`], and asks `room` for memory.
     fn decoder(&self, spans: Range<u32>, room: Room) -> Result<Box<dyn SpanDecoder>, IndexError>;
 
-    /// The device addresses of the content in a range of the layer's tar, ascending; nothing if offsets in the tar are not
-    /// known.
+    /// Returns the device addresses of the content in a range of the layer's tar, in ascending order. Returns none if
+    /// the map does not know offsets in the tar.
     fn of_tar(&self, tar: Range<u64>) -> Vec<Range<u64>>;
 
-    /// Number of spans.
+    /// Returns the number of spans.
     fn span_count(&self) -> u32 {
-        // No map has more.
+        // No map has more spans than fit into a `u32`.
         self.heads().len() as u32
     }
 
-    /// The span that has the content at a device address, or before it if there is a gap.
+    /// Returns the span that has the content at a device address. In a gap, returns the span before the address.
     fn span_at(&self, device: u64) -> u32 {
         let behind = self.heads().partition_point(|&head| head <= device);
         behind.saturating_sub(1) as u32
     }
 
-    /// The spans that have the content in a range of the device. Between the first and the last one there may be some without
-    /// any ([`SpanMap::has_content`]).
+    /// Returns the spans that have the content in a range of the device. Some between the first and the last may have
+    /// no content ([`SpanMap::has_content`]).
     fn spans(&self, device: Range<u64>) -> Range<u32> {
         match self.content(device) {
             Some(content) => self.span_at(content.start)..self.span_at(content.end - 1) + 1,
@@ -117,7 +123,7 @@ pub trait SpanMap: fmt::Debug + Send + Sync {
         }
     }
 
-    /// Whether a span has any content.
+    /// Returns whether a span has any content.
     fn has_content(&self, span: u32) -> bool {
         let heads = self.heads();
         let next = heads.get(span as usize + 1).copied().unwrap_or(self.device_size());

@@ -19,12 +19,17 @@
 //! STORE/eviction.lock                held by the process that makes room
 //! ```
 //!
-//! Invariants: a file outside `tmp` is complete, because it was renamed there; only `partial` grows in its place, and is not
-//! believed. Documents are checked against the digest in their name when they are read, and spans, toc, extents, programs and
-//! trees against the seal that they carry ([`read_sealed`]); a profile that does not parse counts as none; `data` follows the
-//! rules of [`crate::device`]. Deleting any of it but `uppers`, at any time, costs fetches and nothing else. What is in a store
-//! that cannot be written is used but for `data`; one that cannot even be opened is replaced by [`Store::unavailable`], which
-//! remembers nothing: the mount goes on from memory.
+//! Invariants:
+//! - A file outside `tmp` is complete, because its writer renamed it there. Only `partial` grows in its place, and
+//!   its bytes are not believed before they are verified.
+//! - Documents are checked against the digest in their name when they are read.
+//! - Spans, toc, extents, programs and trees are checked against the seal that they carry ([`read_sealed`]).
+//! - A profile that does not parse counts as none.
+//! - `data` follows the rules of [`crate::device`].
+//! - Deleting any of the files except `uppers`, at any time, costs fetches and nothing else.
+//! - A store that cannot be written is only read. It keeps no new files.
+//! - [`Store::unavailable`] replaces a store that cannot even be opened. It remembers nothing, and the mount goes on
+//!   from memory.
 
 mod documents;
 mod draft;
@@ -53,10 +58,10 @@ pub use trees::StoredTree;
 
 use crate::os::{is_denied, is_foreign, on_disk, open_or_replace, open_regular, read_regular};
 
-/// Content of `STORE/version`. Changes whenever an older ocifs could misread the directory.
+/// Content of `STORE/version`. It changes whenever an older ocifs could misread the directory.
 const VERSION: &str = "ocifs store 1\n";
 
-/// A longer file at the place of the version is none.
+/// Most bytes of a version file. A longer file in its place counts as damaged.
 const LONGEST_VERSION: u64 = 4096;
 
 /// What can go wrong with the store.
@@ -68,7 +73,7 @@ pub enum StoreError {
     Io {
         /// What was tried.
         action: &'static str,
-        /// Where.
+        /// The file or directory.
         path: PathBuf,
         /// The system's answer.
         source: io::Error,
@@ -86,7 +91,7 @@ pub enum StoreError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// How that shows.
+        /// What shows the damage.
         reason: &'static str,
     },
     /// There is no store to write to.
@@ -101,7 +106,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether nothing can be kept because that is how the store is, and not because something failed.
+    /// Returns whether the store keeps no files by design. Returns false if something failed.
     pub fn is_by_design(&self) -> bool {
         matches!(self, Self::Unavailable | Self::ReadOnly { .. })
     }
@@ -123,8 +128,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store at `root`, creating it if need be, and removes what dead writers left in `tmp`. The directory is
-    /// for its owner alone: images may be private. A store that is there and may not be written is only read.
+    /// Opens the store at `root`, and creates it if it is missing. Removes what dead writers left in `tmp`. Only the
+    /// owner has access to the directory, because images may be private. A store that is there and may not be written
+    /// is only read.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         create_directory(root).map_err(|e| StoreError::io("create", root, e))?;
         let mut writable = true;
@@ -132,7 +138,7 @@ impl Store {
             let path = root.join(directory);
             match create_directory(&path) {
                 Ok(()) => writable &= access(&path, AccessFlags::W_OK).is_ok(),
-                // An older ocifs may have made it without this one.
+                // An older ocifs may have made the store without this directory.
                 Err(e) if is_denied(&e) && root.join("version").exists() => writable = false,
                 Err(e) => return Err(StoreError::io("create", &path, e)),
             }
@@ -151,7 +157,8 @@ impl Store {
                         found,
                     });
                 }
-                // Damaged: whatever is in the store is checked when it is used.
+                // The version file is damaged. The store can still be used, because its files are checked when they
+                // are read.
                 None => store.write_version(&version)?,
             },
             Err(e) if e.kind() == io::ErrorKind::NotFound || is_foreign(&e) => store.write_version(&version)?,
@@ -163,12 +170,13 @@ impl Store {
         Ok(store)
     }
 
-    /// Whole or not at all: others may be opening the new store at the same time.
+    /// Writes the version file whole or not at all, because other processes may be opening the new store at the same
+    /// time.
     fn write_version(&self, path: &Path) -> Result<(), StoreError> {
         self.publish(path, Durability::Synced, |file| file.write_all(VERSION.as_bytes()))
     }
 
-    /// A store that keeps nothing.
+    /// Returns a store that keeps nothing.
     pub fn unavailable() -> Self {
         Self {
             root: None,
@@ -176,12 +184,12 @@ impl Store {
         }
     }
 
-    /// Whether anything can be kept.
+    /// Returns whether anything can be kept.
     pub fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// The directory, if it can be written.
+    /// Returns the directory, if it can be written.
     fn writable_root(&self) -> Result<&Path, StoreError> {
         let root = self.root.as_deref().ok_or(StoreError::Unavailable)?;
         match self.writable {
@@ -190,12 +198,12 @@ impl Store {
         }
     }
 
-    /// The directory, if there is one.
+    /// Returns the directory, if there is one.
     pub fn root(&self) -> Option<&Path> {
         self.root.as_deref()
     }
 
-    /// What is in one of its directories; nothing if there is none.
+    /// Returns the entries of one of the store's directories. Returns none if the directory does not exist.
     fn entries(&self, directory: &str) -> Result<Vec<fs::DirEntry>, StoreError> {
         let Some(root) = &self.root else {
             return Ok(Vec::new());
@@ -208,7 +216,7 @@ impl Store {
         }
     }
 
-    /// Tries to write to the store, so many bytes or at least something.
+    /// Tries to reserve `room` bytes in the store, or to write a few bytes if `room` is 0.
     pub fn probe(&self, room: u64) -> Result<(), StoreError> {
         let draft = self.draft()?;
         let length = i64::try_from(room).unwrap_or(i64::MAX);
@@ -217,33 +225,34 @@ impl Store {
             _ => nix::fcntl::fallocate(draft.file(), FallocateFlags::empty(), 0, length).map_err(io::Error::from),
         };
         match reserved {
-            // Not every file system can reserve.
+            // Not every file system can reserve space.
             Err(e) if e.kind() == io::ErrorKind::Unsupported => draft.file().write_all(&[0; 4096]),
             reserved => reserved,
         }
         .map_err(|e| StoreError::io("write", &draft.path, e))
     }
 
-    /// Bytes on disk of all data devices, and of what is kept of layers that did not come whole.
+    /// Returns the bytes on disk of all data devices, and of the first bytes of layers that did not come whole.
     pub fn data_usage(&self) -> Result<u64, StoreError> {
         let of_layer = |layer: &LayerDir| layer.data_usage() + layer.partial_usage();
         Ok(self.layers()?.iter().map(of_layer).sum())
     }
 
-    /// Bytes on disk of everything that the limit of the cache is about: data devices, trees, and files being written.
+    /// Returns the bytes on disk of everything that the limit of the cache covers: the bytes of
+    /// [`Store::data_usage`], trees, and files being written.
     pub fn cache_usage(&self) -> Result<u64, StoreError> {
         let trees: u64 = self.trees()?.iter().map(|tree| tree.bytes).sum();
         Ok(self.data_usage()? + trees + self.draft_usage()?)
     }
 
-    /// Bytes on disk of files being written.
+    /// Returns the bytes on disk of files being written.
     pub fn draft_usage(&self) -> Result<u64, StoreError> {
         let entries = self.entries("tmp")?;
         let sizes = entries.iter().filter_map(|entry| entry.metadata().ok());
         Ok(sizes.map(|metadata| on_disk(&metadata)).sum())
     }
 
-    /// Opens (and creates) the file whose lock the evicting process holds.
+    /// Opens the file whose lock the evicting process holds. Creates the file if it is missing.
     pub fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
         let path = self.writable_root()?.join("eviction.lock");
         match open_or_replace(private().create(true).truncate(false), &path) {
@@ -252,12 +261,12 @@ impl Store {
         }
     }
 
-    /// Where the private directory of a writable mount is to be.
+    /// Returns the path for the private directory of a writable mount.
     pub fn upper_dir(&self, id: &str) -> Result<PathBuf, StoreError> {
         Ok(self.writable_root()?.join("uppers").join(id))
     }
 
-    /// Writes a file under a temporary name and renames it to `target` when it is complete.
+    /// Writes a file under a temporary name, and renames it to `target` when it is complete.
     pub fn publish(
         &self,
         target: &Path,
@@ -292,14 +301,16 @@ impl Store {
     }
 }
 
-/// The layout that a version file names, if it is another one than this program's. What is none is damaged.
+/// Returns the layout that a version file names, if it is not the layout of this program. A text that names no layout
+/// counts as damaged, and returns none.
 fn other_version(text: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(text).ok()?.strip_suffix('\n')?;
     let number: u32 = text.strip_prefix("ocifs store ")?.parse().ok()?;
     (format!("ocifs store {number}\n") != VERSION).then(|| text.to_owned())
 }
 
-/// Takes note that a file was used just now. It is a hint, so that failing does not matter.
+/// Records that a file was used just now, as its time of modification. The record is a hint, so a failure does not
+/// matter.
 fn touch(path: &Path) {
     let opened = open_regular(File::options().read(true), path);
     let touched = opened.and_then(|file| file.set_modified(SystemTime::now()));
@@ -312,12 +323,12 @@ fn create_parent(target: &Path) -> io::Result<()> {
     target.parent().map_or(Ok(()), create_directory)
 }
 
-/// Creates a directory, and those above it, for this user alone.
+/// Creates a directory, and those above it that are missing, for this user alone.
 fn create_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// How files are created and opened for writing: for this user alone.
+/// Returns the options with which files are created and opened for writing: for this user alone.
 fn private() -> fs::OpenOptions {
     let mut options = File::options();
     options.write(true).mode(0o600);
@@ -327,9 +338,9 @@ fn private() -> fs::OpenOptions {
 /// Whether a published file must survive a power cut whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// A torn file is found whenever it is read: it is checked as a whole, or does not parse.
+    /// A reader notices a torn file, because the file is checked as a whole or does not parse.
     Lazy,
-    /// The file is not checked as a whole: flush it before its name appears.
+    /// A reader may not notice a torn file. The store flushes the file before its name appears.
     Synced,
 }
 

@@ -1,11 +1,16 @@
 //! The merged view of all layers: one immutable tree.
 //!
-//! [`Merger`] takes the layers' tables of contents, base first, and makes the [`Tree`] a container would see (OCI image-spec,
-//! layer.md; where engines disagree, the rules are listed at [`Merger`]).
+//! # How it works
+//! [`Merger`] takes the layers' tables of contents, base first. The merger makes the [`Tree`] that a container would
+//! see (OCI image-spec, layer.md). Where engines disagree, the rules of [`Merger`] decide.
 //!
-//! Invariants: node 0 is the root and a directory; every other node is reachable from it; a directory has exactly one parent;
-//! `nlink` of a directory is 2 + its subdirectories, of anything else the number of names that lead to it; nodes stand in
-//! breadth-first order, a directory's children by name, so equal layers give equal trees.
+//! # Invariants
+//! - Node 0 is the root and a directory. Every other node is reachable from it.
+//! - A directory has exactly one parent.
+//! - `nlink` of a directory is 2 plus the number of its subdirectories. `nlink` of any other node is the number of
+//!   its names.
+//! - Nodes are in breadth-first order, and a directory's children are in the order of their names. Equal layers
+//!   therefore give equal trees.
 
 mod arena;
 mod finished;
@@ -27,33 +32,34 @@ use crate::toc::{DeviceNumber, FileData, Metadata, TocError, Xattrs};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u32);
 
-/// Position of a layer in its image, 0 is the base.
+/// Position of a layer in its image; 0 is the base layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerIdx(pub u32);
 
-/// One inode, as a value: what [`Tree::node`] gives.
+/// One inode as a value; [`Tree::node`] returns it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// Mode, owner, time. The mode of a symlink is 0777.
+    /// Mode, owner and time. The mode of a symlink is 0777.
     pub meta: Metadata,
     /// Extended attributes, sorted by name.
     pub xattrs: Xattrs,
     /// Link count as stat(2) shows it.
     pub nlink: u32,
-    /// What it is.
+    /// Type of the inode, and what belongs to the type.
     pub kind: NodeKind,
 }
 
-/// Type of an inode with what belongs to it.
+/// Type of an inode, and what belongs to the type.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NodeKind {
-    /// Directory: names (1 to 255 bytes, without `/` and NUL, not `.` or `..`) and their nodes, sorted by name as bytes.
+    /// Directory: names and their nodes, sorted by name as bytes. A name has 1 to 255 bytes without `/` and NUL, and
+    /// is not `.` or `..`.
     Directory(Vec<(Box<[u8]>, NodeId)>),
     /// Regular file whose content lies in the data device of `layer`.
     Regular {
         /// The layer that has the content.
         layer: LayerIdx,
-        /// Size and place.
+        /// Size, and place in the data device.
         data: FileData,
     },
     /// Symbolic link with its target.
@@ -66,18 +72,18 @@ pub enum NodeKind {
     Fifo,
 }
 
-/// Why layers cannot be merged. None of these goes away by trying again: the image itself is at fault.
+/// Why layers cannot be merged. A retry never helps, because the image itself is at fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TreeError {
-    /// A hard link to a path that neither its layer nor a lower one has.
+    /// A hard link to a path that exists neither in its layer nor in a lower one.
     #[error("layer {}: hard link {} points at {}, which does not exist", layer.0, show(path), show(target))]
     HardlinkMissing {
         /// Layer of the link.
         layer: LayerIdx,
         /// Path of the link.
         path: Box<[u8]>,
-        /// Path it points at.
+        /// Path that the link points at.
         target: Box<[u8]>,
     },
     /// A hard link to a directory.
@@ -87,43 +93,43 @@ pub enum TreeError {
         layer: LayerIdx,
         /// Path of the link.
         path: Box<[u8]>,
-        /// Path it points at.
+        /// Path that the link points at.
         target: Box<[u8]>,
     },
-    /// Hard links of one layer that point at each other.
+    /// Hard links of one layer that point at each other in a circle.
     #[error("layer {}: hard link {} to {} leads back to itself", layer.0, show(path), show(target))]
     HardlinkCycle {
         /// Layer of the link.
         layer: LayerIdx,
         /// Path of the link.
         path: Box<[u8]>,
-        /// Path it points at.
+        /// Path that the link points at.
         target: Box<[u8]>,
     },
-    /// An entry below a symlink of the same layer that leads nowhere a path can.
+    /// An entry below a symlink of the same layer, where the symlink cannot be followed.
     #[error("layer {}: parent of {} cannot be followed: {reason}", layer.0, show(path))]
     Unfollowable {
         /// Layer of the entry.
         layer: LayerIdx,
         /// Path of the entry, or of the hard link's target.
         path: Box<[u8]>,
-        /// What is wrong with the symlinks on the way.
+        /// What is wrong with the symlinks in the path.
         reason: &'static str,
     },
     /// More inodes than the limit.
     #[error("layer {}: with {}, the image has more than 33554432 files and directories", layer.0, show(path))]
     TooManyInodes {
-        /// Layer in which the count ran over.
+        /// Layer in which the count exceeded the limit.
         layer: LayerIdx,
-        /// Path of the entry.
+        /// Path of the entry that exceeded the limit.
         path: Box<[u8]>,
     },
-    /// The merged tree takes more memory than the image may.
+    /// The merged tree takes more memory than is allowed.
     #[error("layer {}: up to {}, the files of the image take {source}", layer.0, show(path))]
     TooMuchMemory {
-        /// Layer in which the memory ran out.
+        /// Layer in which the memory exceeded the limit.
         layer: LayerIdx,
-        /// Path of the entry.
+        /// Path of the entry that exceeded the limit.
         path: Box<[u8]>,
         /// The limit.
         source: OverLimit,
@@ -138,7 +144,7 @@ pub enum TreeError {
     },
 }
 
-/// A path as a person reads it.
+/// Formats a path for a message.
 fn show(path: &[u8]) -> String {
     format!("/{}", path.escape_ascii())
 }

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # work is the benchmark's directory
-# What the two nydus systems share: nydusd as a FUSE mount with a writable overlay, its blobs in the registry. The bootstrap
-# (all metadata) is on the host already at time zero, which is in nydus's favour.
+# Functions that the two nydus systems share: nydusd as a FUSE mount with a writable overlay. Its blobs are in the
+# registry. The bootstrap (all metadata) is on the host at time zero already, which favours nydus.
 nydus_tools() { type -P nydusd nydus-image >/dev/null && install_packages curl; }
 
-# nydus_push_blob FILE REGISTRY NAME: uploads a blob, whose file name is its SHA-256, into the image's repository.
+# nydus_push_blob FILE REGISTRY NAME: uploads a blob into the image's repository. The name of the file is its SHA-256.
 nydus_push_blob() {
     local digest location
     digest=sha256:$(basename "$1")
@@ -15,7 +15,7 @@ nydus_push_blob() {
 nydus_mount() {
     local bootstrap=$1 registry=$2 repository=$3 target=$4 dir=$work/nydus
     mkdir -p "$dir"/{cache,lower,upper,work}
-    # Written by the shell: the time that another program takes to start would be counted as nydus's.
+    # The shell writes the file: starting another program would count as nydus's time.
     cat >"$dir/config.json" <<JSON
 {"device": {
     "backend": {"type": "registry", "config": {"scheme": "http", "host": "$registry", "repo": "$repository"}},

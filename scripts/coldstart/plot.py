@@ -2,7 +2,7 @@
 """scripts/coldstart/plot.py ready|links MAIN_LINK FILE: draws what `bench-coldstart --json` prints, from stdin, as .svg or .png.
 
 ready: the time to ready of every workload, system and mode on the main link, with the limit.
-links: the same as multiples of the limit, on every link.
+links: the time to ready as a multiple of the limit, on every link.
 """
 
 import collections
@@ -40,7 +40,7 @@ def name(key):
 
 
 def ordered(rows, field):
-    """The values of a field in the order of their first row."""
+    """Returns the values of a field in the order of their first row."""
     return list(dict.fromkeys(field(row) for row in rows))
 
 
@@ -75,7 +75,7 @@ def draw_ready(rows, link):
     by_workload = collections.defaultdict(dict)
     for row in rows:
         by_workload[row["workload"]][key(row)] = row
-    # Slow rivals would leave nothing to see of the fast ones: each workload has a scale of its own.
+    # Each workload has a scale of its own. On a common scale, slow systems would hide the fast ones.
     columns = 2 if len(workloads) > 1 else 1
     lines = math.ceil(len(workloads) / columns)
     ours = [k for k in keys if k[0] == "ocifs"]
@@ -169,7 +169,7 @@ def draw_links(rows, main):
 
 
 def rate_and_rtt(link):
-    """From the link that hides a system's work most to the one that shows it most."""
+    """Sort key of links: loopback first, then by round trip, then by rate."""
     if link == "loopback":
         return (0, 0)
     rtt, rate = link.removesuffix("mbit").split("ms-")
@@ -183,7 +183,7 @@ def main():
     plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "ocifs", "svg.fonttype": "path"})
     rows = [json.loads(line) for line in sys.stdin]
     figure = (draw_ready if what == "ready" else draw_links)(rows, link)
-    # The same results make the same file.
+    # Without dates, equal results give equal files.
     metadata = {"Date": None} if out.endswith(".svg") else {"Software": None}
     figure.savefig(out, dpi=160, facecolor="white", metadata=metadata)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """proxy.py PORT UPSTREAM_PORT: an HTTP proxy for one registry on loopback that damages answers for blobs.
 
-Which way is told by lines on standard input: the name of a fault, or an empty line for none. It ends with its input.
+Each line of standard input chooses the fault: its name, or an empty line for none. The proxy ends with its input.
 """
 
 import http.client
@@ -21,7 +21,7 @@ fault = ""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Passes requests on, and damages some of the answers."""
+    """Forwards requests and damages some of the answers."""
 
     protocol_version = "HTTP/1.1"
 
@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             super().handle()
         except OSError:
-            # The client left, or was left.
+            # The client or this server has closed the connection.
             pass
 
     def do_GET(self):
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         length = int(reply.getheader("Content-Length") or 0)
-        # Where in the answer it goes wrong.
+        # Offset in the answer at which the fault happens.
         place = random.randrange(length) if length and now else None
         sent = 0
         while piece := reply.read(PIECE):
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def wait(self):
-        """Until the fault is over, or so long that no client waits for it."""
+        """Waits until the fault is over, or until no client waits any longer."""
         deadline = time.monotonic() + LONGEST_PAUSE
         while fault and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The part of scripts/soak that mounts, reads, breaks things and judges. Started by that script, which describes it."""
+"""Mounts, reads, breaks things and judges for scripts/soak. That script starts this one and describes it."""
 
 import argparse
 import collections
@@ -16,32 +16,32 @@ import time
 from proxy import FAULTS
 
 TIMEOUT = 5
-# A read may take the timeout, and a little more where 20 mounts share few cores.
+# Longest time of a read in seconds. A read may take the timeout, and longer when 20 mounts share few cores.
 LONGEST_READ = 3 * TIMEOUT
 CACHE = 96 << 20
-# How far the cache may be beyond its limit at any time.
+# Bytes by which the cache may exceed its limit at any time.
 CACHE_SLACK = 32 << 20
 READERS = 6
-# Mounts that stay from the beginning to the end, to be measured.
+# Number of mounts that stay from the beginning to the end, for measuring.
 LASTING = 4
 CHAOS, CALM = 8, TIMEOUT + 3
 READ_ALL = 60
 
 
 class Mount:
-    """A mount point, and what is on it at the moment."""
+    """A mount point and the image that is mounted on it."""
 
     def __init__(self, number, path):
         self.number = number
         self.path = path
         self.image = None
         self.pid = None
-        # Grows with every change, so that who meets an error can tell whether the mount went away under it.
+        # Grows with every change. So a reader that gets an error can tell whether the mount was taken down meanwhile.
         self.changes = 0
 
 
 class Problems:
-    """What must not happen, and did."""
+    """Failures that were found, counted by kind."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -67,7 +67,7 @@ class Soak:
         self.counts = collections.Counter()
         self.count_lock = threading.Lock()
         self.end = threading.Event()
-        # Monotonic time at which the registry was last not well; infinity while it is not.
+        # Monotonic time at which the registry was last broken; infinity while it is broken.
         self.ill = 0.0
         self.reading = {}
         self.longest = 0.0
@@ -76,7 +76,7 @@ class Soak:
         self.proxy = None
         self.port = 0
 
-    # --- the program
+    # --- commands
 
     def run(self, *arguments, wait=120):
         environment = {"PATH": os.environ["PATH"], "HOME": self.work, "OCIFS_CONFIG": "/dev/null"}
@@ -98,7 +98,7 @@ class Soak:
         return f"127.0.0.1:{self.port}/{image}:latest"
 
     def mount(self, mount):
-        """Mounts something; whether it worked. It has to, while the registry is well."""
+        """Mounts a random image and returns whether that worked. A failure while the registry works is a problem."""
         image = self.random.choice(sorted(self.images))
         options = [f"--prefetch={self.random.choice(['none', 'profile', 'profile', 'all'])}"]
         if self.random.random() < 0.2:
@@ -143,7 +143,8 @@ class Soak:
         self.proxy.stdin.flush()
 
     def excused(self, began):
-        """Whether something that began then may fail: the registry was not well, or what waited then still fails now."""
+        """Returns whether something that began then may fail. It may if the registry was broken since, or shortly before:
+        a request from that time may still fail."""
         return self.ill > began - TIMEOUT - 1
 
     # --- reading
@@ -175,7 +176,7 @@ class Soak:
             self.count("reads")
 
     def compare(self, choose, mount, image, path, kind):
-        """Whether the mount has at a path what it should have."""
+        """Returns whether the mount and the reference are equal at a path."""
         here, there = os.path.join(mount.path, path), os.path.join(f"{self.work}/oracle-{image}", path)
         if kind == stat.S_IFDIR:
             return sorted(os.listdir(here)) == sorted(os.listdir(there))
@@ -271,7 +272,7 @@ class Soak:
     # --- measuring
 
     def watch(self):
-        """Every second: who hangs, what the lasting mounts take, what the store takes."""
+        """Checks every second for reads that hang, and measures the lasting mounts and the store."""
         reported = set()
         while not self.end.wait(1):
             for number, reading in list(self.reading.items()):
@@ -286,7 +287,7 @@ class Soak:
                 self.problems.add("cache too large", f"{usage >> 20} MiB of {CACHE >> 20} MiB")
 
     def judge_growth(self):
-        """What the lasting mounts took near the end, against what they took once warm."""
+        """Compares what the lasting mounts took near the end with what they took once warm."""
         grown = []
         for number, samples in self.samples.items():
             if None in samples or len(samples) < 8:
@@ -301,7 +302,7 @@ class Soak:
                     self.problems.add("grows", f"mount {number}: {before} -> {after} {what}")
         return grown
 
-    # --- all of it
+    # --- the whole run
 
     def go(self):
         self.start_proxy()
@@ -326,7 +327,7 @@ class Soak:
                 if mount.image is None and not self.mount(mount):
                     self.unmount(mount, lazy=True)
             time.sleep(CALM)
-        # The registry is well: whatever was broken, everything can be read.
+        # The registry works again, so everything must be readable, whatever was broken before.
         self.end.set()
         for thread in [*readers, watcher]:
             thread.join(LONGEST_READ)
@@ -376,7 +377,7 @@ class Soak:
 
 
 def read_all(descriptor, length, offset):
-    """Up to `length` bytes. A read that fails half-way returns what it has; asking for the rest tells of the error."""
+    """Reads up to `length` bytes. A read that fails half-way returns the bytes before; the next read raises the error."""
     got = b""
     while len(got) < length and (part := os.pread(descriptor, length - len(got), offset + len(got))):
         got += part
@@ -384,26 +385,26 @@ def read_all(descriptor, length, offset):
 
 
 def tree(root):
-    """Paths below a directory, and what kind of file is there."""
+    """Returns the paths below a directory and their file types."""
     found = []
     for directory, names, files in os.walk(root):
         for name in names + files:
             path = os.path.join(directory, name)
             kind = stat.S_IFMT(os.lstat(path).st_mode)
-            # Devices and pipes are looked at, not opened; sockets no layer has.
+            # Devices and pipes are not opened, only their metadata is compared. No layer has sockets.
             found.append((os.path.relpath(path, root), kind))
     return sorted(found)
 
 
 def largest(root, paths):
-    """The tenth of the regular files that has the most bytes: read as often as all others together."""
+    """Returns the largest tenth of the regular files. They are read as often as all files together."""
     files = [(os.lstat(os.path.join(root, path)).st_size, path, kind) for path, kind in paths if kind == stat.S_IFREG]
     files.sort(reverse=True)
     return [(path, kind) for _, path, kind in files[: len(files) // 10 + 1]]
 
 
 def measure(pid):
-    """Memory in MiB, descriptors and threads of a process; nothing if it is gone."""
+    """Returns memory in MiB, descriptors and threads of a process; None if it is gone."""
     try:
         with open(f"/proc/{pid}/status") as file:
             status = dict(line.split(":", 1) for line in file)
@@ -415,7 +416,7 @@ def measure(pid):
 
 
 def cache_usage(store):
-    """Bytes on disk of what the limit of the cache is about."""
+    """Returns the bytes on disk that count against the limit of the cache."""
     total = 0
     for directory, _, files in os.walk(store):
         for name in files:

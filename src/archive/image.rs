@@ -1,4 +1,4 @@
-//! One image of an archive: chosen from `manifest.json`, its layers located, its manifest made up.
+//! Opens one image of an archive: chooses it from `manifest.json`, finds its layers, and makes up its manifest.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,18 +13,18 @@ use crate::oci::{
     media_type, shown,
 };
 
-/// Lists the images.
+/// Name of the file that lists the images.
 const MANIFEST: &str = "manifest.json";
-/// Where the blobs of an embedded OCI layout are; their names are their digests.
+/// Where the blobs of an embedded OCI layout are. Their names are their digests.
 const BLOBS: &str = "blobs/sha256/";
 
-/// What an image source hands out.
+/// An image as an image source hands it out.
 pub(super) struct Image {
-    /// The manifest made up here.
+    /// The manifest, which this module makes up.
     pub manifest: Bytes,
     /// The config as it is in the archive.
     pub config: Bytes,
-    /// Layers, and the config as well, by digest.
+    /// The layers and the config, by digest.
     pub layers: HashMap<Digest, Member>,
 }
 
@@ -133,7 +133,7 @@ fn select<'a>(entries: &'a [Entry], name: Option<&str>, archive: &Archive) -> Re
     entry.ok_or_else(|| not_found(format!("image `{name}` in {path}")))
 }
 
-/// What there is, as a person would ask for it.
+/// Lists the images, as a person would ask for them.
 fn names(entries: &[Entry]) -> String {
     let names = entries
         .iter()
@@ -145,7 +145,7 @@ fn names(entries: &[Entry]) -> String {
     listing(names.collect())
 }
 
-/// The config's diffIDs: one for each layer the archive lists.
+/// Returns the config's diffIDs: one for each layer that the archive lists.
 fn diff_ids(archive: &Archive, entry: &Entry, config: &[u8]) -> Result<Vec<DiffId>, BlobError> {
     let invalid = |reason: String| BlobError::Invalid {
         what: format!(
@@ -171,10 +171,10 @@ fn diff_ids(archive: &Archive, entry: &Entry, config: &[u8]) -> Result<Vec<DiffI
     Ok(diff_ids)
 }
 
-/// Describes a layer: the digest is that of the member's bytes.
+/// Describes a layer. The digest is that of the member's bytes.
 ///
-/// Uncompressed bytes hash to the diffID, or the layer is corrupt, which its first decoding finds out. Members called
-/// `blobs/sha256/<hex>` say their digest; other compressed ones have to be hashed, each once (`hashed` is by offset).
+/// Uncompressed bytes hash to the diffID, or the layer is corrupt; its first decoding finds that out. Members called
+/// `blobs/sha256/<hex>` say their digest. All other compressed members are hashed, each once (`hashed` is by offset).
 fn layer(
     archive: &Archive,
     path: &str,

@@ -1,7 +1,7 @@
-//! Where the members of a tar archive are: one walk over the headers, seeking over the content.
+//! Finds the members of a tar archive in one walk over the headers that seeks over the content.
 //!
-//! Names are bytes, cleaned of `.`, `..` and leading slashes. Links are kept and followed by name, within the archive: `..` stops
-//! at its top, and absolute targets begin there.
+//! Names are bytes, cleaned of `.`, `..` and leading slashes. Links are kept, and followed by name within the
+//! archive. `..` stops at the top of the archive, and absolute targets begin there.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -10,11 +10,13 @@ use std::os::unix::fs::FileExt as _;
 
 use tar::EntryType;
 
-/// Most members kept. An image of 4096 layers has some 16 thousand in the most talkative format.
+/// Most members kept. An image of 4096 layers has some 16 thousand in the most talkative format. A larger bound costs
+/// memory; a smaller one refuses such images.
 const MAX_MEMBERS: usize = 1 << 16;
-/// Most bytes the walk reads: 2 KiB of headers and long names for each member. It bounds what a walk holds in memory, too.
+/// Most bytes that the walk reads: 2 KiB of headers and long names for each member. The bound also limits the memory
+/// of the walk. A larger bound costs memory; a smaller one refuses archives with long names.
 const MAX_WALK: u64 = (MAX_MEMBERS as u64) << 11;
-/// Most links followed for one name, as in the Linux kernel.
+/// Most links followed for one name, as in the Linux kernel. The bound ends circles.
 const MAX_LINKS: usize = 40;
 /// Longest name or link target kept (PATH_MAX).
 const MAX_NAME: usize = 4096;
@@ -33,7 +35,7 @@ enum Entry {
     File(Member),
     Symlink(Vec<u8>),
     Hardlink(Vec<u8>),
-    /// A file whose content is not one range of the archive.
+    /// A file whose content is several ranges of the archive.
     Sparse,
 }
 
@@ -55,7 +57,7 @@ pub(super) enum FindError {
 pub(super) struct Members(HashMap<Vec<u8>, Entry>);
 
 impl Members {
-    /// Walks an uncompressed archive.
+    /// Walks an uncompressed archive and notes its members.
     pub fn of(file: &File) -> io::Result<Self> {
         let mut members = HashMap::new();
         let mut archive = tar::Archive::new(Walk {
@@ -94,7 +96,7 @@ impl Members {
         Ok(Self(members))
     }
 
-    /// Finds the file a name leads to.
+    /// Finds the file that a name leads to.
     pub fn find(&self, name: &[u8]) -> Result<Member, FindError> {
         if name.len() > MAX_NAME {
             return Err(FindError::TooLong);
@@ -105,7 +107,7 @@ impl Members {
         while let Some(component) = todo.pop_front() {
             step(&mut at, component);
             let path = at.join(&b'/');
-            // Each link may add as much again.
+            // Each link may add as many bytes again.
             if path.len() > MAX_NAME {
                 return Err(FindError::TooLong);
             }
@@ -133,7 +135,7 @@ impl Members {
     }
 }
 
-/// Goes one path component on, never above the top.
+/// Follows one path component. Never goes above the top.
 fn step<'a>(at: &mut Vec<&'a [u8]>, component: &'a [u8]) {
     match component {
         b"" | b"." => {}
@@ -151,7 +153,8 @@ fn clean(name: &[u8]) -> Vec<u8> {
     at.join(&b'/')
 }
 
-/// Reads an archive's file at its own position, and not without end: an archive may claim names of any length.
+/// Reads an archive's file at a position of its own. The number of bytes is bounded, because an archive may claim
+/// names of any length.
 struct Walk<'a> {
     file: &'a File,
     at: u64,
@@ -202,7 +205,7 @@ mod tests {
             match entry {
                 F(name, content) => {
                     header.set_size(content.len() as u64);
-                    // Set raw: the safe setter refuses `..`.
+                    // Set the raw name, because the safe setter refuses `..`.
                     header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
                     header.set_cksum();
                     builder.append(&header, *content).unwrap();

@@ -1,4 +1,4 @@
-//! The archive's file: opened, unpacked if it is compressed as a whole, its members found.
+//! The archive's file: opens it, unpacks it if it is compressed as a whole, and finds its members.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read};
@@ -14,18 +14,19 @@ use crate::blob::file::{open_regular, read_piece};
 use crate::index::{ZSTD_WINDOW_LOG_MAX, ZSTD_WINDOW_TOO_LARGE};
 use crate::oci::shown;
 
-/// Bytes read at once when unpacking and hashing.
+/// Bytes read at a time for unpacking and hashing.
 const BUFFER: usize = 256 << 10;
-/// Most bytes an archive may unpack to for each of its own: what deflate cannot exceed. zstd can, but not with layers that are
-/// worth packing.
+/// Most bytes that an archive may unpack to for each of its own. Deflate cannot exceed this ratio. zstd can, but not
+/// with layers that are worth packing. A larger ratio lets a small archive fill the disk.
 const MAX_RATIO: u64 = 1032;
-/// Any archive may unpack to that much: a small one of a few large and empty files.
+/// Bytes that any archive may unpack to: a small archive may have a few large and empty files. A larger bound lets a
+/// small archive take more of the disk; a smaller one refuses such images.
 const ALWAYS_UNPACKED: u64 = 1 << 30;
 
-/// Bytes that tell a compression: the longest magic looked for.
+/// Bytes that tell the compression: as many as the longest magic has.
 const SNIFFED: usize = 10;
 
-/// How bytes are compressed, by their first bytes.
+/// The compression of some bytes, told by the first of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
     None,
@@ -43,7 +44,8 @@ impl Compression {
             // A skippable frame may come first.
             [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             [0xfd, b'7', b'z', b'X', b'Z', 0x00, ..] => Self::Xz,
-            // With the magic of a block or of the end: the rest alone could begin a file name in a tar.
+            // The magic of a block or of the end follows. Without it, the first bytes could begin a file name in a
+            // tar.
             [b'B', b'Z', b'h', b'1'..=b'9', b'1', b'A', b'Y', b'&', b'S', b'Y', ..] => Self::Bzip2,
             [b'B', b'Z', b'h', b'1'..=b'9', 0x17, 0x72, 0x45, 0x38, 0x50, 0x90, ..] => Self::Bzip2,
             _ => Self::None,
@@ -51,13 +53,13 @@ impl Compression {
     }
 }
 
-/// An uncompressed archive and where its members are.
+/// An uncompressed archive, and where its members are.
 pub(super) struct Archive {
     /// The archive, or the unlinked file it was unpacked to.
     pub file: Arc<File>,
     /// Length of `file`.
     len: u64,
-    /// What errors call the archive.
+    /// The path that errors name.
     pub path: Arc<Path>,
     members: Members,
 }
@@ -94,7 +96,7 @@ impl Archive {
         let len = file.metadata().map_err(|e| BlobError::io(&path, e))?.len();
         let members = Members::of(&file).map_err(|error| BlobError::Invalid {
             what: format!("archive {}", path.display()),
-            // The library quotes what it could not read.
+            // The library quotes the bytes that it could not read.
             reason: format!("it is no tar: {}", shown(&error.to_string())),
         })?;
         Ok(Self {
@@ -124,7 +126,7 @@ impl Archive {
         Ok(member)
     }
 
-    /// Whether there is a file of that name.
+    /// Returns whether there is a file of that name.
     pub fn has(&self, name: &str) -> bool {
         self.members.find(name.as_bytes()).is_ok()
     }
@@ -141,7 +143,7 @@ impl Archive {
         read_piece(&self.file, &self.path, member.offset, member.size)
     }
 
-    /// The first bytes of a member; fewer if it is shorter.
+    /// Returns the first bytes of a member; fewer if the member is shorter.
     pub fn start(&self, member: &Member) -> Result<Bytes, BlobError> {
         read_piece(&self.file, &self.path, member.offset, member.size.min(SNIFFED as u64))
     }
@@ -165,12 +167,12 @@ fn packed(path: &Path, with: &str) -> BlobError {
     }
 }
 
-/// Most bytes that are unpacked of an archive of `len` bytes.
+/// Returns the most bytes that an archive of `len` bytes may unpack to.
 fn most_unpacked(len: u64) -> u64 {
     len.saturating_mul(MAX_RATIO).max(ALWAYS_UNPACKED)
 }
 
-/// Unpacks a compressed archive into a file without a name, which goes when it is closed.
+/// Unpacks a compressed archive into a file without a name. The file goes when it is closed.
 fn unpack(path: &Path, mut from: impl Read, most: u64) -> Result<File, BlobError> {
     let dir = std::env::temp_dir();
     let mut file = unnamed_file(&dir).map_err(|e| BlobError::io(&dir, e))?;
@@ -223,7 +225,7 @@ fn no_room(dir: &Path, error: io::Error) -> BlobError {
 
 fn unnamed_file(dir: &Path) -> io::Result<File> {
     let name = dir.join(format!("ocifs-{}-{:016x}", std::process::id(), fastrand::u64(..)));
-    // Only this user may read what is unpacked, and the name must be new: the directory is everybody's.
+    // Only this user may read the unpacked file. The name must be new, because all users may write to the directory.
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -272,7 +274,7 @@ mod tests {
 
     #[test]
     fn the_window_of_a_zstd_archive_is_limited_as_that_of_a_layer() {
-        // A frame of one empty raw block; the sixth byte is the window descriptor (RFC 8878, 3.1.1.1.2).
+        // The frame has one empty raw block. Its sixth byte is the window descriptor (RFC 8878, 3.1.1.1.2).
         let open = |window_log: u8| {
             let file = tempfile::NamedTempFile::new().unwrap();
             let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, (window_log - 10) << 3, 0x01, 0x00, 0x00];

@@ -1,8 +1,9 @@
 //! Blobs in local files: a whole file, or a range of one (a member of an uncompressed archive).
 //!
-//! Reads are positioned (`pread`) and run on the blocking pool, one piece at a time, so a stream holds one piece of memory
-//! however long it is and stops when it is dropped. Blobs that are ranges of one file share its descriptor; one that is a file
-//! of its own is opened for each stream, because an image can have more layers than a process may have files open.
+//! Reads are positioned (`pread`) and run on the blocking pool, one piece at a time. A stream therefore holds one
+//! piece in memory, however long it is, and stops when it is dropped. Blobs that are ranges of one file share its
+//! file descriptor. A blob that is a whole file is opened for each stream, because an image can have more layers than
+//! a process may have files open.
 
 use std::fs::File;
 use std::ops::Range;
@@ -17,13 +18,14 @@ use futures::StreamExt as _;
 use super::{BlobError, BlobSource, ByteStream};
 use crate::oci::Digest;
 
-/// Bytes read at once. Large enough that handing the work to another thread does not show, small enough to hold per stream.
+/// Bytes read at a time. A larger piece costs memory for each stream. A smaller one costs more hand-overs to another
+/// thread.
 const PIECE: u64 = 512 << 10;
 
 /// A blob that is a range of a local file.
 #[derive(Debug, Clone)]
 pub struct FileBlob {
-    /// None if it is opened when it is read.
+    /// None if each stream opens the file.
     file: Option<Arc<File>>,
     path: Arc<Path>,
     digest: Digest,
@@ -32,7 +34,7 @@ pub struct FileBlob {
 }
 
 impl FileBlob {
-    /// The blob that is the whole file at `path`, of `size` bytes.
+    /// Returns the blob that is the whole file at `path`, of `size` bytes.
     pub fn whole(path: Arc<Path>, digest: Digest, size: u64) -> Self {
         Self {
             file: None,
@@ -43,7 +45,7 @@ impl FileBlob {
         }
     }
 
-    /// The blob of `size` bytes at `offset` in `file`; `path` is for error messages.
+    /// Returns the blob of `size` bytes at `offset` in `file`. Error messages name `path`.
     pub fn new(file: Arc<File>, path: Arc<Path>, digest: Digest, offset: u64, size: u64) -> Self {
         Self {
             file: Some(file),
@@ -64,7 +66,7 @@ impl FileBlob {
         Ok((file, piece))
     }
 
-    /// Reads the next piece of what is left. Blocks.
+    /// Reads the next piece of `rest`. Blocks.
     fn read_next(&self, file: &File, rest: &Range<u64>) -> Result<Bytes, BlobError> {
         let len = PIECE.min(rest.end - rest.start);
         read_piece(file, &self.path, self.offset + rest.start, len)
@@ -117,7 +119,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     done.map_err(|stopped| BlobError::io(path, std::io::Error::other(stopped)))?
 }
 
-/// Opens a regular file. Anything else is refused before it is opened: opening a FIFO would wait for a writer.
+/// Opens a regular file and returns it with its length. Anything else is refused before it is opened, because opening
+/// a FIFO would wait for a writer.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), BlobError> {
     let found = std::fs::metadata(path).map_err(|e| BlobError::io(path, e))?;
     if !found.is_file() {
@@ -131,7 +134,8 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, u64), BlobError> {
     Ok((file, len))
 }
 
-/// Reads exactly `len` bytes at `offset`; `len` must have been checked against what the file claims to hold.
+/// Reads exactly `len` bytes at `offset`. The caller has checked `len` against the length that the file claims to
+/// have.
 pub(crate) fn read_piece(file: &File, path: &Path, offset: u64, len: u64) -> Result<Bytes, BlobError> {
     let mut piece = vec![0; usize::try_from(len).map_err(|_| too_short(path, offset, len))?];
     file.read_exact_at(&mut piece, offset)

@@ -1,32 +1,44 @@
-//! The way to a blob, as far as it was measured, and what follows from that about a stream that is slow.
+//! The link to a blob, as far as it was measured, and which streams over it are too slow.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-/// A link that showed more than this many times the present rate has stalled.
+/// A link has stalled if its bandwidth is more than this many times its present rate. A larger value waits longer for
+/// a link that only trickles. A smaller one gives up a link that is busy with other streams.
 const STALLED_SHARE: f64 = 64.0;
-/// A useful rate is at least this many bytes per second: a modem of 64 kbit/s brings twice as much.
+/// Least rate that can be useful, in bytes per second. A modem of 64 kbit/s brings twice as much. A larger bound
+/// gives up slow links that are steady; a smaller one waits longer for a link that trickles.
 const LEAST_USEFUL: f64 = 3.0 * 1024.0;
-/// A rate above this is useful whatever the link showed: servers may slow down large downloads on purpose.
+/// Rate in bytes per second from which on a link is useful, whatever it showed before. Servers may slow down large
+/// downloads on purpose. A larger bound gives up such downloads; a smaller one waits longer for a link that trickles.
 const MOST_USEFUL: f64 = 32.0 * 1024.0;
 
-/// A stream is behind if it brings less than this part of what would be its share of the link.
+/// A stream is behind if it brings less than its share of the link, divided by this. A larger value leaves readers
+/// waiting for slow connections. A smaller one sends more second requests that are of no use.
 const BEHIND: f64 = 16.0;
-/// The share of a stream is counted over at least this time.
+/// Least time over which the bytes of a stream are counted. A longer time leaves readers waiting for slow
+/// connections; a shorter one takes a short pause for a slow connection.
 const LEAST_WINDOW: Duration = Duration::from_secs(1);
-/// The share of a stream is counted over at least this many round trips, since a request may take some of them.
+/// Least round trips over which the bytes of a stream are counted, since a request may take some of them. More leave
+/// readers waiting for slow connections. Fewer take a far server for a slow connection.
 const ROUND_TRIPS: u32 = 16;
-/// The share of a stream is counted over at least the time in which this many bytes should have come: fewer say nothing.
+/// Least bytes that should have come in the time over which a stream is counted: fewer say nothing. More leave
+/// readers waiting for slow connections over a slow link.
 const EXPECTED: f64 = 64.0 * 1024.0;
-/// A stream that brings this many bytes per second is never behind, however fast the link is.
+/// Rate in bytes per second at which a stream is never behind, however fast the link is. A larger value sends more
+/// second requests; a smaller one leaves readers waiting for slow connections over a fast link.
 const FAST_ENOUGH: f64 = 256.0 * 1024.0;
-/// The share of a stream is counted over no longer than this, however slow the link is.
+/// Longest time over which the bytes of a stream are counted, however slow the link is. A longer time leaves readers
+/// waiting for slow connections; a shorter one judges a stream by too few bytes.
 const LONGEST_WINDOW: Duration = Duration::from_secs(20);
-/// What a link can do that was not measured, in bytes per second, and how long it is given at least.
+/// Bandwidth assumed of a link that was not measured, in bytes per second. A larger guess sends second requests over
+/// slow links; a smaller one leaves readers waiting for slow connections.
 const UNMEASURED: f64 = 64.0 * 1024.0;
+/// Least time over which the bytes of a stream are counted while the link is not measured. A longer time leaves
+/// readers waiting for slow connections; a shorter one counts the first round trips as slow.
 const UNMEASURED_WINDOW: Duration = Duration::from_secs(3);
 
-/// Number of a link: one for each host that this process talks to.
+/// Number of a link. This process has one link to each host that it talks to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkId(pub u32);
 
@@ -34,41 +46,41 @@ impl LinkId {
     /// The local disks.
     pub const LOCAL: Self = Self(0);
 
-    /// A number that no other link has.
+    /// Returns a number that no other link has.
     pub fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 
-/// The way to a blob, as far as it was measured.
+/// The link to a blob, as far as it was measured.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Link {
-    /// Which link.
+    /// Number of the link.
     pub id: LinkId,
-    /// Time from asking to the first byte of the answer.
+    /// Time from a request to the first byte of the response.
     pub rtt: Option<Duration>,
     /// Bytes per second of all streams together.
     pub bandwidth: Option<f64>,
-    /// Bytes that came lately, without a pause: with them the windows of the connections have grown.
+    /// Bytes that came lately, without a pause. They have made the congestion windows of the connections grow.
     pub warm: u64,
-    /// Requests under way: they share the link.
+    /// Requests in flight. They share the link.
     pub streams: u32,
-    /// A request failed, and the next attempt waits on purpose: the server is busy or refuses for a while.
+    /// Whether a request failed and its retry waits on purpose: the server is busy or refuses for a while.
     pub resting: bool,
 }
 
-/// How much has to come in which time for a stream not to be behind.
+/// How many bytes must come in which time for a stream not to be behind.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
-    /// Time over which is counted.
+    /// Time over which bytes are counted.
     pub window: Duration,
-    /// Bytes in that time.
+    /// Least bytes in `window`.
     pub least: u64,
 }
 
 impl Link {
-    /// A local disk: no trip to speak of, and about what reading and decoding one stream gives.
+    /// A local disk: hardly any round trip, and about the bandwidth with which one stream is read and decoded.
     pub const LOCAL: Self = Self {
         id: LinkId::LOCAL,
         rtt: Some(Duration::from_micros(100)),
@@ -78,14 +90,15 @@ impl Link {
         resting: false,
     };
 
-    /// Bytes per second of all streams together below which the link counts as stalled. A slow link that is steady was
-    /// measured as slow, and is not stalled.
+    /// Returns the bytes per second of all streams together below which the link counts as stalled. A slow but steady
+    /// link was measured as slow, and does not count as stalled.
     pub fn useful_rate(&self) -> f64 {
         let share = self.bandwidth.unwrap_or(0.0) / STALLED_SHARE;
         share.clamp(LEAST_USEFUL, MOST_USEFUL)
     }
 
-    /// What one stream has to bring not to be far behind the others and behind what the link has shown.
+    /// Returns what one stream must bring. A stream that brings less is far behind the others, and behind what the
+    /// link has shown.
     pub fn pace(&self) -> Pace {
         let streams = f64::from(self.streams.max(1));
         let share = self.bandwidth.unwrap_or(UNMEASURED).max(1.0) / streams;
@@ -147,9 +160,9 @@ mod tests {
         assert_eq!(one.window, LEAST_WINDOW);
         assert_eq!(rate(one), FAST_ENOUGH);
         assert_eq!(rate(link(1.6e6, 1).pace()), 100e3);
-        // Many share a fast link: each has so much less to bring.
+        // Many streams share a fast link, so each has less to bring.
         assert!(rate(link(1.6e6, 100).pace()) < 1.1e3);
-        // Over a slow link it takes long until anything can be said.
+        // Over a slow link, it takes long until a stream can be judged.
         let modem = link(8e3, 2).pace();
         assert!(
             modem.window >= Duration::from_secs(16) && rate(modem) < 300.0,

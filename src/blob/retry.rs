@@ -1,29 +1,33 @@
-//! When to try again, and how long to wait first: the only place that decides it.
+//! When to retry, and how long to wait first. No other module decides that.
 //!
-//! A [`Retry`] belongs to one operation. The operation's deadline counts from the last *progress*, not from its start: a slow
-//! link that keeps delivering is never cut off, a dead one is given up after [`RetryPolicy::deadline`]. Delays double from
-//! [`FIRST_DELAY`] to [`LONGEST_DELAY`] with full jitter on their upper half, so that many readers that failed together do not
-//! come back together. Pure: nothing here sleeps, the caller does.
+//! A [`Retry`] belongs to one operation. The operation's deadline counts from the last *progress*, not from its
+//! start. A slow link that keeps delivering is never cut off; a dead one is given up after [`RetryPolicy::deadline`].
+//! Delays double from [`FIRST_DELAY`] to [`LONGEST_DELAY`]. Full jitter on their upper half keeps readers that failed
+//! together from coming back together. This module never sleeps; the caller does.
 
 use std::time::{Duration, Instant};
 
 use super::BlobError;
 
-/// First delay. About two round trips on a bad link: a lost connection is usually back at once.
+/// First delay. It is about two round trips on a bad link, because a lost connection is usually back at once. A
+/// larger delay keeps readers waiting after such a loss; a smaller one retries before the link is back.
 pub const FIRST_DELAY: Duration = Duration::from_millis(200);
-/// Longest delay. A reader that waits on a page should notice a recovered registry within seconds.
+/// Longest delay. A reader that waits for a page should notice a recovered registry within seconds. A larger delay
+/// notices it later; a smaller one sends more requests to a registry that is down.
 pub const LONGEST_DELAY: Duration = Duration::from_secs(10);
-/// Attempts at a host that has never answered. A mistyped or switched-off registry should be reported in a second, not at the
-/// deadline; a host that did answer before is worth waiting for.
+/// Attempts at a host that has never answered. A mistyped or switched-off registry should be reported in a second,
+/// not at the deadline. A host that did answer before is worth waiting for. More attempts report the mistake later;
+/// fewer give up a host after one lost connection.
 pub const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
-/// Longest wait for the head of one answer, for operations that never give up.
+/// Longest wait for the head of one response, however long the deadline is. A longer wait notices a dead connection
+/// later; a shorter one gives up a slow server too early.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// How persistent an operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Time without progress after which the operation fails. [`Duration::MAX`] never gives up.
+    /// Time without progress after which the operation fails. With [`Duration::MAX`], the operation never gives up.
     pub deadline: Duration,
 }
 
@@ -38,7 +42,7 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// Starts the clock.
+    /// Starts the clock of an operation.
     pub fn new(policy: RetryPolicy) -> Self {
         let now = Instant::now();
         Self {
@@ -50,24 +54,25 @@ impl Retry {
         }
     }
 
-    /// Bytes arrived: the deadline and the delays start over.
+    /// Notes that bytes arrived. The deadline and the delays start over.
     pub fn progressed(&mut self) {
         self.progress = Instant::now();
         self.streak = 0;
     }
 
-    /// Somebody else took this long: it does not count.
+    /// Leaves `time` out of the deadline, because the caller and not the operation took it.
     pub fn excuse(&mut self, time: Duration) {
         self.progress = (self.progress + time).min(Instant::now());
     }
 
-    /// What is left until the deadline.
+    /// Returns the time left until the deadline.
     pub fn remaining(&self) -> Duration {
         self.policy.deadline.saturating_sub(self.progress.elapsed())
     }
 
-    /// How long one attempt may wait for the first byte of an answer: half of the deadline while more than that is left, so
-    /// that a connection that died silently leaves time for another one.
+    /// Returns how long one attempt may wait for the first byte of a response. That is half of the deadline while
+    /// more than half is left. A connection that died silently then leaves time for another attempt. It is never more
+    /// than [`LONGEST_WAIT`].
     pub fn attempt_wait(&self) -> Duration {
         let half = self.policy.deadline / 2;
         let remaining = self.remaining();
@@ -75,10 +80,10 @@ impl Retry {
         wait.min(LONGEST_WAIT)
     }
 
-    /// Takes the failure of an attempt: the delay to sleep before the next one, or the error to give up with, which then says
-    /// how often and how long it was tried.
+    /// Takes the failure of an attempt. Returns the delay to sleep before the next attempt, or the error to give up
+    /// with. After several attempts, that error says how many there were and how long they took.
     ///
-    /// `reached` is whether the host has ever answered; see [`FIRST_CONTACT_ATTEMPTS`].
+    /// `reached` says whether the host has ever answered; see [`FIRST_CONTACT_ATTEMPTS`].
     pub fn after(&mut self, error: BlobError, reached: bool) -> Result<Duration, BlobError> {
         self.failures += 1;
         self.streak += 1;
@@ -111,7 +116,8 @@ impl Retry {
     }
 }
 
-/// The delay before attempt `failures + 1`, `jitter` in 0..1: between half of the nominal delay and all of it.
+/// Returns the delay before attempt `failures + 1`: between half of the nominal delay and all of it. `jitter` is in
+/// 0..1.
 fn backoff(failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let nominal = (FIRST_DELAY * (1 << doublings)).min(LONGEST_DELAY);

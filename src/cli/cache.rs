@@ -1,4 +1,4 @@
-//! `ocifs cache`: looking after the store.
+//! `ocifs cache`: lists, checks and shrinks the store.
 
 use std::fs;
 use std::path::Path;
@@ -118,12 +118,12 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a layer takes.
+/// Bytes that a layer takes in the store.
 struct Row {
     layer: String,
     index: u64,
     data: u64,
-    /// Of a layer that did not come whole, or is coming in.
+    /// Bytes of a layer whose first pass did not finish or is running.
     unfinished: u64,
 }
 
@@ -132,7 +132,8 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
         None => None,
         Some(args) => {
             let context = open::context(config)?;
-            // Without the handling of signals that fetching has: the checks that follow end like any program.
+            // Does not call `Fetching::run`, which handles signals: a signal ends the checks that follow as it ends
+            // any program.
             let recalled = Fetching::new()?.runtime().block_on(async {
                 let named = open::named(config, args, &context.store).await?;
                 anyhow::Ok(named.recall().await)
@@ -174,7 +175,8 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
     Ok(())
 }
 
-/// Data of mounted images goes too: whatever a mount reads next it fetches again.
+/// Deletes all cached data, with `all` the rest of the store too. The data of mounted images is deleted as well:
+/// their mounts fetch again what they read next.
 fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
     let evicted = evict_to(store, 0, Scope::Data)?;
     let root = store.root().context("no store")?;
@@ -197,7 +199,8 @@ fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Removes a layer's directory unless somebody is indexing it.
+/// Removes a layer's directory. Returns false, and removes nothing, while another process holds the lock of the
+/// layer.
 fn remove_layer(dir: &LayerDir) -> anyhow::Result<bool> {
     match Flock::lock(dir.lock_file()?, FlockArg::LockExclusiveNonblock) {
         Err(_) => Ok(false),

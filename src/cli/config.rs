@@ -1,4 +1,5 @@
-//! The resolved configuration: arguments, then environment, then the configuration file, then defaults.
+//! The resolved configuration. Arguments come first, then the environment, then the configuration file, then
+//! defaults.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -99,7 +100,7 @@ pub(super) enum LogFormat {
     Json,
 }
 
-/// What the configuration file may say.
+/// Settings in the configuration file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct FileConfig {
@@ -119,25 +120,25 @@ struct FileConfig {
     log_format: Option<LogFormat>,
 }
 
-/// Everything a command needs to know.
+/// The resolved settings of a command.
 #[derive(Debug, Clone)]
 pub(super) struct Config {
     pub(super) store: PathBuf,
     pub(super) cache_size: u64,
     pub(super) memory: usize,
     pub(super) timeout: Option<Duration>,
-    /// What mounts fetch that nobody asked for, if the file says so.
+    /// What mounts fetch in the background, if the configuration file says it.
     pub(super) prefetch: Option<PrefetchMode>,
-    /// Which registries are spoken to without TLS.
+    /// Registries that ocifs may speak to without TLS.
     pub(super) plain_http: PlainHttp,
     pub(super) ca: Vec<PathBuf>,
-    /// Whether a public registry may lead to addresses that are not public.
+    /// Whether a public registry may redirect to addresses that are not public.
     pub(super) allow_private_redirects: bool,
-    /// Hosts that are asked for foreign layers which the registry does not have.
+    /// Hosts from which foreign layers are fetched if the registry does not have them.
     pub(super) foreign_layers_from: Vec<String>,
     pub(super) log_format: LogFormat,
     pub(super) verbose: u8,
-    /// Nothing but errors on standard error.
+    /// Whether standard error gets only errors.
     pub(super) quiet: bool,
 }
 

@@ -1,4 +1,4 @@
-//! `ocifs export`: the merged file system of an image as one tar, or as one EROFS disk.
+//! `ocifs export`: writes the merged file system of an image as one tar, or as one EROFS disk image.
 
 use std::collections::HashMap;
 use std::fs::{File, Permissions};
@@ -18,7 +18,7 @@ use ocifs::erofs::{FileType, Inode, Nid};
 use ocifs::fs::{Attr, ImageFs};
 use ocifs::toc::DeviceNumber;
 
-/// Bytes read at once.
+/// Bytes of one read. A larger value takes more memory.
 const READ: usize = 1 << 20;
 
 /// Arguments of `export`.
@@ -67,7 +67,8 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> any
     }
 }
 
-/// A file that has its name only when it is whole, unless there is something at its path that is no regular file.
+/// The output file. A new file gets its name only when it is complete. If the path names something else than a
+/// regular file, such as a pipe, the output is written into it directly.
 enum Output<'a> {
     Whole(NamedTempFile, &'a Path),
     Special(File),
@@ -98,7 +99,7 @@ impl<'a> Output<'a> {
 
     fn publish(self) -> io::Result<()> {
         if let Self::Whole(part, path) = self {
-            // Only when nothing is left to fail does the old file go.
+            // The rename is the last step, so the old file stays if any other step fails.
             part.as_file().sync_all()?;
             part.persist(path)?;
         }
@@ -106,7 +107,7 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Metadata, then every layer's data device: the disk that the tree describes.
+/// Writes the EROFS disk that the tree describes: its metadata, then the data device of every layer.
 fn disk(fs: &ImageFs, fetching: &Fetching, out: &mut impl Write) -> anyhow::Result<()> {
     let image = fs.image();
     out.write_all(image.tree().image())?;
@@ -124,7 +125,7 @@ fn disk(fs: &ImageFs, fetching: &Fetching, out: &mut impl Write) -> anyhow::Resu
     Ok(out.flush()?)
 }
 
-/// Writes zeros as holes.
+/// A writer that leaves holes for blocks of zeros.
 struct Sparse<'a> {
     file: &'a mut File,
 }
@@ -144,7 +145,7 @@ impl Write for Sparse<'_> {
     }
 }
 
-/// Reads a file of the image as a stream.
+/// A file of the image as a stream.
 struct Content<'a> {
     fs: &'a ImageFs,
     fetching: &'a Fetching,
@@ -176,7 +177,7 @@ fn tar(fs: &ImageFs, fetching: &Fetching, out: impl Write) -> anyhow::Result<()>
         builder: tar::Builder::new(io::BufWriter::with_capacity(READ, out)),
         links: HashMap::new(),
     };
-    // Parents before children, without recursion: an image may nest thousands of directories.
+    // Writes parents before children. It uses no recursion, because an image may nest thousands of directories.
     let mut todo = vec![(Vec::new(), fs.attr(fs.root())?)];
     while let Some((path, attr)) = todo.pop() {
         archive.append(&path, &attr)?;
@@ -191,12 +192,12 @@ struct TarExport<'a, W: Write> {
     fs: &'a ImageFs,
     fetching: &'a Fetching,
     builder: tar::Builder<W>,
-    /// First path of each inode with several names.
+    /// The first path of each inode that has several names.
     links: HashMap<Nid, Vec<u8>>,
 }
 
 impl<W: Write> TarExport<'_, W> {
-    /// Entries of a directory, last name first, so that a stack gives them back in order.
+    /// Returns the entries of a directory, last name first. A stack then returns them in order.
     fn children(&self, path: &[u8], ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Attr)>> {
         let mut names = Vec::new();
         self.fs.read_dir(ino, 0, |entry| {
@@ -256,7 +257,8 @@ impl<W: Write> TarExport<'_, W> {
     fn xattrs(&self, path: &[u8], ino: Nid) -> anyhow::Result<Vec<(Vec<u8>, Vec<u8>)>> {
         let mut xattrs = Vec::new();
         for name in self.fs.xattr_names(ino)? {
-            // The first equals sign ends the keyword of a pax record, and nothing can stand for one in it.
+            // In a pax record the first equals sign ends the keyword. The format has no escape for an equals sign
+            // within it.
             if name.contains(&b'=') {
                 let (path, name) = (path.escape_ascii(), name.escape_ascii());
                 eprintln!("ocifs: /{path}: a tar cannot hold the extended attribute {name}, it is left out");
@@ -268,7 +270,7 @@ impl<W: Write> TarExport<'_, W> {
         Ok(xattrs)
     }
 
-    /// Writes one entry: what does not fit the ustar fields goes into pax records in front.
+    /// Writes one entry. Values that do not fit the ustar fields go into pax records before it.
     #[allow(clippy::too_many_arguments)]
     fn entry(
         &mut self,
@@ -319,13 +321,14 @@ impl<W: Write> TarExport<'_, W> {
         Ok(())
     }
 
-    /// Not the tar crate's own: names of extended attributes, which are part of keys, need not be text.
+    /// Writes a pax header with `records`. The tar crate's own function takes keys as text. Here, keys contain the
+    /// names of extended attributes, which need not be UTF-8.
     fn pax(&mut self, records: &[(Vec<u8>, Vec<u8>)]) -> anyhow::Result<()> {
         let mut payload = Vec::new();
         for (key, value) in records {
             let rest = key.len() + value.len() + 3;
             let mut length = rest + 1;
-            // The length counts its own digits.
+            // The length includes its own digits.
             while rest + length.to_string().len() != length {
                 length = rest + length.to_string().len();
             }
@@ -347,7 +350,7 @@ impl<W: Write> TarExport<'_, W> {
     }
 }
 
-/// Puts text into a header field, and into a pax record if it is too long for the field.
+/// Puts text into a header field. Text that is too long for the field also goes into a pax record.
 fn put_text(field: &mut [u8], text: &[u8], key: &str, records: &mut Vec<(Vec<u8>, Vec<u8>)>) {
     let length = text.len().min(field.len());
     field[..length].copy_from_slice(&text[..length]);
@@ -356,7 +359,8 @@ fn put_text(field: &mut [u8], text: &[u8], key: &str, records: &mut Vec<(Vec<u8>
     }
 }
 
-/// Decimal seconds; before the epoch the fraction counts towards zero.
+/// Formats a time as decimal seconds. `nanoseconds` count forward, so a time before the epoch gets a fraction nearer
+/// to zero: -2 s and 250,000,000 ns are `-1.75`.
 fn pax_time(seconds: i64, nanoseconds: u32) -> String {
     if seconds >= 0 || nanoseconds == 0 {
         return match nanoseconds {

@@ -1,7 +1,8 @@
-//! The runtime that fetches for a command, and its end by a signal.
+//! The runtime of a command that fetches, and how a signal ends that command.
 //!
-//! Ctrl-C ends a command where it waits: what it was writing under a name of its own is removed, what came of layers is kept,
-//! and the exit status is 128 and the number of the signal, as of a program that the signal killed.
+//! Ctrl-C ends a command at the point where it waits. Partial output under a temporary name is removed. Layer data
+//! that has arrived stays in the store. The exit status is 128 plus the number of the signal, as for a program that
+//! the signal killed.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -16,16 +17,17 @@ use ocifs::layer::kept_of_layer;
 use ocifs::mount::Signals;
 use ocifs::store::Store;
 
-/// How long a command may take to end, whatever it does at the moment: it may be reading from a dead disk, waiting for a lock
-/// that a stopped process holds, or writing to a program that does not read.
+/// Time that a command may take to end after a signal. It may be reading from a dead disk, waiting for a lock of a
+/// stopped process, or writing to a program that does not read. A shorter time could lose data that is being written;
+/// a longer one would keep the user waiting.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A signal asked the command to end.
+/// The error of a command that a signal ended.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted{}", outcome.as_deref().map(|text| format!(": {text}")).unwrap_or_default())]
 pub(super) struct Interrupted {
     signal: i32,
-    /// What there is now.
+    /// What the command leaves behind, for the user.
     outcome: Option<String>,
 }
 
@@ -34,7 +36,7 @@ impl Interrupted {
         Self { signal, outcome }
     }
 
-    /// The exit status of a program that the signal killed, as shells show it.
+    /// Returns the exit status that shells show for a program killed by the signal.
     pub(super) fn exit_status(&self) -> u8 {
         status_of(self.signal)
     }
@@ -44,23 +46,25 @@ fn status_of(signal: i32) -> u8 {
     128 + u8::try_from(signal).unwrap_or(0)
 }
 
-/// The signals that end a command, but for those that it was started to ignore.
+/// Catches the signals that end a command: SIGINT, SIGTERM and SIGHUP. A signal that the process was started to
+/// ignore stays ignored.
 pub(super) fn signals() -> std::io::Result<Signals> {
     Signals::catch(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP])
 }
 
-/// A runtime, and whether a signal came.
+/// A runtime and the signal that ended its work, if any.
 pub(super) struct Fetching {
     runtime: Option<Runtime>,
-    /// The signal, from the moment on that there is something to interrupt.
+    /// The signal that has arrived, if any. Set from the first [`Fetching::run`] on: before it there is nothing to
+    /// interrupt.
     signalled: OnceLock<watch::Receiver<Option<i32>>>,
-    /// The image whose layers are fetched.
+    /// The image whose layers are being fetched.
     image: OnceLock<(Store, Arc<Preparation>)>,
 }
 
 impl Fetching {
-    /// Decoding is the only real work done on the runtime, so it has as many workers as there are cores, at least two: one waits
-    /// for a decode while the other keeps the network busy.
+    /// Starts a runtime with one worker for each core, and at least two. Decoding is the only heavy work on the
+    /// runtime. With two workers, one can decode while the other keeps the network busy.
     pub(super) fn new() -> anyhow::Result<Self> {
         let workers = std::thread::available_parallelism().map_or(2, |n| n.get().max(2));
         let mut builder = Builder::new_multi_thread();
@@ -76,12 +80,12 @@ impl Fetching {
         })
     }
 
-    /// The runtime.
+    /// Returns the runtime.
     pub(super) fn runtime(&self) -> &Runtime {
         self.runtime.as_ref().expect("there until it is dropped")
     }
 
-    /// Does `work`, until a signal comes.
+    /// Runs `work`. If a signal arrives first, drops `work` and returns [`Interrupted`].
     pub(super) fn run<T, E: Into<anyhow::Error>>(&self, work: impl Future<Output = Result<T, E>>) -> anyhow::Result<T> {
         let mut signalled = match self.signalled.get() {
             Some(signalled) => signalled.clone(),
@@ -106,12 +110,12 @@ impl Fetching {
         })
     }
 
-    /// Takes note of the image whose layers are fetched from now on.
+    /// Remembers the image whose layers are fetched from here on, for the message after a signal.
     pub(super) fn begin(&self, store: &Store, preparation: &Arc<Preparation>) {
         self.image.get_or_init(|| (store.clone(), preparation.clone()));
     }
 
-    /// Ends; if a signal was the reason, the error says what is kept.
+    /// Ends the runtime and returns `result`. If a signal ended the command, the error says what the store keeps.
     pub(super) fn end(mut self, result: anyhow::Result<()>) -> anyhow::Result<()> {
         let signal = self.signalled.get().and_then(|signal| *signal.borrow());
         let (Err(_), Some(signal)) = (&result, signal) else {
@@ -122,14 +126,14 @@ impl Fetching {
         Err(Interrupted::new(signal, outcome).into())
     }
 
-    /// What is being written gets to the disk, if that does not take too long.
+    /// Gives writes that are under way up to [`GRACE`] to reach the disk.
     fn finish_writing(&mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_timeout(GRACE);
         }
     }
 
-    /// Ends without waiting for anything.
+    /// Ends the runtime without waiting for its tasks.
     pub(super) fn abandon(mut self) {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -143,7 +147,8 @@ impl Drop for Fetching {
     }
 }
 
-/// Waits for signals beside the command, and ends the process if the command does not notice.
+/// Waits for a signal while the command runs. Ends the process if the command does not end within [`GRACE`], or at
+/// the second signal.
 fn watch(runtime: &Runtime, mut signals: Signals) -> watch::Receiver<Option<i32>> {
     let (sender, receiver) = watch::channel(None);
     runtime.spawn(async move {
@@ -159,7 +164,7 @@ fn watch(runtime: &Runtime, mut signals: Signals) -> watch::Receiver<Option<i32>
     receiver
 }
 
-/// What the store has of an image.
+/// Describes what the store has of an image.
 fn kept(store: &Store, preparation: &Preparation) -> String {
     let (mut whole, mut bytes) = (0, 0);
     let layers = preparation.resolved().layers();

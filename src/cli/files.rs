@@ -1,4 +1,4 @@
-//! `ocifs ls` and `ocifs cat`: looking into an image without mounting it.
+//! `ocifs ls` and `ocifs cat`: read an image without mounting it.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -13,7 +13,7 @@ use super::{Fetching, ImageArgs, text};
 use ocifs::erofs::{FileType, Walker};
 use ocifs::fs::{Attr, ImageFs, mtime};
 
-/// Bytes read at once.
+/// Bytes of one read. A larger value takes more memory.
 const READ: usize = 1 << 20;
 
 /// Arguments of `ls`.
@@ -39,7 +39,7 @@ pub(super) struct CatArgs {
     paths: Vec<OsString>,
 }
 
-/// What is at `path`, symbolic links followed as in a chroot.
+/// Returns the attributes of the file at `path`. Symbolic links are followed as in a chroot.
 fn walk(fs: &ImageFs, path: &OsStr) -> anyhow::Result<Attr> {
     let mut walker = Walker::new(fs.image().tree());
     let found = walker.resolve(fs.root(), path.as_bytes());
@@ -58,7 +58,7 @@ fn letter(file_type: FileType) -> char {
     }
 }
 
-/// `rwxr-sr-t` as ls(1) writes it.
+/// Formats permissions as ls(1) does, like `rwxr-sr-t`.
 fn permissions(mode: u16) -> String {
     let mut text = String::with_capacity(9);
     for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
@@ -75,7 +75,7 @@ fn permissions(mode: u16) -> String {
     text
 }
 
-/// How entries are written.
+/// Output format of directory entries.
 #[derive(Debug, Clone, Copy)]
 struct Style {
     json: bool,

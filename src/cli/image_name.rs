@@ -1,10 +1,11 @@
-//! The image argument: a reference, or a path that need not be text.
+//! The image argument: a reference, or a path that need not be UTF-8.
 
 use std::ffi::OsString;
 
 use ocifs::oci::{ImageRef, ImageRefError};
 
-/// An image as the user wrote it. The path in it can be any bytes; text is what messages show of it.
+/// An image as the user wrote it. Its path can have any bytes. Messages show it as text, with U+FFFD for bytes that
+/// are not UTF-8.
 #[derive(Debug, Clone)]
 pub(super) struct ImageName {
     given: OsString,
@@ -12,7 +13,7 @@ pub(super) struct ImageName {
 }
 
 impl ImageName {
-    /// What it refers to.
+    /// Parses the image reference.
     pub(super) fn reference(&self) -> Result<ImageRef, ImageRefError> {
         ImageRef::from_os_str(&self.given)
     }

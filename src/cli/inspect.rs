@@ -1,4 +1,4 @@
-//! `ocifs inspect`.
+//! `ocifs inspect`: shows manifest, config and layers of an image.
 
 use clap::Args;
 use serde_json::json;
@@ -22,11 +22,12 @@ pub(super) struct InspectArgs {
     json: bool,
 }
 
-/// The oddities of the layers' tars, and how ocifs reads them. Only layers that were indexed before are known.
+/// Returns what is odd in the layers' tars and how ocifs reads it, by layer digest. It covers only layers that were
+/// indexed before.
 fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
     let mut oddities = Vec::new();
     for layer in layers {
-        // A layer that nobody has read yet has no table, and one with a damaged table is indexed again when it is read.
+        // A layer that was never indexed has no TOC. A layer with a damaged TOC is indexed again when it is read.
         let warnings = stored_toc(store, &layer.digest).map(|toc| toc.warnings());
         if let Ok(Ok(warnings)) = warnings {
             oddities.extend(warnings.into_iter().map(|text| (layer.digest.to_string(), text)));

@@ -1,4 +1,4 @@
-//! Log lines on standard error. What repeats is folded; the log file of a process in the background is bounded.
+//! Log lines on standard error. Repeated messages are folded. The log file of a process in the background is bounded.
 
 mod bounded;
 mod fold;
@@ -19,8 +19,9 @@ use fold::Fold;
 pub(super) use fold::Folded;
 use ocifs::mount::SERVE;
 
-/// Starts logging, in colours on a terminal unless `NO_COLOR` is set (<https://no-color.org>). `OCIFS_LOG` overrides the level, in
-/// the syntax of `RUST_LOG`. What is folded at the end is said when the value that comes back is dropped.
+/// Starts logging. Lines are coloured on a terminal unless `NO_COLOR` is set (<https://no-color.org>). `OCIFS_LOG`
+/// overrides the level, in the syntax of `RUST_LOG`. Dropping the returned value logs the counts of messages that are
+/// still folded.
 pub(super) fn init(config: &Config) -> Folded {
     let level = match config.verbose {
         _ if config.quiet => "ocifs=error",
@@ -43,7 +44,8 @@ pub(super) fn init(config: &Config) -> Folded {
     folded
 }
 
-/// Standard error. That of a process behind a mount in the background is a file that nobody else looks after.
+/// Returns the writer of log lines: standard error. In the process behind a background mount, standard error is a log
+/// file. Nothing else bounds that file, so its writer does.
 fn writer() -> BoxMakeWriter {
     let ours = std::env::var_os(SERVE).is_some();
     match ours.then(|| io::stderr().as_fd().try_clone_to_owned()) {

@@ -1,7 +1,8 @@
-//! `ocifs mount`.
+//! `ocifs mount`: mounts an image on a directory.
 //!
-//! Without `--foreground` the command starts itself again as the process behind the mount, in a session of its own, and
-//! waits for that one to say (a JSON line each on its standard output) that it is mounted, or ready, or why not.
+//! Without `--foreground` the command starts itself again as the process behind the mount, in a session of its own.
+//! Then it waits for reports from that process: one JSON line each on that process's standard output. A report says
+//! that the image is mounted, or ready, or why the mount failed.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
@@ -65,12 +66,15 @@ pub(super) struct MountArgs {
     json: bool,
 }
 
-/// How long a process that was asked to end may take, and how often that is looked at.
+/// Time that a process may take to end after a signal. A shorter time could cut a takedown short. A longer one would
+/// keep the user waiting for a process that hangs.
 const GRACE: Duration = Duration::from_secs(30);
+/// Time between two checks whether the process has ended.
 const LOOK: Duration = Duration::from_millis(10);
 
 impl MountArgs {
-    /// What to wait for. An overlay is put together when the tree is there.
+    /// Returns the state to wait for. A writable mount waits at least for the tree, because the overlay is mounted on
+    /// the tree.
     fn wait(&self) -> Option<Wait> {
         let overlay = self.writable || self.upper.is_some();
         overlay.then_some(Wait::Ready).max(self.wait)
@@ -85,7 +89,7 @@ enum Wait {
     Complete,
 }
 
-/// What the serving process tells the one that waits.
+/// What the process behind the mount tells the process that waits.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 enum Report {
@@ -101,7 +105,7 @@ enum Report {
         seconds: f64,
     },
     Complete,
-    /// Something that the user should know and that does not keep the mount from being used.
+    /// A problem that the user should know. The mount works in spite of it.
     Warning {
         message: String,
     },
@@ -120,8 +124,9 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
     runtime.block_on(start(config, &args, &mountpoint))
 }
 
-/// The mount point as an absolute path without symlinks. What is mounted there is not touched, as a slash at the end of the
-/// path would do: it may be dead, or its process may not answer.
+/// Returns the mount point as an absolute path without symbolic links. It does not touch the file system that is
+/// mounted there, which a slash at the end of the path would do. That mount may be dead, or its process may not
+/// answer.
 fn resolve(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     std::fs::canonicalize(locate(mountpoint)?).map_err(|error| {
         let advice = match error.kind() {
@@ -132,7 +137,8 @@ fn resolve(mountpoint: &Path) -> anyhow::Result<PathBuf> {
     })
 }
 
-/// Starts the process behind the mount and waits for it. Signals to this process end that one too, until it is on its own.
+/// Starts the process behind the mount and waits for its reports. A signal to this process also ends that process,
+/// until the awaited state is reached.
 async fn start(config: &Config, args: &MountArgs, mountpoint: &Path) -> anyhow::Result<()> {
     let entry = RunDir::open()?.entry(mountpoint);
     entry.check_free()?;
@@ -151,9 +157,9 @@ async fn start(config: &Config, args: &MountArgs, mountpoint: &Path) -> anyhow::
         signal = signals.next() => Err(Interrupted::new(signal, Some("nothing is mounted".to_owned())).into()),
     };
     if result.is_err() {
-        // What was attached comes down again; the exit status says nothing that the report did not.
+        // The process takes down what it has mounted. Its exit status adds nothing to its report.
         end(&mut child).await?;
-        // One that ended before registering leaves its log, which says what was just said.
+        // A process that ended before it registered the mount leaves its log. The log only repeats the error.
         gone(std::fs::remove_file(&log_path)).with_context(|| format!("{}", log_path.display()))?;
         let _turn = entry.turn().await?;
         if entry.record()?.is_none() {
@@ -163,7 +169,8 @@ async fn start(config: &Config, args: &MountArgs, mountpoint: &Path) -> anyhow::
     result
 }
 
-/// Ends the process behind a mount that did not come about: it may take down what stands, but not for ever.
+/// Ends the process behind a mount that failed to start. The process gets [`GRACE`] to take its mount down; then it
+/// is killed.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
     if child.try_wait()?.is_none() {
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
@@ -181,7 +188,7 @@ async fn end(child: &mut Child) -> anyhow::Result<()> {
     }
 }
 
-/// Reads reports until the state the user waits for is reached.
+/// Reads reports until the state that the user waits for is reached.
 async fn follow(
     child: &mut Child,
     config: &Config,
@@ -243,7 +250,7 @@ async fn follow(
     bail!("the process behind the mount ended early ({status}): {last}")
 }
 
-/// The process behind the mount.
+/// Runs the process behind the mount until the mount ends.
 fn serve(
     config: &Config,
     args: MountArgs,
@@ -252,14 +259,14 @@ fn serve(
     log: Option<PathBuf>,
 ) -> anyhow::Result<()> {
     if log.is_some() {
-        // Not a child of the terminal any more: its Ctrl-C is meant for the process that waits.
+        // Leaves the terminal's session: Ctrl-C there is meant for the process that waits.
         nix::unistd::setsid().context("cannot start a session")?;
     }
     let reports = Arc::new(Reports { on: log.is_some() });
     let fetching = Fetching::new()?;
     let serving = serve_async(config, args, mountpoint, started, log, reports.clone());
     let result = fetching.runtime().block_on(serving);
-    // Reads that still wait are answered by the kernel, now that the mount is gone.
+    // The mount is gone, so the kernel answers reads that still wait.
     fetching.abandon();
     if let Err(error) = &result {
         reports.send(&Report::Failed {
@@ -279,13 +286,13 @@ async fn serve_async(
 ) -> anyhow::Result<()> {
     let mut context = open::context(config)?;
     match context.store.probe(0) {
-        // That is said already, or it is meant to be so.
+        // The store is missing, which is reported already, or it is read-only on purpose.
         Err(error) if error.is_by_design() => {}
         Err(error) => context.health.store_failed(&error),
         Ok(()) => {}
     }
     if args.wait().is_none() {
-        // The mount tells who waits how it goes, and goes on.
+        // The mount goes on trying; a reader that waits gets an error when its time is up.
         context = context.patient();
     }
     let mut options = FuseOptions::defaults(nix::unistd::geteuid().is_root());
@@ -365,7 +372,7 @@ async fn serve_async(
     Ok(mount::serve(mount, context, opening, events).await?)
 }
 
-/// Reports how far the layers are, for the progress bar of the process that waits, as long as it does.
+/// Reports the progress of the layers to the process that waits, until that process closes the pipe.
 async fn tick(preparation: Arc<ocifs::image::Preparation>, reports: Arc<Reports>) {
     let mut interval = tokio::time::interval(progress::INTERVAL);
     loop {
@@ -398,23 +405,24 @@ fn upper(args: &MountArgs, context: &ocifs::layer::LayerContext, mountpoint: &Pa
     Ok(Some(Upper::Private(scratch)))
 }
 
-/// Whether a line can be written to standard output without waiting (poll(2): a pipe is writable if there is room for
-/// `PIPE_BUF` bytes, which is more than any line of progress).
+/// Returns whether a line can be written to standard output without waiting. By poll(2) a pipe is writable if it has
+/// room for `PIPE_BUF` bytes, which is more than any progress line.
 fn has_room() -> bool {
     let stdout = std::io::stdout();
     let mut polled = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
-    // Where it cannot be told, the write tells.
+    // If poll fails, the write shows whether there is room.
     poll(&mut polled, PollTimeout::ZERO).map_or(true, |ready| ready > 0)
 }
 
-/// Report lines on standard output, if somebody listens; the log has what nobody hears.
+/// Writes report lines to standard output for the process that waits. Failures that this process does not read go to
+/// the log, and so do all warnings.
 struct Reports {
     on: bool,
 }
 
 impl Reports {
-    /// Says whether somebody listens. Progress that the pipe has no room for is left out: a process that waits may be stopped,
-    /// and this one has to go on.
+    /// Sends a report and returns whether a process reads reports. If the pipe has no room for a progress report,
+    /// leaves the report out. The process that waits may be stopped, and this process must not wait for it.
     fn send(&self, report: &Report) -> bool {
         if self.on && matches!(report, Report::Progress { .. }) && !has_room() {
             return true;

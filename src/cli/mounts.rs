@@ -1,4 +1,4 @@
-//! `ocifs umount`, `list`, `status`.
+//! `ocifs umount`, `list` and `status`: take mounts down and show them.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -48,12 +48,13 @@ pub(super) struct StatusArgs {
     json: bool,
 }
 
-/// The absolute path of a mount point that may be dead: its parent is resolved, itself it is not touched.
+/// Returns the absolute path of a mount point that may be dead. It resolves the parent directory and does not touch
+/// the mount point itself.
 pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
     let mut path = std::path::absolute(path)?;
     for _ in 0..=MOST_LINKS {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            // The root, or a path that ends in `..`.
+            // The path is the root or ends in `..`.
             return std::fs::canonicalize(&path).with_context(|| format!("{}", path.display()));
         };
         let parent = std::fs::canonicalize(parent).with_context(|| format!("{}", path.display()))?;
@@ -66,7 +67,8 @@ pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
     bail!("{}: too many levels of symbolic links", path.display())
 }
 
-/// The same for a mount that is to be asked or taken down: it is known by its path even if that path leads nowhere any more.
+/// Returns the path by which a running mount is known, as [`locate`] does. If the path leads nowhere, it is only made
+/// absolute: the mount may still be registered under that path.
 fn known(path: &Path) -> anyhow::Result<PathBuf> {
     let is_gone = |error: &anyhow::Error| {
         let cause = error.downcast_ref::<std::io::Error>();
@@ -322,13 +324,13 @@ fn show_layers(status: &MountStatus) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A part of a whole for people.
+/// Formats a part of a whole, with its percentage.
 fn share(part: u64, whole: u64) -> String {
     let percent = 100.0 * part as f64 / whole.max(1) as f64;
     format!("{} of {} ({percent:.1} %)", human(part), human(whole))
 }
 
-/// Seconds as milliseconds, three digits.
+/// Formats seconds as milliseconds, with about three digits.
 fn milliseconds(seconds: f64) -> String {
     let ms = seconds * 1e3;
     match ms {

@@ -1,4 +1,4 @@
-//! From an image as the user wrote it to something that can be read.
+//! Opens an image that the user named on the command line.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,8 @@ use ocifs::registry::RegistryConfig;
 use ocifs::source;
 use ocifs::store::{Store, StoreError};
 
-/// The store, or none if it cannot be written: then everything works from memory, and says so.
+/// Opens the store. If the store cannot be opened, the command works from memory and reports the problem. A store of
+/// another version is an error.
 pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
     let (store, problem) = match Store::open(&config.store) {
         Ok(store) => (store, None),
@@ -31,7 +32,7 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
     Ok(context)
 }
 
-/// The image that `args` name, of which nothing has been asked for.
+/// Returns the image that `args` name, without asking its source for anything.
 pub(super) async fn named(config: &Config, args: &ImageArgs, store: &Store) -> anyhow::Result<NamedImage> {
     let reference = args.image.reference();
     let image: ImageRef = reference.map_err(|error| advised(error.into(), &args.image))?;
@@ -41,8 +42,8 @@ pub(super) async fn named(config: &Config, args: &ImageArgs, store: &Store) -> a
     Ok(NamedImage::new(source, platform, store.clone(), confirm))
 }
 
-/// Resolves the image: manifest and config are fetched (or found in the store), nothing else. Standard error has a warning if
-/// its tag was resolved without its registry because that failed.
+/// Resolves the image: fetches its manifest and config, or reads them from the store, and nothing else. If the
+/// registry could not be asked and the tag was resolved without it, a warning goes to standard error.
 pub(super) async fn resolve(config: &Config, args: &ImageArgs, store: &Store) -> anyhow::Result<Opening> {
     let resolved = named(config, args, store).await?.resolve().await;
     let opening = resolved.map_err(|error| advised(error.into(), &args.image))?;
@@ -54,7 +55,7 @@ pub(super) async fn resolve(config: &Config, args: &ImageArgs, store: &Store) ->
     Ok(opening)
 }
 
-/// What to say of a tag whose registry could not be asked.
+/// Returns the warning for a tag whose registry could not be asked.
 pub(super) fn warning(image: &str, unconfirmed: &Unconfirmed) -> Option<String> {
     let reason = unconfirmed.reason.as_ref()?;
     let since = unconfirmed.since.as_deref().unwrap_or("an unknown time");
@@ -63,7 +64,7 @@ pub(super) fn warning(image: &str, unconfirmed: &Unconfirmed) -> Option<String> 
     ))
 }
 
-/// The error about an image, and what its user may have meant by it.
+/// Adds to an error about an image what its user may have meant by the name.
 pub(super) fn advised(error: anyhow::Error, image: &str) -> anyhow::Error {
     match suggest(image) {
         Some(advice) => {
@@ -85,7 +86,7 @@ fn registry_config(config: &Config) -> RegistryConfig {
     }
 }
 
-/// The image as a file system, with progress on standard error while layers are streamed.
+/// Opens the image as a file system. Standard error shows progress while layers are streamed.
 pub(super) fn open_image(fetching: &Fetching, config: &Config, args: &ImageArgs) -> anyhow::Result<ImageFs> {
     let context = context(config)?;
     fetching.run(async {
@@ -98,7 +99,7 @@ pub(super) fn open_image(fetching: &Fetching, config: &Config, args: &ImageArgs)
     })
 }
 
-/// Shows how many bytes of the image's layers came in while `work` runs.
+/// Runs `work` and shows how many bytes of the image's layers have arrived.
 pub(super) async fn watch<T>(preparation: &Preparation, bar: &Bar, work: impl Future<Output = T>) -> T {
     let mut interval = tokio::time::interval(progress::INTERVAL);
     let mut work = std::pin::pin!(work);

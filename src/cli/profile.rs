@@ -1,4 +1,4 @@
-//! `ocifs profile`: what starts of an image's programs have read.
+//! `ocifs profile`: shows, exports and imports profiles. A profile has what starts of an image's programs have read.
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -17,7 +17,7 @@ use ocifs::image::{Learning, Preparation, stored_profile};
 use ocifs::layer::LayerContext;
 use ocifs::profile::{LARGEST_FILE, Label, Profile};
 
-/// Ranges shown of a profile; `--json` has all of them.
+/// Number of ranges that `profile show` prints. `--json` prints all of them.
 const SHOWN: usize = 20;
 
 /// Commands of `profile`.
@@ -77,7 +77,7 @@ pub(super) fn run(config: &Config, fetching: &Fetching, command: ProfileCommand)
     }
 }
 
-/// The store, which has to be there, and the image's manifest and config.
+/// Opens the store and resolves the image. A store that cannot be opened is an error.
 fn open(config: &Config, fetching: &Fetching, image: &ImageArgs) -> anyhow::Result<(LayerContext, Arc<Preparation>)> {
     let context = context(config)?;
     if let Some(problem) = context.health.store_problem() {
@@ -144,7 +144,7 @@ fn summary(profile: &Profile) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first ranges, neighbours as one.
+/// Prints the first [`SHOWN`] ranges of a profile, with adjacent ranges merged.
 fn ranges(profile: &Profile) -> anyhow::Result<()> {
     let mut merged: Vec<(u32, usize, std::ops::Range<u64>)> = Vec::new();
     for ((layer, range), touch) in profile.ranges().zip(&profile.touches) {
@@ -207,7 +207,8 @@ fn import(config: &Config, fetching: &Fetching, args: &ImportArgs) -> anyhow::Re
     Ok(())
 }
 
-/// All of a file, or as much as shows that it is too large.
+/// Reads a file, or standard input for `-`. Stops one byte beyond [`LARGEST_FILE`]: enough for the decoder to refuse
+/// the file.
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let limit = LARGEST_FILE as u64 + 1;

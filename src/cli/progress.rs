@@ -1,10 +1,11 @@
-//! Progress on a terminal: bytes, rate, time left. Nothing when standard error is no terminal, and with `--quiet`.
+//! Progress on a terminal: bytes, rate and time left. Shows nothing if standard error is not a terminal, or with
+//! `--quiet`.
 
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How often progress is looked at.
+/// Time between two updates of the progress.
 pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 
 /// A progress bar in bytes.
@@ -12,7 +13,7 @@ pub(super) const INTERVAL: Duration = Duration::from_millis(200);
 pub(super) struct Bar(ProgressBar);
 
 impl Bar {
-    /// A bar for `what`; it shows itself at the first [`Bar::set`].
+    /// Creates a bar for `what`. The bar appears at the first [`Bar::set`].
     pub(super) fn new(what: &str, quiet: bool) -> Self {
         let target = match quiet {
             true => ProgressDrawTarget::hidden(),
@@ -32,12 +33,12 @@ impl Bar {
         self.0.set_position(done);
     }
 
-    /// Prints something while the bar is out of the way.
+    /// Calls `print` while the bar is hidden.
     pub(super) fn suspend(&self, print: impl FnOnce()) {
         self.0.suspend(print);
     }
 
-    /// Takes the bar away.
+    /// Removes the bar from the terminal.
     pub(super) fn finish(&self) {
         self.0.finish_and_clear();
     }

@@ -1,4 +1,4 @@
-//! `ocifs pull`: all of an image into the store.
+//! `ocifs pull`: fetches all of an image into the store.
 
 use anyhow::bail;
 use clap::Args;

@@ -1,4 +1,4 @@
-//! What somebody meant who named a path where an image is wanted.
+//! Advice for a user who named a path where an image is expected.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _};
@@ -6,10 +6,12 @@ use std::path::Path;
 
 use super::text::in_error;
 
-/// Entries of a tar that are looked at: an image archive has what tells it near its start or its end, and few members.
+/// Entries of a tar that are looked at. An image archive has few entries, and those that identify it are near its
+/// start or its end. A larger limit takes longer on a large tar that holds no image.
 const MOST_ENTRIES: usize = 100_000;
 
-/// What to say if `image` is a path, perhaps with a tag behind it: how an image there is named. None if nothing is there.
+/// Returns advice if `image` is a path, with or without a tag: how to name the image there. Returns none if nothing
+/// is at the path.
 pub(super) fn suggest(image: &str) -> Option<String> {
     let (path, name) = match image.rsplit_once(':') {
         Some((path, name)) if !Path::new(image).exists() => (path, Some(name)),
@@ -85,7 +87,7 @@ impl Kind {
     }
 
     fn of_file(path: &Path) -> Self {
-        // What cannot be read is no more than a file.
+        // A file that cannot be read gets the advice for other files.
         Self::read(path).unwrap_or(Self::Other)
     }
 
@@ -105,7 +107,7 @@ impl Kind {
         file.rewind()?;
         let (mut entries, mut kind) = (0, Self::Other);
         for entry in tar::Archive::new(file).entries_with_seek()?.take(MOST_ENTRIES) {
-            // Whatever follows a broken entry, what came before it counts.
+            // Entries before a broken one count.
             let Ok(entry) = entry else { break };
             entries += 1;
             match entry.path_bytes().strip_prefix(b"./").unwrap_or(&entry.path_bytes()) {

@@ -1,7 +1,8 @@
-//! Text that images and others decide, on its way out.
+//! Escapes untrusted text, such as names from images, before it is printed.
 //!
-//! On a terminal, what would control it is escaped, as ls(1) does; a file or pipe gets the bytes as they are. JSON is Unicode: a
-//! name that is none stands there with U+FFFD for what is not, and whole, in base64, under the same key with `_base64` behind.
+//! On a terminal, control characters are escaped, as ls(1) does. A file or pipe gets the bytes unchanged. JSON
+//! strings are Unicode: invalid bytes of a name become U+FFFD. Such a name also has a second key with `_base64`
+//! appended, which holds all its bytes in base64.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -10,13 +11,13 @@ use std::io::IsTerminal as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-/// Whether standard output is a terminal.
+/// Returns whether standard output is a terminal.
 pub(super) fn on_terminal() -> bool {
     std::io::stdout().is_terminal()
 }
 
-/// A name or other single piece of text: on a terminal in one line, and with backslashes doubled, so that escapes can be told
-/// from what is really there.
+/// Escapes a name or another single value. On a terminal the result is one line. Backslashes are doubled there, so
+/// that an escape differs from a backslash in the name.
 pub(super) fn name(bytes: &[u8], on_terminal: bool) -> Cow<'_, [u8]> {
     if !on_terminal {
         return Cow::Borrowed(bytes);
@@ -38,17 +39,17 @@ pub(super) fn name(bytes: &[u8], on_terminal: bool) -> Cow<'_, [u8]> {
     Cow::Owned(out.into_bytes())
 }
 
-/// The same for text.
+/// Escapes text as [`name`] does, for standard output.
 pub(super) fn shown(text: &str) -> String {
     String::from_utf8_lossy(&name(text.as_bytes(), on_terminal())).into_owned()
 }
 
-/// Text in an error message, which is one line wherever it goes.
+/// Escapes text for an error message. An error message is always one line, so its text is always escaped.
 pub(super) fn in_error(text: &str) -> String {
     String::from_utf8_lossy(&name(text.as_bytes(), true)).into_owned()
 }
 
-/// Lines as a terminal may get them, whatever they were made of. What is escaped stays valid in JSON.
+/// Escapes every control character in `lines` except newlines. The escapes are valid in JSON strings.
 pub(super) fn harmless(lines: &str) -> Cow<'_, str> {
     let bad = |c: char| controls(c) && c != '\n';
     if !lines.contains(bad) {
@@ -68,12 +69,13 @@ pub(super) fn harmless(lines: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
-/// Whether a terminal obeys the character, or shows others in another order because of it.
+/// Returns whether the character controls a terminal or changes the order in which it shows others.
 fn controls(c: char) -> bool {
     c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// Puts bytes into a JSON object.
+/// Puts bytes into a JSON object under `key`. If the bytes are not UTF-8, also puts them in base64 under `key` with
+/// `_base64` appended.
 pub(super) fn put(object: &mut serde_json::Value, key: &str, bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     if let Cow::Owned(_) = text {

@@ -69,7 +69,7 @@ impl<'de> serde::Deserialize<'de> for Deadline {
     }
 }
 
-/// Bytes for people: three digits and a binary unit.
+/// Formats bytes with three digits and a binary unit.
 pub(super) fn human(bytes: u64) -> String {
     let mut value = bytes as f64;
     let mut unit = "B";

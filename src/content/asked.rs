@@ -1,19 +1,22 @@
-//! Until when a read may wait, also when the kernel repeats it.
+//! How long a read may wait, including the kernel's repetitions of it.
 //!
-//! When a read fails, the kernel does not tell the program at once. It asks again: after readahead that failed for the single
-//! page, in a page fault up to three times. Other readers of the same page, which waited for the first request, each ask too.
-//! If every repetition waited for the whole timeout, the program would wait two or three times as long as it should.
+//! When a read fails, the kernel does not tell the program at once. After a failed readahead, the kernel asks again
+//! for the single page. In a page fault the kernel asks up to three times. Other readers of the same page waited for
+//! the first request, and then each of them asks too. If every repetition waited for the whole timeout, the program
+//! would wait two or three times as long as it should.
 //!
-//! So ranges that could not be read are remembered for a moment, with the time when they were first asked for. A request for
-//! one of them continues that wait: its deadline counts from the first request, and may be over. After the moment the next
-//! request starts anew.
+//! So this module remembers each failed range for a moment, with the time of its first request. A request for a
+//! remembered range continues that first wait: its deadline counts from the first request, and may have passed. After
+//! the moment, the next request starts a new wait.
 //!
 //! ```text
 //! first request                         it fails  repetitions fail at once
 //!    ├──────────────── timeout ────────────┤│ ││ · · · · · ·┤  a new wait …
 //! ```
-//! Invariants: from the first request to the last answer it takes no longer than the timeout and the moment; failing again
-//! after the deadline does not make the moment longer; the memory is bounded.
+//! Invariants:
+//! - From the first request to the last answer no more time passes than the timeout and the moment.
+//! - A failure after the deadline does not make the moment longer.
+//! - The number of remembered ranges is bounded.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -22,10 +25,10 @@ use std::time::{Duration, Instant};
 
 use crate::tree::LayerIdx;
 
-/// How long a failed range is remembered. The kernel repeats within milliseconds, but on a busy machine with many readers
-/// that takes longer; and a program that tries again should not be refused for long.
+/// How long a failed range is remembered. The kernel repeats a read within milliseconds, but a busy machine with many
+/// readers needs more time. A larger value refuses a program that tries again for longer.
 const REMEMBERED: Duration = Duration::from_millis(500);
-/// Ranges remembered at once: more than the kernel has requests under way.
+/// Number of ranges remembered at once: more than the kernel has requests in flight.
 const MOST: usize = 1024;
 
 /// A range of a layer's data device.
@@ -56,9 +59,9 @@ pub(super) struct Asked(Mutex<VecDeque<Failed>>);
 #[derive(Debug)]
 struct Failed {
     places: Vec<Place>,
-    /// When they were first asked for.
+    /// When a reader first asked for these places.
     first: Instant,
-    /// Until when a request for the same bytes counts as the same request.
+    /// Until when a request for the same places counts as a repetition.
     until: Instant,
 }
 
@@ -66,22 +69,22 @@ struct Failed {
 #[derive(Debug)]
 pub(super) struct Wait {
     places: Vec<Place>,
-    /// When this request came, and when these bytes were first asked for.
+    /// When this request came. `first` is the time of the first request for these places.
     began: Instant,
     first: Instant,
-    /// Until when this request may wait.
+    /// The deadline of this request.
     pub(super) deadline: Instant,
 }
 
 impl Wait {
-    /// There is no time left: the kernel repeats a request whose deadline is over.
+    /// Whether the deadline passed before the request began: the kernel repeats a request that timed out.
     pub(super) fn is_over(&self) -> bool {
         self.began >= self.deadline
     }
 }
 
 impl Asked {
-    /// Begins to wait for these bytes at `now`.
+    /// Begins a wait for these places at `now`. The wait continues an earlier one if that wait failed a moment ago.
     pub(super) fn wait(&self, places: Vec<Place>, timeout: Duration, now: Instant) -> Wait {
         let mut failed = self.0.lock().expect("no panic while locked");
         failed.retain(|f| f.until > now);
@@ -96,9 +99,9 @@ impl Asked {
         }
     }
 
-    /// The wait ended at `now` without the bytes.
+    /// Remembers that the wait ended at `now` without the bytes.
     pub(super) fn failed(&self, wait: Wait, now: Instant) {
-        // The wait is over for good when the deadline is: failing again then is nothing new.
+        // A request that began after the deadline is only a repetition. Remembering it would prolong the moment.
         if wait.is_over() {
             return;
         }
@@ -114,7 +117,7 @@ impl Asked {
     }
 }
 
-/// A time in the future; a long time from now if that is too far.
+/// The time `time` after `now`. If `Instant` cannot represent that time, returns a time one year from `now`.
 fn later(now: Instant, time: Duration) -> Instant {
     const LONG: Duration = Duration::from_secs(365 * 24 * 3600);
     now.checked_add(time).unwrap_or_else(|| now + LONG)
@@ -126,7 +129,7 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(6);
 
-    /// Some bytes of one layer.
+    /// A range of one layer's data device.
     fn place(layer: u32, device: Range<u64>) -> Vec<Place> {
         let layer = LayerIdx(layer);
         vec![Place { layer, device }]
@@ -143,14 +146,14 @@ mod tests {
         assert_eq!(readahead.deadline, start + TIMEOUT);
         let end = readahead.deadline;
         asked.failed(readahead, end);
-        // It asks for the page until it gives up, and others for theirs.
+        // The kernel asks for the single page until it gives up; other readers ask for the pages they need.
         for i in 1..100 {
             let now = end + ms(i);
             let page = asked.wait(place(7, 4096..8192), TIMEOUT, now);
             assert_eq!(page.deadline, end, "it has no time left");
             asked.failed(page, now);
         }
-        // The next access has all the time again, whoever tried meanwhile.
+        // After the moment, the next access has the whole timeout again, however many repetitions there were.
         let again = end + REMEMBERED;
         assert_eq!(asked.wait(place(7, 0..4096), TIMEOUT, again).deadline, again + TIMEOUT);
     }

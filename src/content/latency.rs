@@ -1,16 +1,16 @@
-//! How long reads take: counters and a histogram that any thread adds to without a lock.
+//! How long reads take: counters and histograms that any thread adds to without a lock.
 //!
-//! Buckets grow by an eighth of an octave's first value each, from a microsecond to over a minute, so a quantile is right to
-//! within a twelfth. That is 208 counters, and one addition for a read.
+//! Each doubling of the time (octave), from a microsecond to over a minute, has eight buckets of equal width. So a
+//! quantile is right to within a twelfth. A histogram has 208 counters, and a read costs one addition.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// Buckets for each doubling.
+/// Buckets per octave. More buckets make quantiles more exact and cost more memory.
 const STEPS: usize = 8;
-/// Doublings: 2^26 us are 67 seconds.
+/// Octaves: 2^26 us are 67 seconds. The last bucket counts all longer times too.
 const OCTAVES: usize = 26;
 
 /// Counts of durations.
@@ -36,7 +36,8 @@ impl Histogram {
         self.0.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum()
     }
 
-    /// The middle of the bucket below which `share` of all durations lie, in seconds; nothing if there are none.
+    /// The middle of the bucket below which `share` of all durations lie, in seconds. `None` if there are no
+    /// durations.
     fn quantile(&self, share: f64) -> Option<f64> {
         let rank = (self.count() as f64 * share).ceil().max(1.0) as u64;
         let mut sum = 0;
@@ -49,7 +50,7 @@ impl Histogram {
     }
 }
 
-/// Reads of one image.
+/// Counts and times of the reads of one image.
 #[derive(Debug, Default)]
 pub struct Reads {
     at_once: Histogram,
@@ -57,32 +58,33 @@ pub struct Reads {
     waiting: AtomicUsize,
 }
 
-/// What is known about reads. Times in seconds, within the process: what the kernel answers from its cache is not seen.
+/// Counts and times of reads. Times are in seconds and are measured within the process: reads that the kernel answers
+/// from its cache do not count.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ReadStatus {
-    /// Reads answered at once.
+    /// Number of reads that were answered at once.
     pub at_once: u64,
-    /// Reads that had to wait, and are over.
+    /// Number of reads that had to wait and are over.
     pub waited: u64,
-    /// Reads that wait now.
+    /// Number of reads that are waiting.
     pub waiting: usize,
-    /// The median of all reads.
+    /// The median time of all reads.
     pub p50: Option<f64>,
-    /// The 99th percentile of all reads.
+    /// The 99th percentile of the times of all reads.
     pub p99: Option<f64>,
-    /// The same of those that had to wait.
+    /// The median time of the reads that had to wait.
     pub waited_p50: Option<f64>,
-    /// The same of those that had to wait.
+    /// The 99th percentile of the times of the reads that had to wait.
     pub waited_p99: Option<f64>,
 }
 
 impl Reads {
-    /// A read that began then was answered without waiting.
+    /// Counts a read that began at `start` and was answered without waiting.
     pub(super) fn at_once(&self, start: Instant) {
         self.at_once.add(start.elapsed());
     }
 
-    /// A read begins to wait.
+    /// Counts a read that begins to wait. The read is over when the guard is dropped.
     pub(super) fn wait(&self) -> Waiting<'_> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         Waiting {
@@ -91,7 +93,7 @@ impl Reads {
         }
     }
 
-    /// All of it now.
+    /// The present counts and times of all reads.
     pub fn snapshot(&self) -> ReadStatus {
         let all = Histogram::default();
         for (sum, parts) in all.0.iter().zip(self.at_once.0.iter().zip(&self.waited.0)) {
@@ -110,7 +112,7 @@ impl Reads {
     }
 }
 
-/// A read that waits, until it is dropped.
+/// Guard of a read that waits. The drop ends the wait and counts its time.
 #[derive(Debug)]
 pub(super) struct Waiting<'a> {
     reads: &'a Reads,
@@ -118,7 +120,7 @@ pub(super) struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    /// Since it began.
+    /// Time since the wait began.
     pub(super) fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }

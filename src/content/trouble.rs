@@ -1,29 +1,29 @@
-//! Reads that fail, for `status`, as long as that lasts.
+//! Reading problems that `status` shows for as long as they last.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Runs of content that are remembered because reading them fails.
+/// Number of runs of wrong content that are remembered.
 const RUNS: usize = 64;
 
-/// A run of content: position of its layer, and its device address.
+/// A run of content: the position of its layer, and the start of the run in the data device.
 type Run = (u32, u64);
 
-/// What readers of an image have trouble with.
+/// The present problems of readers of an image.
 #[derive(Debug, Default)]
 pub(super) struct Trouble {
     now: Mutex<Now>,
-    /// Whether there is any: readers ask this each time.
+    /// Whether there is any problem. Every local read checks this flag, so it needs no lock.
     any: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Now {
-    /// The last fetch that a reader waited for failed, when so many spans had been fetched.
+    /// The error of the last fetch that failed for a waiting reader, and the number of spans fetched before that.
     fetch: Option<(String, u64)>,
-    /// Runs whose own data is wrong, and what is wrong with it.
+    /// Runs whose own data is wrong, with the error.
     runs: BTreeMap<Run, String>,
 }
 
@@ -35,13 +35,13 @@ impl Trouble {
         self.any.store(any, Ordering::Relaxed);
     }
 
-    /// Whether there is any.
+    /// Whether there is any problem.
     pub(super) fn is_any(&self) -> bool {
         self.any.load(Ordering::Relaxed)
     }
 
-    /// A reader of `run` got an error; `own` says that the data is wrong, and not the way to it. `landed` spans have been fetched
-    /// so far.
+    /// Records that a read of `run` failed. `own` is true if the data itself is wrong, and false if fetching it
+    /// failed. `landed` is the number of spans fetched so far.
     pub(super) fn read_failed(&self, run: Run, own: bool, error: &dyn Display, landed: u64) {
         tracing::error!(%error, "answering a read with an error");
         let problem = format!("a read failed: {error}");
@@ -54,15 +54,15 @@ impl Trouble {
         });
     }
 
-    /// A reader of `run` got its data.
+    /// Records that a read of `run` succeeded, which ends a problem with that run's data.
     pub(super) fn read_worked(&self, run: Run) {
         if self.is_any() {
             self.change(|now| drop(now.runs.remove(&run)));
         }
     }
 
-    /// All that is wrong, if anything is, now that `landed` spans have been fetched: trouble with fetching ends with the next
-    /// one.
+    /// Describes all present problems, if there are any. `landed` is the number of spans fetched so far: a fetch
+    /// problem ends with the next fetched span.
     pub(super) fn problem(&self, landed: u64) -> Option<String> {
         let mut problems = Vec::new();
         self.change(|now| {

@@ -1,23 +1,32 @@
-//! Keeps the store within `--cache-size` while it is being filled.
+//! The budget of the cache: keeps the store within `--cache-size` while spans are written to it.
 
 use std::sync::{Arc, Mutex};
 
 use super::{Scope, evict_to};
 use crate::store::Store;
 
-/// Bytes that a process may write after it has looked at the store, before it looks again. Each process may be that far beyond
-/// the limit, and a look costs about a microsecond for each layer in the store.
+/// Bytes that a process may write near the limit before it looks at the store again. With a larger step, each process
+/// may exceed the limit by more. With a smaller one, it looks more often, and a look costs about a microsecond for
+/// each layer in the store.
 const STEP: u64 = 1 << 20;
-/// While the store is far from its limit, a process may write this share of what is left.
+/// Part of the room below the limit that a process may write before it looks again, as a divisor. With a larger
+/// divisor, it looks more often. With a smaller divisor, each of several processes writes more before it sees what
+/// the others wrote.
 const SHARE: u64 = 64;
+/// Most bytes that a process may write before it looks at the store again. With a larger bound, several processes may
+/// exceed the limit by more. With a smaller one, they look more often.
 const LONGEST_STEP: u64 = 64 << 20;
-/// An eviction frees a little more than is needed, so that the next one is not due at once: this share of the limit, within
-/// bounds.
+/// Part of the limit that an eviction frees beyond what is needed, as a divisor. The next eviction is then not due at
+/// once. With a larger divisor, evictions come more often. With a smaller one, they remove more spans than necessary.
 const SLACK: u64 = 32;
+/// Least bytes that an eviction frees beyond what is needed. A larger bound evicts more from a small cache; a smaller
+/// one makes evictions more frequent there.
 const LEAST_SLACK: u64 = STEP;
+/// Most bytes that an eviction frees beyond what is needed. A larger bound evicts more from a large cache; a smaller
+/// one makes evictions more frequent there.
 const MOST_SLACK: u64 = 64 << 20;
 
-/// The limit, and how much this process may write before it looks at the store again.
+/// The limit of the store, and how much this process may write before it looks at the store again.
 #[derive(Debug)]
 pub struct CacheBudget {
     store: Store,
@@ -26,7 +35,7 @@ pub struct CacheBudget {
 }
 
 impl CacheBudget {
-    /// Keeps data devices, trees and drafts of `store` within about `limit` bytes on disk.
+    /// Creates a budget that keeps data devices, trees and drafts of `store` within about `limit` bytes on disk.
     pub fn new(store: Store, limit: u64) -> Arc<Self> {
         Arc::new(Self {
             store,
@@ -35,13 +44,13 @@ impl CacheBudget {
         })
     }
 
-    /// The limit in bytes.
+    /// Returns the limit in bytes.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Whether `bytes` more may be written to the store. Evicts what was used least recently if there is no room, so it may
-    /// take some milliseconds; call it where blocking is allowed.
+    /// Returns whether `bytes` more may be written to the store. If there is no room, evicts the least recently used
+    /// spans and trees. The call may take some milliseconds, so make it where blocking is allowed.
     pub fn reserve(&self, bytes: u64) -> bool {
         let mut allowance = self.allowance.lock().expect("no panic while locked");
         if let Some(left) = allowance.checked_sub(bytes) {
@@ -64,7 +73,7 @@ impl CacheBudget {
         }
     }
 
-    /// Bytes below the limit, after evicting if `bytes` would not fit.
+    /// Returns the bytes below the limit, after evicting if `bytes` would not fit.
     fn make_room(&self, bytes: u64) -> Result<u64, crate::store::StoreError> {
         let usage = self.store.cache_usage()?;
         let room = self.limit.saturating_sub(usage);
@@ -79,7 +88,7 @@ impl CacheBudget {
     }
 }
 
-/// Bytes that may be written until the next look, with `room` bytes left below the limit.
+/// Returns the bytes that may be written until the next look, with `room` bytes left below the limit.
 fn step(limit: u64, room: u64) -> u64 {
     (room / SHARE).clamp(STEP.min(limit / SHARE), LONGEST_STEP)
 }

@@ -1,4 +1,4 @@
-//! Checksums of fragments, computed while content is written in device order.
+//! Checksums of fragments. A writer computes them while it writes content in device order.
 
 use super::geometry::Check;
 use crate::oci::Digest;
@@ -6,13 +6,13 @@ use crate::toc::DEVICE_BLOCK;
 
 static ZEROS: [u8; DEVICE_BLOCK as usize] = [0; DEVICE_BLOCK as usize];
 
-/// Where the checksums of a layer begin. They depend on the layer and on the place of the fragment, so that another layer's
-/// device in the place of this one, or bytes in another place, do not pass.
+/// The value with which all checksums of a layer begin. A checksum depends on the layer and on the place of the
+/// fragment. Another layer's device in the place of this one does not pass, nor do bytes in another place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Seed(u32);
 
 impl Seed {
-    /// That of the layer whose blob has this digest.
+    /// Returns the seed of the layer whose blob has this digest.
     pub(super) fn of(layer: &Digest) -> Self {
         let hash = blake3::hash(layer.to_string().as_bytes());
         let mut first = [0; 4];
@@ -20,23 +20,25 @@ impl Seed {
         Self(u32::from_le_bytes(first))
     }
 
-    /// What the checksum of a fragment is before any of its bytes.
+    /// Returns the checksum of a fragment before any of its bytes.
     pub(super) fn start(self, check: Check) -> u32 {
         let place = match check {
             Check::Block(block) => block,
             Check::Head(span) => u64::from(span) | 1 << 63,
         };
-        // Any two places differ in what multiplication by an odd number makes of them.
+        // Multiplication by an odd number keeps any two places different. The shift keeps the upper half of the
+        // product.
         self.0 ^ (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
     }
 }
 
-/// What is recorded for a fragment: its CRC-32C, or 1 where that is 0, because 0 stands for an absent fragment.
+/// Returns what is recorded for a fragment: its CRC-32C, or 1 where that is 0. A record of 0 stands for an absent
+/// fragment.
 pub(super) fn recorded(crc: u32) -> u32 {
     crc.max(1)
 }
 
-/// The checksum of `bytes` more zeros.
+/// Continues a checksum with `bytes` zeros.
 fn zeros(mut crc: u32, mut bytes: u64) -> u32 {
     while bytes > 0 {
         let some = bytes.min(DEVICE_BLOCK);
@@ -50,19 +52,20 @@ fn zeros(mut crc: u32, mut bytes: u64) -> u32 {
 #[derive(Debug)]
 struct Open {
     check: Check,
-    /// Device address at which its block begins.
+    /// Device address at which the fragment's block begins.
     block: u64,
-    /// Device address up to which it is summed.
+    /// Device address up to which the checksum reaches.
     at: u64,
     crc: u32,
 }
 
-/// Sums up content that comes in device order; what lies between counts as zeros, as it does on the device.
+/// Computes the checksums of content that comes in device order. Gaps in between count as zeros, as they read on the
+/// device.
 #[derive(Debug)]
 pub(super) struct Checksummer {
     seed: Seed,
     open: Option<Open>,
-    /// A span begins with the next content.
+    /// The span that begins with the next content.
     begun: Option<u32>,
 }
 
@@ -75,12 +78,13 @@ impl Checksummer {
         }
     }
 
-    /// The content that comes next belongs to `span`.
+    /// Says that `span` begins with the next content.
     pub(super) fn span(&mut self, span: u32) {
         self.begun = Some(span);
     }
 
-    /// Adds content at a device address not below the end of the content before. Complete fragments go to `done`.
+    /// Adds content at a device address that is not below the end of the content before. Hands complete fragments to
+    /// `done`.
     pub(super) fn content(&mut self, mut offset: u64, mut bytes: &[u8], done: &mut impl FnMut(Check, u32)) {
         while !bytes.is_empty() {
             let block = offset - offset % DEVICE_BLOCK;
@@ -111,7 +115,7 @@ impl Checksummer {
         }
     }
 
-    /// Ends the fragment under way: at `end`, where something else begins, or with its block if that is earlier.
+    /// Ends the open fragment at `end`, where something else begins, or with its block if that is earlier.
     pub(super) fn close(&mut self, end: u64, done: &mut impl FnMut(Check, u32)) {
         if let Some(open) = self.open.take() {
             let end = end.min(open.block + DEVICE_BLOCK);
@@ -125,7 +129,7 @@ mod tests {
     use super::super::geometry::tests::geometry;
     use super::*;
 
-    /// Content of spans with these heads, some of it gaps, in pieces of any size: each fragment has the checksum of its bytes.
+    /// Adds content of spans with some gaps, in pieces of any size. Each fragment has the checksum of its bytes.
     #[test]
     fn each_fragment_has_the_checksum_of_its_bytes() {
         let mut random = fastrand::Rng::with_seed(3);
@@ -133,13 +137,13 @@ mod tests {
             let blocks = 6;
             let size = blocks * DEVICE_BLOCK;
             let mut image: Vec<u8> = (0..size).map(|_| random.u8(1..)).collect();
-            // Gaps, as between small files and in sparse ones.
+            // Gaps, as there are between small files and in sparse ones.
             for _ in 0..random.usize(0..6) {
                 let start = random.usize(..image.len());
                 let end = random.usize(start..image.len());
                 image[start..end].fill(0);
             }
-            // A head is a place of content.
+            // A head is an address that has content.
             let mut heads: Vec<u64> = (0..8)
                 .map(|_| random.u64(..size))
                 .filter(|&head| image[head as usize] != 0)

@@ -1,5 +1,7 @@
-//! Keeps the store below a size: the least recently used spans of all layers become holes again, and the least recently used
-//! trees are deleted, and what is kept of layers that did not come whole.
+//! Eviction: keeps the store below a size.
+//!
+//! The evictor punches holes for the least recently used spans of all layers. It also deletes the least recently used
+//! trees, and the first bytes of layers that did not come whole.
 
 use std::fs::File;
 use std::io;
@@ -28,7 +30,7 @@ pub struct Evicted {
 }
 
 impl Evicted {
-    /// Bytes on disk that came free.
+    /// Returns the bytes on disk that came free.
     pub fn freed(&self) -> u64 {
         self.before.saturating_sub(self.after)
     }
@@ -37,18 +39,22 @@ impl Evicted {
 /// What may be evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// Data of layers and trees, to keep [`Store::cache_usage`] below a size.
+    /// Data of layers, and trees: keeps [`Store::cache_usage`] below a size.
     Cache,
     /// Data of layers only.
     Data,
 }
 
-/// How often one looks whether another process is done evicting, and how long.
+/// Pause between two looks whether another process is done evicting. A longer pause delays a process that waits for
+/// room; a shorter one costs more system calls.
 const LOOK: Duration = Duration::from_millis(5);
+/// Longest wait for another process that is evicting. A longer wait blocks the writer of a span. After a shorter one,
+/// spans are not kept although room is about to come free.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// A tree counts as used this much later than it was: it takes a hundredth of its image's data, and without it the next mount
-/// has to merge all layers again.
+/// Seconds that a tree counts as used later than it was. A tree takes a hundredth of its image's data, and without it
+/// the next mount has to merge all layers again. A larger bonus evicts more spans that are still in use; a smaller
+/// one costs more merges.
 const TREE_BONUS: u64 = 7 * 24 * 3600;
 
 /// A layer whose spans can be evicted.
@@ -57,7 +63,7 @@ struct Victim {
     device: Arc<DeviceFile>,
 }
 
-/// Something that can go, with the time it was last used.
+/// Something that can be evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Candidate {
     Span {
@@ -65,12 +71,13 @@ enum Candidate {
         span: u32,
     },
     Tree(usize),
-    /// What is kept of a layer that did not come whole.
+    /// The first bytes of a layer that did not come whole.
     Partial(usize),
 }
 
-/// Evicts until what [`Scope`] says takes at most `target` bytes on disk, or nothing more can go. One process at a time does
-/// this in a store, and sees what those before it have freed. Spans that somebody is filling at the moment stay.
+/// Evicts until the data that [`Scope`] names takes at most `target` bytes on disk, or until no more can go. One
+/// process at a time evicts from a store, and sees what those before it have freed. Spans that another process fills
+/// at the moment stay.
 pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, StoreError> {
     let usage = || match scope {
         Scope::Cache => store.cache_usage(),
@@ -93,7 +100,7 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
         Scope::Cache => store.trees()?,
         Scope::Data => Vec::new(),
     };
-    // Devices that are of no use to anybody are gone by now.
+    // Opening the victims has removed the devices that are of no use.
     result.after = usage()?.min(result.after);
     for (_, candidate) in candidates(&victims, &trees, &layers) {
         if result.after <= target {
@@ -124,7 +131,8 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
                 Err(error) => {
                     tracing::warn!(layer = %victims[victim].dir.path().display(), span, %error, "cannot evict a span");
                     if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) {
-                        // It would be so for every other span: all would be lost and nothing gained.
+                        // No other span could be evicted either: all spans would be lost, and no bytes would come
+                        // free.
                         break;
                     }
                     0
@@ -137,7 +145,7 @@ pub fn evict_to(store: &Store, target: u64, scope: Scope) -> Result<Evicted, Sto
     Ok(result)
 }
 
-/// The right to evict; none if another process has it and does not get done.
+/// Returns the right to evict. None if another process has it and does not finish in time.
 fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
     let (file, path) = store.eviction_lock()?;
     let mut file = Some(file);
@@ -158,7 +166,7 @@ fn turn(store: &Store) -> Result<Option<Flock<File>>, StoreError> {
     Ok(locked)
 }
 
-/// All that can go, least recently used first.
+/// Returns everything that can be evicted with the time of its last use, least recently used first.
 fn candidates(victims: &[Victim], trees: &[StoredTree], layers: &[LayerDir]) -> Vec<(u64, Candidate)> {
     let mut candidates = Vec::new();
     for (number, victim) in victims.iter().enumerate() {
@@ -187,8 +195,8 @@ fn candidates(victims: &[Victim], trees: &[StoredTree], layers: &[LayerDir]) -> 
     candidates
 }
 
-/// Opens what eviction needs. A device whose layer has no index, or that is damaged as a whole, is of no use to anybody: it
-/// goes.
+/// Opens what eviction needs. Removes a device whose layer has no index, or that is damaged as a whole: no reader can
+/// use it.
 fn open(dir: LayerDir) -> Option<Victim> {
     let opened = open_regular(File::options().read(true).write(true), &dir.data());
     match opened.and_then(|file| DeviceFile::open_unknown(file, &dir.data())) {
@@ -208,10 +216,10 @@ fn open(dir: LayerDir) -> Option<Victim> {
     }
 }
 
-/// Removes the device of a layer that nobody is indexing.
+/// Removes the device of a layer, unless a process is indexing the layer.
 fn remove_useless(dir: &LayerDir) {
     let Ok(file) = dir.lock_file() else { return };
-    // Held over the removal: with it, nobody can be about to finish a pass.
+    // Hold the lock during the removal: no other process can then be about to finish a pass over the layer.
     let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
         return;
     };
@@ -227,7 +235,7 @@ pub(super) fn clear(device: &DeviceFile, span: u32) -> io::Result<()> {
     device.clear_checks(range.start.div_ceil(DEVICE_BLOCK)..range.end.div_ceil(DEVICE_BLOCK))
 }
 
-/// The lock of a neighbouring span, if that one exists, is absent, and nobody is filling it.
+/// Returns the lock of a neighbouring span, if the span exists, is absent, and no other process is filling it.
 fn hold_absent(device: &Arc<DeviceFile>, span: Option<u32>) -> io::Result<Option<SpanLock>> {
     let Some(span) = span.filter(|&span| span < device.geometry().spans()) else {
         return Ok(None);
@@ -238,7 +246,7 @@ fn hold_absent(device: &Arc<DeviceFile>, span: Option<u32>) -> io::Result<Option
     Ok((!device.record(span)?.present).then_some(lock))
 }
 
-/// Makes a span a hole; returns the bytes on disk that came free, or none if it stays.
+/// Makes a span a hole. Returns the bytes on disk that came free, or none if the span stays.
 pub(super) fn evict_span(device: &Arc<DeviceFile>, span: u32) -> io::Result<Option<u64>> {
     let Some(_lock) = device.try_lock_one(span)? else {
         return Ok(None);
@@ -251,8 +259,8 @@ pub(super) fn evict_span(device: &Arc<DeviceFile>, span: u32) -> io::Result<Opti
     let before = usage()?;
     let geometry = device.geometry();
     let range = geometry.range(span);
-    // Only whole blocks come free. The block that is shared with a neighbour goes when both are gone; of a neighbour that
-    // shares it with one behind, only the inner part is known to be gone, so such a block stays.
+    // Only whole blocks come free. A block that is shared with a neighbour goes when both spans are gone. If the
+    // neighbour shares the block with a further span, that span may still be present. Such a block stays.
     let shares = |other: Option<u32>, address: u64| -> io::Result<(bool, Option<SpanLock>)> {
         if address.is_multiple_of(DEVICE_BLOCK) {
             return Ok((false, None));

@@ -16,13 +16,14 @@
 //! record: CRC-32C of the fragment that begins at the span's head inside a block (4), state (4: 0 absent, 1 present),
 //!         seconds since the epoch when the span was last used (8)
 //! ```
-//! `tail` is the next multiple of 64 KiB behind the content; records follow the heads, and checks the records. All numbers are
-//! little-endian. A checksum of 0 stands for a fragment that is not there.
+//! `tail` is the next multiple of 64 KiB behind the content. The records follow the heads, and the checks follow the
+//! records. All numbers are little-endian. A checksum of 0 stands for a fragment that is not there.
 //!
-//! Nothing is mapped: the kernel's page cache makes what one process writes visible to all others at once, a full disk is an
-//! error of a write, and a file that was cut short is one of a read.
+//! The file is never mapped. The kernel's page cache makes a write of one process visible to all others at once. A
+//! full disk is an error of a write. A file that was cut short is an error of a read.
 //!
-//! The open-file-description lock of span i covers the byte `records + i`; locks do not care what the bytes say.
+//! The open-file-description lock of span i covers the byte `records + i`. The content of that byte does not matter
+//! to the lock.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -48,20 +49,24 @@ const HEAD: u64 = 8;
 const RECORD: u64 = 16;
 const CHECK: u64 = 4;
 const END: u64 = 16;
-/// A device is no larger; no file system takes a larger file, and sums of places do not overflow.
+/// Most bytes of content in a device. No file system takes a larger file, and sums of places do not overflow below
+/// the bound.
 const LARGEST: u64 = 1 << 60;
 const PRESENT: u32 = 1;
-/// Blocks whose checksums are cleared by one write. A span of real files has fewer.
+/// Most blocks whose checksums are cleared by one write; for more, a hole is punched. A span of real files has fewer
+/// blocks. A larger bound costs a larger buffer of zeros.
 const CLEARED_BY_WRITING: u64 = 16 << 10;
-/// Uses of a span closer together than this share one time stamp, so that hot reads do not write.
+/// Uses of a span that are closer together than this share one time stamp. A larger value makes the order of eviction
+/// coarser. A smaller one makes hot reads write more often.
 const TOUCH_SECONDS: u32 = 30;
 
 /// What is recorded about a span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Record {
-    /// Checksum of the fragment that begins at the head, if the head lies inside a block.
+    /// Checksum of the fragment that begins at the span's head, if the head lies inside a block.
     pub(super) head: u32,
     pub(super) present: bool,
+    /// Seconds since the epoch.
     pub(super) last_used: u64,
 }
 
@@ -88,14 +93,14 @@ impl Record {
 pub(super) struct DeviceFile {
     handle: Handle,
     geometry: Geometry,
-    /// For each span, when this process last stamped it, in seconds since `opened`, plus one.
+    /// For each span, when this process last stamped its use, in seconds since `opened`, plus one.
     stamps: Vec<AtomicU32>,
     opened: u64,
 }
 
 impl DeviceFile {
-    /// Writes what stands behind the content of a file that nobody knows yet. Without `checks` all spans are absent; with them
-    /// all are present, with these checksums of heads and runs of checksums of blocks.
+    /// Writes everything behind the content of a file that no other process knows yet. Without `checks`, all spans
+    /// are absent. With `checks`, all spans are present and have these checksums.
     pub(super) fn write(file: &File, geometry: &Geometry, checks: Option<&Checks>) -> io::Result<()> {
         if geometry.size > LARGEST {
             return Err(io::Error::new(
@@ -125,7 +130,7 @@ impl DeviceFile {
         file.write_all_at(&end, length(geometry.size, geometry.spans()) - END)
     }
 
-    /// Takes the file that was opened at `path`; none if it is not of this geometry.
+    /// Takes the file that was opened at `path`. None if the file is not of this geometry.
     pub(super) fn open(file: File, path: &Path, writable: bool, geometry: Geometry) -> io::Result<Option<Self>> {
         if geometry.size > LARGEST || file.metadata()?.len() != length(geometry.size, geometry.spans()) {
             return Ok(None);
@@ -139,7 +144,8 @@ impl DeviceFile {
         Ok(Some(Self::new(Handle::new(file, path, writable)?, geometry)))
     }
 
-    /// Takes the file that was opened at `path` without knowing its layer's index; none if it is no device, or damaged.
+    /// Takes the file that was opened at `path` without knowing its layer's index. None if the file is no device, or
+    /// is damaged.
     pub(super) fn open_unknown(file: File, path: &Path) -> io::Result<Option<Self>> {
         let all = file.metadata()?.len();
         let mut end = [0; END as usize];
@@ -158,7 +164,7 @@ impl DeviceFile {
         let Some(spans) = spans.filter(|&spans| length(size, spans) == all) else {
             return Ok(None);
         };
-        // No more than the file is long.
+        // The heads take at most the length of the file.
         let mut heads = vec![0; (HEAD * u64::from(spans)) as usize];
         file.read_exact_at(&mut heads, tail + HEADER)?;
         let mut key = [0; 32];
@@ -167,7 +173,7 @@ impl DeviceFile {
             size,
             heads: heads.chunks_exact(HEAD as usize).map(|head| u64_at(head, 0)).collect(),
             key,
-            // Nothing of it is read by whoever does not know the layer.
+            // A caller that does not know the layer never reads content.
             seed: Seed::default(),
         };
         let ascending = geometry.heads.is_sorted() && geometry.heads.last().is_none_or(|&last| last <= size);
@@ -188,7 +194,7 @@ impl DeviceFile {
         }
     }
 
-    /// The bytes that stand for some spans in locks.
+    /// Returns the bytes that stand for some spans in locks.
     fn lock_range(&self, spans: &Range<u32>) -> Range<u64> {
         let byte = |span: u32| self.records() + u64::from(span);
         byte(spans.start)..byte(spans.end)
@@ -198,12 +204,12 @@ impl DeviceFile {
         &self.geometry
     }
 
-    /// The open file. It stays open for as long as the caller has it.
+    /// Returns the open file. It stays open for as long as the caller has it.
     pub(super) fn file(&self) -> io::Result<Arc<File>> {
         self.handle.file()
     }
 
-    /// Whether the file can be written.
+    /// Returns whether the file can be written.
     pub(super) fn is_writable(&self) -> bool {
         self.handle.is_writable()
     }
@@ -230,7 +236,7 @@ impl DeviceFile {
         records(self.geometry.size, self.geometry.spans())
     }
 
-    /// What is recorded about some spans.
+    /// Returns the records of some spans.
     pub(super) fn read_records(&self, file: &File, spans: Range<u32>) -> io::Result<Vec<Record>> {
         let mut bytes = vec![0; RECORD as usize * spans.len()];
         let at = self.records() + RECORD * u64::from(spans.start);
@@ -238,7 +244,7 @@ impl DeviceFile {
         Ok(bytes.chunks_exact(RECORD as usize).map(Record::decode).collect())
     }
 
-    /// What is recorded about a span.
+    /// Returns the record of a span.
     pub(super) fn record(&self, span: u32) -> io::Result<Record> {
         let mut bytes = [0; RECORD as usize];
         let at = self.records() + RECORD * u64::from(span);
@@ -246,7 +252,7 @@ impl DeviceFile {
         Ok(Record::decode(&bytes))
     }
 
-    /// Records whether a span is present, the checksum of its head, and that it was used just now.
+    /// Records whether a span is present, the checksum of its head, and the present time as its last use.
     pub(super) fn write_record(&self, span: u32, present: bool, head: u32) -> io::Result<()> {
         let last_used = now();
         let record = Record {
@@ -258,7 +264,7 @@ impl DeviceFile {
         self.file()?.write_all_at(&record.encode(), at)
     }
 
-    /// Checksums of blocks, as recorded.
+    /// Returns the recorded checksums of some blocks.
     pub(super) fn read_checks(&self, file: &File, blocks: Range<u64>) -> io::Result<Vec<u32>> {
         let count = usize::try_from(blocks.end.saturating_sub(blocks.start)).map_err(io::Error::other)?;
         let mut bytes = vec![0; CHECK as usize * count];
@@ -275,19 +281,19 @@ impl DeviceFile {
         write_checks(&*self.file()?, &self.geometry, block, run)
     }
 
-    /// Forgets the checksums of some blocks.
+    /// Clears the checksums of some blocks.
     pub(super) fn clear_checks(&self, blocks: Range<u64>) -> io::Result<()> {
         let count = blocks.end.saturating_sub(blocks.start);
         if count <= CLEARED_BY_WRITING {
             return self.write_checks(blocks.start, &vec![0; count as usize]);
         }
-        // Most of such a span is a hole, and so is most of its checksums.
+        // Most of so long a span is a hole, and so are most of its checksums.
         let at = checks(self.geometry.size, self.geometry.spans()) + CHECK * blocks.start;
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         Ok(fallocate(&*self.file()?, mode, at as i64, (CHECK * count) as i64)?)
     }
 
-    /// The checksum that is recorded for one fragment.
+    /// Returns the recorded checksum of one fragment.
     pub(super) fn check(&self, check: Check) -> io::Result<u32> {
         match check {
             Check::Head(span) => Ok(self.record(span)?.head),
@@ -295,7 +301,7 @@ impl DeviceFile {
         }
     }
 
-    /// Takes note that a span was used. It is a hint for eviction: where it cannot be written, nothing happens.
+    /// Records that a span was used. The record is a hint for eviction: a failure to write it is only logged.
     pub(super) fn touch(&self, span: u32) {
         let now = now();
         let since = u32::try_from(now.saturating_sub(self.opened)).unwrap_or(u32::MAX - 1) + 1;
@@ -312,7 +318,7 @@ impl DeviceFile {
         }
     }
 
-    /// The locks of those spans that are free: whole ranges where possible, span by span where somebody holds part of one.
+    /// Takes the locks of those spans that are free: whole ranges where possible, else span by span.
     pub(super) fn try_lock(self: &Arc<Self>, ranges: &[Range<u32>]) -> io::Result<SpanLock> {
         let mut lock = SpanLock {
             device: self.clone(),
@@ -333,15 +339,16 @@ impl DeviceFile {
         Ok(lock)
     }
 
-    /// The lock of one span if it is free.
+    /// Takes the lock of one span, if it is free.
     pub(super) fn try_lock_one(self: &Arc<Self>, span: u32) -> io::Result<Option<SpanLock>> {
         let lock = self.try_lock(std::slice::from_ref(&(span..span + 1)))?;
         Ok((!lock.ranges.is_empty()).then_some(lock))
     }
 }
 
-/// Has records and checksums read in one go, beside whatever else is done, rather than a page with each first read of a place:
-/// they are a thousandth of the content, and every read needs some. It is a hint, so failing does not matter.
+/// Asks the kernel to read all records and checksums in the background. Otherwise each first read of a place would
+/// read one page of them. They are a thousandth of the content, and every read needs some. The call is a hint, so a
+/// failure does not matter.
 fn read_ahead(handle: &Handle, geometry: &Geometry) {
     let (start, end) = (tail(geometry.size), length(geometry.size, geometry.spans()));
     if let Ok(file) = handle.file() {
@@ -357,16 +364,16 @@ fn read_ahead(handle: &Handle, geometry: &Geometry) {
 /// Checksums of a whole device.
 #[derive(Debug, Default)]
 pub(super) struct Checks {
-    /// Of the fragment at each span's head; 0 if that does not begin inside a block.
+    /// Checksum of the fragment at each span's head; 0 if the fragment does not begin inside a block.
     pub(super) heads: Vec<u32>,
-    /// Of blocks, in ascending order.
+    /// Checksums of blocks, in ascending order of the blocks.
     sums: Vec<u32>,
-    /// Runs of consecutive blocks: the first block of each, and where its checksum is.
+    /// Runs of consecutive blocks: the first block of each run, and where its checksum is in `sums`.
     runs: Vec<(u64, usize)>,
 }
 
 impl Checks {
-    /// Adds a checksum; those of blocks come in ascending order, as those of heads do.
+    /// Adds a checksum. Checksums of blocks come in ascending order, and so do checksums of heads.
     pub(super) fn add(&mut self, check: Check, crc: u32) {
         match check {
             Check::Head(span) => {
@@ -383,7 +390,7 @@ impl Checks {
         }
     }
 
-    /// The runs of consecutive blocks: the first block, and what is recorded for it and those behind it.
+    /// Returns the runs of consecutive blocks: the first block of each, and the checksums of the run.
     pub(super) fn blocks(&self) -> impl Iterator<Item = (u64, &[u32])> {
         let ends = self.runs.iter().skip(1).map(|&(_, at)| at).chain([self.sums.len()]);
         let runs = self.runs.iter().zip(ends);
@@ -439,22 +446,23 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("a slice of eight bytes"))
 }
 
-/// The right to fill or evict some spans; given back when dropped, also by the kernel when the process dies.
+/// The right to fill or evict some spans. Dropping it gives the right back, and so does the kernel when the process
+/// dies.
 #[derive(Debug)]
 pub struct SpanLock {
     device: Arc<DeviceFile>,
-    /// Locks belong to the descriptor they were taken with, and end with it.
+    /// A lock belongs to the file descriptor with which it was taken, and ends with it.
     file: Arc<File>,
     ranges: Vec<Range<u32>>,
 }
 
 impl SpanLock {
-    /// The spans locked, in ascending order.
+    /// Returns the locked spans, in ascending order.
     pub(super) fn spans(&self) -> impl Iterator<Item = u32> {
         self.ranges.iter().cloned().flatten()
     }
 
-    /// Whether this is a lock on spans of `device`.
+    /// Returns whether this is a lock on spans of `device`.
     pub(super) fn is_of(&self, device: &Arc<DeviceFile>) -> bool {
         Arc::ptr_eq(&self.device, device)
     }

@@ -1,11 +1,11 @@
 //! Where the spans of a layer lie in its data device, and which bytes share a checksum.
 //!
-//! A span has the device addresses from its *head*, the address of its first byte of content, up to the head of the next span
-//! (see [`crate::span`]).
+//! The *head* of a span is the device address of its first byte of content. A span has the device addresses from its
+//! head up to the head of the next span (see [`crate::span`]).
 //!
-//! The unit of checking is the *fragment*: a block of 4096 bytes, cut wherever a head lies inside it. So a fragment has content
-//! of one span only, and a span can be checked before its neighbours are there. A fragment's checksum is that of a block if it
-//! begins with the block, and that of a head otherwise.
+//! The unit of checking is the *fragment*: a block of 4096 bytes, cut wherever a head lies inside it. A fragment has
+//! content of one span only, so a span can be checked before its neighbours are there. The checksum of a fragment is
+//! recorded for its block if the fragment begins with the block. Otherwise it is recorded for the head.
 //!
 //! ```text
 //! blocks      |───────────────|───────────────|───────────────|
@@ -20,12 +20,12 @@ use super::checksum::Seed;
 use crate::span::SpanMap;
 use crate::toc::DEVICE_BLOCK;
 
-/// Whose checksum a fragment has.
+/// Where the checksum of a fragment is recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Check {
-    /// Of the block with this number: the fragment begins where the block does.
+    /// For the block with this number: the fragment begins where the block does.
     Block(u64),
-    /// Of this span: the fragment begins with its first byte, inside a block.
+    /// For this span: the fragment begins with the span's first byte, inside a block.
     Head(u32),
 }
 
@@ -43,14 +43,14 @@ pub(super) struct Geometry {
     pub(super) size: u64,
     /// The head of each span.
     pub(super) heads: Arc<[u64]>,
-    /// Hash over the places and digests of all spans: devices of different indexes have different keys.
+    /// Hash over the places and digests of all spans. Devices of different indexes have different keys.
     pub(super) key: [u8; 32],
-    /// Where the checksums begin.
+    /// The value with which the checksums begin.
     pub(super) seed: Seed,
 }
 
 impl Geometry {
-    /// The places of these spans.
+    /// Returns the places of these spans.
     pub(super) fn of(spans: &dyn SpanMap) -> Self {
         Self {
             size: spans.device_size(),
@@ -60,19 +60,19 @@ impl Geometry {
         }
     }
 
-    /// Number of spans.
+    /// Returns the number of spans.
     pub(super) fn spans(&self) -> u32 {
-        // An index has no more spans than that.
+        // An index has at most this many spans.
         self.heads.len() as u32
     }
 
-    /// The device addresses of a span.
+    /// Returns the device addresses of a span.
     pub(super) fn range(&self, span: u32) -> Range<u64> {
         let next = self.heads.get(span as usize + 1);
         self.heads[span as usize]..next.copied().unwrap_or(self.size)
     }
 
-    /// The span whose content a fragment has, if it has any.
+    /// Returns the span whose content a fragment has, if the fragment has any content.
     pub(super) fn owner(&self, fragment: &Fragment) -> u32 {
         match fragment.check {
             Check::Head(span) => span,
@@ -80,7 +80,7 @@ impl Geometry {
         }
     }
 
-    /// The spans that have bytes of a range of the device.
+    /// Returns the spans that have bytes of a range of the device.
     pub(super) fn spans_of(&self, range: Range<u64>) -> Range<u32> {
         if range.is_empty() {
             return 0..0;
@@ -89,15 +89,15 @@ impl Geometry {
         first as u32..self.heads_until(range.end - 1) as u32
     }
 
-    /// How many spans have their head at or before `address`.
+    /// Returns how many spans have their head at or before `address`.
     fn heads_until(&self, address: u64) -> usize {
         self.heads.partition_point(|&head| head <= address)
     }
 
-    /// The fragments that have bytes of a range of the device, in order. They cover it without gaps.
+    /// Returns the fragments that have bytes of a range of the device, in order. They cover the range without gaps.
     pub(super) fn fragments(&self, range: Range<u64>) -> Fragments<'_> {
         let end = range.end.min(self.size);
-        // The fragment around the first byte begins with the last head before it, or with the block.
+        // The fragment around the first byte begins with the last head before that byte, or with the block.
         let block = range.start - range.start % DEVICE_BLOCK;
         let next = self.heads_until(range.start);
         let head = next.checked_sub(1).map(|last| self.heads[last]);
@@ -110,11 +110,11 @@ impl Geometry {
     }
 }
 
-/// See [`Geometry::fragments`].
+/// The iterator of [`Geometry::fragments`].
 #[derive(Debug)]
 pub(super) struct Fragments<'a> {
     geometry: &'a Geometry,
-    /// Where the next fragment begins.
+    /// Address at which the next fragment begins.
     at: u64,
     end: u64,
     /// The first span whose head is behind `at`.

@@ -1,5 +1,7 @@
-//! Descriptors of device files. An image can have more layers than a process may have files open, so a device keeps its
-//! descriptor only while there are not too many; it opens the file again when it is used again.
+//! File descriptors of device files.
+//!
+//! An image can have more layers than a process may have files open. A device therefore keeps its file descriptor
+//! only while not too many devices do. It opens the file again for the next use.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,10 +15,11 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use crate::os::open_regular;
 
-/// Descriptors that devices may keep although the limit of the process is low.
+/// File descriptors that devices may keep even if the limit of the process is low. With more, connections and layers
+/// that are being indexed could run out of file descriptors. With fewer, devices would open their files more often.
 const LEAST: usize = 16;
 
-/// A file that is open, or can be opened again.
+/// A file that is open or can be opened again.
 #[derive(Debug)]
 pub(super) struct Handle(Arc<Slot>);
 
@@ -24,10 +27,10 @@ pub(super) struct Handle(Arc<Slot>);
 struct Slot {
     path: PathBuf,
     writable: bool,
-    /// Device and inode number: a file that took the place of this one is another one.
+    /// Device and inode number. They tell this file from a file that replaced it.
     identity: (u64, u64),
     file: RwLock<Option<Arc<File>>>,
-    /// Since the pool last looked.
+    /// Whether the file was used since the pool last looked.
     used: AtomicBool,
 }
 
@@ -46,7 +49,7 @@ impl Handle {
         Ok(Self(slot))
     }
 
-    /// The open file. It stays open for as long as the caller has it.
+    /// Returns the open file. It stays open for as long as the caller has it.
     pub fn file(&self) -> io::Result<Arc<File>> {
         self.0.used.store(true, Ordering::Relaxed);
         if let Some(file) = &*self.0.file.read().expect("no panic while locked") {
@@ -57,7 +60,7 @@ impl Handle {
         Ok(file)
     }
 
-    /// Whether the file can be written.
+    /// Returns whether the file can be written.
     pub fn is_writable(&self) -> bool {
         self.0.writable
     }
@@ -87,11 +90,12 @@ impl Slot {
     }
 }
 
-/// The devices that keep their descriptors.
+/// The devices that keep their file descriptors.
 #[derive(Debug)]
 struct Pool {
     most: usize,
-    /// Those used least recently come first, roughly: who was used since gets a second chance.
+    /// The devices, roughly the least recently used first. A device that was used since the last look gets a second
+    /// chance.
     slots: Mutex<VecDeque<Weak<Slot>>>,
 }
 
@@ -100,7 +104,7 @@ impl Pool {
         static POOL: OnceLock<Pool> = OnceLock::new();
         POOL.get_or_init(|| {
             let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
-            // The other half is for connections, for layers that are being indexed, and for all else.
+            // The other half is for connections, for layers that are being indexed, and for everything else.
             Self::new(usize::try_from(limit / 2).unwrap_or(usize::MAX).max(LEAST))
         })
     }
@@ -112,11 +116,11 @@ impl Pool {
         }
     }
 
-    /// Adds one that was opened, and closes others if they are too many.
+    /// Adds a device that was opened, and closes others if there are too many.
     fn keep(&self, slot: &Arc<Slot>) {
         let mut slots = self.slots.lock().expect("no panic while locked");
         slots.push_back(Arc::downgrade(slot));
-        // Each is looked at twice at most: the second time it was not used since.
+        // Each device is looked at twice at most: at the second look it was not used since the first.
         for _ in 0..2 * slots.len() {
             if slots.len() <= self.most {
                 return;
@@ -166,7 +170,7 @@ mod tests {
             assert_eq!(held.metadata().unwrap().len(), 1, "{number}");
             assert!(open() <= 4, "{}", open());
         }
-        // What is put in its place is not read.
+        // A file that replaced the device is not read.
         slots[0].close();
         std::fs::write(dir.path().join("new"), b"other").unwrap();
         std::fs::rename(dir.path().join("new"), &slots[0].path).unwrap();

@@ -6,16 +6,18 @@ use std::os::unix::fs::FileExt as _;
 
 use crate::toc::DEVICE_BLOCK;
 
-/// Content of this many bytes is written by itself: copying it would cost more than the system call.
+/// Content of at least this many bytes is written by itself. With a larger value, copying the content would cost more
+/// than the system call it saves. With a smaller one, more content takes a system call of its own.
 const LONG: usize = 128 << 10;
 
-/// No more than this is joined.
+/// A buffer of at least this many bytes takes no more content. A larger bound costs memory; a smaller one costs
+/// system calls.
 const LONGEST: usize = 1 << 20;
 
 /// Content that lies together on a device and is not written yet.
 ///
-/// Between two files of a layer there is padding of less than a block, which is zero. It is written with them, so that many
-/// small files take one system call. A longer gap stays a hole.
+/// Between two files of a layer there is padding of less than a block, which is zero. The padding is written with the
+/// files, so that many small files take one system call. A longer gap stays a hole.
 #[derive(Debug, Default)]
 pub(super) struct Joined {
     /// Device offset of the first byte of `buffer`.
@@ -24,24 +26,26 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    /// Bytes that are not written yet.
+    /// Returns the bytes that are not written yet.
     pub(super) fn len(&self) -> usize {
         self.buffer.len()
     }
 
-    /// Bytes on disk that these take, in whole blocks.
+    /// Returns the bytes on disk that these bytes take, in whole blocks.
     pub(super) fn footprint(&self) -> u64 {
         footprint(self.start, self.buffer.len())
     }
 
-    /// Whether content at a device offset joins what was added. If not, that is written first, and long content at once.
+    /// Returns whether content at a device offset joins the content that was added before, or is the first. If not,
+    /// [`Joined::add`] writes the earlier content first. Long content never joins, and is written at once.
     pub(super) fn takes(&self, offset: u64, content: &[u8]) -> bool {
         let end = self.start + self.buffer.len() as u64;
         let joins = self.buffer.len() < LONGEST && (end..end + DEVICE_BLOCK).contains(&offset);
         !is_long(content) && (self.buffer.is_empty() || joins)
     }
 
-    /// Adds content at a device offset. What does not join is written. After an error it may be tried again.
+    /// Adds content at a device offset. Writes the earlier content if the new content does not join it. After an
+    /// error, the caller may try again.
     pub(super) fn add(&mut self, file: &File, offset: u64, content: &[u8]) -> io::Result<()> {
         if !self.takes(offset, content) {
             self.write(file)?;
@@ -57,7 +61,7 @@ impl Joined {
         Ok(())
     }
 
-    /// Writes all that was added, and forgets it. After an error it may be tried again.
+    /// Writes the content that was added, and forgets it. After an error, the caller may try again.
     pub(super) fn write(&mut self, file: &File) -> io::Result<()> {
         file.write_all_at(&self.buffer, self.start)?;
         self.buffer.clear();
@@ -65,7 +69,7 @@ impl Joined {
     }
 }
 
-/// Bytes on disk of the blocks that content at a device offset lies in.
+/// Returns the bytes on disk of the blocks in which content at a device offset lies.
 pub(super) fn footprint(offset: u64, length: usize) -> u64 {
     match length {
         0 => 0,
@@ -73,7 +77,7 @@ pub(super) fn footprint(offset: u64, length: usize) -> u64 {
     }
 }
 
-/// Whether content is written at once.
+/// Returns whether content is written at once.
 pub(super) fn is_long(content: &[u8]) -> bool {
     content.len() >= LONG
 }

@@ -25,13 +25,13 @@ fn open(root: &Path, spans: u32) -> DataDevice {
     DataDevice::open_or_create(&store, &layer_dir(root).data(), geometry_of(spans)).unwrap()
 }
 
-/// The file as another process has it.
+/// Opens the file as another process does.
 fn other(root: &Path, spans: u32) -> Arc<DeviceFile> {
     let opened = DeviceFile::open(raw(root), &layer_dir(root).data(), true, geometry_of(spans));
     Arc::new(opened.unwrap().unwrap())
 }
 
-/// The file as anybody may open it.
+/// Opens the file as any program may open it.
 fn raw(root: &Path) -> File {
     File::options()
         .read(true)
@@ -40,7 +40,7 @@ fn raw(root: &Path) -> File {
         .unwrap()
 }
 
-/// A budget that is never used up.
+/// Returns a budget that is never used up.
 fn plenty(store: &Store) -> Arc<CacheBudget> {
     CacheBudget::new(store.clone(), 1 << 40)
 }
@@ -53,7 +53,7 @@ fn piece(span: u32) -> [Piece; 1] {
     }]
 }
 
-/// A span's uncompressed bytes: a tar header, then content.
+/// Returns a span's uncompressed bytes: a tar header, then content.
 fn bytes(span: u32) -> Vec<u8> {
     let content = |i: usize| (i as u32).wrapping_mul(span + 1) as u8 | 1;
     (0..SPAN as usize).map(content).collect()
@@ -141,13 +141,13 @@ fn damage_is_found_by_the_reader_and_healed_by_filling_again() {
     let file = raw(root.path());
     let records = (64 << 10) + 128 + 4 * 8;
     let checks = records + 4 * 16;
-    // Place, what is written there, and what it does to span 2.
+    // Place of the damage, the bytes written there, and whether that harms span 2.
     let damages: [(u64, &[u8], bool); 6] = [
         (2 * SPAN + 77, &[0xfe], true),
         (2 * SPAN, &[0; 4096], true),
         (checks + 4 * 4, &[1, 2, 3, 4], true),
         (checks + 4 * 4, &[0; 4], true),
-        // Neither the other half of the span, which is a gap, nor the records decide about bytes.
+        // Two changes that do no harm: in the other half of the span, which is a gap, and in the records.
         (2 * SPAN + 4096, &[9; 100], false),
         (records + 2 * 16, &[0; 16], false),
     ];
@@ -187,7 +187,7 @@ fn parts_of_blocks_are_read_before_their_neighbours_are_there() {
     let root = tempfile::tempdir().unwrap();
     let store = Store::open(root.path()).unwrap();
     let path = layer_dir(root.path()).data();
-    // All of it is content; spans begin anywhere.
+    // All of the device is content, and spans begin anywhere.
     let heads = [0, 5000, 5010, 9000, 20_000];
     let geometry = geometry::tests::geometry(8, &heads);
     let whole: Vec<u8> = (0..geometry.size).map(|i| (i % 251) as u8 | 1).collect();
@@ -261,7 +261,7 @@ fn a_device_without_room_is_not_finished() {
     assert_eq!(store.cache_usage().unwrap(), 0);
 }
 
-/// Readers see a span's bytes or nothing, while it is filled and evicted as fast as it goes.
+/// A reader sees a span's bytes or none, while other threads fill and evict the span as fast as they can.
 #[test]
 fn a_reader_never_sees_a_hole() {
     let root = tempfile::tempdir().unwrap();
@@ -302,7 +302,7 @@ fn a_span_that_is_being_filled_cannot_be_locked_by_another_opener() {
     assert!([1, 2, 5].into_iter().all(free));
 }
 
-/// A layer of `count` files that fill one span each, indexed, with all spans on its device.
+/// Makes an indexed layer of `count` files that fill one span each. All spans are on its device.
 fn full_layer(store: &Store, name: &[u8], count: u32) -> (DataDevice, LayerDir) {
     let mut tar = tar::Builder::new(Vec::new());
     for file in 0..count {
@@ -357,7 +357,8 @@ fn the_least_recently_used_spans_of_all_layers_go_first() {
     let root = tempfile::tempdir().unwrap();
     let store = Store::open(root.path()).unwrap();
     let layers = [full_layer(&store, b"one", 6), full_layer(&store, b"two", 6)];
-    // When the spans were last used, in no order; some time ago, or a read would not count as a use.
+    // The times at which the spans were last used, in no order. They are long ago, so that a read makes its span the
+    // youngest.
     let stamps = [[50, 10, 90, 30, 70, 110], [100, 60, 20, 120, 40, 80]];
     for ((_, dir), stamps) in layers.iter().zip(stamps) {
         let file = File::options().write(true).open(dir.data()).unwrap();
@@ -379,7 +380,7 @@ fn the_least_recently_used_spans_of_all_layers_go_first() {
     let evicted = evict_to(&store, usage() - 5 * SPAN, Scope::Data).unwrap();
     assert_eq!((evicted.spans, evicted.before - evicted.after), (5, 5 * SPAN));
     assert_eq!(left(), [60, 70, 80, 90, 100, 110, 120]);
-    // A use counts: the oldest one that is left becomes the youngest.
+    // A use counts: the oldest span that is left becomes the youngest.
     assert!(read(&layers[1].0, 1).is_some());
     evict_to(&store, usage() - 2 * SPAN, Scope::Data).unwrap();
     assert_eq!(left(), [60, 90, 100, 110, 120]);

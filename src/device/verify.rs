@@ -1,4 +1,4 @@
-//! Checking a whole device.
+//! Checks a whole device.
 
 use std::fs::File;
 use std::io;
@@ -14,16 +14,17 @@ use crate::store::LayerDir;
 /// What a check of a device found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Verified {
-    /// Spans that are present and as they were written.
+    /// Spans that are present and whose bytes are those that were written.
     pub good: u64,
-    /// Spans that were not, and were dropped: whoever reads them next fetches them again.
+    /// Spans that were damaged and that the check dropped. The next reader of such a span fetches it again.
     pub dropped: u64,
     /// Bytes of content that were read and compared.
     pub bytes: u64,
 }
 
-/// Compares every span that is present in a layer's device with its checksums, and drops those that are damaged. A device that
-/// is damaged as a whole is removed, and counts as one span. Spans that somebody is filling at the moment are left out.
+/// Compares every span that is present in a layer's device with its checksums, and drops damaged spans. Removes a
+/// device that is damaged as a whole, and counts it as one span. Leaves out spans that another process fills at the
+/// moment.
 pub fn verify(dir: &LayerDir, spans: &dyn SpanMap) -> Result<Verified, DeviceError> {
     let path = dir.data();
     verify_file(dir, spans).map_err(DeviceError::at(&path))

@@ -1,4 +1,4 @@
-//! Writing a whole device in order.
+//! Writes a whole device in order.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,7 +11,8 @@ use super::{CacheBudget, DataDevice, DeviceError};
 use crate::span::SpanMap;
 use crate::store::Draft;
 
-/// Bytes collected before one write: large enough that a layer of small files costs few system calls.
+/// Bytes collected before one write. A larger buffer costs memory. With a smaller one, a layer of small files costs
+/// more system calls.
 const WRITE_BUFFER: usize = 1 << 20;
 
 /// Writes a whole device in order, joining small files into large writes.
@@ -35,13 +36,14 @@ impl DeviceWriter {
         }
     }
 
-    /// The content that comes next belongs to this span, by its number.
+    /// Says that the span with this number begins with the next content.
     pub fn span(&mut self, span: u32) {
         self.summer.span(span);
     }
 
-    /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it. Then, and after an error,
-    /// nothing was added: it may be tried again, or the device cannot be finished.
+    /// Adds content at a device offset that is not below any earlier one. Returns false if `budget` has no room for
+    /// the content. In that case, and after an error, nothing was added: the caller tries again or gives the device
+    /// up.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
         let is_due = self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset, bytes);
         if is_due && !self.flush(budget)? {
@@ -58,7 +60,8 @@ impl DeviceWriter {
         Ok(true)
     }
 
-    /// Writes what was added. False if `budget` has no room for it; then, and after an error, it may be tried again.
+    /// Writes the content that was added. Returns false if `budget` has no room for it. In that case, and after an
+    /// error, the caller may try again.
     pub fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
         if !budget.reserve(self.joined.footprint()) {
             return Ok(false);
@@ -68,8 +71,8 @@ impl DeviceWriter {
         Ok(true)
     }
 
-    /// Publishes a device whose every span was written; none if `budget` has no room for the rest. It takes the place of an
-    /// older one, which whoever has it open keeps.
+    /// Publishes a device whose every span was written. Returns none if `budget` has no room for the rest. The device
+    /// replaces an older one; a process that has the older one open keeps it.
     pub fn finish(self, spans: &dyn SpanMap, budget: &CacheBudget) -> Result<Option<DataDevice>, DeviceError> {
         self.finish_as(Geometry::of(spans), budget)
     }

@@ -1,5 +1,6 @@
-//! Directory blocks: an array of 12-byte entries {nid u64, name offset u16, type u8, 0}, then the names back to back. Entries
-//! are sorted over the whole directory by name as bytes, `.` and `..` among them.
+//! Directory blocks: an array of 12-byte entries {nid u64, name offset u16, type u8, 0}, then the names back to back.
+//!
+//! Entries are sorted by name as bytes, over the whole directory. `.` and `..` are among them.
 
 use crate::erofs::ErofsError;
 use crate::erofs::format::{BLOCK, u16_at, u64_at};
@@ -7,7 +8,7 @@ use crate::erofs::format::{BLOCK, u16_at, u64_at};
 /// Bytes of an entry without its name.
 pub(super) const DIRENT: usize = 12;
 
-/// Type of an inode, as directory entries give it.
+/// Type of an inode as directory entries state it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FileType {
     /// Regular file.
@@ -25,7 +26,7 @@ pub enum FileType {
 }
 
 impl FileType {
-    /// Number in a directory entry; sockets (6) cannot be in a tar.
+    /// Returns the number in a directory entry. Sockets (6) cannot be in a tar.
     fn number(self) -> u8 {
         match self {
             Self::Regular => 1,
@@ -49,7 +50,7 @@ impl FileType {
         })
     }
 
-    /// The type bits of `st_mode`.
+    /// Returns the type bits of `st_mode`.
     pub fn mode_bits(self) -> u16 {
         match self {
             Self::Regular => 0o100_000,
@@ -61,7 +62,7 @@ impl FileType {
         }
     }
 
-    /// The type `st_mode` tells of.
+    /// Returns the type that `st_mode` states.
     pub(super) fn from_mode(mode: u16) -> Option<Self> {
         Some(match mode & 0o170_000 {
             0o100_000 => Self::Regular,
@@ -75,7 +76,7 @@ impl FileType {
     }
 }
 
-/// Adds up what the names of a directory take, in the order in which they will be stored.
+/// Measures the names of a directory, taken in the order in which they will be stored.
 #[derive(Debug, Default)]
 pub(super) struct Measure {
     full_blocks: u64,
@@ -83,7 +84,7 @@ pub(super) struct Measure {
 }
 
 impl Measure {
-    /// Counts the next name in; true when it begins a new block.
+    /// Adds the next name. Returns whether it begins a new block.
     pub fn add(&mut self, name: &[u8]) -> bool {
         let size = DIRENT as u64 + name.len() as u64;
         let turn = self.used + size > BLOCK;
@@ -95,7 +96,7 @@ impl Measure {
         turn
     }
 
-    /// Whole blocks before the last one, and bytes used in that.
+    /// Returns the number of whole blocks, and the bytes used in a last block that is not full.
     pub fn finish(self) -> (u64, u64) {
         if self.used == BLOCK {
             (self.full_blocks + 1, 0)
@@ -119,7 +120,7 @@ pub(super) fn encode(entries: &[(&[u8], u64, FileType)], out: &mut Vec<u8>) {
     }
 }
 
-/// A directory block being read.
+/// A directory block that is being read.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Block<'a> {
     dir: u64,
@@ -128,7 +129,7 @@ pub(super) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    /// `bytes` ends with the block or with the directory.
+    /// Opens a block of the directory `dir`. `bytes` ends with the block or with the directory.
     pub fn new(dir: u64, bytes: &'a [u8]) -> Result<Self, ErofsError> {
         let names = usize::from(u16_at(bytes, DIRENT - 4).unwrap_or(0));
         if names < DIRENT || !names.is_multiple_of(DIRENT) || names >= bytes.len() {
@@ -145,7 +146,7 @@ impl<'a> Block<'a> {
         self.count
     }
 
-    /// The name of entry `index`, which must be below the count.
+    /// Returns the name of entry `index`, which must be below the count.
     pub fn name(&self, index: usize) -> Result<&'a [u8], ErofsError> {
         let offset = |index: usize| u16_at(self.bytes, index * DIRENT + 8).map(usize::from);
         let start = offset(index).unwrap_or(0);
@@ -168,7 +169,7 @@ impl<'a> Block<'a> {
         Ok(name)
     }
 
-    /// Nid and type of entry `index`, which must be below the count.
+    /// Returns nid and type of entry `index`, which must be below the count.
     pub fn target(&self, index: usize) -> Result<(u64, FileType), ErofsError> {
         let at = index * DIRENT;
         let nid = u64_at(self.bytes, at);
@@ -180,7 +181,7 @@ impl<'a> Block<'a> {
             .ok_or_else(|| corrupt(self.dir, "entry type in a directory"))
     }
 
-    /// Index of the entry called `name`.
+    /// Returns the index of the entry called `name`.
     pub fn find(&self, name: &[u8]) -> Result<Option<usize>, ErofsError> {
         let (mut low, mut high) = (0, self.count);
         while low < high {

@@ -1,4 +1,4 @@
-//! Bytes of the EROFS superblock and inodes (kernel: `fs/erofs/erofs_fs.h`). All numbers are little endian.
+//! Bytes of the EROFS superblock and inodes (kernel: `fs/erofs/erofs_fs.h`). All numbers are little-endian.
 //!
 //! ```text
 //! block 0                                                      data device of layer 0, 1, ...
@@ -10,39 +10,44 @@ use std::ops::Range;
 
 use crate::erofs::ErofsError;
 
-/// Bytes of a block; the smallest page size, so every kernel since 5.4 mounts it on x86-64 and on 4 KiB-page arm64.
+/// Bytes of a block. The block size is the smallest page size, so every kernel since 5.4 mounts the image on x86-64
+/// and on arm64 with 4 KiB pages.
 pub(super) const BLOCK: u64 = crate::toc::DEVICE_BLOCK;
 pub(super) const BLOCK_BITS: u8 = 12;
-/// Unit of a nid.
+/// Unit of a nid in bytes.
 pub(super) const SLOT: u64 = 32;
-/// Bytes of an extended inode. The compact form holds neither 32-bit owners nor nanoseconds, so it is not used.
+/// Bytes of an extended inode. The compact form is not used, because it has no room for 32-bit owners and
+/// nanoseconds.
 pub(super) const INODE: u64 = 64;
-/// "No block": a hole in a chunk map.
+/// Block number of a hole in a chunk map.
 pub(super) const NULL_BLOCK: u32 = u32::MAX;
 
 pub(super) const SUPER_OFFSET: u64 = 1024;
 const SUPER_SIZE: u64 = 128;
 const MAGIC: u32 = 0xE0F5_E1E2;
 const COMPAT_CHECKSUM: u32 = 1;
-/// Inodes have times of their own.
+/// Flag: inodes have times of their own.
 const COMPAT_MTIME: u32 = 2;
-/// Some file is chunk-based, which kernels before 5.15 do not know.
+/// Flag: some file is chunk-based. Kernels before 5.15 do not know such files.
 pub(super) const INCOMPAT_CHUNKED: u32 = 4;
 
-/// First inode, which is the root: right behind the superblock, so that its nid fits the 16 bits the superblock has for it.
+/// Offset of the first inode, which is the root. The root lies right behind the superblock, so its nid fits the
+/// superblock's 16-bit field.
 pub(super) const FIRST_INODE: u64 = SUPER_OFFSET + SUPER_SIZE;
 
-/// What extended attributes the inodes have. The volume name tells, so that a reader knows without looking at all of them.
+/// Which extended attributes the inodes of an image have. The volume name states it, so a reader need not look at all
+/// inodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Attributes {
     None,
-    /// Some, but no access control list.
+    /// Some attributes, but no access control list.
     Plain,
     AccessControl,
 }
 
 impl Attributes {
-    /// Volume name. The number goes up when equal layers give another tree than before, so that stored ones are made again.
+    /// Returns the volume name. Raise the number in the name when a new version makes another tree from equal layers.
+    /// Stored images are then made again.
     fn label(self) -> &'static [u8; 16] {
         match self {
             Self::None => b"ocifs2:noxattr\0\0",
@@ -73,7 +78,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
-/// The superblock's fields that vary between images.
+/// The fields of the superblock that differ between images.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Superblock {
     pub root_nid: u16,
@@ -81,7 +86,7 @@ pub(super) struct Superblock {
     /// Blocks of the whole disk: metadata and all data devices.
     pub blocks: u32,
     pub uuid: [u8; 16],
-    /// None if another version or program has written the image.
+    /// Attributes of the inodes; `None` if another version or program wrote the image.
     pub attributes: Option<Attributes>,
     pub incompat: u32,
     /// First block of the attributes that inodes share; 0 if there are none.
@@ -89,7 +94,8 @@ pub(super) struct Superblock {
 }
 
 impl Superblock {
-    /// Writes the superblock into `block`, the first block of the image with everything else in place, and seals it.
+    /// Writes the superblock into `block` and adds the checksum. `block` is the first block of the image, and
+    /// everything else in it must be in place.
     pub fn encode(&self, block: &mut [u8; BLOCK as usize]) {
         let bytes = &mut block[SUPER_OFFSET as usize..];
         put(bytes, 0, &MAGIC.to_le_bytes());
@@ -153,14 +159,14 @@ impl Superblock {
     }
 }
 
-/// CRC-32C over the rest of the first block from the superblock on, with the checksum field (bytes 4 to 8) as zeros.
-/// No final inversion, as the kernel has it.
+/// Returns the CRC-32C of the first block from the superblock on. The checksum field (bytes 4 to 8) counts as zeros.
+/// There is no final inversion, as in the kernel.
 fn checksum(bytes: &[u8]) -> u32 {
     let field: Range<usize> = 4..8;
     bytes.iter().enumerate().fold(u32::MAX, |crc, (at, byte)| {
         let byte = if field.contains(&at) { 0 } else { *byte };
         (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            // 0x82F63B78 is the Castagnoli polynomial, bits reversed.
+            // 0x82F63B78 is the Castagnoli polynomial with its bits reversed.
             if crc & 1 == 1 {
                 (crc >> 1) ^ 0x82F6_3B78
             } else {
@@ -170,14 +176,14 @@ fn checksum(bytes: &[u8]) -> u32 {
     })
 }
 
-/// How an inode's bytes are stored.
+/// How the content of an inode is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// All in consecutive blocks.
+    /// All content is in consecutive blocks.
     Plain,
-    /// Whole blocks as with `Plain`, the rest behind the inode.
+    /// Whole blocks are stored as in `Plain`; the rest lies behind the inode.
     Inline,
-    /// By a map of equal chunks behind the inode.
+    /// A map of equal chunks behind the inode says where the content is.
     Chunked,
 }
 
@@ -195,11 +201,11 @@ impl Layout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RawInode {
     pub layout: Layout,
-    /// Bytes of attributes behind the inode: 0, or at least 16 and a multiple of 4.
+    /// Bytes of attributes behind the inode: 0, or at least 12 and a multiple of 4. The writer makes at least 16.
     pub xattr_size: u32,
     pub mode: u16,
     pub size: u64,
-    /// First block, device number or chunk format, by type and layout.
+    /// First block, device number or chunk format, depending on type and layout.
     pub union: u32,
     pub ino: u32,
     pub uid: u32,
@@ -209,7 +215,7 @@ pub(super) struct RawInode {
     pub nlink: u32,
 }
 
-/// Header of the attribute area.
+/// Bytes of the header of the attribute area.
 pub(super) const XATTR_HEADER: u32 = 12;
 
 impl RawInode {
@@ -235,7 +241,7 @@ impl RawInode {
         bytes
     }
 
-    /// `None` when this is no extended inode in a layout known here.
+    /// Decodes an extended inode; `None` if the format or the layout is another one.
     pub fn decode(bytes: &[u8; INODE as usize]) -> Option<Self> {
         let format = u16_at(bytes, 0)?;
         let layout = match format {

@@ -1,19 +1,20 @@
-//! From bytes of a file to bytes of a layer's data device.
+//! Maps bytes of a file to bytes of a layer's data device.
 
 use crate::erofs::format::{BLOCK, Layout, NULL_BLOCK, u32_at};
 use crate::erofs::{ErofsError, FileType, Inode, Nid, Reader};
 use crate::tree::LayerIdx;
 
-/// Most chunks looked at in one [`Reader::map`]: with the smallest chunks as much as one FUSE read can ask for (1 MiB), and never
-/// so many that reading a sparse file piece by piece becomes quadratic.
+/// Most chunks that one call of [`Reader::map`] looks at. With the smallest chunks this is the most that one FUSE
+/// read can ask for (1 MiB). With more chunks, reading a long run of a sparse file piece by piece would take
+/// quadratic time.
 const MAX_CHUNK_RUN: u64 = 256;
 
-/// Where a run of a file's bytes comes from. Never empty, never beyond the end of the file.
+/// The source of a run of a file's bytes. A run is never empty and never goes beyond the end of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
-    /// Zeros that are stored nowhere.
+    /// Zeros that are not stored.
     Hole {
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
     },
     /// Bytes of a layer's data device.
@@ -22,13 +23,13 @@ pub enum Mapping {
         layer: LayerIdx,
         /// Offset in its data device.
         offset: u64,
-        /// Bytes.
+        /// Length in bytes.
         len: u64,
     },
 }
 
 impl Mapping {
-    /// Bytes in the run.
+    /// Returns the length of the run in bytes.
     pub fn bytes(self) -> u64 {
         match self {
             Self::Hole { len } | Self::Device { len, .. } => len,
@@ -42,7 +43,7 @@ impl Mapping {
         }
     }
 
-    /// Whether `next` goes on where this run ends.
+    /// Whether `next` begins where this run ends.
     fn continues_with(self, next: Self) -> bool {
         match (self, next) {
             (Self::Hole { .. }, Self::Hole { .. }) => true,
@@ -58,8 +59,8 @@ impl Mapping {
 }
 
 impl<B: AsRef<[u8]>> Reader<B> {
-    /// Where the bytes of the regular file `nid` from `offset` on come from, as far as they come from one place; `None` at the
-    /// end of the file and behind it. A long run may come in pieces.
+    /// Returns the source of the bytes of the regular file `nid` from `offset` on, as far as they come from one
+    /// place. Returns `None` at or behind the end of the file. A long run may need several calls.
     pub fn map(&self, nid: Nid, offset: u64) -> Result<Option<Mapping>, ErofsError> {
         let inode = self.typed(nid, FileType::Regular, "regular file")?;
         let left = match inode.size.checked_sub(offset) {
@@ -107,7 +108,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
         Ok(run)
     }
 
-    /// The part of one chunk from `offset`, which is below the size, on.
+    /// Maps the rest of one chunk from `offset` on. `offset` is below the file's size.
     fn map_chunk(&self, inode: &Inode, chunk: u64, offset: u64) -> Result<Mapping, ErofsError> {
         let corrupt = || ErofsError::Corrupt {
             nid: inode.nid.0,
@@ -125,9 +126,10 @@ impl<B: AsRef<[u8]>> Reader<B> {
         }
     }
 
-    /// `len` bytes at `offset` behind the start of a block of the disk, if they lie in one data device.
+    /// Maps `len` bytes at `offset` behind the start of a disk block; `None` if they do not lie in one data device.
     fn on_device(&self, start: u64, offset: u64, len: u64) -> Option<Mapping> {
-        // Empty devices share their start with the next one, which is why the last candidate is the right one.
+        // An empty device has the same start as the next one. The last candidate is therefore the device with the
+        // bytes.
         let layer = self
             .device_starts
             .partition_point(|first| *first <= start)

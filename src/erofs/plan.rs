@@ -1,5 +1,6 @@
-//! Where everything of a tree goes in the image: the first pass of the writer. It checks the tree on the way, so that the second
-//! pass can only fail to write.
+//! The first pass of the writer: plans where everything of a tree goes in the image.
+//!
+//! The plan also checks the tree, so the second pass fails only if its output fails.
 
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{FileType, Measure};
@@ -7,51 +8,53 @@ use crate::erofs::format::{Attributes, BLOCK, FIRST_INODE, INODE, Layout, SLOT};
 use crate::erofs::xattr::{self, Shared};
 use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
-/// Entries of chunk maps in one image: 256 MiB of them. A few header bytes in a tar can claim exabytes of holes.
+/// Most entries of all chunk maps in one image, together 256 MiB. A few header bytes in a tar can claim exabytes of
+/// holes.
 const MAX_CHUNKS: u64 = 1 << 26;
 
-/// Most bytes to put behind an inode. What goes there must share a block with its inode, so a large piece may waste the rest of a
-/// block before it; up to half a block that costs less than a block of its own would.
+/// Most bytes of an inode together with its attributes and inline content. All of them must share one block, so a
+/// large inode may waste the rest of the block before it. Up to half a block, the waste costs less than a separate
+/// block for the content would.
 const MAX_INLINE: u64 = BLOCK / 2;
 
-/// Longest symlink target, as in Linux (`PATH_MAX` with its NUL).
+/// Longest symlink target in bytes: `PATH_MAX` of Linux without the NUL.
 const MAX_SYMLINK: usize = 4095;
 
-/// What one inode takes.
+/// What one inode takes in the image.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape {
     pub layout: Layout,
     pub xattr_size: u32,
-    /// `st_size`.
+    /// Size that stat(2) shows, in bytes.
     pub size: u64,
     /// Bytes behind inode and attributes: inline content or chunk map.
     pub extra: u64,
-    /// Metadata blocks of its own.
+    /// Metadata blocks that only this inode uses.
     pub blocks: u64,
 }
 
-/// Places of all inodes, and what was counted on the way.
+/// The places of all inodes, and some totals.
 #[derive(Debug)]
 pub(super) struct Plan {
-    /// By node.
+    /// Nid of each node.
     pub nids: Vec<u32>,
-    /// By node; of no meaning for anything but directories.
+    /// Parent of each node; meaningless for nodes that are no directories.
     pub parents: Vec<NodeId>,
     pub shared: Shared,
     /// First block behind the inodes.
     pub first_block: u64,
-    /// First block of the shared attributes, which come last.
+    /// First block of the shared attributes, which are the last part of the image.
     pub xattr_block: u64,
-    /// All metadata blocks.
+    /// Number of all metadata blocks.
     pub metadata_blocks: u64,
-    /// First block of each layer's data device, then that behind the last.
+    /// First block of each layer's data device, then the block behind the last device.
     pub device_starts: Vec<u64>,
     pub attributes: Attributes,
     pub dropped_xattrs: u64,
     pub any_chunked: bool,
 }
 
-/// What is wrong with a node; the path is found later.
+/// What is wrong with a node. The caller adds the path.
 #[derive(Debug)]
 enum Flaw {
     Xattrs { size: u64, limit: u64 },
@@ -61,7 +64,7 @@ enum Flaw {
 }
 
 impl Plan {
-    /// `limit` is the most bytes that the image may have.
+    /// Plans the image of `tree`. `limit` is the most bytes that the image may have.
     pub fn new(tree: &Tree, devices: &[u64], limit: u64) -> Result<Self, ErofsError> {
         let mut plan = Self {
             nids: Vec::with_capacity(tree.len()),
@@ -112,7 +115,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Checks a node and counts what it needs.
+    /// Checks a node and returns what it needs.
     fn visit(&mut self, id: NodeId, tree: &Tree, devices: &[u64], chunks: &mut u64) -> Result<Shape, Flaw> {
         let (xattr_size, dropped) = self
             .shared
@@ -163,7 +166,7 @@ impl Plan {
 }
 
 impl Shape {
-    /// The shape of a node whose attributes take `xattr_size` bytes.
+    /// Returns the shape of a node whose attributes take `xattr_size` bytes.
     pub fn of(view: View<'_>, xattr_size: u32) -> Self {
         let plain = Self {
             layout: Layout::Plain,
@@ -193,7 +196,7 @@ impl Shape {
         }
     }
 
-    /// With content of `full` blocks and `tail` bytes, all of it metadata.
+    /// Returns the shape with content of `full` blocks and `tail` bytes, all of it metadata.
     fn stored(self, full: u64, tail: u64) -> Self {
         let size = full * BLOCK + tail;
         if tail > 0 && INODE + u64::from(self.xattr_size) + tail <= MAX_INLINE {
@@ -214,7 +217,8 @@ impl Shape {
     }
 }
 
-/// Names and nodes of a directory as stored, with `.` and `..` in their places; those two have no node.
+/// Returns the names and nodes of a directory as stored, with `.` and `..` in their places. The names `.` and `..`
+/// have no node.
 pub(super) fn entries(children: Children<'_>) -> impl Iterator<Item = (&[u8], Option<NodeId>)> {
     let (dot, dotdot) = (children.before(b"."), children.before(b".."));
     let range =
@@ -226,7 +230,7 @@ pub(super) fn entries(children: Children<'_>) -> impl Iterator<Item = (&[u8], Op
         .chain(range(dotdot, children.len()))
 }
 
-/// First block of each device behind `metadata_blocks`, and the block behind the last.
+/// Returns the first block of each device behind `metadata_blocks`, then the block behind the last device.
 pub(super) fn device_starts(metadata_blocks: u64, devices: &[u64]) -> Vec<u64> {
     let mut next = metadata_blocks;
     let mut starts = vec![next];
@@ -237,8 +241,8 @@ pub(super) fn device_starts(metadata_blocks: u64, devices: &[u64]) -> Vec<u64> {
     starts
 }
 
-/// Where an inode of this shape can begin, from `position` on: it lies within one block with all that belongs to it, or at the
-/// start of a block if it is larger.
+/// Returns where an inode of this shape can begin, from `position` on. The inode and all that belongs to it must lie
+/// within one block. If they are larger than a block, they begin at the start of one.
 fn place(position: u64, shape: &Shape) -> u64 {
     let whole = INODE + u64::from(shape.xattr_size) + shape.extra;
     if position % BLOCK + whole > BLOCK {
@@ -258,10 +262,10 @@ fn check_name(name: &[u8]) -> Result<(), Flaw> {
     Ok(())
 }
 
-/// The data device of a layer, within which the content of its files must lie.
+/// The data device of a layer. The content of the layer's files must lie within it.
 struct Inside {
     layer: LayerIdx,
-    /// Bytes, a multiple of blocks.
+    /// Size in bytes, a multiple of the block size.
     device: u64,
 }
 
@@ -317,11 +321,11 @@ impl Flaw {
     }
 }
 
-/// A path to a node whose parents were visited, for error messages.
+/// Returns a path to a node, for error messages. The parents of the node must have been visited.
 fn path_of(tree: &Tree, parents: &[NodeId], id: NodeId) -> Box<[u8]> {
     let mut names: Vec<&[u8]> = Vec::new();
     let mut at = id;
-    // A tree has no deeper path than it has nodes, so this ends even if the tree is none.
+    // A path has at most as many components as the tree has nodes, so the loop ends even if `parents` is no tree.
     while at != Tree::ROOT && names.len() < tree.len() {
         let parent = parents[at.0 as usize];
         let View::Directory(children) = tree.view(parent) else {
@@ -344,7 +348,7 @@ fn path_of(tree: &Tree, parents: &[NodeId], id: NodeId) -> Box<[u8]> {
     path.into()
 }
 
-/// Type of a node.
+/// Returns the type of a node.
 pub(super) fn file_type(view: View<'_>) -> FileType {
     match view {
         View::Directory(_) => FileType::Directory,

@@ -1,4 +1,5 @@
-//! Answers from an image's bytes, usually a memory map: nothing is parsed in advance and a lookup allocates nothing.
+//! Answers questions from an image's bytes, usually a memory map. The reader parses no part of the image
+//! in advance, and a lookup does not allocate.
 
 use crate::erofs::dirent::{Block, DIRENT};
 use crate::erofs::format::{Attributes, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};
@@ -7,7 +8,7 @@ use crate::erofs::xattr::{Xattr, XattrIter};
 use crate::erofs::{ErofsError, FileType, Nid};
 use crate::tree::LayerIdx;
 
-/// A file system image.
+/// Reads a file system image.
 #[derive(Debug, Clone)]
 pub struct Reader<B> {
     image: B,
@@ -19,7 +20,7 @@ pub struct Reader<B> {
 /// What stat(2) shows of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Inode {
-    /// Its number.
+    /// Number of the inode.
     pub nid: Nid,
     /// Type.
     pub file_type: FileType,
@@ -29,15 +30,15 @@ pub struct Inode {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Modification time, seconds since the epoch.
     pub mtime: i64,
     /// Nanoseconds to add to `mtime`.
     pub mtime_nsec: u32,
-    /// Links.
+    /// Link count.
     pub nlink: u32,
-    /// Device number of device nodes as FUSE wants it (kernel: `new_encode_dev`), otherwise 0.
+    /// Device number of device nodes in the form that FUSE uses (kernel: `new_encode_dev`), otherwise 0.
     pub rdev: u32,
     pub(super) raw: RawInode,
 }
@@ -45,20 +46,20 @@ pub struct Inode {
 /// A directory entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry<'a> {
-    /// Position from which [`Reader::entries`] goes on after this entry.
+    /// Position from which [`Reader::entries`] continues after this entry.
     pub next: u64,
-    /// The inode.
+    /// Number of the entry's inode.
     pub nid: Nid,
-    /// Its type.
+    /// Type of the entry's inode.
     pub file_type: FileType,
     /// Name, 1 to 255 bytes.
     pub name: &'a [u8],
 }
 
 impl<B: AsRef<[u8]>> Reader<B> {
-    /// Takes an image written by [`crate::erofs::write()`] for data devices of these sizes (bytes, base layer first).
+    /// Opens an image that [`crate::erofs::write()`] wrote for data devices of these sizes (bytes, base layer first).
     ///
-    /// Only the first block is looked at; everything else is checked when it is used.
+    /// Checks only the first block; other methods check the parts that they use.
     pub fn open(image: B, devices: &[u64]) -> Result<Self, ErofsError> {
         let bytes = image.as_ref();
         let superblock = Superblock::decode(bytes)?;
@@ -80,53 +81,54 @@ impl<B: AsRef<[u8]>> Reader<B> {
         })
     }
 
-    /// The bytes of the metadata image.
+    /// Returns the bytes of the metadata image.
     pub fn image(&self) -> &[u8] {
         self.image.as_ref()
     }
 
-    /// The root directory.
+    /// Returns the root directory.
     pub fn root(&self) -> Nid {
         Nid(u64::from(self.superblock.root_nid))
     }
 
-    /// Inodes in the image.
+    /// Returns the number of inodes in the image.
     pub fn inodes(&self) -> u64 {
         self.superblock.inodes
     }
 
-    /// Bytes of the metadata image itself.
+    /// Returns the size of the metadata image in bytes.
     pub fn metadata_size(&self) -> u64 {
         self.device_starts[0] * BLOCK
     }
 
-    /// Bytes of the whole disk: the image and all data devices, each rounded up to blocks.
+    /// Returns the size of the whole disk in bytes: the image and all data devices, each rounded up to blocks.
     pub fn disk_size(&self) -> u64 {
         u64::from(self.superblock.blocks) * BLOCK
     }
 
-    /// Offset in the disk at which a layer's data device begins.
+    /// Returns the disk offset at which a layer's data device begins.
     pub fn device_start(&self, layer: LayerIdx) -> Option<u64> {
         let devices = &self.device_starts[..self.device_starts.len() - 1];
         devices.get(layer.0 as usize).map(|block| block * BLOCK)
     }
 
-    /// False only if no inode has extended attributes.
+    /// Whether some inode may have extended attributes. False only if none has.
     pub fn has_any_xattr(&self) -> bool {
         self.superblock.attributes != Some(Attributes::None)
     }
 
-    /// False only if no inode has an access control list.
+    /// Whether some inode may have an access control list. False only if none has.
     pub fn has_any_acl(&self) -> bool {
         !matches!(self.superblock.attributes, Some(Attributes::None | Attributes::Plain))
     }
 
-    /// Whether the layers give the same tree today: other versions of ocifs made other ones of some.
+    /// Whether this version of ocifs would make the same tree from the layers. Other versions made different trees of
+    /// some layers.
     pub fn is_current(&self) -> bool {
         self.superblock.attributes.is_some()
     }
 
-    /// The inode `nid`.
+    /// Returns the inode `nid`.
     pub fn inode(&self, nid: Nid) -> Result<Inode, ErofsError> {
         let corrupt = |what| ErofsError::Corrupt { nid: nid.0, what };
         let at = nid.0.checked_mul(SLOT).and_then(|at| usize::try_from(at).ok());
@@ -155,10 +157,10 @@ impl<B: AsRef<[u8]>> Reader<B> {
         })
     }
 
-    /// What `name` is in the directory `dir`; `.` and `..` are found like any other name.
+    /// Looks up `name` in the directory `dir`. The names `.` and `..` are found like any other name.
     pub fn lookup(&self, dir: Nid, name: &[u8]) -> Result<Option<(Nid, FileType)>, ErofsError> {
         let dir = self.typed(dir, FileType::Directory, "directory")?;
-        // The last block whose first name is not behind `name` has it, if any has.
+        // Only the last block whose first name does not sort behind `name` can contain it.
         let (mut low, mut high) = (0, dir.size.div_ceil(BLOCK));
         while low < high {
             let middle = low.midpoint(high);
@@ -178,9 +180,10 @@ impl<B: AsRef<[u8]>> Reader<B> {
         }
     }
 
-    /// Entries of the directory `dir` from position `from` on: 0, or the `next` of an entry. `.` and `..` are among them.
+    /// Returns the entries of the directory `dir` from position `from` on. `from` is 0, or the `next` of an entry.
+    /// `.` and `..` are among the entries.
     ///
-    /// Ends after the first error.
+    /// The iterator ends after the first error.
     pub fn entries(&self, dir: Nid, from: u64) -> Result<Entries<'_, B>, ErofsError> {
         Ok(Entries {
             reader: self,
@@ -190,21 +193,21 @@ impl<B: AsRef<[u8]>> Reader<B> {
         })
     }
 
-    /// Target of the symlink `nid`.
+    /// Returns the target of the symlink `nid`.
     pub fn symlink(&self, nid: Nid) -> Result<&[u8], ErofsError> {
         let inode = self.typed(nid, FileType::Symlink, "symlink")?;
         let corrupt = ErofsError::Corrupt {
             nid: nid.0,
             what: "symlink target",
         };
-        // A target has at most 4095 bytes, so it lies in one piece.
+        // A target has at most 4095 bytes, so it is contiguous.
         if inode.size == 0 || inode.size >= BLOCK {
             return Err(corrupt);
         }
         self.content_block(&inode, 0).ok_or(corrupt)
     }
 
-    /// Extended attributes of `nid`.
+    /// Returns the extended attributes of `nid`.
     pub fn xattrs(&self, nid: Nid) -> Result<XattrIter<'_>, ErofsError> {
         let inode = self.inode(nid)?;
         let area = self.behind(&inode, 0, u64::from(inode.raw.xattr_size));
@@ -219,7 +222,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
         XattrIter::new(nid.0, area, shared.unwrap_or_default())
     }
 
-    /// Value of the extended attribute `name` of `nid`.
+    /// Returns the value of the extended attribute `name` of `nid`.
     pub fn xattr(&self, nid: Nid, name: &[u8]) -> Result<Option<&[u8]>, ErofsError> {
         for xattr in self.xattrs(nid)? {
             let Xattr { value, .. } = match xattr? {
@@ -231,7 +234,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
         Ok(None)
     }
 
-    /// The inode `nid`, if it is of the type a question needs.
+    /// Returns the inode `nid` if it has the given type. `wanted` names the type in the error.
     pub(super) fn typed(&self, nid: Nid, file_type: FileType, wanted: &'static str) -> Result<Inode, ErofsError> {
         let inode = self.inode(nid)?;
         if inode.file_type == file_type {
@@ -249,7 +252,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
         Block::new(dir.nid.0, bytes)
     }
 
-    /// Block `index` of content that is metadata, cut at the end of the content.
+    /// Returns block `index` of content that is stored in the image, cut at the end of the content.
     fn content_block(&self, inode: &Inode, index: u64) -> Option<&[u8]> {
         let start = index.checked_mul(BLOCK)?;
         let len = inode.size.checked_sub(start)?.min(BLOCK);
@@ -263,7 +266,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
         }
     }
 
-    /// `len` bytes at `offset` behind the inode itself.
+    /// Returns `len` bytes at `offset` behind the inode itself.
     pub(super) fn behind(&self, inode: &Inode, offset: u64, len: u64) -> Option<&[u8]> {
         let at = inode.nid.0.checked_mul(SLOT)?.checked_add(INODE)?;
         self.slice(at.checked_add(offset)?, len)
@@ -275,12 +278,12 @@ impl<B: AsRef<[u8]>> Reader<B> {
     }
 }
 
-/// Entries of a directory, see [`Reader::entries`].
+/// Iterates over the entries of a directory; made by [`Reader::entries`].
 #[derive(Debug)]
 pub struct Entries<'a, B> {
     reader: &'a Reader<B>,
     dir: Inode,
-    /// The block `position` lies in, once it was opened.
+    /// The block that contains `position`, once it is open.
     block: Option<Block<'a>>,
     position: u64,
 }
@@ -297,7 +300,7 @@ impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
             if index < block.count() {
                 let name = block.name(index)?;
                 let (nid, file_type) = block.target(index)?;
-                // A directory may say that it is as large as a number can be.
+                // A directory may claim the largest size there is, so the sum must saturate.
                 self.position = self.position.saturating_add(DIRENT as u64);
                 return Ok(Some(Entry {
                     next: self.position,

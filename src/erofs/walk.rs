@@ -1,24 +1,24 @@
-//! Following paths in a tree, as the kernel does for a process whose root it is (path_resolution(7)).
+//! Resolves paths in a tree as the kernel does for a process with this root (path_resolution(7)).
 
 use super::{ErofsError, FileType, Nid, Reader};
 
-/// Symbolic links followed on the way to one file, as many as the kernel follows.
+/// Most symbolic links followed in one path, as in the kernel.
 pub const MOST_LINKS: u32 = 40;
 
-/// Why a path leads nowhere.
+/// Why a path cannot be resolved.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WalkError {
-    /// There is no such name.
+    /// A name that does not exist.
     #[error("no such file or directory in the image")]
     NotFound,
-    /// A name on the way is that of something else than a directory.
+    /// A parent in the path that is no directory.
     #[error("not a directory")]
     NotADirectory,
-    /// Symbolic links lead in a circle, or there are too many of them.
+    /// Symbolic links that lead in a circle, or more than [`MOST_LINKS`] of them.
     #[error("too many levels of symbolic links")]
     TooManyLinks,
-    /// The walker may not look up any more names.
+    /// The walker has looked up as many names as it may.
     #[error("too many names looked up")]
     Exhausted,
     /// The tree is damaged.
@@ -26,31 +26,32 @@ pub enum WalkError {
     Tree(#[from] ErofsError),
 }
 
-/// Follows paths in a tree.
+/// Resolves paths in a tree.
 #[derive(Debug)]
 pub struct Walker<'a, B> {
     tree: &'a Reader<B>,
-    /// Names that may still be looked up.
+    /// Number of names that the walker may still look up.
     left: usize,
 }
 
 impl<'a, B: AsRef<[u8]>> Walker<'a, B> {
-    /// Looks up as many names as it takes.
+    /// Makes a walker that may look up any number of names.
     pub fn new(tree: &'a Reader<B>) -> Self {
         Self::limited(tree, usize::MAX)
     }
 
-    /// Looks up at most `names` names in its life.
+    /// Makes a walker that may look up `names` names in all.
     pub fn limited(tree: &'a Reader<B>, names: usize) -> Self {
         Self { tree, left: names }
     }
 
-    /// The tree.
+    /// Returns the tree.
     pub fn tree(&self) -> &'a Reader<B> {
         self.tree
     }
 
-    /// What is at `path`, symbolic links followed. A path that does not begin with `/` begins at the directory `from`.
+    /// Returns the inode at `path`. Follows symbolic links, also in the last component. A path that does not begin
+    /// with `/` begins at the directory `from`.
     pub fn resolve(&mut self, from: Nid, path: &[u8]) -> Result<Nid, WalkError> {
         let mut links = 0;
         let mut at = if path.starts_with(b"/") { self.tree.root() } else { from };
@@ -80,7 +81,7 @@ impl<'a, B: AsRef<[u8]>> Walker<'a, B> {
     }
 }
 
-/// Names of a path, the first one last.
+/// Returns the names of a path, the first one last.
 fn names(path: &[u8]) -> Vec<Vec<u8>> {
     let names = path
         .split(|&byte| byte == b'/')

@@ -1,5 +1,8 @@
-//! Writes the image: a pass over the tree that emits the inodes in order, then one for the blocks of directories and long
-//! symlinks. Everything is written once, front to back; only the first block is held back until its checksum is known.
+//! Writes the image.
+//!
+//! A first pass over the tree writes the inodes in order. A second pass writes the blocks of directories and long
+//! symlinks. The shared attributes come last. All bytes are written once, front to back. The writer holds back only
+//! the first block, until its checksum is known.
 
 use std::io::{BufWriter, Write};
 
@@ -11,28 +14,28 @@ use crate::erofs::xattr;
 use crate::oci::Digest;
 use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
-/// What was written.
+/// What the writer wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WriteSummary {
-    /// Bytes of the image, a multiple of 4096.
+    /// Size of the image in bytes, a multiple of 4096.
     pub metadata_bytes: u64,
-    /// Bytes of the whole disk: the image and all data devices behind it.
+    /// Size of the whole disk in bytes: the image and all data devices behind it.
     pub disk_bytes: u64,
-    /// Inodes.
+    /// Number of inodes.
     pub inodes: u64,
-    /// Extended attributes left out because Linux has no such namespace or takes no such size.
+    /// Number of extended attributes left out because EROFS or Linux has no such namespace or takes no such size.
     pub dropped_xattrs: u64,
 }
 
 /// Writes the metadata image of `tree` to `out`.
 ///
-/// `devices` has the size in bytes of each layer's data device, base first. The file system's UUID comes from `seed`, the digest
-/// of the manifest. The tree is checked before the first byte is written.
+/// `devices` has the size in bytes of each layer's data device, base first. `seed` is the digest of the manifest; the
+/// UUID of the file system is derived from it. The writer checks the tree before it writes the first byte.
 pub fn write(tree: &Tree, devices: &[u64], seed: &Digest, out: impl Write) -> Result<WriteSummary, ErofsError> {
     Planned::new(tree, devices, u64::MAX)?.write(seed, out)
 }
 
-/// An image of which it is known where everything goes.
+/// An image whose layout is planned and checked.
 #[derive(Debug)]
 pub struct Planned<'a> {
     tree: &'a Tree,
@@ -40,18 +43,18 @@ pub struct Planned<'a> {
 }
 
 impl<'a> Planned<'a> {
-    /// Checks a tree, and places it in an image of at most `limit` bytes. For `devices` see [`write()`].
+    /// Checks a tree and plans its image of at most `limit` bytes. For `devices` see [`write()`].
     pub fn new(tree: &'a Tree, devices: &[u64], limit: u64) -> Result<Self, ErofsError> {
         let plan = Plan::new(tree, devices, limit)?;
         Ok(Self { tree, plan })
     }
 
-    /// Bytes of the image, a multiple of 4096.
+    /// Returns the size of the image in bytes, a multiple of 4096.
     pub fn metadata_bytes(&self) -> u64 {
         self.plan.metadata_blocks * BLOCK
     }
 
-    /// Writes the image to `out`; can only fail where that does.
+    /// Writes the image to `out`. Fails only if `out` fails.
     pub fn write(&self, seed: &Digest, out: impl Write) -> Result<WriteSummary, ErofsError> {
         let Self { tree, plan } = self;
         let disk_blocks = *plan.device_starts.last().expect("the end of the disk is always there");
@@ -62,7 +65,7 @@ impl<'a> Planned<'a> {
             uuid: uuid(seed),
             attributes: Some(plan.attributes),
             incompat: if plan.any_chunked { INCOMPAT_CHUNKED } else { 0 },
-            // Fits, as the number of all blocks does.
+            // The block number fits, because the number of all blocks fits.
             xattr_block: if plan.shared.bytes > 0 {
                 plan.xattr_block as u32
             } else {
@@ -93,7 +96,7 @@ impl<'a> Planned<'a> {
     }
 }
 
-/// The first 16 bytes of the hash with the marks of an application-defined UUID (RFC 9562, version 8).
+/// Returns the first 16 bytes of the hash with the marks of an application-defined UUID (RFC 9562, version 8).
 fn uuid(seed: &Digest) -> [u8; 16] {
     let mut uuid = [0; 16];
     for (byte, pair) in uuid.iter_mut().zip(seed.hex().as_bytes().chunks(2)) {
@@ -109,7 +112,7 @@ struct Emit<'a, W: Write> {
     tree: &'a Tree,
     plan: &'a Plan,
     out: Output<W>,
-    /// One inode's attributes and tail, or one block.
+    /// Attributes and tail of one inode, or one block.
     scratch: Vec<u8>,
 }
 
@@ -181,7 +184,7 @@ impl<W: Write> Emit<'_, W> {
         inode.encode()
     }
 
-    /// Block of the disk at which byte `offset` of a data device lies; the plan has checked that it is one.
+    /// Returns the disk block that contains byte `offset` of a data device. The plan has checked that there is one.
     fn device_block(&self, layer: LayerIdx, offset: u64) -> u32 {
         (self.plan.device_starts[layer.0 as usize] + offset / BLOCK) as u32
     }
@@ -196,7 +199,7 @@ impl<W: Write> Emit<'_, W> {
         Ok(())
     }
 
-    /// The blocks behind the inodes.
+    /// Writes the blocks behind the inodes.
     fn blocks(&mut self) -> Result<(), ErofsError> {
         for number in 0..self.tree.len() as u32 {
             let id = NodeId(number);
@@ -228,7 +231,7 @@ impl<W: Write> Emit<'_, W> {
         Ok(())
     }
 
-    /// The attributes that inodes share.
+    /// Writes the attributes that inodes share.
     fn shared_xattrs(&mut self) -> Result<(), ErofsError> {
         for id in self.plan.shared.area() {
             self.scratch.clear();
@@ -239,7 +242,7 @@ impl<W: Write> Emit<'_, W> {
     }
 }
 
-/// Gives each block of a directory to `take`, in order, the last one possibly short.
+/// Gives each block of a directory to `take`, in order. The last block may be short.
 fn each_block(
     tree: &Tree,
     plan: &Plan,
@@ -270,7 +273,7 @@ fn each_block(
     take(&bytes)
 }
 
-/// Counts bytes, and keeps the first block until it is complete and sealed.
+/// Counts written bytes. Keeps the first block until it is complete and has its checksum.
 struct Output<W: Write> {
     head: Option<(Vec<u8>, Superblock)>,
     inner: BufWriter<W>,

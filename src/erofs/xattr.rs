@@ -1,14 +1,18 @@
-//! Extended attributes. Behind an inode: a 12-byte header, numbers of attributes that it shares with other inodes, then
-//! attributes of its own. An attribute is {name length, prefix number, value size, name, value}, padded to 4 bytes.
+//! Extended attributes of inodes.
 //!
-//! Shared attributes stand together in an area of their own; their numbers are their offsets in it, divided by 4.
+//! Behind an inode lie a 12-byte header, the numbers of attributes that the inode shares with others, then attributes
+//! of its own. An attribute is {name length, prefix number, value size, name, value}, padded to 4 bytes.
+//!
+//! Shared attributes lie together in an area of their own. The number of a shared attribute is its offset in the area
+//! divided by 4.
 
 use crate::erofs::ErofsError;
 use crate::erofs::format::{Attributes, XATTR_HEADER, u16_at};
 use crate::toc::AttributeId;
 use crate::tree::{NodeId, Tree};
 
-/// Namespaces by the number that stands for them. The two ACL names are complete, the others want something behind.
+/// Namespaces: the number that stands for each, its prefix, and whether more of the name must follow. The two ACL
+/// names are complete.
 const PREFIXES: [(u8, &[u8], bool); 5] = [
     (1, b"user.", true),
     (2, b"system.posix_acl_access", false),
@@ -17,12 +21,12 @@ const PREFIXES: [(u8, &[u8], bool); 5] = [
     (6, b"security.", true),
 ];
 
-/// Longest name Linux takes (`XATTR_NAME_MAX`).
+/// Longest name in bytes that Linux accepts (`XATTR_NAME_MAX`).
 const MAX_NAME: usize = 255;
-/// What the 16-bit count in an inode can say: 12 + 4 x 65534.
+/// Most bytes that the attributes of one inode may take. The 16-bit count in the inode can express 12 + 4 x 65534.
 const MAX_SIZE: u64 = 262_148;
 
-/// Prefix number and rest of an attribute that EROFS can store.
+/// Returns prefix number and rest of the name; `None` if EROFS cannot store the attribute.
 fn storable<'a>(name: &'a [u8], value: &[u8]) -> Option<(u8, &'a [u8])> {
     if name.len() > MAX_NAME || value.len() > usize::from(u16::MAX) {
         return None;
@@ -37,7 +41,7 @@ fn entry_size(rest: &[u8], value: &[u8]) -> u64 {
     (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4)
 }
 
-/// Which of a node's attributes a reader wants to know of beforehand; at least one can be stored.
+/// Returns what a reader wants to know about a node's attributes in advance. At least one of them can be stored.
 pub(super) fn attributes(tree: &Tree, node: NodeId) -> Attributes {
     let is_list = |id: &AttributeId| tree.attributes().get(*id).0.starts_with(b"system.posix_acl_");
     if tree.xattrs(node).iter().any(is_list) {
@@ -47,24 +51,25 @@ pub(super) fn attributes(tree: &Tree, node: NodeId) -> Attributes {
     }
 }
 
-/// Bytes an attribute has to take to be shared: reading a shared one costs the kernel a block more.
+/// Smallest size of a shared attribute in bytes. Reading a shared attribute costs the kernel one block more, so
+/// sharing small ones does not pay.
 const SHARED_MIN: u64 = 64;
-/// Most that one inode can share: the header counts them in a byte.
+/// Most attributes that one inode can share; the header counts them in one byte.
 const SHARED_MAX: usize = 255;
-/// In the place of a shared attribute's number: it is not shared.
+/// Stands for "not shared" in the place of a shared attribute's number.
 const OWN: u32 = u32::MAX;
 
-/// Which attributes of a tree are shared, and where.
+/// The shared attributes of a tree, and their places.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// By attribute.
+    /// Number of each attribute in the shared area, or [`OWN`].
     numbers: Vec<u32>,
-    /// Bytes of the area.
+    /// Size of the area in bytes.
     pub bytes: u64,
 }
 
 impl Shared {
-    /// Shares the large attributes that more than one inode has.
+    /// Chooses which attributes to share: the large ones that more than one inode has.
     pub fn of(tree: &Tree) -> Self {
         let mut numbers = vec![OWN; tree.attributes().len()];
         let mut bytes = 0;
@@ -80,7 +85,7 @@ impl Shared {
                 }
                 let (name, value) = tree.attributes().get(*id);
                 let size = storable(name, value).map_or(0, |(_, rest)| entry_size(rest, value));
-                // Beyond that the area ends: a number would be taken for none.
+                // The area ends before the first number that would be `OWN`.
                 if size >= SHARED_MIN && bytes / 4 + size / 4 < u64::from(OWN) {
                     numbers[at] = (bytes / 4) as u32;
                     bytes += size;
@@ -90,7 +95,8 @@ impl Shared {
         Self { numbers, bytes }
     }
 
-    /// The attributes of a node that it shares, and those of its own that can be stored.
+    /// Splits the attributes of a node: numbers of the shared ones, ids of those that the inode stores itself, and
+    /// all ids. Attributes that EROFS cannot store are only in the last list.
     fn split<'a>(&self, tree: &'a Tree, node: NodeId) -> (Vec<u32>, Vec<AttributeId>, &'a [AttributeId]) {
         let all = tree.xattrs(node);
         let (mut shared, mut own) = (Vec::new(), Vec::new());
@@ -108,8 +114,9 @@ impl Shared {
         (shared, own, all)
     }
 
-    /// Bytes the attributes of a node take behind its inode, and how many are left out: those of namespaces neither EROFS nor
-    /// setxattr(2) knows, and of sizes Linux does not take. The error is the size and the limit.
+    /// Returns the bytes that the attributes of a node take behind its inode, and how many attributes are left out.
+    /// Left out are attributes with a namespace that neither EROFS nor setxattr(2) knows, or with a size that EROFS
+    /// or Linux does not take. The error is the size and the limit.
     pub fn measure(&self, tree: &Tree, node: NodeId) -> Result<(u32, u64), (u64, u64)> {
         if tree.xattrs(node).is_empty() {
             return Ok((0, 0));
@@ -147,7 +154,7 @@ impl Shared {
         own.iter().for_each(|id| encode(tree, *id, out));
     }
 
-    /// Numbers of the attributes in the area, in the order in which they stand there.
+    /// Returns the ids of the shared attributes in the order in which the area stores them.
     pub fn area(&self) -> impl Iterator<Item = AttributeId> {
         let mut order: Vec<_> = (0..).zip(&self.numbers).filter(|(_, number)| **number != OWN).collect();
         order.sort_unstable_by_key(|(_, number)| **number);
@@ -155,7 +162,7 @@ impl Shared {
     }
 }
 
-/// Appends an attribute as stored; nothing if it cannot be.
+/// Appends an attribute as stored. Appends nothing if EROFS cannot store it.
 pub(super) fn encode(tree: &Tree, id: AttributeId, out: &mut Vec<u8>) {
     let (name, value) = tree.attributes().get(id);
     if let Some((number, rest)) = storable(name, value) {
@@ -168,10 +175,10 @@ pub(super) fn encode(tree: &Tree, id: AttributeId, out: &mut Vec<u8>) {
     }
 }
 
-/// One extended attribute of an image.
+/// One extended attribute of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Xattr<'a> {
-    /// Namespace with its dot, or a complete name; the name goes on in `rest`.
+    /// Namespace with its dot, or a complete name. The name continues in `rest`.
     pub prefix: &'static [u8],
     /// What follows the prefix; may be empty.
     pub rest: &'a [u8],
@@ -180,31 +187,32 @@ pub struct Xattr<'a> {
 }
 
 impl Xattr<'_> {
-    /// Whether this is the attribute called `name`.
+    /// Whether the attribute has the name `name`.
     pub fn is_named(&self, name: &[u8]) -> bool {
         name.strip_prefix(self.prefix) == Some(self.rest)
     }
 
-    /// The whole name.
+    /// Returns the whole name.
     pub fn name(&self) -> Vec<u8> {
         [self.prefix, self.rest].concat()
     }
 }
 
-/// Extended attributes of one inode, in stored order; ends after the first error.
+/// Iterates over the extended attributes of one inode in stored order. Ends after the first error.
 #[derive(Debug, Clone)]
 pub struct XattrIter<'a> {
     nid: u64,
-    /// Numbers of shared attributes not yet read.
+    /// Numbers of the shared attributes that are not yet read.
     shared: &'a [u8],
-    /// The area where those stand, and what follows it.
+    /// The area of shared attributes, and what follows it.
     area: &'a [u8],
-    /// Attributes of its own not yet read.
+    /// The inode's own attributes that are not yet read.
     rest: &'a [u8],
 }
 
 impl<'a> XattrIter<'a> {
-    /// `behind` is what lies behind the inode: nothing, or a header and what it tells of. `area` begins with the shared ones.
+    /// Makes an iterator. `behind` is what lies behind the inode: nothing, or a header and the attributes that it
+    /// describes. `area` begins with the shared attributes.
     pub(super) fn new(nid: u64, behind: &'a [u8], area: &'a [u8]) -> Result<Self, ErofsError> {
         let corrupt = |what| ErofsError::Corrupt { nid, what };
         let (mut shared, mut rest) = (behind, behind);
@@ -222,7 +230,7 @@ impl<'a> XattrIter<'a> {
         })
     }
 
-    /// The next attribute, and goes on behind it; nothing if there is none where one must be.
+    /// Reads the next attribute and advances. Returns `None` if the bytes are no attribute.
     fn read(&mut self) -> Option<Xattr<'a>> {
         if let Some((number, others)) = self.shared.split_first_chunk() {
             let at = usize::try_from(u32::from_le_bytes(*number)).ok()?.checked_mul(4)?;
@@ -235,7 +243,7 @@ impl<'a> XattrIter<'a> {
     }
 }
 
-/// The attribute that `bytes` begin with, and its size.
+/// Returns the attribute at the start of `bytes`, and its size.
 fn parse(bytes: &[u8]) -> Option<(Xattr<'_>, usize)> {
     let (name_len, number) = (usize::from(*bytes.first()?), *bytes.get(1)?);
     let value_len = usize::from(u16_at(bytes, 2)?);

@@ -1,15 +1,15 @@
-//! The single-flight table: which spans are being fetched, by whom, and who waits.
+//! The single-flight table: which spans are in flight, which claim fetches them, and which readers wait.
 //!
-//! Whoever wants a span that is not there looks at the table and, in the same critical section ([`Flights::board`]), either
-//! finds its *flight* and waits for it or *claims* it. A claim lands every span it took, whatever happens to its owner: one
-//! that stayed in the table would keep its span from being fetched ever again.
+//! A caller that misses a span looks at the table. In the same critical section ([`Flights::board`]) it either finds
+//! the span's *flight* and waits for it, or *claims* the span. A claim lands every span that it took, whatever
+//! happens to its owner. A span that stayed in the table could never be fetched again.
 //!
 //! ```text
 //! absent ──claim──▶ in flight ──announce──▶ announced ──land──▶ absent (from the table)
 //!                       └───────────── land, or the claim is dropped ──────▲
 //! ```
-//! A flight that was announced answers those who wait and stays in the table, so that nobody starts another one before its
-//! owner is done with the span.
+//! An announced flight answers the waiting readers and stays in the table. No second flight can therefore start
+//! before the owner is done with the span.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -18,12 +18,12 @@ use tokio::sync::watch;
 
 use super::sync::{Arc, Mutex, MutexGuard};
 
-/// What one who waits holds.
+/// What a waiting reader holds. It receives the result of the flight.
 pub type Flight<T> = watch::Receiver<Option<T>>;
 
 type Table<T> = HashMap<u32, Flight<T>>;
 
-/// Spans in flight; `T` is what a flight brings.
+/// Spans in flight. `T` is the result of a flight.
 pub struct Flights<T> {
     table: Mutex<Table<T>>,
 }
@@ -43,7 +43,7 @@ impl<T> fmt::Debug for Flights<T> {
 }
 
 impl<T: Clone> Flights<T> {
-    /// The table, to look and claim in one critical section.
+    /// Locks the table, so that a caller looks and claims in one critical section.
     pub fn board(self: &Arc<Self>) -> Board<'_, T> {
         Board {
             flights: self,
@@ -69,17 +69,18 @@ impl<T: Clone> fmt::Debug for Board<'_, T> {
 }
 
 impl<T: Clone> Board<'_, T> {
-    /// The flight of a span, if it is under way.
+    /// Returns the flight of a span, if the span is in flight.
     pub fn flight(&self, span: u32) -> Option<Flight<T>> {
         self.table.get(&span).cloned()
     }
 
-    /// Whether a span is under way.
+    /// Returns whether a span is in flight.
     pub fn is_flying(&self, span: u32) -> bool {
         self.table.contains_key(&span)
     }
 
-    /// A claim of no span yet. Those who wait for its spans get `lost` if it is dropped.
+    /// Creates a claim that holds no span yet. If the claim is dropped, the readers that wait for its spans receive
+    /// `lost`.
     pub fn claim(&self, lost: T) -> Claim<T> {
         Claim {
             flights: self.flights.clone(),
@@ -88,7 +89,7 @@ impl<T: Clone> Board<'_, T> {
         }
     }
 
-    /// Adds a span that is not under way to a claim.
+    /// Adds a span to a claim. The span must not be in flight.
     pub fn take(&mut self, claim: &mut Claim<T>, span: u32) {
         let (sender, receiver) = watch::channel(None);
         let before = self.table.insert(span, receiver);
@@ -111,38 +112,39 @@ impl<T: Clone> fmt::Debug for Claim<T> {
 }
 
 impl<T: Clone> Claim<T> {
-    /// Spans that have not landed, in ascending order.
+    /// Returns the spans that have not landed yet, in ascending order.
     pub fn spans(&self) -> impl Iterator<Item = u32> {
         self.waiting.keys().copied()
     }
 
-    /// Whether all have landed.
+    /// Returns whether all spans have landed.
     pub fn is_done(&self) -> bool {
         self.waiting.is_empty()
     }
 
-    /// Whether a span has still to land.
+    /// Returns whether a span has yet to land.
     pub fn holds(&self, span: u32) -> bool {
         self.waiting.contains_key(&span)
     }
 
-    /// Answers those who wait for a span, which stays in the table.
+    /// Answers the readers that wait for a span. The span stays in the table.
     pub fn announce(&self, span: u32, what: T) {
         if let Some(sender) = self.waiting.get(&span) {
             sender.send_replace(Some(what));
         }
     }
 
-    /// Ends the flight of a span.
+    /// Ends the flight of a span and answers the readers that wait for it.
     pub fn land(&mut self, span: u32, what: T) {
         if let Some(sender) = self.waiting.remove(&span) {
-            // Out of the table first: who is answered and looks again must not find this flight.
+            // Take the span out of the table first: a reader that looks again after its answer must not find this
+            // flight.
             self.flights.table().remove(&span);
             sender.send_replace(Some(what));
         }
     }
 
-    /// Ends all flights that are left.
+    /// Ends all flights that are left, each with the result `what`.
     pub fn land_all(&mut self, what: &T) {
         while let Some(span) = self.waiting.keys().next().copied() {
             self.land(span, what.clone());

@@ -1,20 +1,26 @@
-//! Passes: who may send a request now.
+//! Passes: which requests may be sent at a time.
 //!
-//! Each link has a lane of its own, with its own sizes: what fills a slow link is nothing on a fast one, and a link that hangs
-//! must not hold up requests over another.
+//! Each link has a lane of its own, with its own sizes. The bytes that fill a slow link are few on a fast one. A link
+//! that hangs must not hold up requests over another link.
 //!
-//! Demand has places of its own and gets its pass at once unless all of those are taken. Everybody else shares what the link
-//! has room for: a number of requests, and bytes under way, of which there are fewer while a reader waits for something, so
-//! that its answer does not queue behind theirs. A request under way is not taken back: they are short, and a connection
-//! thrown away costs more than the end of one. What nobody may ever want leaves link and processor alone most of the time
-//! while somebody reads.
+//! Demand has places of its own. A demand request gets its pass at once, unless other demand requests have all these
+//! places. The other priorities share the room of the link: a number of requests, and a number of bytes in flight.
+//! While a reader waits, that number of bytes is smaller, so that the reader's response does not queue behind theirs.
+//! The lane never cancels a request in flight. Requests are short, and opening a new connection costs more than the
+//! rest of a request. While a reader reads, background requests leave the link and the processor idle most of the
+//! time.
 //!
-//! Invariants: a pass is given to the highest priority that waits; one request is always let through, however large; a pass
-//! that is dropped, or whose receiver went away before it arrived, makes room for the next; what waits for something else than
-//! the link holds no pass; a request that hangs holds no place for long.
+//! A request that falls far behind may be sent once more over another connection. That takes a [`Hedge`], of which
+//! each lane has a few. If the second request was of no use, the link itself is slow, and the lane gives no hedge for
+//! a while.
 //!
-//! A request that falls far behind may be sent once more over another connection. That takes a [`Hedge`], of which each lane
-//! has a few. When the second request was of no use, the link itself is slow, and the lane gives no hedge for a while.
+//! Invariants:
+//! - A lane gives a pass to the highest priority that waits.
+//! - A lane admits a request below demand if no other such request is in flight, however large it is.
+//! - A pass that is dropped makes room for the next request. So does a pass whose receiver went away before it
+//!   arrived.
+//! - A request that waits for something other than the link holds no pass.
+//! - A request that hangs does not hold a place for long.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,46 +33,58 @@ use tokio::sync::oneshot;
 use super::{Policy, Priority};
 use crate::blob::LinkId;
 
-/// Demand requests under way at once. Each holds a decoder and a span, and more readers than this rarely wait for different
-/// places.
+/// Demand requests in flight at a time, over each link. More would cost memory, since each holds a decoder and a
+/// span. Fewer would make readers wait for each other. More readers than this rarely wait for different places.
 const DEMAND: usize = 8;
-/// While there is demand, what nobody may ever want comes one request at a time, and rests for so many times as long as that
-/// took: it takes a fifth of the link and of the processor's time at most, if that is not too long a rest.
+/// Pause between background requests while there is demand, as a multiple of the time the last one took. With 4,
+/// background fetching uses at most a fifth of the link and of the processor, unless [`LONGEST_REST`] cuts the pause
+/// short. A smaller pause would slow readers down; a larger one would leave the link idle.
 const REST: u32 = 4;
+/// Longest pause between background requests. A larger bound would leave the link idle after one slow request. A
+/// smaller one would let background requests slow readers down on a slow link.
 const LONGEST_REST: Duration = Duration::from_millis(300);
-/// The longest that others give way to demand: there may be no end of it, and they have less under way beside it as it is.
+/// Longest time for which other requests give way to demand. Demand may go on without end, and beside it the others
+/// have fewer bytes in flight anyway. A larger bound would starve them; a smaller one would make them share the link
+/// with demand.
 const LONGEST_WAY: Duration = Duration::from_millis(100);
 
-/// Lanes: more hosts than the layers of one image come from. If there are more, some share a lane.
+/// Number of lanes. The layers of one image come from fewer hosts. With more links than lanes, some links share a
+/// lane, and one that hangs holds up another. More lanes would cost only memory.
 const LANES: usize = 8;
-/// Requests that hang beside those that do not: each still holds a decoder and a span.
+/// Requests of a lane that may hang beside those that do not. More would cost memory, since each still holds a
+/// decoder and a span. With fewer, requests that hang keep their places on the link from others.
 const PARKED: usize = 24;
-/// Second requests at once, over each link.
+/// Second requests in flight at a time, over each link. More would fetch more bytes twice when the link itself is
+/// slow. Fewer would leave readers waiting for slow connections.
 const HEDGES: usize = 4;
-/// How long there are no more of them after one that was of no use: twice as long each time, up to the longest.
+/// Time without second requests after the first one that was of no use. Each further one doubles the time, up to
+/// [`LONGEST_QUIET`]. A longer time leaves readers waiting for slow connections. A shorter one fetches more bytes
+/// twice over a slow link.
 const FIRST_QUIET: Duration = Duration::from_secs(2);
+/// Longest time without second requests, however many in a row were of no use. A longer time leaves readers waiting
+/// for slow connections after the link has recovered. A shorter one fetches more bytes twice over a slow link.
 const LONGEST_QUIET: Duration = Duration::from_secs(60);
 
-/// How many requests are under way, by kind.
+/// The requests and bytes in flight, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Load {
-    /// Demand requests.
+    /// Demand requests in flight.
     pub demand: usize,
-    /// All others.
+    /// All other requests in flight.
     pub others: usize,
-    /// Compressed bytes the others were let through for.
+    /// Compressed bytes for which the other requests were admitted.
     pub bytes: u64,
     /// Requests that wait for a pass.
     pub waiting: usize,
-    /// Second requests for what comes too slowly.
+    /// Second requests in flight for bytes that come too slowly.
     #[serde(default)]
     pub hedges: usize,
-    /// Requests that hang, and count among none of the others.
+    /// Requests that hang. `demand` and `others` do not count them.
     #[serde(default)]
     pub parked: usize,
 }
 
-/// The gates that requests pass, one for each link.
+/// The gates that requests pass. Links have separate gates.
 #[derive(Debug, Default)]
 pub struct Lanes([Arc<Lane>; LANES]);
 
@@ -80,20 +98,21 @@ struct Lane {
 struct State {
     demand: usize,
     others: usize,
-    /// Bytes the others were let through for.
+    /// Compressed bytes for which the other requests were admitted.
     bytes: u64,
     last_demand: Option<Instant>,
-    /// When the link will have sent what demand has asked for, had it begun at once.
+    /// When the link will have delivered the bytes that demand requested, had it begun at once.
     clear: Option<Instant>,
-    /// Until when what nobody may ever want rests if there is demand.
+    /// Until when background requests pause if there is demand.
     rested: Option<Instant>,
     policy: Option<Policy>,
     waiting: [VecDeque<Waiter>; 4],
     hedges: usize,
-    /// Requests that hang, and have given their places to others.
+    /// Requests that hang and have given their places to others.
     parked: usize,
-    /// Second requests in a row that were of no use, and until when there are no more of them.
+    /// Second requests in a row that were of no use.
     useless: u32,
+    /// Until when the lane gives no hedge.
     quiet: Option<Instant>,
 }
 
@@ -103,7 +122,7 @@ struct Waiter {
     pass: oneshot::Sender<Pass>,
 }
 
-/// The right to have one request under way; given back when dropped.
+/// The right to have one request in flight. Dropping the pass gives the right back.
 #[derive(Debug)]
 pub struct Pass {
     lane: Arc<Lane>,
@@ -116,8 +135,8 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Its request hangs: the place on the link goes to another one, and this one goes on beside all others, if not too many
-    /// do so.
+    /// Parks the pass, because its request hangs: another request gets the place on the link, and this one continues
+    /// beside all others. Does nothing if too many requests are parked already.
     pub fn park(&self) {
         let mut state = self.lane.state();
         if state.parked >= PARKED || self.parked.swap(true, Ordering::Relaxed) {
@@ -130,22 +149,24 @@ impl Pass {
         deliver(admitted);
     }
 
-    /// What it was given for.
+    /// Returns the priority of the request.
     pub fn priority(&self) -> Priority {
         self.priority
     }
 
-    /// How long it was waited for.
+    /// Returns how long the request waited for the pass.
     pub fn waited(&self) -> Duration {
         self.waited
     }
 
-    /// Bytes that were under way when it was given, those of demand apart: they share the link with what it lets through.
+    /// Returns the bytes that were in flight when the lane gave the pass, not counting demand. They share the link
+    /// with the request.
     pub fn before(&self) -> u64 {
         self.before
     }
 
-    /// Its request has shown more of the link: there may be room for others.
+    /// Tells the lane the sizes that follow from what the request has shown of the link. There may be room for other
+    /// requests then.
     pub fn learned(&self, policy: Policy) {
         let mut state = self.lane.state();
         state.policy = Some(policy);
@@ -155,14 +176,14 @@ impl Pass {
     }
 }
 
-/// The right to send a second request for what comes too slowly; given back when dropped.
+/// The right to send a second request for bytes that come too slowly. Dropping the hedge gives the right back.
 #[derive(Debug)]
 pub struct Hedge {
     lane: Arc<Lane>,
 }
 
 impl Hedge {
-    /// What came of it: whether the second request brought the bytes sooner than the first.
+    /// Gives the hedge back. `useful` says whether the second request brought the bytes sooner than the first.
     pub fn ended(self, useful: bool) {
         let mut state = self.lane.state();
         if useful {
@@ -186,9 +207,9 @@ impl Lanes {
         &self.0[link.0 as usize % LANES]
     }
 
-    /// Lines up for a pass for a request of about `bytes` compressed bytes, at once, and waits for it when polled. A request of
-    /// another priority than demand also waits until its bytes will come behind those that demand has just asked for. Cancel
-    /// safe.
+    /// Lines up at once for a pass for a request of about `bytes` compressed bytes. The returned future waits for the
+    /// pass. Below demand, it also waits until the response will come behind the bytes that demand has just
+    /// requested. Cancel safe.
     pub fn enter(&self, priority: Priority, bytes: u64, policy: Policy) -> impl Future<Output = Pass> + Send + use<> {
         let start = Instant::now();
         let (pass, arrival) = oneshot::channel();
@@ -213,8 +234,8 @@ impl Lanes {
         }
     }
 
-    /// Waits until a request of this priority may line up: at once, but for what nobody may ever want, which rests between
-    /// two requests while there is demand.
+    /// Waits until a request of this priority may line up. Background requests pause between two requests while there
+    /// is demand. All others may line up at once.
     pub async fn rest(&self, priority: Priority, link: LinkId) {
         let rested = || self.lane(link).state().rested();
         while priority == Priority::Background
@@ -224,7 +245,8 @@ impl Lanes {
         }
     }
 
-    /// The right to a second request for what comes too slowly over a link, if there is a place now.
+    /// Returns the right to send a second request over a link. Returns none if the lane has none left, or gives none
+    /// for a while.
     pub fn hedge(&self, link: LinkId) -> Option<Hedge> {
         let lane = self.lane(link);
         let mut state = lane.state();
@@ -236,7 +258,7 @@ impl Lanes {
         Some(Hedge { lane: lane.clone() })
     }
 
-    /// What is under way and what waits.
+    /// Returns what is in flight and what waits, over all links.
     pub fn load(&self) -> Load {
         let mut load = Load::default();
         for lane in &self.0 {
@@ -257,7 +279,8 @@ impl Lane {
         self.state.lock().expect("no panic while locked")
     }
 
-    /// Waits until a request sent now will not share the link with what demand has asked for.
+    /// Waits until the link has delivered the bytes that demand requested. A request sent then does not share the
+    /// link with them.
     async fn give_way(&self) {
         let clear = self.state().clear;
         if let Some(clear) = clear {
@@ -265,7 +288,7 @@ impl Lane {
         }
     }
 
-    /// Takes those who may go now out of their queues.
+    /// Admits requests: takes from the queues those that may go.
     fn admit(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Pass>, Pass)> {
         let mut admitted = Vec::new();
         for priority in [
@@ -314,7 +337,8 @@ impl Lane {
     }
 }
 
-/// Without the lock: a pass whose receiver is gone is dropped here, and comes back through [`Lane::leave`].
+/// Sends passes to the requests that wait for them. The caller must not hold the lock: a pass whose receiver is gone
+/// is dropped here, and comes back through [`Lane::leave`].
 fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
     for (sender, pass) in admitted {
         drop(sender.send(pass));
@@ -322,7 +346,7 @@ fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
 }
 
 impl State {
-    /// Demand asks for so many bytes.
+    /// Notes that demand requests `bytes` compressed bytes.
     fn demanded(&mut self, bytes: u64, policy: Policy) {
         let now = Instant::now();
         self.last_demand = Some(now);
@@ -359,7 +383,7 @@ impl State {
         }
     }
 
-    /// Until when there is demand, as far as one knows: for a while longer after the last that there was.
+    /// Returns until when there is demand or further demand is expected. None if there was no demand yet.
     fn demand_until(&self) -> Option<Instant> {
         let last = if self.demand > 0 {
             Instant::now()
@@ -369,7 +393,7 @@ impl State {
         Some(last + self.policy?.demand_is_over())
     }
 
-    /// When the next request for what nobody may ever want may line up, if not now.
+    /// Returns when the next background request may line up, if it may not at once.
     fn rested(&self) -> Option<Instant> {
         let rested = self.rested?.min(self.demand_until()?);
         (rested > Instant::now()).then_some(rested)

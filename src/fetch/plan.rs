@@ -1,28 +1,30 @@
-//! From spans that are wanted, in an order, to runs of neighbouring spans worth one request each.
+//! Turns an ordered list of wanted spans into runs of neighbouring spans, each worth one request.
 //!
-//! The order is kept where it matters, and neighbours are fetched together wherever they stand in it nearby: the list is cut
-//! into pieces of a few requests each, and within a piece spans that follow each other in a layer, or nearly so, make one run.
-//! Runs come out in the order in which their first spans are needed.
+//! The plan keeps the order of need where it matters. It fetches neighbours together if they stand near each other in
+//! the list. For that it cuts the list into pieces of a few requests each. Within a piece, spans that follow each
+//! other in a layer, or nearly so, make one run. Runs come out in the order in which their first spans are needed.
 
 use std::collections::HashSet;
 use std::ops::Range;
 
 use super::{Policy, Spans};
 
-/// Compressed bytes looked at together, in requests.
+/// Compressed bytes of a piece, in requests. A larger piece saves requests, because more neighbours find each other,
+/// but fetches spans further from the order of need. A smaller piece costs more requests.
 const PIECE: u64 = 8;
 
 /// A span that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Wanted {
-    /// Position of its layer.
+    /// Position of the span's layer.
     pub layer: usize,
     /// The span.
     pub span: u32,
 }
 
-/// Runs for those of `wanted` that are `absent`. Gaps of absent spans that cost less than another request are fetched across;
-/// a span that is there is never part of a run, and no span is part of two.
+/// Returns the runs for those of `wanted` that are `absent`, each with the position of its layer. A run crosses gaps
+/// of absent spans that cost less than another request. A run never contains a span that is there, and no span is
+/// part of two runs.
 pub fn runs<S: Spans>(
     wanted: &[Wanted],
     layers: &[S],
@@ -57,7 +59,7 @@ fn runs_of_piece<S: Spans>(
     let open = |planned: &HashSet<Wanted>, w: Wanted| !planned.contains(&w) && absent(w);
     let mut sorted: Vec<(Wanted, usize)> = piece.iter().copied().zip(0..).collect();
     sorted.sort_unstable();
-    // Each with the place in the order of the first span it is needed for.
+    // Each run with its layer and with the first place in the order that needs it.
     let mut found: Vec<(usize, usize, Range<u32>)> = Vec::new();
     for (wanted, place) in sorted {
         if !open(planned, wanted) {
@@ -128,7 +130,7 @@ mod tests {
         let layer = [Sizes(vec![80_000; 40])];
         let all = runs(&wanted(&[30, 3, 31, 4, 1, 12, 2]), &layer, |_| true, policy());
         assert_eq!(all, [(0, 30..32), (0, 1..5), (0, 12..13)]);
-        // The gap of one span is worth fetching, unless it is there.
+        // The gap of one span is worth fetching, unless that span is there.
         assert_eq!(runs(&wanted(&[5, 7]), &layer, |_| true, policy()), [(0, 5..8)]);
         let some = runs(&wanted(&[5, 7]), &layer, |w| w.span != 6, policy());
         assert_eq!(some, [(0, 5..6), (0, 7..8)]);

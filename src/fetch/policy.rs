@@ -1,63 +1,107 @@
-//! Sizes that follow from the link: how much to ask for at once, how many requests side by side, which gaps to fetch across.
+//! Sizes that follow from the link: the size of requests, how many run side by side, and which gaps to fetch across.
 //!
-//! The measure of all of them is the *product* of round trip and bandwidth: the bytes that could have come while one waited
-//! for an answer.
+//! All sizes are measured in *products* of round trip and bandwidth. A product is the bytes that the link can deliver
+//! during one round trip.
 
 use std::time::Duration;
 
 use super::Priority;
 use crate::blob::{Link, LinkId};
 
-/// What is assumed before anything was measured: a registry in the next region over a common uplink. Both are soon known.
+/// Round trip assumed until it is measured: that of a registry in the next region. A larger guess makes the first
+/// requests too large for a near registry; a smaller one makes them too small for a far one. The first measurement
+/// replaces it.
 const GUESSED_RTT: Duration = Duration::from_millis(20);
+/// Bandwidth assumed until it is measured, in bytes per second: that of a common uplink. A larger guess puts too many
+/// bytes in flight on a slow link; a smaller one leaves a fast link idle. The first measurement replaces it.
 const GUESSED_BANDWIDTH: f64 = 25e6;
-/// The best size of a demand request, in products. Misses fall with the request size s as s^-0.57 (start-ups of six real
-/// programs), and s^-0.57 * (RTT + s / B) is least at 0.57 / 0.43 products.
+/// Best size of a demand request, in products.
+/// Misses fall with the request size s as `s^-0.57` (measured in start-ups of six real programs). The time spent
+/// waiting, `s^-0.57 * (RTT + s / B)`, is least at 0.57 / 0.43 products. Larger requests make readers wait for bytes
+/// that they do not need. Smaller ones cost more misses, each with a round trip.
 const REQUEST: f64 = 1.3;
+/// Smallest demand request, in compressed bytes. A larger bound makes readers wait longer on a slow link. A smaller
+/// one costs more misses on a near link.
 const SMALLEST_REQUEST: f64 = 64.0 * 1024.0;
+/// Largest request of demand and readahead, in compressed bytes. A larger bound fetches more bytes that no reader
+/// needs. A smaller one costs more round trips on a fast, far link.
 const LARGEST_REQUEST: f64 = 4.0 * 1024.0 * 1024.0;
-/// Requests in flight at a time. With enough of them one always delivers while others wait for their answers or grow their
-/// windows, and fewer would keep the link from showing what it can do. Small requests are more, so that their bytes together
-/// are as many as may be in flight. Each request holds a decoder.
+/// Fewest requests that may be in flight at a time, not counting demand. With enough of them, one always delivers
+/// while others wait for their responses or grow their congestion windows. Fewer would leave the link idle. More
+/// would cost memory, since each request holds a decoder.
 const FEWEST_REQUESTS: f64 = 6.0;
+/// Most requests that may be in flight at a time, not counting demand. More would cost memory, since each request
+/// holds a decoder. Fewer would leave a fast, far link idle.
 const MOST_REQUESTS: f64 = 32.0;
+/// Size of a small request, in compressed bytes: so many of them may be in flight that they fill the link together. A
+/// larger value admits fewer requests, so that small ones leave the link idle. A smaller value admits more requests,
+/// and each holds a decoder. The value also bounds the gaps that a request fetches across.
 const SMALL_REQUEST: f64 = 256.0 * 1024.0;
-/// Bytes in flight that no reader waits for, in products: four fill any link. While readers wait it is less, which keeps the
-/// link busy with a shorter queue for their requests to wait behind. Background requests get least.
+/// Bytes in flight that no reader waits for, in products. Four products fill any link. More would lengthen the queue
+/// that the next demand request waits behind; fewer would leave the link idle.
 const UNDER_WAY: f64 = 4.0;
+/// Bytes in flight that no reader waits for, in products, while readers wait for other bytes. Three products keep the
+/// link busy with a shorter queue. More would delay demand; fewer would leave the link idle. Background requests get
+/// less than this: one at a time.
 const UNDER_WAY_BESIDE_DEMAND: f64 = 3.0;
+/// Least bytes that may be in flight, however small the product is. More would delay demand on a slow link. Fewer
+/// would leave a near link idle between two requests.
 const LEAST_UNDER_WAY: f64 = 1024.0 * 1024.0;
+/// Most bytes that may be in flight, however large the product is. More would lengthen the queue in front of demand.
+/// Fewer would leave a fast, far link idle.
 const MOST_UNDER_WAY: f64 = 24.0 * 1024.0 * 1024.0;
 
-/// While readers wait, background requests go one at a time. Each takes the link for so many round trips, or for
-/// [`LEAST_BACKGROUND_DELAY`] where these are short: a demand request waits no longer than that behind it.
+/// Time for which one background request occupies the link, in round trips. While readers wait, background requests
+/// go one at a time, and a demand request waits at most this long behind one. Only [`SMALLEST_BACKGROUND`] bytes on a
+/// slow link take longer. A larger value delays demand; a smaller one costs more requests.
 const BACKGROUND_DELAY: f64 = 0.8;
+/// Least time for which one background request occupies the link, where round trips are short. A larger value delays
+/// demand; a smaller one costs more requests.
 const LEAST_BACKGROUND_DELAY: Duration = Duration::from_millis(4);
+/// Smallest background request, in compressed bytes. A larger bound delays demand on a slow link; a smaller one costs
+/// more requests there.
 const SMALLEST_BACKGROUND: f64 = 128.0 * 1024.0;
+/// Largest background request, in compressed bytes. A larger bound would let fewer requests side by side fit into
+/// [`MOST_UNDER_WAY`]. A smaller one costs more requests on a fast, far link.
 const LARGEST_BACKGROUND: f64 = 4.0 * 1024.0 * 1024.0;
-/// Background requests in flight while nobody reads: at least this many.
+/// Least background requests in flight while there is no demand. More would cost memory, since each holds a decoder.
+/// Fewer would leave the link idle between two requests.
 const BACKGROUND_REQUESTS: f64 = 4.0;
-/// Background requests in flight before the link was measured. More would keep the first reader waiting if it turns out slow.
+/// Background requests in flight before the link was measured. More would keep the first reader waiting if the link
+/// turns out slow. Fewer would leave the link idle.
 const FIRST_BACKGROUND_REQUESTS: f64 = 2.0;
 
-/// After this long without demand, or after so many round trips where they are long, the reader is busy with itself, or gone.
+/// Time without demand after which no further demand is expected: the reader computes, or is gone. A larger value
+/// leaves the link idle for longer. A smaller one lets background requests delay a reader that only paused.
 const DEMAND_IS_OVER: Duration = Duration::from_millis(300);
+/// Round trips without demand after which no further demand is expected, where these take longer than
+/// [`DEMAND_IS_OVER`]. A larger value leaves a far link idle for longer. A smaller one lets background requests delay
+/// a reader that only paused.
 const ROUND_TRIPS_OF_DEMAND: u32 = 10;
 
-/// A response does not come at the full rate from its first byte on.
+/// Time that a response takes, as a multiple of its time at the full rate. A response does not come at the full rate
+/// from its first byte on. A larger factor holds other requests back for longer; a smaller one makes them share the
+/// link with demand.
 const TRANSFER: f64 = 1.5;
 
-/// Bytes of a request that no reader waits for but one soon will: small enough to come in the order of need.
+/// Smallest request for bytes that a reader will soon need, in compressed bytes. A larger bound delivers spans out of
+/// the order of need. A smaller one costs more requests.
 const SMALLEST_RUN: f64 = 256.0 * 1024.0;
-/// What a new connection brings in its first round trip: ten segments (RFC 6928).
+/// Bytes that a new connection delivers in its first round trip: ten segments (RFC 6928). A larger value cuts
+/// requests into fewer parts, which costs round trips on cold connections. A smaller one takes more connections than
+/// it saves time.
 const FIRST_WINDOW: u64 = 14 * 1024;
-/// First windows that each part of a request has, if a reader waits for it or is about to.
+/// Size of each part of an urgent request on cold connections, in first windows. A request is urgent if a reader
+/// waits for it or soon will. A larger value costs round trips; a smaller one takes connections from other requests.
 const URGENT_WINDOWS: u64 = 2;
-/// First windows that each part of any other request has.
+/// Size of each part of any other request on cold connections, in first windows. A larger value costs round trips. A
+/// smaller one takes connections from urgent requests.
 const OTHER_WINDOWS: u64 = 12;
-/// A request is spread over at most this many connections.
+/// Most connections that one request is spread over. More would take connections from other requests. Fewer would
+/// cost round trips while connections are cold.
 const MOST_PARTS: u64 = 8;
-/// A request is spread over several connections if the round trip is at least this long.
+/// Shortest round trip at which a request is spread over several connections. A larger value costs round trips on the
+/// links below it. A smaller one costs requests where round trips take hardly any time.
 const FAR: Duration = Duration::from_millis(4);
 
 /// Sizes for one link.
@@ -65,15 +109,16 @@ const FAR: Duration = Duration::from_millis(4);
 pub struct Policy {
     link: LinkId,
     rtt: Duration,
-    /// Bytes per second.
+    /// Bandwidth in bytes per second.
     bandwidth: f64,
-    /// Whether both were measured.
+    /// Whether round trip and bandwidth were both measured.
     known: bool,
+    /// Bytes that came lately without a pause, see [`Link::warm`].
     warm: u64,
 }
 
 impl Policy {
-    /// The sizes for a link; what was not measured yet is guessed.
+    /// Returns the sizes for a link. Guesses what was not measured yet.
     pub fn of(link: Link) -> Self {
         Self {
             link: link.id,
@@ -84,12 +129,12 @@ impl Policy {
         }
     }
 
-    /// The link that this is about.
+    /// Returns the link that the sizes are for.
     pub fn link(&self) -> LinkId {
         self.link
     }
 
-    /// Bytes that could have come during a round trip.
+    /// Returns the bytes that the link can deliver during a round trip.
     pub fn product(&self) -> u64 {
         self.exact_product() as u64
     }
@@ -98,34 +143,37 @@ impl Policy {
         self.rtt.as_secs_f64() * self.bandwidth
     }
 
-    /// How long the link is taken by the response to a request for so many bytes.
+    /// Returns how long the response to a request for `bytes` occupies the link.
     pub fn transfer(&self, bytes: u64) -> Duration {
         Duration::try_from_secs_f64(TRANSFER * bytes as f64 / self.bandwidth).unwrap_or(Duration::MAX)
     }
 
-    /// Compressed bytes to ask for at once when a reader waits.
+    /// Returns the compressed bytes of a demand request.
     pub fn request(&self) -> u64 {
         (self.exact_product() * REQUEST).clamp(SMALLEST_REQUEST, LARGEST_REQUEST) as u64
     }
 
-    /// Compressed bytes of a background request. While readers wait, one of them is in flight at a time. While none does there
-    /// are several, so that the link never idles between two.
+    /// Returns the compressed bytes of a background request. While readers wait, one background request is in flight
+    /// at a time. While no reader waits, several are in flight, so that the link never idles between two.
     pub fn background_request(&self) -> u64 {
         let delay = self.rtt.mul_f64(BACKGROUND_DELAY).max(LEAST_BACKGROUND_DELAY);
         (delay.as_secs_f64() * self.bandwidth).clamp(SMALLEST_BACKGROUND, LARGEST_BACKGROUND) as u64
     }
 
-    /// Compressed bytes of a request for what a reader will want soon.
+    /// Returns the compressed bytes of a request for bytes that a reader will soon need.
     pub fn run(&self) -> u64 {
         self.exact_product().clamp(SMALLEST_RUN, LARGEST_REQUEST) as u64
     }
 
-    /// Into how many parts to cut a request for `bytes`, to be asked for side by side.
+    /// Returns the number of parts into which to cut a request for `bytes`. The parts are requested side by side.
     ///
-    /// A connection brings little in its first round trips, and twice as much in each as in the one before. So while all are
-    /// cold, many bring the bytes in fewer round trips than one. The bytes that came lately say how much each can bring in the
-    /// next. A request that no reader waits for has fewer parts, so that connections are left to others. The exception is the
-    /// beginning of what is fetched ahead, with few bytes in flight `before` it: a reader will want that first.
+    /// A connection delivers little in its first round trips, and twice as much in each as in the one before. While
+    /// all connections are cold, many of them therefore deliver the bytes in fewer round trips than one. The bytes
+    /// that came lately ([`Link::warm`]) say how much each connection can deliver in its next round trip.
+    ///
+    /// A request that no reader waits for has fewer parts, which leaves connections to others. The exception is the
+    /// beginning of what is fetched ahead, with few bytes in flight `before` it: a reader will need these bytes
+    /// first.
     pub fn parts(&self, bytes: u64, priority: Priority, before: u64) -> u64 {
         if self.rtt < FAR {
             return 1;
@@ -139,17 +187,19 @@ impl Policy {
         bytes.div_ceil(window).clamp(1, MOST_PARTS)
     }
 
-    /// The most requests side by side, those of demand apart.
+    /// Returns the most requests that may be in flight side by side, not counting demand.
     pub fn requests(&self) -> usize {
         (UNDER_WAY * self.exact_product() / SMALL_REQUEST).clamp(FEWEST_REQUESTS, MOST_REQUESTS) as usize
     }
 
-    /// Unwanted compressed bytes between two wanted ranges that cost less than another request beside the fewest there are.
+    /// Returns the longest gap between two wanted ranges that is worth fetching across, in compressed bytes. The
+    /// unwanted bytes of such a gap cost less than one more request beside the fewest that are in flight.
     pub fn gap(&self) -> u64 {
         (self.exact_product() / FEWEST_REQUESTS).min(SMALL_REQUEST) as u64
     }
 
-    /// Compressed bytes that may be under way for one of the priorities below demand.
+    /// Returns the compressed bytes that may be in flight for a priority below demand. `beside_demand` says whether
+    /// there is demand.
     pub fn under_way(&self, priority: Priority, beside_demand: bool) -> u64 {
         let products = if beside_demand {
             UNDER_WAY_BESIDE_DEMAND
@@ -166,12 +216,12 @@ impl Policy {
         bytes.min(MOST_UNDER_WAY) as u64
     }
 
-    /// How long after the last demand request one has to reckon with the next.
+    /// Returns how long after the last demand request further demand must be expected.
     pub fn demand_is_over(&self) -> Duration {
         DEMAND_IS_OVER.max(self.rtt * ROUND_TRIPS_OF_DEMAND)
     }
 
-    /// The furthest that a sequential reader is read ahead of, in compressed bytes.
+    /// Returns the furthest that readahead may be ahead of a sequential reader, in compressed bytes.
     pub fn longest_window(&self) -> u64 {
         self.under_way(Priority::Readahead, false).max(4 * self.request())
     }

@@ -1,61 +1,83 @@
-//! Readahead: which spans of a layer to fetch before anybody asks.
+//! Readahead: which spans of a layer to fetch before a reader needs them.
 //!
-//! It hears of every span when a reader touches it for the first time, and makes guesses of several kinds:
+//! The caller reports every span that a reader touches for the first time. Readahead then makes guesses of several
+//! kinds:
 //!
-//! - *The rest of the file.* Waiting for a request has a price: the bytes that could have come meanwhile. Once the readers of a
-//!   file have paid as much as all of it costs, it is fetched whole; a small one at the first touch.
-//! - *Neighbours.* What lies behind it in the tar is often read next. A touch that follows none before begins a *stream* with
-//!   the spans behind it; a touch in or right behind what a stream fetched moves that stream on, and when half of its window
-//!   is used up the next window is fetched, twice as large. Several streams exist side by side.
+//! - *The rest of the file.* Each wait for a request has a price: the bytes of the span, and the bytes that the link
+//!   could have delivered during the round trip. A small file is fetched whole at the first wait, because one price
+//!   covers it.
+//! - *Neighbours.* The spans behind a touched one in the tar are often read next. A touch that follows no earlier one
+//!   begins a *stream* with the spans behind it. A touch in or right behind the spans that a stream fetched advances
+//!   that stream. When half of its window is used up, the stream fetches the next window, twice as large. Several
+//!   streams exist side by side.
+//! - *A small layer.* It is fetched whole at the first wait.
 //!
-//! It backs off by results: the share of what was guessed that was then read is its *confidence* in that kind of guess. When
-//! that is low first windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; so random
-//! reads cost what they touch, and a little.
+//! Readahead backs off by results. Its *confidence* in a kind of guess is the share of the guessed bytes that readers
+//! then read. While confidence is low, first windows shrink, soon to nothing, and a stream must first show three
+//! neighbouring touches. Random reads therefore cost the spans that they touch, and few more.
 //!
-//! If it may be *eager*, it fetches in advance what readers pay for, beside demand, over a link that idles while they wait for
-//! round trips: large files as small ones, and the *surroundings* of waits that lie close together, in whatever order files
-//! are read there, such as the modules of a package. Only waits for beginnings of files count: whoever reads somewhere in the
-//! middle is not loading what lies around.
+//! If the caller allows readahead to be *eager*, it also fetches what readers have paid for, beside demand. The link
+//! idles anyway while readers wait for round trips. Eager readahead adds up the prices of the waits in a file. It
+//! fetches a large file whole once they cover the file. It also fetches the *surroundings* of waits that lie close
+//! together, in whatever order files are read there. A program reads the modules of a package in that way. Only waits
+//! for beginnings of files count: a reader somewhere in the middle of a file does not load what lies around.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use super::{Policy, Priority, Spans};
 
-/// Streams followed at a time.
+/// Streams followed at a time. With fewer, sequential readers side by side would end each other's streams. More would
+/// cost memory and time for each touch.
 const STREAMS: usize = 8;
-/// Files whose price is remembered.
+/// Files whose price is remembered. With fewer, a file that is read among many others would lose what its readers
+/// paid. More would cost memory and time for each wait.
 const FILES: usize = 64;
-/// Waits that are remembered, how many of them have to be close to each other, the share of the price of their surroundings
-/// that they have to have paid, and the least confidence: they come over a link that idles, for readers that wait.
+/// Waits that are remembered. With fewer, waits of other readers would hide those that lie close together. More would
+/// cost time for each wait.
 const WAITS: usize = 12;
+/// Waits that must lie close together before readahead fetches their surroundings. With fewer, readahead would fetch
+/// more bytes that no reader needs. With more, readers would wait more often before the surroundings come.
 const CLOSE_WAITS: usize = 3;
+/// Share of the price of their surroundings that close waits must have paid. A smaller share would fetch more bytes
+/// that no reader needs; a larger one would make readers wait more often. Less than the whole is enough, because the
+/// bytes come over a link that idles, for readers that wait.
 const SURROUNDINGS_SHARE: f64 = 0.75;
+/// Least confidence at which readahead fetches surroundings. A lower one would fetch more bytes that no reader needs;
+/// a higher one would make readers wait more often. It is below [`CONFIDENT`], because the bytes come over a link
+/// that idles.
 const SURROUNDINGS_CONFIDENT: f64 = 0.25;
-/// First windows shrink as the confidence falls from one to the other of these.
+/// Confidence from which on first windows are full, and files are fetched whole. Below it first windows shrink, down
+/// to none at [`LOST`]. A higher value makes readers wait more often; a lower one fetches more bytes that no reader
+/// needs.
 const CONFIDENT: f64 = 0.4;
+/// Confidence at which first windows are empty. A higher value gives up sooner, so that readers wait more often. A
+/// lower one fetches more bytes that random reads do not need.
 const LOST: f64 = 0.3;
-/// What confidence begins with: half of this many requests was of use.
+/// Requests that every confidence begins with, as if half of them had been of use. A larger credit reacts later to
+/// wrong guesses. A smaller one lets the first few guesses decide.
 const CREDIT: f64 = 4.0;
-/// After this many requests the past counts half.
+/// Requests after which the past counts half. With more, the confidence follows a change of the readers later. With
+/// fewer, it wavers.
 const MEMORY: f64 = 64.0;
-/// A stream that jumps over more than this share of what it passes does not grow.
+/// Share of the spans it passed that a stream must have touched to grow. A larger share stops streams that skip some
+/// spans, so that readers wait more often. A smaller one fetches more spans that the reader jumps over.
 const DENSE: f64 = 0.5;
 
-/// A reader comes to a span for the first time.
+/// The first time that a reader comes to a span.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Touch {
     /// The span.
     pub span: u32,
-    /// The spans of the file that is read.
+    /// The spans of the file that the reader reads.
     pub file: Range<u32>,
-    /// Whether the file's first byte is read.
+    /// Whether the reader reads the file's first byte.
     pub begins: bool,
-    /// Whether it has to wait for the span.
+    /// Whether the reader has to wait for the span.
     pub waits: bool,
 }
 
-/// Kinds of guesses.
+/// The kinds of guesses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     File,
@@ -63,7 +85,7 @@ enum Kind {
     Surroundings,
 }
 
-/// How guesses of one kind turned out, in compressed bytes; both fade.
+/// The results of guesses of one kind, in compressed bytes. Both numbers fade.
 #[derive(Debug, Default)]
 struct Record {
     guessed: f64,
@@ -83,14 +105,14 @@ impl Record {
         self.read = (self.read + bytes as f64).min(self.guessed);
     }
 
-    /// Share of what was guessed that was read.
+    /// Returns the share of the guessed bytes that readers read.
     fn confidence(&self, policy: Policy) -> f64 {
         let credit = CREDIT * policy.request() as f64;
         (self.read + credit / 2.0) / (self.guessed + credit)
     }
 }
 
-/// What readers of a file paid so far, in bytes.
+/// What the readers of a file have paid so far, in bytes.
 #[derive(Debug)]
 struct Paid {
     file: Range<u32>,
@@ -99,13 +121,13 @@ struct Paid {
 
 #[derive(Debug)]
 struct Stream {
-    /// First span it passed.
+    /// First span that the stream passed.
     start: u32,
-    /// Behind the furthest span touched.
+    /// The span behind the furthest one that a reader touched.
     next: u32,
-    /// Behind the furthest span fetched ahead.
+    /// The span behind the furthest one that the stream fetched.
     end: u32,
-    /// Compressed bytes to be ahead of the reader.
+    /// Compressed bytes that the stream keeps fetched ahead of the reader.
     window: u64,
     touches: u32,
 }
@@ -117,31 +139,31 @@ struct Wait {
     price: u64,
 }
 
-/// Guesses about one layer.
+/// The guesses about one layer.
 #[derive(Debug, Default)]
 pub struct Readahead {
-    /// Most recently used first.
+    /// The streams, most recently used first.
     streams: VecDeque<Stream>,
     files: Record,
     neighbours: Record,
     surroundings: Record,
-    /// Spans that were guessed and not read yet.
+    /// Spans that were guessed and that no reader has read yet.
     open: HashMap<u32, Kind>,
-    /// What readers paid for files, most recently read first; those that were asked for whole are not in it.
+    /// What readers paid for files, most recently read first. A file whose price is paid leaves the list.
     paid_files: VecDeque<Paid>,
-    /// Most recent first.
+    /// The waits for beginnings of files, most recent first.
     waits: VecDeque<Wait>,
     eager: bool,
 }
 
 impl Readahead {
-    /// From now on large files may be fetched whole, and surroundings, that readers have paid for.
+    /// Allows readahead to fetch large files and surroundings that readers have paid for.
     pub fn be_eager(&mut self) {
         self.eager = true;
     }
 
-    /// A span was read for the first time. Returns the spans to fetch now, most urgent first, and how urgent: none of those
-    /// that are there.
+    /// Notes that a reader came to a span for the first time. Returns the ranges to fetch, most urgent first, each
+    /// with its priority. They contain no span that is there.
     pub fn touched(
         &mut self,
         touch: &Touch,
@@ -178,7 +200,7 @@ impl Readahead {
         ahead
     }
 
-    /// Takes note of a guess: the runs of it that are absent and were not guessed before.
+    /// Notes a guess. Returns those runs of it that are absent and were not guessed before.
     fn guess(
         &mut self,
         kind: Kind,
@@ -213,7 +235,8 @@ impl Readahead {
         }
     }
 
-    /// Whether the readers of a file have paid for all of it, `price` for this touch included.
+    /// Returns whether the readers of a file have paid for all of it, with `price` for this touch. Unless readahead
+    /// is eager, this touch must have paid for all of it.
     fn is_file_paid(&mut self, touch: &Touch, price: u64, spans: &(impl Spans + ?Sized)) -> bool {
         let found = self.paid_files.iter().position(|paid| paid.file == touch.file);
         let mut paid = found.and_then(|i| self.paid_files.remove(i)).unwrap_or(Paid {
@@ -230,7 +253,7 @@ impl Readahead {
         enough
     }
 
-    /// What to fetch around a wait: all of a small layer, or where other waits were lately.
+    /// Returns what to fetch around a wait: all of a small layer, or the surroundings of recent waits.
     fn around(
         &mut self,
         touch: &Touch,
@@ -252,7 +275,7 @@ impl Readahead {
         may.then(|| self.surroundings_of(span, spans)).flatten()
     }
 
-    /// The largest neighbourhood whose price was paid by waits in it, `span` among them.
+    /// Returns the largest neighbourhood of `span` that the waits in it have paid for.
     fn surroundings_of(&self, span: u32, spans: &(impl Spans + ?Sized)) -> Option<Range<u32>> {
         let mut nearest: Vec<Wait> = self.waits.iter().copied().collect();
         nearest.sort_by_key(|wait| wait.span.abs_diff(span));
@@ -264,7 +287,7 @@ impl Readahead {
             if (count as usize) < CLOSE_WAITS {
                 continue;
             }
-            // Where so many lie, the ends are expected as far beyond the outermost as these are from each other.
+            // Expect the ends as far beyond the outermost waits as the waits are from each other.
             let beyond = (passed.end - passed.start) / (count - 1);
             let around = passed.start.saturating_sub(beyond)..spans.count().min(passed.end + beyond);
             if paid as f64 >= SURROUNDINGS_SHARE * spans.bytes(around.clone()) as f64 {
@@ -274,7 +297,7 @@ impl Readahead {
         found
     }
 
-    /// Moves the stream on that the span belongs to, or begins one.
+    /// Advances the stream that the span belongs to, or begins one. Returns the spans to fetch ahead.
     fn follow(&mut self, span: u32, spans: &(impl Spans + ?Sized), policy: Policy) -> Option<Range<u32>> {
         let found = self.streams.iter().position(|stream| stream.meets(span));
         let confidence = self.neighbours.confidence(policy);
@@ -294,7 +317,7 @@ impl Readahead {
         confidence: f64,
     ) -> Option<Range<u32>> {
         let share = ((confidence - LOST) / (CONFIDENT - LOST)).clamp(0.0, 1.0);
-        // The span itself is part of what is fetched now.
+        // The span itself takes part of the request.
         let room = policy.request().saturating_sub(spans.bytes(span..span + 1));
         let window = (room as f64 * share) as u64;
         let end = spans.reach(span + 1, window);
@@ -311,7 +334,8 @@ impl Readahead {
 }
 
 impl Stream {
-    /// Whether a touch belongs to this stream: within what it passed last or fetched, or right behind that.
+    /// Returns whether a touch belongs to this stream: it lies in what the stream passed last or fetched, or right
+    /// behind.
     fn meets(&self, span: u32) -> bool {
         (self.next.saturating_sub(2)..=self.end).contains(&span)
     }
@@ -371,8 +395,8 @@ mod tests {
         })
     }
 
-    /// Reads `touches` in order, each of a file of its own, from a layer of which only what readahead asked for is there; bytes
-    /// fetched and touches that had to wait.
+    /// Reads `touches` in order, each in a file of its own. The layer has only the spans that a touch or readahead
+    /// fetched. Returns the bytes fetched, and how many touches had to wait.
     fn replay(touches: impl IntoIterator<Item = u32>, count: u32) -> (u64, u32) {
         replay_files(touches.into_iter().map(|span| (span, span..span + 1)), count)
     }
@@ -473,7 +497,8 @@ mod tests {
         assert_eq!(replay([7, 3, 9, 0], 10), (1_000_000, 1));
     }
 
-    /// Every third span of a part of the layer, in a random order, as modules of a package are read.
+    /// Every third span of a part of the layer, in a random order. A program reads the modules of a package like
+    /// this.
     fn package() -> impl Iterator<Item = (u32, Range<u32>)> {
         let mut touches: Vec<u32> = (1000..1120).step_by(3).collect();
         fastrand::Rng::with_seed(7).shuffle(&mut touches);

@@ -1,3 +1,3 @@
-//! The locks of the single-flight table. A model checker puts its own in their place.
+//! The locks of the single-flight table. A model checker replaces them with its own.
 
 pub(super) use std::sync::{Arc, Mutex, MutexGuard};

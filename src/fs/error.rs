@@ -13,36 +13,36 @@ use crate::layer::LayerError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FsError {
-    /// The tree is damaged, or an inode number that it never gave out was used.
+    /// The tree is damaged, or the caller used an inode number that the tree never gave out.
     #[error(transparent)]
     Tree(#[from] ErofsError),
-    /// Content could not be had, or did not come in time.
+    /// The content could not be fetched, or did not come before the deadline.
     #[error(transparent)]
     Content(#[from] ContentError),
-    /// A directory was read as a file.
+    /// The caller read a directory as a file.
     #[error("is a directory")]
     IsDirectory,
-    /// Something without content was read.
+    /// The caller read an inode that has no content.
     #[error("is not a regular file")]
     NotAFile,
-    /// The image is being prepared, and that does not come on.
+    /// The image is still being prepared, and the preparation makes no progress.
     #[error("nothing useful of the image came within {}s", timeout.as_secs_f32())]
     Stalled {
-        /// How long one waited.
+        /// How long the request waited for progress.
         timeout: Duration,
     },
-    /// A signal ended the wait.
+    /// A signal ended the wait of the request.
     #[error("interrupted")]
     Interrupted,
     /// The image could not be made readable at all.
     #[error("{reason}")]
     Failed {
-        /// What went wrong while it was prepared.
+        /// Why the preparation failed.
         reason: String,
     },
 }
 
-/// What a caller of the kernel sees.
+/// Errors with an errno for the program that made the system call.
 pub trait ToErrno {
     /// The errno for this error.
     fn errno(&self) -> Errno;
@@ -52,12 +52,12 @@ impl ToErrno for FsError {
     fn errno(&self) -> Errno {
         match self {
             Self::Tree(error) => match error {
-                // The kernel knows the types and does not ask a file for an entry.
+                // The kernel knows the file types and does not look up a name in a regular file.
                 ErofsError::WrongType { .. } => Errno::EINVAL,
                 _ => Errno::EIO,
             },
             Self::Content(error) => error.errno(),
-            // As when an image cannot be prepared at all: for a program it is the same.
+            // EIO, like for an image that cannot be prepared at all: a program cannot use the difference.
             Self::Stalled { .. } => Errno::EIO,
             Self::Interrupted => Errno::EINTR,
             Self::IsDirectory => Errno::EISDIR,
@@ -80,9 +80,11 @@ impl ToErrno for LayerError {
     fn errno(&self) -> Errno {
         match self {
             Self::Blob { source, .. } => match source {
-                // POSIX lets read(2) say that the far side did not answer; a program can tell it from a broken disk.
+                // POSIX allows ETIMEDOUT for read(2) when the other side did not answer. A program can tell it from a
+                // broken disk.
                 BlobError::Timeout { .. } => Errno::ETIMEDOUT,
-                // EACCES would read as a statement about the file's mode, which it is not.
+                // EACCES would look like a statement about the file's mode, but the cause is the registry or the
+                // network.
                 _ => Errno::EIO,
             },
             Self::Corrupt { .. } => Errno::EIO,

@@ -1,4 +1,4 @@
-//! Attributes in FUSE's terms.
+//! Conversion of attributes to FUSE's types.
 
 use std::time::UNIX_EPOCH;
 
@@ -49,7 +49,7 @@ pub(super) fn to_fuse(fs: &ImageFs, attr: &Attr) -> FileAttr {
     }
 }
 
-/// What stands for an absent name in the answer to LOOKUP.
+/// The attributes that stand for an absent name in the answer to LOOKUP.
 pub(super) fn absent() -> FileAttr {
     FileAttr {
         ino: INodeNo(ABSENT),

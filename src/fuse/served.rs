@@ -1,4 +1,4 @@
-//! What requests get: before there is an image, and then the image.
+//! The image that requests are answered from, and how far its preparation is.
 //!
 //! ```text
 //!            ┌── nothing useful comes ──▶ stalled ── it goes on ──┐
@@ -6,8 +6,9 @@
 //!     ├── ready ──▶ the image
 //!     └── given up ──▶ failed
 //! ```
-//! A request waits while the image is being prepared and comes on. It fails while nothing useful comes, and for good when
-//! the image cannot be prepared.
+//! - While the preparation of the image makes progress, requests wait.
+//! - While the preparation is stalled, requests fail.
+//! - If the image cannot be prepared, all further requests fail.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,21 +16,21 @@ use tokio::sync::watch;
 
 use crate::fs::{FsError, ImageFs};
 
-/// How far the image is.
+/// How far the preparation of the image is.
 #[derive(Debug, Clone)]
 pub enum Stage {
-    /// It comes: requests wait.
+    /// The preparation makes progress. Requests wait.
     Preparing,
-    /// It does not come on, or cannot be prepared: requests fail with this.
+    /// The preparation is stalled, or the image cannot be prepared. Requests fail with this error.
     Failing(Arc<FsError>),
-    /// It is here.
+    /// The image is ready. Requests are answered from it.
     Ready(ImageFs),
 }
 
-/// What requests get, as it changes; shared by who prepares and who serves.
+/// The present [`Stage`], shared by the task that prepares the image and the threads that answer requests.
 #[derive(Debug)]
 pub struct Served {
-    /// Set once: what every request looks at first.
+    /// The image once it is ready. The field is set once, and every request looks at the field first.
     ready: OnceLock<ImageFs>,
     stage: watch::Sender<Stage>,
 }
@@ -44,7 +45,7 @@ impl Default for Served {
 }
 
 impl Served {
-    /// From now on requests get this. The image stays.
+    /// Sets the stage for the requests that follow and for those that wait. An image that was set stays for ever.
     pub fn set(&self, stage: Stage) {
         if let Stage::Ready(fs) = &stage {
             self.ready.get_or_init(|| fs.clone());
@@ -52,12 +53,12 @@ impl Served {
         self.stage.send_replace(stage);
     }
 
-    /// The image, if it is here.
+    /// The image, if it is ready.
     pub(super) fn ready(&self) -> Option<&ImageFs> {
         self.ready.get()
     }
 
-    /// Waits for the image as long as it comes on.
+    /// Waits for the image while its preparation makes progress. Returns the error if it stalls or fails.
     pub(super) async fn image(&self) -> Result<ImageFs, Arc<FsError>> {
         let mut stages = self.stage.subscribe();
         let decided = stages.wait_for(|stage| !matches!(stage, Stage::Preparing)).await;

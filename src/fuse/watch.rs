@@ -1,22 +1,30 @@
 //! Ends the wait of a reader that got a signal.
 //!
-//! The kernel tells a FUSE server by INTERRUPT that the process behind a request has a signal. fuser 0.18 answers that itself,
-//! with "not implemented", and has no hook; after that the kernel sends none any more. A request that the server has taken is
-//! then waited for in a state in which no signal ends it. So while a request waits, the thread that made it is looked at in
-//! /proc (proc_pid_status(5)), every tenth of a second, and its request is answered with EINTR if
+//! The kernel sends a FUSE server INTERRUPT when the process behind a request has a signal. fuser 0.18 itself answers
+//! INTERRUPT with "not implemented" and has no hook. After that answer the kernel sends no further INTERRUPT. The
+//! process then waits for its request in a state in which no signal ends the wait.
 //!
-//! - it is being killed: on any fatal signal the kernel makes SIGKILL pending for all threads of the process;
-//! - a signal is pending that will end it, as soon as this request lets it;
-//! - it waits in a system call and a signal is pending that it handles and that people send to stop something. Whoever
-//!   handles a signal in a page fault would die of SIGBUS instead, so such a fault goes on for a while first: its bytes may
-//!   come, and then the program can do what it means to do.
-//! - it is gone.
+//! So this module looks in /proc (proc_pid_status(5)), every tenth of a second, at the thread behind each request
+//! that waits. The module answers the request with EINTR in these cases:
 //!
-//! Signals that only stop a process, or that programs use for themselves (timers of profilers, children, windows), end nothing.
-//! A request says the thread's number in the PID namespace of the mount; one from outside that namespace has none and is not
-//! watched. Readahead is answered like any other read: if somebody else waits for the same page, the kernel asks again.
+//! - The thread is being killed. On any fatal signal the kernel makes SIGKILL pending for all threads of the process.
+//! - A signal is pending that will end the process as soon as the request lets it.
+//! - The thread waits in a system call, and has a pending *stop signal* that it handles: a signal that people send to
+//!   stop a program.
+//! - The thread has waited in a page fault for two seconds with a pending stop signal that it handles. EINTR in a
+//!   page fault makes the process die of SIGBUS, so the fault first continues for that time. If the bytes come
+//!   meanwhile, the program can handle the signal.
+//! - The thread is gone.
 //!
-//! One task watches all requests that wait. It sleeps while there are none, and what it does at a time is bounded.
+//! Signals that only stop a process do not end a request. Neither do signals that programs use for themselves (timers
+//! of profilers, children, windows).
+//!
+//! A request carries the thread's number in the PID namespace of the mount. A thread outside that namespace has no
+//! number, so its requests are not watched. Readahead is answered like any other read: if another reader waits for
+//! the same page, the kernel asks again.
+//!
+//! One task watches all requests that wait. The task sleeps while no request waits, and looks at a bounded number of
+//! threads at a time.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -25,14 +33,15 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use tokio::sync::{Notify, oneshot};
 
-/// How often threads are looked at, and how long a request has waited before its thread is.
+/// How often the task looks at threads, and how long a request waits before the task looks at its thread. A smaller
+/// value costs more processor time; a larger one delays the end of a process that was killed.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long a page fault goes on with a signal that the program handles.
+/// How long a page fault goes on after a signal that the program handles.
 const FAULT: Duration = Duration::from_secs(2);
-/// Threads looked at in one go; the others are next.
+/// Number of threads that the task looks at in one go. The others follow in the next go.
 const MOST: usize = 256;
 
-/// Signals that do nothing to a process that does not handle them, or only stop or continue it.
+/// Signals that do not end a process without a handler: they do nothing, or only stop or continue the process.
 const HARMLESS: u64 = bit(libc::SIGCHLD)
     | bit(libc::SIGCONT)
     | bit(libc::SIGURG)
@@ -41,7 +50,7 @@ const HARMLESS: u64 = bit(libc::SIGCHLD)
     | bit(libc::SIGTSTP)
     | bit(libc::SIGTTIN)
     | bit(libc::SIGTTOU);
-/// Signals that are sent to stop what is being done.
+/// Signals that people send to stop what a program is doing.
 const STOPPING: u64 =
     bit(libc::SIGINT) | bit(libc::SIGTERM) | bit(libc::SIGHUP) | bit(libc::SIGQUIT) | bit(libc::SIGALRM);
 
@@ -49,7 +58,7 @@ const fn bit(signal: i32) -> u64 {
     1 << (signal - 1)
 }
 
-/// Requests that wait.
+/// The requests that wait.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
     state: Mutex<State>,
@@ -66,12 +75,12 @@ struct State {
 struct Waiting {
     thread: u32,
     since: Instant,
-    /// When a signal was first seen that it handles.
+    /// When the task first saw a pending signal that the thread handles.
     signalled: Option<Instant>,
     interrupt: oneshot::Sender<()>,
 }
 
-/// A request that is watched, until this is dropped.
+/// A request that is watched until this guard is dropped.
 #[derive(Debug)]
 pub(super) struct Watched {
     watch: Arc<Watch>,
@@ -80,10 +89,10 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Waits until the request should be answered because of a signal; for ever if none comes.
+    /// Waits until a signal should end the request. Waits for ever if no signal comes.
     pub(super) async fn interrupted(&mut self) {
         if (&mut self.interrupted).await.is_err() {
-            // Nobody watches any more.
+            // The watching task has ended.
             std::future::pending::<()>().await;
         }
     }
@@ -100,7 +109,7 @@ impl Watch {
         self.state.lock().expect("no panic while locked")
     }
 
-    /// Watches the thread behind a request that waits; none if it is 0.
+    /// Watches the thread behind a request that waits. With thread number 0, no thread is watched.
     pub(super) fn add(self: &Arc<Self>, thread: u32) -> Watched {
         let (interrupt, interrupted) = oneshot::channel();
         let mut state = self.state();
@@ -124,7 +133,7 @@ impl Watch {
         }
     }
 
-    /// Looks after all that wait, for ever. Ends at once if /proc is that of another PID namespace.
+    /// Watches all requests that wait, for ever. Returns at once if /proc belongs to another PID namespace.
     pub(super) async fn run(self: Arc<Self>) {
         let me = std::fs::read_link("/proc/self").ok();
         if me.is_none_or(|me| me.as_os_str() != std::process::id().to_string().as_str()) {
@@ -145,13 +154,13 @@ impl Watch {
                 let look = |thread: u32| (thread, Thread::look(thread));
                 due.into_iter().map(look).collect::<Vec<_>>()
             });
-            // The runtime ends.
+            // The runtime is shutting down.
             let Ok(seen) = looking.await else { return };
             self.tell(&seen.into_iter().collect());
         }
     }
 
-    /// Threads to look at now: those behind requests that have waited for a while, some at a time.
+    /// The threads to look at in this go, at most [`MOST`]: those behind requests that have waited for [`LOOK`].
     fn due(&self, after: &mut u32) -> Vec<u32> {
         let now = Instant::now();
         let state = self.state();
@@ -166,14 +175,14 @@ impl Watch {
         due
     }
 
-    /// Answers the requests whose threads were found signalled.
+    /// Ends the requests whose threads have a signal that should end them.
     fn tell(&self, seen: &BTreeMap<u32, Thread>) {
         let now = Instant::now();
         let mut state = self.state();
         let mut interrupted = Vec::new();
         for (id, waiting) in &mut state.waiting {
             let end = match seen.get(&waiting.thread) {
-                // It was not looked at this time.
+                // The task did not look at this thread in this go.
                 None => false,
                 Some(Thread::Waits) => {
                     waiting.signalled = None;
@@ -199,16 +208,16 @@ impl Watch {
     }
 }
 
-/// What is known of a thread that waits.
+/// What /proc says about a thread that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Thread {
-    /// Nothing wants it to stop.
+    /// No signal should end its request.
     Waits,
-    /// It is gone, or goes as soon as it can.
+    /// The thread is gone, or will end as soon as the request lets it.
     Ends,
-    /// A signal waits for it to handle it.
+    /// A signal is pending that the thread handles.
     Handles {
-        /// It waits in a system call, not in a page fault of its own.
+        /// Whether the thread waits in a system call, as opposed to a page fault.
         in_call: bool,
     },
 }
@@ -223,7 +232,7 @@ impl Thread {
                 other => other,
             },
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::Ends,
-            // ESRCH: it went while it was looked at.
+            // ESRCH: the thread ended while the file was being read.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Self::Ends,
             Err(error) => {
                 tracing::debug!(thread, %error, "cannot look at a reader");
@@ -257,7 +266,8 @@ impl Thread {
     }
 }
 
-/// Whether a thread waits in a system call (proc_pid_syscall(5)). Where that is not said, it counts as a page fault.
+/// Whether a thread waits in a system call (proc_pid_syscall(5)). If the file cannot be read, the thread counts as
+/// waiting in a page fault.
 fn is_in_call(thread: u32) -> bool {
     let call = std::fs::read_to_string(format!("/proc/{thread}/syscall"));
     call.is_ok_and(|call| call.starts_with(|c: char| c.is_ascii_digit()))

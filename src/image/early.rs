@@ -1,9 +1,11 @@
-//! Beginning before the registry has answered.
+//! Opening an image before the registry has answered.
 //!
-//! What a tag meant the last time it most probably means now. If the store has that image and its layers' indexes, the image
-//! is opened and its profile replayed while the registry is asked: by the time it confirms the tag, the bytes are on their
-//! way. If it names another image, what was begun ends. Nothing is served before the tag is confirmed, and what was fetched is
-//! content of layers like any other, verified and kept; so a wrong guess costs bandwidth.
+//! A tag most probably means the image that it meant the last time. While ocifs asks the registry, it opens that
+//! image and replays its profile. The store must have the image and its layers' indexes. When the registry confirms
+//! the tag, the bytes are already coming. If the tag means another image, the early work ends.
+//!
+//! Nothing is served before the tag is confirmed. Early bytes are content of layers like any other, so they are
+//! verified and kept. A wrong guess costs only bandwidth.
 
 use std::sync::Arc;
 
@@ -14,20 +16,20 @@ use crate::layer::{LayerContext, LayerError};
 use crate::profile::Label;
 use crate::resolve::ResolvedImage;
 
-/// An image being opened and replayed; ends when dropped.
+/// An image that is being opened and replayed. The work ends when this is dropped.
 #[derive(Debug)]
 pub struct Early {
     preparation: Arc<Preparation>,
     replay: Replay,
 }
 
-/// A profile being replayed; ends when dropped.
+/// A profile that is being replayed. The replay ends when this is dropped.
 #[derive(Debug)]
 pub struct Replay(JoinHandle<Result<bool, LayerError>>);
 
 impl Early {
-    /// Begins with an image that the store knows; nothing if that would mean to stream layers. Replays the profile with this
-    /// label, if one is given. To be called on the runtime.
+    /// Begins with an image that the store knows. Returns `None` if a layer would have to be streamed. Replays the
+    /// profile with this label, if one is given. Must be called on the runtime.
     pub fn begin(preparation: Preparation, context: &LayerContext, label: Option<Label>) -> Option<Self> {
         let indexed = |layer: &crate::oci::Descriptor| {
             let dir = context.store.layer(&layer.digest);
@@ -43,8 +45,8 @@ impl Early {
                 let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
                 learning.profile().clone()
             });
-            // A profile is fetched as soon as the layers are open, while the tree is still being read. In a task of its own,
-            // because it reads what the devices have.
+            // The replay begins as soon as the layers are open, while the tree is still being read. The replay is a
+            // separate task, because it reads the devices.
             let early = profile.clone().filter(|profile| !profile.touches.is_empty());
             let early = early.map(|profile| {
                 let opening = opening.clone();
@@ -55,7 +57,7 @@ impl Early {
             let image = match opening.finish(&context).await {
                 Ok(image) => image,
                 Err(error) => {
-                    // Whoever finishes the preparation for good hears of it.
+                    // The caller that finishes the preparation later gets the error.
                     tracing::debug!(%error, "cannot open the image early");
                     return Ok(false);
                 }
@@ -72,7 +74,7 @@ impl Early {
         })
     }
 
-    /// The registry has said what the image is: if it is this one, what was begun goes on.
+    /// Continues the early work if the registry named this image. Otherwise ends it and returns `None`.
     pub fn confirm(self, resolved: &ResolvedImage) -> Option<(Arc<Preparation>, Replay)> {
         let digest = |image: &ResolvedImage| image.manifest_document.digest.clone();
         (digest(self.preparation.resolved()) == digest(resolved)).then_some((self.preparation, self.replay))
@@ -86,9 +88,11 @@ impl Replay {
         Self(tokio::spawn(async move { image.replay(&profile).await.map(|()| true) }))
     }
 
-    /// Waits until all of it is here; false if it never began, because the image could not be opened then.
+    /// Waits until the whole profile has been fetched. Returns false if the replay never began, because the image
+    /// could not be opened early.
     pub async fn end(mut self) -> Result<bool, LayerError> {
-        // The runtime ends, and nobody is interested any more; or it panicked, and said so.
+        // Either the runtime is shutting down, so the result does not matter, or the task panicked and has reported
+        // it.
         (&mut self.0).await.unwrap_or(Ok(true))
     }
 }

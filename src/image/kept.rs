@@ -1,4 +1,4 @@
-//! An image source in front of which the store remembers documents.
+//! An image source that keeps documents in the store and answers from there.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -10,46 +10,47 @@ use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest, DocumentError, DocumentKind, ImageIndex, Manifest, classify};
 use crate::store::Store;
 
-/// How long a registry is asked what a tag means when the store knows an answer to fall back on. A healthy one takes a few
-/// round trips.
+/// How long the registry is asked what a tag means if the store knows an earlier answer. A healthy registry takes a
+/// few round trips. A smaller value uses an old image more often; a larger one delays the mount when the registry
+/// hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// When a registry is asked what a tag means.
+/// When to ask the registry what a tag means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Confirm {
-    /// Each time. If it cannot be reached, the tag means what it meant the last time.
+    /// At each opening. If the registry cannot be reached, the tag means what it meant the last time.
     #[default]
     IfReachable,
-    /// Each time, and without an answer there is no image.
+    /// At each opening. Without an answer the image cannot be opened.
     Always,
     /// Only if the store does not know the tag.
     IfUnknown,
-    /// Never: what the store does not know is not found.
+    /// Never. A name or document that the store does not have is not found.
     Never,
 }
 
-/// A tag was taken to mean what it meant the last time.
+/// A tag was resolved to what it meant the last time, without its registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unconfirmed {
-    /// When the registry last said what it means (RFC 3339), if that is known.
+    /// When the registry last said what the tag means (RFC 3339), if that is known.
     pub since: Option<String>,
-    /// Why the registry could not be asked; nothing if it was not to be asked.
+    /// Why the registry gave no answer; `None` if it was not to be asked.
     pub reason: Option<String>,
 }
 
-/// Answers for manifests and configs from the store where it can, and keeps those it had to ask for.
+/// Answers for manifests and configs from the store if it has them. Otherwise asks `inner` and keeps the answer.
 #[derive(Debug)]
 pub struct KeptSource {
     inner: Arc<dyn ImageSource>,
     store: Store,
-    /// Digest in the reference itself; then the root document needs no network either.
+    /// Digest in the reference itself. With it the root document needs no network either.
     pinned: Option<Digest>,
     confirm: Confirm,
     unconfirmed: OnceLock<Unconfirmed>,
 }
 
 impl KeptSource {
-    /// Puts the store in front of `inner`, whose reference carries the digest `pinned`, if any.
+    /// Puts the store in front of `inner`. `pinned` is the digest in the reference of `inner`, if it has one.
     pub fn new(inner: Arc<dyn ImageSource>, store: Store, pinned: Option<Digest>, confirm: Confirm) -> Self {
         Self {
             inner,
@@ -60,13 +61,14 @@ impl KeptSource {
         }
     }
 
-    /// The image as `inner` named it the last time, with the documents that the store has and no others.
+    /// The image that `inner` named the last time, from the documents in the store alone. `None` if the store does
+    /// not know the name.
     pub fn recalled(inner: Arc<dyn ImageSource>, store: Store) -> Option<Self> {
         let root = store.root_document(&inner.describe())?;
         Some(Self::new(inner, store, Some(root), Confirm::Never))
     }
 
-    /// Whether a tag was resolved without its registry; known when the root document was asked for.
+    /// How a tag was resolved without its registry, if it was. Known once the root document has been requested.
     pub fn unconfirmed(&self) -> Option<&Unconfirmed> {
         self.unconfirmed.get()
     }
@@ -81,16 +83,16 @@ impl KeptSource {
         Ok(&*self.inner)
     }
 
-    /// What the name meant the last time.
+    /// The document that the name meant the last time.
     fn remembered(&self) -> Option<Document> {
         self.recall(&self.store.root_document(&self.inner.describe())?)
     }
 
-    /// Goes on with what the name meant the last time.
+    /// Uses the document that the name meant the last time, and records why.
     fn fall_back(&self, remembered: Document, reason: Option<&BlobError>) -> Document {
         let since = self.store.root_document_age(&self.inner.describe());
         let since = since.and_then(|age| SystemTime::now().checked_sub(age));
-        // Whoever asks again gets the same answer for the same reason.
+        // If a value is set already, an earlier request to this source had the same result.
         let _ = self.unconfirmed.set(Unconfirmed {
             since: since.map(|since| humantime::format_rfc3339_seconds(since).to_string()),
             reason: reason.map(ToString::to_string),
@@ -98,11 +100,11 @@ impl KeptSource {
         remembered
     }
 
-    /// The root document as the source names it now.
+    /// Asks the source for the root document, and keeps it as the meaning of the name.
     async fn confirmed(&self) -> Result<Document, BlobError> {
         let document = self.ask()?.root().await?;
         if let Err(error) = understood(&document) {
-            // Somebody between here and the registry may have answered in its place.
+            // A proxy between this host and the registry may have answered instead of the registry.
             return Err(BlobError::Protocol {
                 host: self.describe(),
                 what: "the image".to_owned(),
@@ -143,7 +145,7 @@ impl KeptSource {
     }
 }
 
-/// Whether a document is one that a name can mean. It may still be of an image that cannot be mounted.
+/// Whether a name can mean this document. The image may still be one that cannot be mounted.
 fn understood(document: &Document) -> Result<(), DocumentError> {
     match classify(&document.media_type, &document.bytes)? {
         DocumentKind::Manifest => Manifest::parse(&document.bytes).map(drop),

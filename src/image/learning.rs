@@ -1,4 +1,4 @@
-//! Profiles in the store: the one for an image, and learning from the start that is going on.
+//! Profiles in the store: finding the one for an image, and learning from the start that is running.
 
 use std::io::{self, Write as _};
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use crate::resolve::ResolvedImage;
 use crate::os::read_regular;
 use crate::store::{Durability, Store, StoreError};
 
-/// How often it is looked whether a start is over.
+/// How often to check whether a start is over.
 const LOOK: Duration = Duration::from_millis(500);
-/// Profiles of other images of a repository that are looked at, newest first.
+/// Number of profiles of other images of a repository that are considered, newest first.
 const RELATIVES: usize = 8;
 
-/// The profile of an image's program, and where it is kept.
+/// The profile of an image's program, and its place in the store.
 #[derive(Debug)]
 pub struct Learning {
     store: Store,
@@ -26,8 +26,8 @@ pub struct Learning {
 }
 
 impl Learning {
-    /// Finds what is known: from earlier runs of this very image, else, of the layers they share, from runs of another image
-    /// of its repository. Reads files.
+    /// Finds the known profile, from earlier runs of this image. If there are none, the profile comes from runs of
+    /// another image of the repository, for the layers that both share. Reads files.
     pub fn find(store: &Store, image: &ResolvedImage, repository: &str, label: &Label) -> Self {
         let manifest = &image.manifest_document.digest;
         let layers = image.layers().iter().zip(image.diff_ids());
@@ -47,12 +47,13 @@ impl Learning {
         }
     }
 
-    /// What is known. Of no runs if it comes from a relative, and empty if nothing is known.
+    /// The known profile. A profile from another image counts no runs. The profile is empty if nothing is known.
     pub fn profile(&self) -> &Profile {
         &self.profile
     }
 
-    /// Listens to what is read of the image until its start is over or the future is dropped, then keeps what was learned.
+    /// Waits until the start of the program is over, then learns from the reads of the image and keeps the profile.
+    /// Learns also if the future is dropped earlier.
     pub async fn listen(self, image: &Image, recorder: Arc<Recorder>) {
         let kept = Kept {
             learning: self,
@@ -62,12 +63,12 @@ impl Learning {
         while !kept.recorder.is_over(Instant::now()) {
             tokio::time::sleep(LOOK).await;
         }
-        // Files are written.
+        // Learning writes files.
         let _ = tokio::task::spawn_blocking(move || drop(kept)).await;
     }
 
-    /// Keeps a profile from elsewhere in place of what was known: all of it, or what it says of layers that this image has
-    /// too. Returns the bytes of content that it names; nothing is changed if there are none.
+    /// Keeps a profile from elsewhere in place of the known one: all of it, or its part about layers that this image
+    /// has too. Returns the bytes of content that the new profile names. If there are none, changes nothing.
     pub fn import(&mut self, other: &Profile) -> Result<u64, StoreError> {
         let mut profile = Profile::new(
             self.profile.manifest.clone(),
@@ -96,7 +97,7 @@ impl Learning {
     }
 }
 
-/// Learns when it is dropped: when the start is over, or the mount is.
+/// Learns from the recorded reads when it is dropped: at the end of the start, or earlier at the end of the mount.
 struct Kept {
     learning: Learning,
     layers: Arc<Layers>,
@@ -142,7 +143,7 @@ impl Profile {
             profile.adopt(&relative);
             profile
         });
-        // The newest of those that know most.
+        // Of the profiles with the most touches, the newest.
         let best = adopted.rev().max_by_key(|profile| profile.touches.len());
         if let Some(best) = best {
             *self = best;
@@ -150,7 +151,7 @@ impl Profile {
     }
 }
 
-/// A profile in the store; one that cannot be read, or not by this version, counts as none.
+/// Reads a profile from the store. Returns `None` if there is none, or if this version cannot read it.
 pub fn stored(store: &Store, manifest: &Digest, label: &Label) -> Option<Profile> {
     read(store, manifest, label).unwrap_or_else(|error| {
         tracing::warn!(%manifest, label = label.as_str(), %error, "cannot use a stored profile");

@@ -11,7 +11,7 @@ use crate::resolve::resolve;
 use crate::source::NamedSource;
 use crate::store::Store;
 
-/// An image as it was named, of which nothing has been asked for.
+/// The name of an image, before anything was requested.
 #[derive(Debug)]
 pub struct NamedImage {
     source: Arc<dyn ImageSource>,
@@ -26,15 +26,15 @@ pub struct NamedImage {
 pub struct Opening {
     /// Opens the layers and the tree.
     pub preparation: Arc<Preparation>,
-    /// A replay of the profile that has begun already.
+    /// A replay of the profile that has already begun.
     pub replay: Option<Replay>,
-    /// If the image's tag was resolved without its registry: since when, and why.
+    /// When and why the image's tag was resolved without its registry, if it was.
     pub unconfirmed: Option<Unconfirmed>,
 }
 
 impl NamedImage {
-    /// The image that `named` has for this platform (none: this machine's). Documents are kept in `store` and taken from there;
-    /// `confirm` says when a registry is asked what a tag means.
+    /// The image of `named` for this platform; `None` is this machine's platform. Documents are kept in `store` and
+    /// taken from there. `confirm` says when to ask a registry what a tag means.
     pub fn new(named: NamedSource, platform: Option<Platform>, store: Store, confirm: Confirm) -> Self {
         Self {
             source: named.source,
@@ -45,7 +45,7 @@ impl NamedImage {
         }
     }
 
-    /// Finds out manifest and config.
+    /// Finds manifest and config.
     pub async fn resolve(&self) -> Result<Opening, BlobError> {
         let (source, store) = (self.source.clone(), self.store.clone());
         let source = KeptSource::new(source, store, self.pinned.clone(), self.confirm);
@@ -57,9 +57,9 @@ impl NamedImage {
         })
     }
 
-    /// The same for an image that is going to be read. If the store knows what the name meant the last time, that image is opened
-    /// while the source is asked, and the profile with this label is replayed, if one is given (see [`Early`]). To be called
-    /// on the runtime.
+    /// Finds manifest and config of an image that is going to be read. If the store knows what the name meant the
+    /// last time, that image is opened while the source is asked. If a label is given, the profile with that label is
+    /// replayed as well (see [`Early`]). Must be called on the runtime.
     pub async fn open(&self, context: &LayerContext, replayed: Option<Label>) -> Result<Opening, BlobError> {
         let recalled = self.recall().await;
         let early = recalled.and_then(|recalled| Early::begin(recalled, context, replayed));
@@ -74,7 +74,7 @@ impl NamedImage {
         }
     }
 
-    /// The image as it was the last time, if the store has all of its documents. Nothing is fetched.
+    /// The image that the name meant the last time, if the store has all of its documents. Fetches nothing.
     pub async fn recall(&self) -> Option<Preparation> {
         let source = KeptSource::recalled(self.source.clone(), self.store.clone())?;
         let (preparation, _) = self.prepare(Arc::new(source)).await.ok()?;

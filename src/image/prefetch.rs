@@ -1,4 +1,5 @@
-//! Fetching what no reader has asked for yet: what an earlier start read, or all of the image. It takes the layers, and no tree.
+//! Prefetching for an image: the bytes that an earlier start read, or the whole image. Prefetching needs the layers,
+//! but no tree.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -12,9 +13,9 @@ use crate::fetch::{Policy, Priority, Wanted, runs};
 use crate::layer::{Layer, LayerError, flown};
 use crate::profile::Profile;
 
-/// Requests of a profile that wait for their turn at once, each for at most the link's share: more than ever get it.
+/// Number of a profile's requests that queue for a pass at once: more than the link ever has room for.
 const LINED_UP: usize = 32;
-/// Requests under way at once: more than there ever are.
+/// Number of requests in flight at once: more than there ever are.
 const UNDER_WAY: usize = 64;
 
 /// The open layers of an image.
@@ -22,7 +23,7 @@ const UNDER_WAY: usize = 64;
 pub(super) struct Layers {
     /// Base first.
     pub(super) all: Vec<Arc<Layer>>,
-    /// Whether what the start reads is known from earlier ones.
+    /// Whether earlier starts tell what this start will read.
     profiled: AtomicBool,
 }
 
@@ -35,13 +36,13 @@ impl Layers {
         }
     }
 
-    /// Whether a profile is or was replayed.
+    /// Whether a profile is being replayed, or was replayed without an error.
     pub(super) fn are_profiled(&self) -> bool {
         self.profiled.load(Ordering::Relaxed)
     }
 
-    /// Fetches what a profile says, in its order. Ends early at the first error: the profile is a hint, and from then on what
-    /// it says is guessed at like anything else.
+    /// Fetches the content that a profile names, in its order. Returns at the first error. The profile is only a
+    /// hint: after an error, readahead guesses about its spans like about all others.
     pub(super) async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
         self.profiled.store(true, Ordering::Relaxed);
         let plan = futures::stream::iter(self.plan(&self.translated(profile)));
@@ -55,7 +56,7 @@ impl Layers {
         replayed.map(drop)
     }
 
-    /// A profile by device address.
+    /// Translates the tar offsets of a profile to device addresses.
     pub(super) fn translated(&self, profile: &Profile) -> Profile {
         profile.clone().in_devices(|position, tar| {
             let layer = self.all.get(position);
@@ -63,11 +64,11 @@ impl Layers {
         })
     }
 
-    /// The requests that bring what a profile (by device address) names and is not here.
+    /// The requests for those spans that a profile (by device address) names and that are not local.
     fn plan(&self, profile: &Profile) -> Vec<(usize, Range<u32>)> {
         let mut seen = HashSet::new();
         let mut wanted = Vec::new();
-        // What there is no disk for must not push out of memory what is being read.
+        // Without a disk, the profile must not evict the spans that are being read from memory.
         let mut room = self.all.iter().all(|layer| layer.keeps()).then_some(u64::MAX);
         let room = room.get_or_insert_with(|| self.all.first().map_or(0, |layer| layer.memory_budget() / 2));
         for (position, device) in profile.ranges() {
@@ -89,20 +90,21 @@ impl Layers {
         runs(&wanted, &maps, absent, self.policy())
     }
 
-    /// Fetches every span that is not on the local devices, and returns how many are not there even so: none, unless the
-    /// devices cannot be written or may not grow that large. Without any missing no registry is needed any more.
+    /// Fetches every span that is not on the local devices. Returns how many are still missing afterwards. Some are
+    /// missing only if the devices cannot be written, or may not grow that large. If none is missing, the image needs
+    /// no registry.
     pub(super) async fn complete(&self) -> Result<usize, LayerError> {
-        // One by one, for each may have to rest first.
+        // One by one, because each request may have to pause first.
         let theirs = self.fetch(self.missing(), Priority::Background, 1).await?;
-        // What others were fetching at that moment comes from them, or, if they gave up, from here.
+        // Other flights or processes were fetching these spans. If they gave up, the spans are fetched here.
         for (position, span) in theirs {
             self.all[position].await_span(span).await?;
         }
         Ok(self.all.iter().map(|layer| layer.absent()).sum())
     }
 
-    /// The requests that bring what is not on the local devices. Their size is decided one by one as they are taken: by then
-    /// the link is known better.
+    /// The requests for all spans that are not on the local devices. The size of each is decided when it is taken,
+    /// because by then the link is known better.
     fn missing(&self) -> impl Stream<Item = (usize, Range<u32>)> + Send {
         futures::stream::iter(self.all.iter().enumerate()).flat_map(move |(position, layer)| {
             futures::stream::unfold(0, move |from| async move {
@@ -113,8 +115,8 @@ impl Layers {
         })
     }
 
-    /// Fetches runs of spans in order, as many side by side as the link takes, of which so many line up at once. Returns the
-    /// layers and spans that somebody else was fetching.
+    /// Fetches runs of spans in order, as many side by side as the link takes. At most `lined_up` of them queue at
+    /// once. Returns the layers and spans that another flight or process was fetching.
     async fn fetch(
         &self,
         runs: impl Stream<Item = (usize, Range<u32>)> + Send,
@@ -138,7 +140,7 @@ impl Layers {
         .await
     }
 
-    /// The way to the largest layer, for most of the bytes come from where that one does.
+    /// The link to the largest layer: most bytes come over it.
     pub(super) fn link(&self) -> Option<Link> {
         let largest = self.all.iter().max_by_key(|layer| layer.stats().size);
         largest.map(|layer| layer.link())

@@ -1,12 +1,12 @@
-//! Which files of an image are loaded together: programs, what interprets them, and their libraries.
+//! Which files of an image are loaded together: programs, their interpreters and their libraries.
 //!
-//! The start of a program nobody has run before is a chain of waits, since the loader asks for one file after the other. But
-//! the files say themselves what they need. What each layer's programs say was noted at its first pass; here it is put
-//! together for the merged tree, and kept beside it. When a program's first bytes are read, everything that its loader will
-//! ask for is fetched at once.
+//! The first start of a program is a chain of waits, because the loader asks for one file after the other. But the
+//! files themselves say what they need. The first pass over each layer noted the needs of its programs. This module
+//! combines the notes for the merged tree, and keeps the result beside the tree. When a reader reads a program's
+//! first bytes, everything that the program's loader will ask for is fetched at once.
 //!
-//! It is a hint, made of the image's own content: what is damaged or wrong costs bandwidth, and a bounded time before the image
-//! is ready the first time.
+//! The result is a hint, made of the image's own content. Damaged or wrong content costs bandwidth, and a bounded
+//! time before the image is ready the first time.
 
 mod linker;
 
@@ -27,13 +27,14 @@ use crate::store::{Durability, Store, StoreError, read_sealed};
 use crate::tree::LayerIdx;
 
 const VERSION: u32 = 2;
-/// A larger file is not read; one of a million programs is smaller.
+/// Size limit for reading a stored file. The file of an image with a million programs is smaller.
 const LARGEST_FILE: u64 = 64 << 20;
-/// Programs whose needs are fetched in the life of a mount. Whoever begins more of them is looking at files, not running them.
+/// Number of programs whose needs are fetched while the image is mounted. A reader that starts more programs is
+/// looking at files, not running them.
 const MOST_STARTS: usize = 64;
-/// What is known of the programs of all layers takes about so much memory at most; further layers count as having none.
+/// Limit of the memory for the programs of all layers, in bytes. Programs of further layers are ignored.
 const MOST_KNOWN: usize = 32 << 20;
-/// Where programs are looked for if the image does not say.
+/// Search path for programs if the image does not set one.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Why the programs of an image are not known.
 #[derive(Debug, thiserror::Error)]
@@ -41,22 +42,22 @@ pub(super) enum ProgramsError {
     /// The tree cannot be read.
     #[error(transparent)]
     Tree(#[from] ErofsError),
-    /// They could not be kept.
+    /// The result could not be kept in the store.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// A place in the data device of the layer at a position.
+/// Position of a layer, and an offset in its data device.
 type Address = (u32, u64);
 
-/// A program or library as it is kept.
+/// A stored program or library.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Record {
-    /// Where its first byte is.
+    /// Address of its first byte.
     at: Address,
-    /// What is read of it when it is loaded: layer, device address and bytes.
+    /// The parts of the file that loading reads: layer, device address and bytes.
     hot: Vec<(u32, u64, u64)>,
-    /// Positions of others that are loaded with it.
+    /// Positions of the other records that are loaded with it.
     needs: Vec<u32>,
 }
 
@@ -86,7 +87,7 @@ impl Programs {
         }
     }
 
-    /// What is kept for an image, if anything is.
+    /// Reads the stored programs of an image. `None` if there are none, or if they cannot be used.
     pub(super) fn stored(store: &Store, manifest: &Digest) -> Option<Self> {
         let path = store.programs_path(manifest)?;
         let size = std::fs::metadata(&path).ok()?.len();
@@ -109,7 +110,8 @@ impl Programs {
         store.publish_sealed(&path, Durability::Lazy, |file| file.write_all(&encoded))
     }
 
-    /// The first byte of something is read: what is loaded with it, itself included, as far as that was not said before.
+    /// Returns the parts of all files that are loaded when the file at `at` is started, including its own. Files that
+    /// were returned before are left out.
     fn start(&self, at: Address) -> Vec<(LayerIdx, Range<u64>)> {
         let Some(&position) = self.positions.get(&at) else {
             return Vec::new();
@@ -134,7 +136,7 @@ impl Programs {
     }
 }
 
-/// Finds out what the programs of an image need, from what is known of each layer's, and keeps it.
+/// Combines what is known about the programs of each layer, and keeps the result.
 pub(super) fn link(
     store: &Store,
     manifest: &Digest,
@@ -156,7 +158,8 @@ pub(super) fn link(
 }
 
 impl Image {
-    /// The image's own program will probably be run: what is loaded with it is fetched. Returns when it is under way.
+    /// Fetches the files that are loaded with the image's own program, which will probably be run. Returns when they
+    /// are in flight.
     pub(super) async fn expect_start(&self) {
         let run = &self.resolved.config.config;
         let Some(word) = run.entrypoint.iter().chain(&run.cmd).next() else {
@@ -174,8 +177,8 @@ impl Image {
         }
     }
 
-    /// A read begins at a device address of a layer. If a program begins there, this fetches what will be loaded with it, unless
-    /// only what lies right before readers is to be fetched ahead, or a profile knows better.
+    /// Records that a read begins at a device address of a layer. If a program begins there, fetches the files that
+    /// are loaded with it. Does nothing before [`Image::be_eager`], or if a profile is replayed.
     pub fn started(self: &Arc<Self>, layer: LayerIdx, offset: u64) {
         let Some(programs) = &self.programs else { return };
         if !self.eager.load(Ordering::Relaxed) || self.layers.are_profiled() {
@@ -188,7 +191,7 @@ impl Image {
         }
     }
 
-    /// Fetches these places ahead of whoever reads them. Returns when all are under way.
+    /// Fetches these places ahead of their readers. Returns when all are in flight.
     async fn fetch_all_ahead(&self, places: Vec<(LayerIdx, Range<u64>)>) {
         let known = places
             .into_iter()
@@ -199,7 +202,7 @@ impl Image {
     }
 }
 
-/// Where the first byte of a file is.
+/// Address of the first byte of a file.
 fn first_byte(tree: &Reader<Vec<u8>>, ino: Nid) -> Option<Address> {
     match tree.map(ino, 0) {
         Ok(Some(Mapping::Device { layer, offset, .. })) => Some((layer.0, offset)),
@@ -207,7 +210,7 @@ fn first_byte(tree: &Reader<Vec<u8>>, ino: Nid) -> Option<Address> {
     }
 }
 
-/// A program in the directories of a search path.
+/// Finds a program in the directories of a search path.
 fn in_path(walker: &mut Walker<'_, Vec<u8>>, path: &str, name: &str) -> Option<Nid> {
     let root = walker.tree().root();
     let mut directories = path.split(':');

@@ -1,6 +1,6 @@
-//! The merged tree as an EROFS image in the store (or, without a store, in memory).
+//! The merged tree as an EROFS image, in the store or, without a store, in memory.
 //!
-//! The file is sealed: it is checked as a whole whenever it is opened, and made again from the layers' tables if it is damaged.
+//! The file is sealed: every opening checks the whole file. A damaged file is made again from the layers' tables.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,14 @@ use crate::oci::Digest;
 use crate::store::{Durability, Store, read_sealed};
 use crate::tree::Tree;
 
-/// A stored tree, as it was read.
+/// A stored tree whose bytes were read and checked.
 #[derive(Debug)]
 pub(super) struct Stored {
     path: PathBuf,
     image: Vec<u8>,
 }
 
-/// Reads the stored tree of a manifest; none if there is none, or it is damaged.
+/// Reads the stored tree of a manifest. Returns `None` if there is none, or if it is damaged.
 pub(super) fn read(store: &Store, manifest: &Digest) -> Option<Stored> {
     let path = store.tree_path(manifest)?;
     let image = read_sealed(&path).map_err(|error| unusable(&path, &error)).ok()??;
@@ -29,7 +29,8 @@ pub(super) fn read(store: &Store, manifest: &Digest) -> Option<Stored> {
 }
 
 impl Stored {
-    /// Opens the tree over data devices of these sizes; none if it does not fit.
+    /// Opens the tree over data devices of these sizes. Returns `None` if the tree does not fit them, or if another
+    /// version made it.
     pub(super) fn open(self, store: &Store, sizes: &[u64]) -> Option<Reader<Vec<u8>>> {
         let reader = Reader::open(self.image, sizes)
             .map_err(|error| unusable(&self.path, &error))
@@ -47,8 +48,8 @@ fn unusable(path: &Path, error: &dyn std::fmt::Display) {
     tracing::warn!(path = %path.display(), %error, "cannot use the stored tree, making it again");
 }
 
-/// Makes the tree, whose image may take what `tables` allow, and opens it. It goes to the store if that can be written, and has room
-/// for it.
+/// Makes the tree and opens it. Its image may take as much memory as `tables` allow. The image is written to the
+/// store if the store can be written and has room for it.
 pub(super) fn make(
     store: &Store,
     budget: &CacheBudget,
@@ -74,13 +75,13 @@ pub(super) fn make(
             }
             return in_memory(&planned, manifest, sizes, tables);
         }
-        // The image is not to be in memory beside what it was made of.
+        // The tree is dropped first, so that memory never holds both the tree and the image.
         drop(tree);
         if let Some(reader) = read(store, manifest).and_then(|stored| stored.open(store, sizes)) {
             return Ok(reader);
         }
     }
-    // There is no store, or somebody has emptied it this moment.
+    // There is no store, or its file was deleted in this moment.
     in_memory(
         &Planned::new(&merge()?, sizes, tables.limit())?,
         manifest,
@@ -89,7 +90,7 @@ pub(super) fn make(
     )
 }
 
-/// Makes the image beside the tree, so there must be memory for both.
+/// Makes the image in memory, beside the tree. So there must be memory for both.
 fn in_memory(
     planned: &Planned<'_>,
     manifest: &Digest,
@@ -99,7 +100,7 @@ fn in_memory(
     let bytes = planned.metadata_bytes();
     let mut charge = tables.charge();
     charge.exactly(bytes)?;
-    // Fits in memory, as it was charged.
+    // The size fits in memory, because it was charged.
     let mut image = Vec::with_capacity(bytes as usize);
     planned.write(manifest, &mut image)?;
     Ok(Reader::open(image, sizes)?)

@@ -1,8 +1,8 @@
-//! Checking what the store has of an image, or all that it has.
+//! Checks of the stored parts of one image, or of the whole store.
 //!
-//! What is damaged is removed: it is made or fetched again by whoever needs it next, and a mount that uses it now is not
-//! disturbed. What cannot be checked or removed is reported, and the check goes on with the rest. Profiles, which are hints,
-//! are checked when they are used.
+//! Damaged parts are removed. The next user makes or fetches them again, and a mount that is using them is not
+//! disturbed. Parts that cannot be checked or removed are reported, and the check continues with the rest. Profiles
+//! are hints and are checked when they are used.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -20,7 +20,7 @@ use crate::os::clear_way;
 use crate::resolve::ResolvedImage;
 use crate::store::{LayerDir, Store, StoreError, read_sealed};
 
-/// What a check of the store found.
+/// The result of a check of the store.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct StoreReport {
     /// Documents that match their digests.
@@ -31,27 +31,27 @@ pub struct StoreReport {
     pub layers: u64,
     /// Spans of data that are as they were written.
     pub spans: u64,
-    /// Bytes of those.
+    /// Bytes of the spans that are as they were written.
     pub bytes: u64,
-    /// Spans that were not, and were dropped.
+    /// Spans that were damaged and have been dropped.
     pub dropped_spans: u64,
-    /// Files that were not, and were removed.
+    /// Files that were damaged, or useless without a damaged file, and have been removed.
     pub removed: Vec<PathBuf>,
-    /// Files that could not be read, or not removed, and why.
+    /// Files that could not be read or removed, with the reason.
     pub unchecked: Vec<Unchecked>,
 }
 
 /// A file or directory of the store that could not be checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Unchecked {
-    /// Which.
+    /// The file or directory.
     pub path: PathBuf,
-    /// Why not.
+    /// Why it could not be checked.
     pub reason: String,
 }
 
 impl StoreReport {
-    /// Whether all of it was as it should be.
+    /// Whether everything that was checked is sound.
     pub fn is_sound(&self) -> bool {
         self.dropped_spans == 0 && self.removed.is_empty() && self.unchecked.is_empty()
     }
@@ -70,19 +70,19 @@ impl StoreReport {
         });
     }
 
-    /// Checks a sealed file; whether it is there and sound.
+    /// Checks a sealed file, and removes it if it is damaged. Returns whether it exists and is sound.
     fn sealed(&mut self, path: &Path) -> bool {
         match read_sealed(path) {
             Ok(content) => return content.is_some(),
             Err(StoreError::Damaged { .. }) => self.remove(path),
-            // What its owner may not read is of no use.
+            // A file that its owner may not read is useless.
             Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => self.remove(path),
             Err(error) => self.cannot(path, &error),
         }
         false
     }
 
-    /// Checks a document.
+    /// Checks a document. Counts it if it exists and is sound.
     fn document(&mut self, store: &Store, digest: &Digest) {
         let path = store.document_path(digest);
         let there = |path: &PathBuf| path.symlink_metadata().is_ok();
@@ -95,7 +95,8 @@ impl StoreReport {
     }
 }
 
-/// Checks what `store` has of `image`, or all that it has. `progress` hears of each layer before it is checked.
+/// Checks the stored parts of `image`, or the whole store if `image` is `None`. Calls `progress` with each layer
+/// before it checks the layer.
 pub fn verify(
     store: &Store,
     image: Option<&ResolvedImage>,
@@ -160,7 +161,7 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
         stored_spans(dir, &digest)
     });
     let Some(spans) = spans else {
-        // Without all of its index the layer is streamed again, and its device is of no use.
+        // Without all parts of its index the layer will be streamed again, so its device is useless.
         let there = |path: &PathBuf| path.symlink_metadata().is_ok();
         for path in files.into_iter().chain([dir.data()]).filter(there) {
             report.remove(&path);

@@ -1,4 +1,4 @@
-//! Turns the events of a first pass into a [`SpanIndex`].
+//! Builds a [`SpanIndex`] from the events of a first pass.
 
 use std::fmt;
 use std::io;
@@ -7,12 +7,14 @@ use super::format::{Entry, Header, Identity};
 use super::span_index::SpanIndex;
 use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
 
-/// The zstd level of windows, which is the fastest. Level 3 makes an index one per cent smaller, and takes twice as long.
+/// Level of zstd for windows, the fastest of the regular ones. Level 3 makes an index one per cent smaller and takes
+/// twice as long.
 const WINDOW_LEVEL: i32 = 1;
 
 /// Collects spans, hashes them and compresses their windows.
 ///
-/// It hashes neither the blob nor the whole tar: whoever feeds it does, and vouches for the [`Identity`] given at the end.
+/// The builder hashes neither the blob nor the whole tar. The caller hashes both, and vouches for the [`Identity`]
+/// that it gives to [`SpanIndexBuilder::finish`].
 pub struct SpanIndexBuilder {
     compression: Compression,
     entries: Vec<Entry>,
@@ -20,7 +22,7 @@ pub struct SpanIndexBuilder {
     compressor: zstd::bulk::Compressor<'static>,
     hasher: blake3::Hasher,
     tar_size: u64,
-    /// The first trouble; reported at the end, because events come through a trait that cannot fail.
+    /// The first error. [`SpanIndexBuilder::finish`] reports it, because the methods of [`DecodeSink`] cannot fail.
     trouble: Option<IndexError>,
 }
 
@@ -35,7 +37,7 @@ impl fmt::Debug for SpanIndexBuilder {
 }
 
 impl SpanIndexBuilder {
-    /// A builder that has seen nothing yet.
+    /// Makes a builder that has seen no events.
     pub fn new(compression: Compression) -> Result<Self, IndexError> {
         Ok(Self {
             compression,
@@ -48,12 +50,12 @@ impl SpanIndexBuilder {
         })
     }
 
-    /// Memory that grows with the number of spans.
+    /// Returns the memory in bytes that grows with the number of spans.
     pub fn bytes_of_spans(&self) -> u64 {
         (self.entries.len() * size_of::<Entry>()) as u64
     }
 
-    /// The index, once the whole layer went through. Fails if the events were not those of one [`super::LayerDecoder`].
+    /// Returns the index of the whole layer. Fails if the events were not those of one [`super::LayerDecoder`].
     pub fn finish(mut self, identity: Identity) -> Result<SpanIndex, IndexError> {
         self.close_span();
         if let Some(trouble) = self.trouble {

@@ -1,11 +1,11 @@
-//! The three ways a layer is stored, behind one interface.
+//! One interface to the decoders of all three compressions.
 
 use super::gzip::Gzip;
 use super::zstd::{Room, Zstd};
 use super::step::Step;
 use super::{BitPosition, Compression, IndexError};
 
-/// A decoder from some place of a blob to its end.
+/// A decoder from some position of a blob to its end.
 #[derive(Debug)]
 pub(super) enum Codec {
     Tar { offset: u64, start: Option<BitPosition> },
@@ -14,7 +14,7 @@ pub(super) enum Codec {
 }
 
 impl Codec {
-    /// From the first byte of a blob.
+    /// Makes a decoder that begins at the first byte of a blob.
     pub(super) fn new(compression: Compression, room: Room) -> Result<Self, IndexError> {
         Ok(match compression {
             Compression::Tar => Self::Tar {
@@ -26,7 +26,7 @@ impl Codec {
         })
     }
 
-    /// From a restart; the first input byte is the one that `position` lies in.
+    /// Makes a decoder that begins at a restart. The first input byte is the one that contains `position`.
     pub(super) fn resume(
         compression: Compression,
         position: BitPosition,
@@ -43,7 +43,7 @@ impl Codec {
         })
     }
 
-    /// Decodes some input. Never returns [`Step::Input`] before all input is consumed.
+    /// Decodes some input. Returns [`Step::Input`] only after all input is consumed.
     pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
         match self {
             Self::Tar { offset, start } => {
@@ -65,7 +65,7 @@ impl Codec {
         }
     }
 
-    /// Asks for [`Step::Restart`] at the first chance at or after output position `total`.
+    /// Asks for [`Step::Restart`] at the first possible place at or after output position `total`.
     pub(super) fn stop_at(&mut self, total: u64) {
         match self {
             Self::Tar { .. } => {}
@@ -74,14 +74,14 @@ impl Codec {
         }
     }
 
-    /// Declares the position of a [`Step::Restart`] just returned a restart.
+    /// Makes the position of the [`Step::Restart`] just returned a restart.
     pub(super) fn track(&mut self) {
         if let Self::Gzip(gzip) = self {
             gzip.inflate().track();
         }
     }
 
-    /// The window of the last restart, once complete; empty if it needs none.
+    /// Returns the window of the last restart once it is complete. The window is empty if the restart needs none.
     pub(super) fn take_window(&mut self) -> Option<Vec<u8>> {
         match self {
             Self::Gzip(gzip) => gzip.inflate().take_window(),
@@ -89,7 +89,8 @@ impl Codec {
         }
     }
 
-    /// Checks that the blob may end after `size` bytes; where ignored bytes after its content begin, if there are any.
+    /// Checks that the blob may end after `size` bytes. Returns the offset of ignored bytes after the content, if
+    /// there are any.
     pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
         match self {
             Self::Tar { .. } => Ok(None),

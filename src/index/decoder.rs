@@ -1,4 +1,4 @@
-//! Decoding some spans of a layer.
+//! Decodes some spans of a layer.
 
 use std::ops::Range;
 use std::vec;
@@ -8,10 +8,10 @@ use super::step::Step;
 use super::zstd::Room;
 use super::{BitPosition, Compression, IndexError, SpanId};
 
-/// A span still to be delivered: its place in the tar and its digest.
+/// A span to be delivered: its range in the tar and its digest.
 type Expected = (Range<u64>, [u8; 32]);
 
-/// Decodes a run of spans from the blob bytes of [`super::SpanIndex::blob_range`] and verifies each.
+/// Decodes a run of spans from the blob bytes of [`super::SpanIndex::blob_range`], and verifies each span.
 #[derive(Debug)]
 pub struct SpanDecoder {
     codec: Codec,
@@ -19,9 +19,9 @@ pub struct SpanDecoder {
     span: SpanId,
     current: Option<Expected>,
     rest: vec::IntoIter<Expected>,
-    /// Spans not yet delivered.
+    /// Number of spans not yet delivered.
     left: usize,
-    /// Its bytes so far.
+    /// Bytes of the current span so far.
     bytes: Vec<u8>,
 }
 
@@ -46,10 +46,10 @@ impl SpanDecoder {
         })
     }
 
-    /// Decodes the next bytes of the blob and gives every span they complete to `sink`, whole and verified, in order.
+    /// Decodes the next bytes of the blob. Gives every completed span to `sink`, whole and verified, in order.
     ///
-    /// Bytes beyond the last span are ignored. Fails with [`IndexError::SpanCorrupt`], or with what is wrong with the compressed
-    /// data; after that nothing more is delivered.
+    /// Ignores bytes beyond the last span. Fails with [`IndexError::SpanCorrupt`], or with what is wrong with the
+    /// compressed data. After an error the decoder delivers nothing more.
     pub fn push(&mut self, mut compressed: &[u8], sink: &mut dyn FnMut(SpanId, &[u8])) -> Result<(), IndexError> {
         while self.current.is_some() {
             let mut bytes = match self.codec.step(&mut compressed) {
@@ -88,7 +88,7 @@ impl SpanDecoder {
     }
 }
 
-/// Verifies and delivers a span. Leaves `current` empty, so that nothing follows a failure.
+/// Verifies and delivers a span. Leaves `current` empty, so nothing is delivered after a failure.
 fn deliver(
     current: &mut Option<Expected>,
     span: SpanId,

@@ -16,11 +16,11 @@
 //! 320 + 64 n+w  32     BLAKE3 of everything before
 //!
 //! span: 0       8      offset of its first byte in the tar
-//!       8       8      position in the blob, in bits: where decoding can begin; if it is no restart, the end of the bytes
-//!                      that everything before the span was decoded from
+//!       8       8      position in the blob, in bits. Restart: where decoding begins. Other span: the end of the bytes
+//!                      from which everything before the span was decoded
 //!       16      8      offset of its window within the windows
-//!       24      4      length of its window; 0: it needs none
-//!       28      4      flags: 1 decoding can begin here
+//!       24      4      length of its window; 0 means that it needs none
+//!       28      4      flags: 1 means that decoding can begin here
 //!       32      32     BLAKE3 of its bytes of the tar
 //! ```
 
@@ -35,22 +35,22 @@ const VERSION: u32 = 1;
 const HEADER: usize = 320;
 const ENTRY: usize = 64;
 const CHECKSUM: usize = 32;
-/// Room for a digest as text; `sha512:` and 128 digits are 135 bytes.
+/// Bytes of a digest as text. The longest, `sha512:` and 128 digits, has 135 bytes.
 const DIGEST_TEXT: usize = 136;
 const RESTART: u32 = 1;
 
-/// Which layer an index describes.
+/// The layer that an index describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     /// Digest of the blob.
     pub blob: Digest,
-    /// Bytes in the blob.
+    /// Size of the blob in bytes.
     pub blob_size: u64,
     /// Digest of the uncompressed tar.
     pub diff_id: DiffId,
 }
 
-/// What the header of the file says, the counts aside.
+/// The header of the file, except the counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) compression: Compression,
@@ -58,12 +58,12 @@ pub(super) struct Header {
     pub(super) identity: Identity,
 }
 
-/// One span.
+/// One span of the index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) tar_offset: u64,
     pub(super) position: BitPosition,
-    /// Place of the compressed window; empty if there is none.
+    /// Range of the compressed window within the windows; empty if the span has no window.
     pub(super) window: Range<u64>,
     pub(super) restart: bool,
     pub(super) digest: [u8; 32],
@@ -155,7 +155,7 @@ fn digest_at(bytes: &[u8], at: usize) -> Result<Digest, IndexError> {
     digest.ok_or(malformed("a digest is invalid"))
 }
 
-/// Takes the file apart; checks what is needed for that, and the checksum.
+/// Splits the file into its parts. Checks what it needs for that, and the checksum.
 pub(super) fn parse(bytes: &[u8]) -> Result<(Header, Vec<Entry>, Range<usize>), IndexError> {
     if bytes.len() < HEADER + CHECKSUM {
         return Err(malformed("it is too short"));
@@ -188,7 +188,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Header, Vec<Entry>, Range<usize>), 
     if room - table != u64_at(bytes, 40) {
         return Err(malformed("its length does not fit its counts"));
     }
-    // At most `room`, which is a length in memory.
+    // The table is at most as long as `room`, which is a length in memory.
     let table_end = HEADER + table as usize;
     let entries = content[HEADER..table_end].chunks_exact(ENTRY).map(parse_entry);
     let header = Header {
@@ -219,7 +219,7 @@ fn parse_entry(bytes: &[u8]) -> Result<Entry, IndexError> {
     })
 }
 
-/// Checks everything the methods of [`super::SpanIndex`] rely on.
+/// Checks everything on which the methods of [`super::SpanIndex`] rely.
 pub(super) fn validate(header: &Header, entries: &[Entry], windows: u64) -> Result<(), IndexError> {
     if u32::try_from(entries.len()).is_err() {
         return Err(IndexError::TooManySpans);

@@ -1,4 +1,4 @@
-//! gzip (RFC 1952): members around deflate streams.
+//! gzip decoder (RFC 1952): members around deflate streams.
 //!
 //! ```text
 //! Header --> Body --> Trailer --> Between --+-- 1f 8b --> Header
@@ -6,8 +6,8 @@
 //!                                           +-- else ---> Garbage <-+ (non-zero)
 //! ```
 //!
-//! As gzip(1) does it: members follow each other directly, zeros may follow the last one, and anything else after it is
-//! ignored with a warning.
+//! The decoder follows gzip(1). Members follow each other directly. Zeros may follow the last member. The decoder
+//! ignores any other bytes after the last member, and reports where they begin.
 
 use crc32fast::Hasher;
 
@@ -19,21 +19,21 @@ const FHCRC: u8 = 2;
 const FEXTRA: u8 = 4;
 const FNAME: u8 = 8;
 const FCOMMENT: u8 = 16;
-/// Flag bits that RFC 1952 reserves; they may announce fields nobody could skip.
+/// Flag bits that RFC 1952 reserves. Such flags may announce fields that the decoder could not skip.
 const RESERVED: u8 = 0xe0;
 
-/// A stream of gzip members, or of the rest of one and the members after it.
+/// Decoder of gzip members. Decoding begins at the first member, or at a restart within a member.
 #[derive(Debug)]
 pub(super) struct Gzip {
     state: State,
     inflate: Inflate,
-    /// Blob offset of the first byte given to `inflate`.
+    /// Offset in the blob of the first byte given to `inflate`.
     base: u64,
-    /// CRC-32 of the member's output; `None` in a member whose beginning was not seen.
+    /// CRC-32 of the member's output; `None` if decoding began within the member.
     crc: Option<Hasher>,
-    /// Length of the member's output so far, modulo 2^32.
+    /// Length in bytes of the member's output so far, modulo 2^32.
     length: u32,
-    /// At least one member is complete.
+    /// Whether at least one member is complete, or decoding began at a restart.
     complete: bool,
 }
 
@@ -54,7 +54,7 @@ struct Header {
     crc: Hasher,
 }
 
-/// The part of a header that the next byte belongs to.
+/// The field of a header that contains the next byte.
 #[derive(Debug, Clone, Copy)]
 enum Field {
     Fixed { at: usize },
@@ -74,7 +74,7 @@ impl Header {
         }
     }
 
-    /// Takes the next byte; `true` once the header is complete.
+    /// Takes the next byte. Returns `true` once the header is complete.
     fn push(&mut self, byte: u8) -> Result<bool, &'static str> {
         let next = match self.field {
             Field::Fixed { at } => {
@@ -120,7 +120,7 @@ impl Header {
         Ok(false)
     }
 
-    /// The first optional field behind the one of flag `done` (0: the fixed part).
+    /// Returns the first optional field behind the field with the flag `done`; 0 stands for the fixed part.
     fn after(&self, done: u8) -> Option<Field> {
         [
             (FEXTRA, Field::ExtraLength { low: None }),
@@ -137,7 +137,7 @@ impl Header {
 }
 
 impl Gzip {
-    /// At the first byte of a blob.
+    /// Makes a decoder at the first byte of a blob.
     pub(super) fn new() -> Self {
         Self {
             state: State::Header(Header::new()),
@@ -149,7 +149,7 @@ impl Gzip {
         }
     }
 
-    /// At a restart; `window` as in [`Inflate::resume`].
+    /// Makes a decoder at a restart. For `window` see [`Inflate::resume`].
     pub(super) fn resume(position: BitPosition, window: &[u8]) -> Self {
         Self {
             state: State::Body,
@@ -183,7 +183,7 @@ impl Gzip {
                     Progress::Input => return Ok(Step::Input),
                     Progress::Block => return Ok(Step::Restart(self.position())),
                     Progress::End => self.state = State::Trailer { bytes: [0; 8], have: 0 },
-                    // Decoding goes on: the output was taken.
+                    // Decoding continues, because the output was taken.
                     Progress::Output => {}
                 }
                 continue;
@@ -252,7 +252,8 @@ impl Gzip {
         Ok(())
     }
 
-    /// Checks that the stream may end after `size` bytes; the offset of ignored bytes after the last member, if there are any.
+    /// Checks that the stream may end after `size` bytes. Returns the offset of ignored bytes after the last member,
+    /// if there are any.
     pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
         match &self.state {
             State::Between | State::Padding => Ok(None),

@@ -1,18 +1,24 @@
-//! A streaming inflater (RFC 1951) that can stop at, and start from, any block boundary.
+//! A streaming inflater (RFC 1951) that can stop at any block boundary and start from any.
 //!
-//! [`Inflate::decode`] takes compressed bytes in pieces of any size and puts its output into a buffer of its own, from which
-//! the caller takes it with [`Inflate::take_output`]. The last 32 KiB of output stay in that buffer as history. Between calls
-//! the state is a phase, at most 63 bits that were read ahead, and the tables of the current block: nothing is lost or read
-//! twice when the input ends in the middle of a code.
+//! # How it works
+//! [`Inflate::decode`] takes compressed bytes in pieces of any size. The decoder puts the output into its own buffer.
+//! The caller takes the output with [`Inflate::take_output`]. The last 32 KiB of output stay in that buffer as
+//! history.
 //!
-//! Two loops decode symbols. The fast one runs while 16 input bytes and room for a whole match are left; it reads eight bytes
-//! at a time and consults tables whose entries hold everything about a symbol (`tables`). The careful one decodes one
-//! literal or match from exactly the bits there are, or leaves everything as it was and asks for more input.
+//! Between calls the state is a phase, at most 63 bits that were read ahead, and the tables of the current block. If
+//! the input ends in the middle of a code, nothing is lost or read twice.
 //!
-//! A *restart* is a block boundary plus the history that later references read. [`Inflate::track`] begins to record these
-//! references (`track`), [`Inflate::take_window`] returns the history once it is known; [`Inflate::resume`] starts there.
+//! Two loops decode symbols. The fast loop runs while 16 input bytes and room for a whole match are left. The fast
+//! loop reads eight bytes at a time, and its tables hold everything about a symbol in one entry (`tables`). The
+//! careful loop decodes one literal or match from exactly the bits that are there. If the bits do not suffice, the
+//! careful loop changes nothing and asks for more input.
 //!
-//! Invariant: a stream is accepted exactly when zlib accepts it, with the same output.
+//! A *restart* is a block boundary, together with the history that later references read. [`Inflate::track`] begins
+//! to record these references (`track`). [`Inflate::take_window`] returns the history once it is known.
+//! [`Inflate::resume`] starts at a restart.
+//!
+//! # Invariants
+//! - The inflater accepts a stream exactly when zlib accepts it, with the same output.
 
 mod header;
 mod symbols;
@@ -23,49 +29,49 @@ use header::Header;
 use tables::Tables;
 use track::Tracker;
 
-/// How far back a reference can reach.
+/// Largest distance of a back-reference in bytes.
 pub const HISTORY: usize = 32 * 1024;
 
-/// Size of the output buffer, history included: large enough that keeping the history costs little, small enough for the
-/// second-level cache.
+/// Size of the output buffer in bytes, history included. A much larger buffer would not fit the second-level
+/// cache. A smaller one would move the history more often.
 const BUFFER: usize = 256 * 1024;
 const MASK: usize = BUFFER - 1;
-/// Bytes behind the buffer that a match's last 16-byte copy may overwrite.
+/// Bytes behind the buffer that the last 16-byte copy of a match may overwrite.
 const SLACK: usize = 32;
-/// Longest match (RFC 1951, 3.2.5).
+/// Longest match in bytes (RFC 1951, 3.2.5).
 const MAX_MATCH: usize = 258;
-/// The last position at which a round of the symbol loops may begin: three literals and one match fit behind it.
+/// Last position at which a round of the symbol loops may begin. Three literals and one match fit behind it.
 const STOP: usize = BUFFER - 3 - MAX_MATCH - 1;
 
 /// Why a deflate stream is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeflateError {
-    /// Block type 3.
+    /// A block of type 3.
     #[error("reserved block type")]
     BlockType,
-    /// A stored block whose length and its complement disagree.
+    /// A stored block whose length and complement disagree.
     #[error("stored block with a bad length")]
     StoredLength,
     /// More than 286 literal/length or 30 distance codes.
     #[error("too many codes in a block header")]
     TooManyCodes,
-    /// A repeat with nothing to repeat, or past the last code length.
+    /// A repeat without a previous code length, or beyond the last code length.
     #[error("bad repeat of a code length")]
     BadRepeat,
-    /// A block that could never end.
+    /// A block that has no code for its end.
     #[error("no code for the end of the block")]
     NoEndOfBlock,
-    /// Code lengths that promise more codes than there are bits for.
+    /// Code lengths that need more codes than exist.
     #[error("oversubscribed code")]
     Oversubscribed,
-    /// Code lengths that leave bit patterns without a meaning.
+    /// Code lengths that leave bit patterns unused.
     #[error("incomplete code")]
     Incomplete,
-    /// A bit pattern or symbol without a meaning.
+    /// A bit pattern or symbol that has no meaning.
     #[error("invalid symbol")]
     InvalidSymbol,
-    /// A reference to before the start of the stream.
+    /// A back-reference that reaches before the start of the stream.
     #[error("back-reference too far")]
     DistanceTooFar,
 }
@@ -73,13 +79,15 @@ pub enum DeflateError {
 /// Why [`Inflate::decode`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// All input is consumed; go on with more.
+    /// All input is consumed; continue with more input.
     Input,
-    /// Take the output before going on: the buffer is full, or [`Progress::Block`] comes next.
+    /// Take the output before continuing: the buffer is full, or [`Progress::Block`] comes next.
     Output,
-    /// The next bit begins a block, at or after the output position given to [`Inflate::stop_at_block`]. Going on decodes it.
+    /// The next bit begins a block, at or after the output position given to [`Inflate::stop_at_block`]. The next
+    /// call decodes the block.
     Block,
-    /// The last block is decoded. Input after it is untouched, except for what [`Inflate::next_byte`] returns first.
+    /// The last block is decoded. The input behind it is untouched, except for bytes that [`Inflate::next_byte`]
+    /// returns first.
     End,
 }
 
@@ -96,27 +104,27 @@ enum Phase {
     Done,
 }
 
-/// The state of one deflate stream. About 300 KiB.
+/// State of one deflate stream, about 300 KiB.
 #[derive(Debug)]
 pub struct Inflate {
     phase: Phase,
     last_block: bool,
     bits: u64,
-    /// Number of valid bits in `bits`; the others are zero.
+    /// Number of valid bits in `bits`; the other bits are zero.
     count: u32,
-    /// Compressed bytes taken in, whole.
+    /// Compressed bytes read so far, including those read ahead.
     consumed: u64,
     buf: Box<[u8]>,
-    /// Where the next byte goes.
+    /// Position of the next byte of output.
     pos: usize,
-    /// First byte not yet taken by the caller.
+    /// Position of the first byte that the caller has not taken.
     taken: usize,
-    /// First byte a reference may read, in so far as it is within 32 KiB.
+    /// Position of the first byte that a reference may read, if it is within 32 KiB.
     valid: usize,
     /// Bytes of output so far, taken or not.
     total: u64,
     stop_at: u64,
-    /// The block that begins here was announced.
+    /// Whether [`Progress::Block`] was returned for the block that begins here.
     stopped: bool,
     tables: Box<Tables>,
     header: Box<Header>,
@@ -131,7 +139,7 @@ impl Default for Inflate {
 }
 
 impl Inflate {
-    /// A decoder at the start of a deflate stream.
+    /// Makes a decoder at the start of a deflate stream.
     pub fn new() -> Self {
         Self {
             phase: Phase::BlockHeader,
@@ -153,9 +161,9 @@ impl Inflate {
         }
     }
 
-    /// A decoder at a restart: the first input byte's lowest `skip_bits` (0 to 7) bits belong to the block before, and
-    /// `window` (at most 32 KiB, the last byte being the one right before the restart) is the history. References past the
-    /// front of `window` read zeros, because a window is kept without the zeros at its front.
+    /// Makes a decoder at a restart. The lowest `skip_bits` (0 to 7) bits of the first input byte belong to the
+    /// previous block. `window` is the history: at most 32 KiB, whose last byte is the one right before the restart.
+    /// References past the front of `window` read zeros, because a window is kept without the zeros at its front.
     pub fn resume(window: &[u8], skip_bits: u8) -> Self {
         let mut inflate = Self::new();
         let window = &window[window.len().saturating_sub(HISTORY)..];
@@ -168,7 +176,7 @@ impl Inflate {
         inflate
     }
 
-    /// Starts a new stream with the next byte. History and output of the one before are no longer within reach.
+    /// Starts a new stream with the next byte. References cannot reach the history and output of the previous stream.
     pub fn restart(&mut self) {
         self.align();
         self.phase = Phase::BlockHeader;
@@ -177,12 +185,13 @@ impl Inflate {
         self.stopped = false;
     }
 
-    /// Asks [`Inflate::decode`] to return [`Progress::Block`] at each block that begins at output position `total` or later.
+    /// Asks [`Inflate::decode`] to return [`Progress::Block`] at each block that begins at output position `total` or
+    /// later.
     pub fn stop_at_block(&mut self, total: u64) {
         self.stop_at = total;
     }
 
-    /// Bits of input that are decoded.
+    /// Returns the number of decoded bits of input.
     pub fn position_bits(&self) -> u64 {
         self.consumed * 8 - u64::from(self.count)
     }
@@ -192,25 +201,26 @@ impl Inflate {
         self.taken < self.pos
     }
 
-    /// The output since the last call.
+    /// Returns the output since the last call.
     pub fn take_output(&mut self) -> &[u8] {
         let from = std::mem::replace(&mut self.taken, self.pos);
         &self.buf[from..self.pos]
     }
 
-    /// Declares the current position, a block boundary, a restart: what later references read of the history before it is
-    /// recorded from here on. A recording that has seen no output yet is dropped.
+    /// Makes the current position, which is a block boundary, a restart. Records from here on which bytes of the
+    /// history before it later references read. Drops an incomplete earlier recording.
     pub fn track(&mut self) {
         self.tracker = (self.valid < self.pos).then(|| Tracker::new(&self.buf, self.valid, self.pos));
     }
 
-    /// The window of the last restart, once it is complete: after 32 KiB of output, or at the end of the stream. Bytes that
-    /// no reference reads are zero, and zeros at the front are left out; empty if no byte is read at all.
+    /// Returns the window of the last restart once it is complete: after 32 KiB of output, or at the end of the
+    /// stream. Bytes that no reference reads are zero, and zeros at the front are left out. The window is empty if no
+    /// byte is read.
     pub fn take_window(&mut self) -> Option<Vec<u8>> {
         self.window.take()
     }
 
-    /// The next whole byte after the end of the stream, from what was read ahead or from `input`.
+    /// Returns the next whole byte after the end of the stream, from the bits read ahead or from `input`.
     pub fn next_byte(&mut self, input: &mut &[u8]) -> Option<u8> {
         self.align();
         if self.count >= 8 {
@@ -224,7 +234,7 @@ impl Inflate {
         Some(byte)
     }
 
-    /// Decodes until input or room for output runs out, or something happens that the caller wants to know.
+    /// Decodes until the input or the room for output is used up, or until another [`Progress`] is due.
     pub fn decode(&mut self, input: &mut &[u8]) -> Result<Progress, DeflateError> {
         loop {
             if self
@@ -277,7 +287,7 @@ impl Inflate {
         self.taken = HISTORY;
         self.valid = self.valid.saturating_sub(by);
         if let Some(tracker) = &mut self.tracker {
-            // Recording ends 32 KiB after the restart, so the restart lies in the part that is kept.
+            // Recording ends 32 KiB after the restart, so the restart lies in the part that stays.
             tracker.start -= by;
         }
     }
@@ -288,7 +298,7 @@ impl Inflate {
         }
     }
 
-    /// Reads ahead as far as `bits` can hold.
+    /// Reads ahead as many bytes as `bits` can hold.
     fn top_up(&mut self, input: &mut &[u8]) {
         if let Some(word) = input.first_chunk::<8>() {
             self.bits |= u64::from_le_bytes(*word) << self.count;
@@ -310,7 +320,7 @@ impl Inflate {
         }
     }
 
-    /// Whether the next `bits` (at most 56) bits are there.
+    /// Whether the next `bits` bits, at most 56, are available.
     fn need(&mut self, input: &mut &[u8], bits: u32) -> bool {
         if self.count < bits {
             self.top_up(input);
@@ -333,7 +343,8 @@ impl Inflate {
         self.drop_bits(self.count % 8);
     }
 
-    // Each of the following does one phase as far as the input goes, and says whether it got to its end.
+    // Each of the following functions decodes one phase as far as the input goes. The result says whether the
+    // function completed the phase.
 
     fn skip(&mut self, input: &mut &[u8], bits: u32) -> bool {
         let enough = self.need(input, bits);
@@ -427,19 +438,19 @@ mod tests {
     struct Bits(Vec<bool>);
 
     impl Bits {
-        /// An integer, lowest bit first.
+        /// Appends an integer, lowest bit first.
         fn int(mut self, value: u32, width: u32) -> Self {
             self.0.extend((0..width).map(|bit| value >> bit & 1 == 1));
             self
         }
 
-        /// A Huffman code, as RFC 1951 prints them.
+        /// Appends a Huffman code, written as in RFC 1951.
         fn code(mut self, digits: &str) -> Self {
             self.0.extend(digits.bytes().map(|digit| digit == b'1'));
             self
         }
 
-        /// The header of a last block with a dynamic code, up to these code lengths of the precode.
+        /// Makes the header of a last block with a dynamic code, up to these code lengths of the precode.
         fn dynamic(litlen: u32, dist: u32, precode: &[u32]) -> Self {
             let counts = Self::default()
                 .int(1, 1)
@@ -450,7 +461,7 @@ mod tests {
             precode.iter().fold(counts, |bits, &length| bits.int(length, 3))
         }
 
-        /// A last block with the fixed code.
+        /// Makes a last block with the fixed code.
         fn fixed(codes: &[&str]) -> Self {
             codes
                 .iter()
@@ -465,7 +476,7 @@ mod tests {
         }
     }
 
-    /// Code lengths of a precode where `0` is a code length of 1 and `1` is symbol 18, many zeros.
+    /// Code lengths of a precode in which code `0` is a code length of 1 and code `1` is symbol 18, many zeros.
     const ONES_AND_ZEROS: [u32; 18] = [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 
     fn inflate(inflate: &mut Inflate, mut input: &[u8], piece: usize) -> Result<(Vec<u8>, bool), DeflateError> {
@@ -499,7 +510,7 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// Text with near and far repeats, and noise.
+    /// Generates text with near and far repeats, and noise.
     fn content(length: usize, seed: u64) -> Vec<u8> {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut content: Vec<u8> = Vec::new();
@@ -519,7 +530,7 @@ mod tests {
     #[test]
     fn invalid_streams_are_refused_for_the_right_reason() {
         let sparse = || Bits::dynamic(257, 1, &ONES_AND_ZEROS);
-        // In the fixed code; the length is 3, the distances are numbers 0 (1), 1 (2) and 30.
+        // Codes of the fixed code. The length is 3; the distances are numbers 0 (1), 1 (2) and 30.
         let [a, length, near, far, never] = ["10010001", "0000001", "00000", "00001", "11110"];
         let cases = [
             (Bits::default().int(1, 1).int(3, 2), DeflateError::BlockType),
@@ -533,7 +544,7 @@ mod tests {
             (Bits::dynamic(257, 1, &[2, 2, 1, 1]), DeflateError::Oversubscribed),
             (Bits::dynamic(257, 1, &[2, 2, 2, 0]), DeflateError::Incomplete),
             (Bits::dynamic(257, 1, &[0; 4]), DeflateError::Incomplete),
-            // Symbol 16, repeat, with nothing before it.
+            // Symbol 16, repeat, with nothing to repeat.
             (
                 Bits::dynamic(257, 1, &[1, 1, 0, 0]).code("0").int(0, 2),
                 DeflateError::BadRepeat,
@@ -579,7 +590,7 @@ mod tests {
 
     #[test]
     fn codes_of_one_symbol_are_accepted() {
-        // The end of the block and one distance, a bit each.
+        // Codes of one bit each for the end of the block and for one distance.
         let header = Bits::dynamic(257, 1, &ONES_AND_ZEROS)
             .code("1")
             .int(127, 7)
@@ -613,7 +624,8 @@ mod tests {
         }
     }
 
-    /// Stops at each block; resumes at each from the window recorded there, and at each bit position.
+    /// Stops at each block, then resumes at each block from the window recorded there. The blocks begin at various
+    /// bit positions.
     #[test]
     fn every_block_can_be_a_restart() {
         let content = content(600_000, 3);

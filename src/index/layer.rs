@@ -1,4 +1,4 @@
-//! The first pass: a whole blob in, tar bytes and the places of its spans out.
+//! The first pass: decodes a whole blob into tar bytes, and finds where spans begin.
 
 use super::codec::Codec;
 use super::step::Step;
@@ -6,7 +6,8 @@ use super::zstd::{Room, room_within};
 use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanId};
 use crate::memory::TABLES;
 
-/// Least distance of restarts: references reach 32 KiB back, so that at most one window is being recorded at any time.
+/// Smallest distance of restarts in bytes of tar. References reach 32 KiB back, so with this distance at most one
+/// window is being recorded at any time.
 const MIN_SPACING: u64 = 64 * 1024;
 
 /// Where a span begins.
@@ -16,8 +17,8 @@ pub struct SpanStart {
     pub span: SpanId,
     /// Offset of its first byte in the tar.
     pub tar_offset: u64,
-    /// At a restart: where its first block or frame begins in the blob. Elsewhere: the end of the bytes that were needed to
-    /// decode everything before the span, and perhaps some after.
+    /// Position in the blob. At a restart: where its first block or frame begins. Elsewhere: the end of the bytes
+    /// needed to decode everything before the span; some bytes more may be included.
     pub position: BitPosition,
     /// Whether decoding can begin here.
     pub restart: bool,
@@ -25,41 +26,42 @@ pub struct SpanStart {
 
 /// Receives what [`LayerDecoder::push`] finds, in tar order.
 ///
-/// All arguments are plain values, so that a sink can record the events and replay them on another thread.
+/// All arguments are plain values. A sink can record the events and replay them on another thread.
 pub trait DecodeSink {
-    /// The bytes that come next belong to this span.
+    /// Begins a span: the following bytes belong to it.
     fn span(&mut self, start: SpanStart);
-    /// The next bytes of the tar; never empty.
+    /// Takes the next bytes of the tar; never empty.
     fn bytes(&mut self, bytes: &[u8]);
-    /// The history (at most 32 KiB, ending right before the span) that decoding from this span needs. Known only after some
-    /// of the span's bytes. A span without this event needs none.
+    /// Takes the history that decoding from this span needs: at most 32 KiB, ending right before the span. The event
+    /// comes after some bytes of the span. A span without the event needs no history.
     fn window(&mut self, span: SpanId, window: Vec<u8>);
 }
 
-/// What a whole blob turned out to be.
+/// What the first pass found out about a whole blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerEnd {
-    /// Compressed bytes.
+    /// Size of the blob in bytes.
     pub blob_size: u64,
-    /// Uncompressed bytes.
+    /// Size of the tar in bytes.
     pub tar_size: u64,
-    /// Where bytes begin that follow the last gzip member and are not zeros. They are ignored, as gzip(1) does with a
-    /// warning; other engines refuse such a layer.
+    /// Offset of bytes that follow the last gzip member and are not zeros. The decoder ignores these bytes. gzip(1)
+    /// ignores such bytes too, with a warning; other engines refuse such a layer.
     pub trailing_garbage: Option<u64>,
 }
 
 /// Decodes a layer from its first byte to its last and cuts it into spans.
 ///
-/// A span begins at a restart where possible: at the first block boundary or frame at least `spacing` bytes of tar behind the
-/// restart before. Where none comes it begins in the middle of a block or frame; decoding it has to begin at the nearest
-/// earlier restart. In an uncompressed layer each span is a restart.
+/// A span begins at a restart where possible. The restart is the first block boundary or frame that is at least
+/// `spacing` bytes of tar behind the previous restart. If there is none before the span becomes too long, the next
+/// span begins in the middle of a block or frame. To decode such a span, a reader has to begin at the nearest earlier
+/// restart. In an uncompressed layer each span is a restart.
 #[derive(Debug)]
 pub struct LayerDecoder {
     codec: Codec,
     cutter: Cutter,
     spacing: u64,
     blob_size: u64,
-    /// A restart right behind all output so far; it becomes a span with the next byte.
+    /// A restart right behind all output so far, which becomes a span with the next byte of output.
     candidate: Option<BitPosition>,
     /// The span whose window is being recorded.
     tracked: SpanId,
@@ -70,7 +72,7 @@ pub struct LayerDecoder {
 struct Cutter {
     max_span: u64,
     every_span_restarts: bool,
-    /// Tar bytes given to the sink.
+    /// Tar bytes given to the sink so far.
     out: u64,
     span_start: u64,
     /// Tar offset of the last restart.
@@ -79,8 +81,8 @@ struct Cutter {
 }
 
 impl Cutter {
-    /// Gives `bytes` to the sink, with a new span in front if they begin at a restart, and wherever the span gets too long.
-    /// Returns the span that began at `restart`.
+    /// Gives `bytes` to the sink. Begins a span before them if they begin at a restart, and wherever the current span
+    /// becomes too long. Returns the span that began at `restart`.
     fn cut(
         &mut self,
         restart: Option<BitPosition>,
@@ -125,12 +127,13 @@ impl Cutter {
 }
 
 impl LayerDecoder {
-    /// A decoder of a blob with this compression, with restarts about `spacing` bytes of tar apart (clamped to 64 KiB..=1 MiB).
+    /// Makes a decoder of a blob with this compression. Restarts are about `spacing` bytes of tar apart, clamped to
+    /// 64 KiB..=1 MiB.
     pub fn new(compression: Compression, spacing: u64) -> Result<Self, IndexError> {
         Self::with_room(compression, spacing, room_within(TABLES))
     }
 
-    /// One that asks for the memory it needs.
+    /// Makes a decoder like [`LayerDecoder::new`] that asks `room` for the memory of zstd windows.
     pub fn with_room(compression: Compression, spacing: u64, room: Room) -> Result<Self, IndexError> {
         let spacing = spacing.clamp(MIN_SPACING, MAX_SPAN);
         let mut codec = Codec::new(compression, room)?;
@@ -138,7 +141,8 @@ impl LayerDecoder {
         Ok(Self {
             codec,
             cutter: Cutter {
-                // A long deflate block ends sooner or later: wait for that as long as possible. A zstd frame rarely does.
+                // Most deflate blocks end within `MAX_SPAN`, so a gzip span waits that long for a restart. A zstd
+                // frame rarely ends in time, so a zstd span does not wait.
                 max_span: if compression == Compression::Gzip {
                     MAX_SPAN
                 } else {
@@ -157,7 +161,7 @@ impl LayerDecoder {
         })
     }
 
-    /// Decodes the next bytes of the blob. After an error the decoder is of no more use.
+    /// Decodes the next bytes of the blob. The decoder is useless after an error.
     pub fn push(&mut self, mut input: &[u8], sink: &mut dyn DecodeSink) -> Result<(), IndexError> {
         self.blob_size += input.len() as u64;
         loop {

@@ -1,4 +1,4 @@
-//! The span index: where spans lie in the tar and the blob, and how to decode them.
+//! The span index: where spans lie in the tar and in the blob, and how to decode them.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -16,7 +16,7 @@ use crate::oci::{DiffId, Digest};
 pub struct SpanIndex {
     header: Header,
     entries: Vec<Entry>,
-    /// Where the windows lie in `storage`.
+    /// Range of the windows in `storage`.
     windows: Range<usize>,
     storage: Box<dyn AsRef<[u8]> + Send + Sync>,
 }
@@ -42,9 +42,9 @@ impl SpanIndex {
         })
     }
 
-    /// Reads an index file, typically mapped into memory; the windows stay where they are.
+    /// Opens an index file, typically a memory map. The windows stay in the bytes.
     ///
-    /// The checksum is verified and everything validated, so that a damaged file is an error here and not later.
+    /// Verifies the checksum and validates everything, so a damaged file is an error here and not later.
     pub fn open(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Result<Self, IndexError> {
         let (header, entries, windows) = format::parse(bytes.as_ref())?;
         format::validate(&header, &entries, windows.len() as u64)?;
@@ -65,37 +65,37 @@ impl SpanIndex {
         &(*self.storage).as_ref()[self.windows.clone()]
     }
 
-    /// Memory that grows with the number of spans.
+    /// Returns the memory in bytes that grows with the number of spans.
     pub fn bytes_of_spans(&self) -> u64 {
         size_of_val(&*self.entries) as u64
     }
 
-    /// How the layer is compressed.
+    /// Returns the compression of the layer.
     pub fn compression(&self) -> Compression {
         self.header.compression
     }
 
-    /// Digest of the blob.
+    /// Returns the digest of the blob.
     pub fn blob_digest(&self) -> &Digest {
         &self.header.identity.blob
     }
 
-    /// Digest of the uncompressed tar.
+    /// Returns the digest of the uncompressed tar.
     pub fn diff_id(&self) -> &DiffId {
         &self.header.identity.diff_id
     }
 
-    /// Bytes in the blob.
+    /// Returns the size of the blob in bytes.
     pub fn blob_size(&self) -> u64 {
         self.header.identity.blob_size
     }
 
-    /// Bytes in the tar.
+    /// Returns the size of the tar in bytes.
     pub fn tar_size(&self) -> u64 {
         self.header.tar_size
     }
 
-    /// Number of spans. Zero only if the tar has no bytes.
+    /// Returns the number of spans, which is zero only if the tar has no bytes.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
@@ -105,13 +105,13 @@ impl SpanIndex {
         self.entries.is_empty()
     }
 
-    /// All spans in order.
+    /// Returns all spans in order.
     pub fn spans(&self) -> impl DoubleEndedIterator<Item = SpanId> + use<> {
-        // `validate` has made sure that the count fits.
+        // `validate` has checked that the count fits.
         (0..self.entries.len() as u32).map(SpanId)
     }
 
-    /// The span that holds the byte at `tar_offset`; `None` at or beyond the end of the tar.
+    /// Returns the span that contains the byte at `tar_offset`; `None` at or beyond the end of the tar.
     pub fn span_at(&self, tar_offset: u64) -> Option<SpanId> {
         if tar_offset >= self.tar_size() {
             return None;
@@ -120,10 +120,11 @@ impl SpanIndex {
         Some(SpanId(after as u32 - 1))
     }
 
-    /// The bytes of the tar that `span` holds.
+    /// Returns the range of tar bytes that `span` contains.
     ///
     /// # Panics
-    /// Like all that take a [`SpanId`] and are not said to return an error: if the span is not one of this index.
+    /// If the index has no such span. The same holds for every method that takes a [`SpanId`] and does not return a
+    /// `Result`.
     pub fn tar_range(&self, span: SpanId) -> Range<u64> {
         let end = self
             .entries
@@ -132,26 +133,27 @@ impl SpanIndex {
         self.entry(span).tar_offset..end
     }
 
-    /// BLAKE3 of the bytes of `span`, to check cached ones.
+    /// Returns the BLAKE3 hash of the bytes of `span`, to verify cached bytes.
     pub fn digest(&self, span: SpanId) -> &[u8; 32] {
         &self.entry(span).digest
     }
 
-    /// The last span at or before `span` at which decoding can begin.
+    /// Returns the last restart at or before `span`.
     pub fn restart_for(&self, span: SpanId) -> SpanId {
         let upto = &self.entries[..=span.0 as usize];
-        // The first span always is a restart.
+        // The first span is always a restart.
         SpanId(upto.iter().rposition(|entry| entry.restart).unwrap_or(0) as u32)
     }
 
-    /// The spans that share the restart of `span`: from it up to the next one. Decoding the last passes over all of them.
+    /// Returns the spans that share the restart of `span`: from that restart up to the next one. Decoding the last of
+    /// them passes over all of them.
     pub fn group(&self, span: SpanId) -> Range<u32> {
         let behind = &self.entries[span.0 as usize + 1..];
         let more = behind.iter().position(|entry| entry.restart).unwrap_or(behind.len());
         self.restart_for(span).0..span.0 + 1 + more as u32
     }
 
-    /// The bytes of the blob that decoding the spans `first..=last`, beginning at the restart `first`, takes.
+    /// Returns the range of blob bytes needed to decode the spans `first..=last`, where `first` is a restart.
     pub fn blob_range(&self, first: SpanId, last: SpanId) -> Range<u64> {
         let end = match self.entries.get(last.0 as usize + 1) {
             Some(next) => next.position.next_byte().byte(),
@@ -160,12 +162,13 @@ impl SpanIndex {
         self.entry(first).position.byte()..end
     }
 
-    /// A decoder of the spans `first..=last`. It wants the bytes of [`SpanIndex::blob_range`]. Its window may take 192 MiB.
+    /// Makes a decoder of the spans `first..=last`. The caller feeds it the bytes of [`SpanIndex::blob_range`]. The
+    /// decoder's zstd window may take 192 MiB.
     pub fn decoder(&self, first: SpanId, last: SpanId) -> Result<SpanDecoder, IndexError> {
         self.decoder_with_room(first, last, room_within(TABLES))
     }
 
-    /// Makes a decoder like [`SpanIndex::decoder`] that asks `room` for the memory of its window.
+    /// Makes a decoder like [`SpanIndex::decoder`] that asks `room` for the memory of its zstd window.
     pub fn decoder_with_room(&self, first: SpanId, last: SpanId, room: Room) -> Result<SpanDecoder, IndexError> {
         let (from, to) = (first.0 as usize, last.0 as usize);
         if from > to || to >= self.len() {

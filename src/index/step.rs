@@ -1,4 +1,4 @@
-//! What decoders of all formats say of a step.
+//! The result of a decoding step, for all compressions.
 
 use super::BitPosition;
 
@@ -7,8 +7,8 @@ use super::BitPosition;
 pub(super) enum Step<'a> {
     /// All input is consumed.
     Input,
-    /// Output, and how far the input was consumed to make it.
+    /// Some output, and the position up to which the input was consumed to make it.
     Output { bytes: &'a [u8], position: BitPosition },
-    /// Decoding could begin at this position, with the byte that comes out next.
+    /// Decoding could begin at this position, with the next byte of output.
     Restart(BitPosition),
 }

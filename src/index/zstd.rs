@@ -1,6 +1,6 @@
-//! zstd (RFC 8878): frames, decoded by libzstd.
+//! zstd decoder (RFC 8878): frames, decoded by libzstd.
 //!
-//! Decoding can begin at a frame; skippable frames count as frames.
+//! Decoding can begin at a frame. Skippable frames count as frames.
 
 use std::fmt;
 
@@ -10,25 +10,27 @@ use super::step::Step;
 use super::{BitPosition, IndexError};
 use crate::memory::OverLimit;
 
-/// The largest window that is decoded, if memory allows it: 2 GiB, what `zstd --long=31` writes and libzstd can read.
+/// Largest window that the decoder accepts, as a binary logarithm, if memory allows it: 2 GiB. `zstd --long=31`
+/// writes such windows, and libzstd can read no larger ones.
 const WINDOW_LOG_MAX: u32 = 31;
-/// The largest window of a compressed archive: 128 MiB, the limit of zstd(1) without `--long=31`.
+/// Largest window of a compressed archive, as a binary logarithm: 128 MiB, the limit of zstd(1) without `--long=31`.
 pub(crate) const ARCHIVE_WINDOW_LOG_MAX: u32 = 27;
 
-/// One block (RFC 8878, 3.1.1.2.4), the least libzstd can flush without keeping some back.
+/// Size of the output buffer in bytes: one block (RFC 8878, 3.1.1.2.4). libzstd can flush a whole block into it
+/// without keeping some bytes back.
 const OUT: usize = 128 * 1024;
 
-/// Room is asked for in steps of this size.
+/// Step in bytes in which the decoder asks for room.
 const ROOM_STEP: usize = 4 << 20;
 
-/// Name libzstd gives to a window beyond its limit.
+/// Name of libzstd's error for a window beyond its limit.
 pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 
-/// Asked before a decoder uses so many bytes of memory for its window, of the second number of bytes that it may come to use;
-/// may wait.
+/// Allows or refuses memory for a decoder's window. The first argument is the number of bytes that the decoder is
+/// about to use. The second one is the number of bytes that it may use later. The call may wait.
 pub type Room = Box<dyn FnMut(u64, u64) -> Result<(), OverLimit> + Send>;
 
-/// Room for a single decoder that has `limit` bytes to itself.
+/// Makes the room of a single decoder that has `limit` bytes to itself.
 pub(super) fn room_within(limit: u64) -> Room {
     Box::new(move |bytes, _| match bytes <= limit {
         true => Ok(()),
@@ -40,17 +42,17 @@ pub(super) fn room_within(limit: u64) -> Room {
 pub(super) struct Zstd {
     context: DCtx<'static>,
     room: Room,
-    /// Bytes of memory that there is room for.
+    /// Bytes of memory that `room` has allowed.
     granted: usize,
-    /// Bytes of output of the frame so far.
+    /// Bytes of output of the current frame so far.
     frame_made: usize,
     out: Box<[u8]>,
-    /// Blob offset of the next input byte.
+    /// Offset in the blob of the next input byte.
     offset: u64,
     total: u64,
-    /// The next byte begins a frame.
+    /// Whether the next byte begins a frame.
     frame_start: bool,
-    /// At least one frame is complete.
+    /// Whether at least one frame is complete.
     complete: bool,
     stop_at: u64,
     stopped: bool,
@@ -66,7 +68,7 @@ impl fmt::Debug for Zstd {
 }
 
 impl Zstd {
-    /// At the frame that begins at blob offset `offset`.
+    /// Makes a decoder at the frame that begins at blob offset `offset`.
     pub(super) fn new(offset: u64, room: Room) -> Result<Self, IndexError> {
         let fail = |code| IndexError::Zstd {
             offset,
@@ -138,22 +140,22 @@ impl Zstd {
                 self.frame_start = false;
             }
             if made > 0 {
-                // libzstd does not take the last byte of a frame before all output is fetched, though it needed it.
+                // libzstd needs the last byte of a frame early, but consumes it only after all output is fetched.
                 let position = BitPosition((self.offset + u64::from(left == 1)) * 8);
                 return Ok(Step::Output {
                     bytes: &self.out[..made],
                     position,
                 });
             }
-            // Going on without progress is an error that libzstd reports after some rounds.
+            // Another round without progress is safe: libzstd reports an error after some rounds.
             if taken == 0 && input.is_empty() {
                 return Ok(Step::Input);
             }
         }
     }
 
-    /// Asks for the memory that is used. A frame can name a window of gigabytes, and libzstd reserves that; but the system
-    /// gives it only what was written, and that is no more than what came out.
+    /// Asks for room for the memory in use. A frame can declare a window of gigabytes, and libzstd reserves that
+    /// much. But the system provides memory only for what is written, and libzstd writes no more than it outputs.
     fn ask_for_room(&mut self) -> Result<(), IndexError> {
         let reserved = self.context.sizeof();
         if reserved <= self.granted || self.granted > self.frame_made + 4 * OUT {

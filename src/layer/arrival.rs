@@ -1,12 +1,13 @@
-//! A layer's blob as it arrives for the pass over it: first what an interrupted pass kept, then the rest from its source.
+//! The blob of a layer as it arrives for the first pass: first the bytes that an interrupted pass kept, then the rest
+//! from the source.
 //!
 //! ```text
 //! partial ──kept bytes──┐
 //! source ───the rest────┴─▶ pass
 //!              └──────────▶ thread that appends it to the partial
 //! ```
-//! Writing what arrives to the disk takes a thread of its own, which gets it in batches because waking it costs more than the
-//! writing; the queue is short, so the memory is bounded.
+//! A separate thread writes the arriving bytes to the disk. The thread gets them in batches, because waking it costs
+//! more than writing. The queue of batches is short, so memory is bounded.
 
 use std::sync::Arc;
 
@@ -20,26 +21,27 @@ use crate::blob::{BlobError, ByteStream};
 use crate::device::CacheBudget;
 use crate::store::Partial;
 
-/// Bytes of the partial read at once.
+/// Bytes of the partial that are read at once.
 const PIECE: u64 = 512 << 10;
-/// Bytes written at once, and such batches on their way to the disk. A blob that is smaller and comes whole never gets there.
+/// Bytes that are written at once. `QUEUE` is the number of batches that wait for the thread. A smaller blob that
+/// arrives whole is never written to the partial.
 const BATCH: u64 = 256 << 10;
 const QUEUE: usize = 4;
 
-/// A blob that is being read from its start to its end.
+/// A blob that is read from its start to its end.
 pub(super) struct Arrival {
     origin: Origin,
     ahead: Ahead,
-    /// Bytes passed on.
+    /// Number of bytes passed on so far.
     position: u64,
     kept: Option<(Partial, Arc<CacheBudget>)>,
-    /// The rest, from when on it is needed.
+    /// The stream of the rest, once it is needed.
     rest: Option<ByteStream>,
     keeper: Option<Keeper>,
 }
 
 impl Arrival {
-    /// Begins with what `kept` has, and lets it have the rest, as far as the budget has room.
+    /// Starts with the bytes that `kept` has. The rest is added to `kept` as far as the budget has room.
     pub(super) fn new(origin: Origin, ahead: Ahead, kept: Option<(Partial, Arc<CacheBudget>)>) -> Self {
         Self {
             origin,
@@ -89,7 +91,7 @@ impl Arrival {
         Ok(Some(bytes))
     }
 
-    /// The next bytes of what was kept. Once that cannot be read, the rest comes from the source.
+    /// Returns the next kept bytes. If they cannot be read, the rest comes from the source.
     async fn next_kept(&mut self) -> Option<Bytes> {
         let (partial, _) = self.kept.as_ref()?;
         let (offset, end) = (self.position, partial.start());
@@ -111,12 +113,12 @@ impl Arrival {
     }
 }
 
-/// Has what arrives written.
+/// Sends the arriving bytes to the thread that writes them.
 struct Keeper {
     batches: mpsc::Sender<Vec<Bytes>>,
     batch: Vec<Bytes>,
     length: u64,
-    /// Bytes of the blob that have not come.
+    /// Bytes of the blob that have not arrived.
     missing: u64,
 }
 
@@ -147,12 +149,12 @@ impl Keeper {
         self.length += bytes.len() as u64;
         self.missing = self.missing.saturating_sub(bytes.len() as u64);
         self.batch.push(bytes);
-        // The blob will be indexed in a moment when its last bytes have come.
+        // The last bytes are not written: after them the blob is indexed in a moment.
         if self.length >= BATCH && self.missing > 0 {
             self.length = 0;
             let batch = std::mem::take(&mut self.batch);
             if self.batches.send(batch).await.is_err() {
-                // The thread gave up, so the bytes that come after this are dropped.
+                // The thread gave up, so all further bytes are dropped.
                 self.missing = 0;
             }
         }
@@ -164,7 +166,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        // Interrupted. Where the disk does not keep up, the last bytes are lost.
+        // The pass was interrupted. If the disk is too slow for the queue, the last bytes are lost.
         if !self.batch.is_empty()
             && let Err(error) = self.batches.try_send(std::mem::take(&mut self.batch))
         {

@@ -1,8 +1,10 @@
-//! What all mounts of a process share of one layer: its spans, its data device, and the flights under way.
+//! The data of one layer that all mounts of a process share: its spans, its data device, and its flights.
 //!
-//! Each layer has one [`LayerData`] in a process, however many images have the layer, and it lives as long as one of them is
-//! open ([`SharedLayers`]). So a span is fetched once for all of them, and the locks of the data device have one holder. It
-//! fetches nothing by itself: a flight belongs to the [`super::Layer`] whose reader began it.
+//! A process has one [`LayerData`] per layer, however many images have the layer. The data lives as long as one of
+//! these images is open ([`SharedLayers`]). So each span is fetched once for all images, and the locks of the data
+//! device have one holder. Only a layer whose index could not be kept in the store is not shared.
+//!
+//! `LayerData` fetches nothing itself: a flight belongs to the [`super::Layer`] whose reader started it.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,29 +25,30 @@ use crate::oci::{DiffId, Digest};
 use crate::span::SpanMap;
 use crate::store::{LayerDir, Store};
 
-/// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
+/// Number of layers that are streamed at the same time. The number exceeds the number of cores, because many small
+/// layers wait for round trips, not for cores.
 const PASSES: usize = 8;
 
-/// What all layers of a process share.
+/// The objects that all layers of a process share.
 #[derive(Debug, Clone)]
 pub struct LayerContext {
-    /// Where indexes and data devices are kept.
+    /// The store of indexes and data devices.
     pub store: Store,
     /// Decoded spans in memory.
     pub memory: Arc<SpanMemory>,
-    /// What the tables of the image may take beside that.
+    /// Memory limit of the image's tables, besides the spans in memory.
     pub tables: Arc<Allowance>,
-    /// Limit of the data devices.
+    /// Disk space limit of the data devices.
     pub budget: Arc<CacheBudget>,
-    /// What stopped working without stopping the mount.
+    /// Problems that the mount works around.
     pub health: Arc<Health>,
-    /// Layers that are streamed are asked for until they come.
+    /// Whether to retry failed requests of a layer that is being streamed without a deadline.
     pub(super) patient: bool,
     pub(super) passes: Arc<Semaphore>,
     pub(super) windows: Windows,
     pub(super) shared: Arc<SharedLayers>,
     pub(super) ahead: Ahead,
-    /// Who may send a request now.
+    /// The queues in which requests wait for their passes.
     pub lanes: Arc<Lanes>,
 }
 
@@ -68,23 +71,23 @@ impl LayerContext {
         }
     }
 
-    /// With layers that are streamed asked for until they come, whatever the timeout is: whoever waits for them is told
-    /// otherwise when that takes too long.
+    /// Returns this context with retries without a deadline for layers that are being streamed, whatever the timeout
+    /// is. Readers that wait for such a layer get an error from the mount when the wait takes too long.
     pub fn patient(self) -> Self {
         Self { patient: true, ..self }
     }
 }
 
-/// One layer, without a way to fetch it.
+/// One layer, without a source to fetch it from.
 #[derive(Debug)]
 pub(super) struct LayerData {
     pub(super) digest: Digest,
     pub(super) diff_id: DiffId,
     pub(super) spans: Box<dyn SpanMap>,
-    /// Memory of the span map.
+    /// Memory charge of the span map.
     pub(super) _charge: Charge,
     pub(super) disk: LayerDisk,
-    /// Where the device is kept, to make a new one when it is damaged as a whole.
+    /// Directory of the device, to make a new device when the old one is damaged as a whole.
     pub(super) home: Option<LayerDir>,
     pub(super) context: LayerContext,
     pub(super) flights: Arc<Flights<Landing>>,
@@ -96,38 +99,38 @@ impl LayerData {
         self.spans.content(range).is_some()
     }
 
-    /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
+    /// Whether fetched spans are expected to be kept on disk. The disk may still be full, or become full.
     pub(super) fn keeps(&self) -> bool {
         self.disk.keeps()
     }
 
-    /// Spans that need no fetch, and their compressed bytes.
+    /// Number of spans on the device, and their compressed bytes.
     pub(super) fn local(&self) -> (u32, u64) {
         local(&*self.spans, &self.present())
     }
 
-    /// For each span whether it is on the device.
+    /// Returns for each span whether it is on the device.
     pub(super) fn present(&self) -> Vec<bool> {
         self.disk.present(self.spans.span_count())
     }
 
-    /// Whether a read of the span needs no flight.
+    /// Whether the span is on the device, so that a read of it needs no flight.
     pub(super) fn is_local(&self, span: u32) -> bool {
         self.disk.is_present(span)
     }
 
-    /// Whether memory has a span that the device could not take.
+    /// Whether the memory cache has the span.
     pub(super) fn is_in_memory(&self, span: u32) -> bool {
         self.context.memory.contains(&self.digest, span)
     }
 
-    /// Whether nobody has the span or is about to.
+    /// Whether the span is neither local, nor in memory, nor in flight.
     pub(super) fn is_missing(&self, board: &Board<'_, Landing>, span: u32) -> bool {
         !board.is_flying(span) && !self.is_local(span) && !self.is_in_memory(span)
     }
 
-    /// Reads checked bytes from the device; false if not all of them are there. What is damaged there is dropped, so that it
-    /// is fetched again.
+    /// Reads verified bytes from the device. Returns false if not all of them are there. Drops damaged spans from the
+    /// device, so that they are fetched again.
     pub(super) fn read_device(&self, offset: u64, buf: &mut [u8]) -> bool {
         let read = self.disk.read(offset, buf, |range| self.has_content(range));
         let damaged = match read {
@@ -141,7 +144,7 @@ impl LayerData {
             Err(Miss::Unreadable) => self.spans.spans(offset..offset + buf.len() as u64),
         };
         for span in damaged {
-            // A span that is being fetched is about to be written, and its lock is not to be taken by anybody else here.
+            // A span in flight is about to be written, and only its flight may use its lock.
             let board = self.flights.board();
             if !board.is_flying(span) {
                 self.disk.drop_span(span);
@@ -150,7 +153,7 @@ impl LayerData {
         false
     }
 
-    /// Makes an empty device in place of one that is damaged as a whole.
+    /// Replaces a device that is damaged as a whole with an empty one.
     fn replace_device(&self, damaged: &Arc<DataDevice>) {
         let Some(dir) = &self.home else { return };
         self.disk.replace(damaged, || {
@@ -159,8 +162,10 @@ impl LayerData {
         });
     }
 
-    /// What a flight for `span` brings: all of its group, since decoding passes over it anyway; if it cannot be kept only as
-    /// much as memory can hold beside what others read, for the rest would be gone before anybody asks for it.
+    /// Returns the spans that a flight for `span` should deliver: its whole group, because decoding passes over all
+    /// of it. If spans cannot be kept on disk, returns `span` and the spans behind it up to `end`. Spans from `end`
+    /// on are added only while all fit into half of the memory cache. Further ones would be evicted before a reader
+    /// asks for them.
     pub(super) fn wanted_of_group(&self, span: u32, end: u32) -> Range<u32> {
         let group = self.spans.group(span);
         if self.keeps() {
@@ -181,12 +186,12 @@ impl LayerData {
 pub(super) struct SharedLayers(Mutex<HashMap<Digest, Weak<LayerData>>>);
 
 impl SharedLayers {
-    /// The layer, if it is open.
+    /// Returns the layer if it is open.
     pub(super) fn get(&self, digest: &Digest) -> Option<Arc<LayerData>> {
         self.0.lock().expect("no panic while locked").get(digest)?.upgrade()
     }
 
-    /// Shares a layer that was opened; if another one was faster, that one is the layer.
+    /// Shares a layer that was just opened. If the layer is shared already, returns the shared one.
     pub(super) fn share(&self, data: LayerData) -> Arc<LayerData> {
         let mut layers = self.0.lock().expect("no panic while locked");
         if let Some(first) = layers.get(&data.digest).and_then(Weak::upgrade) {
@@ -200,11 +205,12 @@ impl SharedLayers {
     }
 }
 
-/// How many spans of a layer are there, of each of which `present` says whether it is, and their compressed bytes.
+/// Returns the number of spans of a layer that are present, and their compressed bytes. `present` says for each span
+/// whether it is present.
 pub(super) fn local(map: &dyn SpanMap, present: &[bool]) -> (u32, u64) {
     let here = |span: u32| present[span as usize];
     let (mut spans, mut bytes, mut start) = (0, 0, 0);
-    // By stretches, because neighbours share a byte where one ends within it.
+    // Bytes are added up per stretch: if a span ends within a byte, its neighbour shares that byte.
     for span in 0..=map.span_count() {
         if span < map.span_count() && here(span) {
             spans += 1;

@@ -1,8 +1,9 @@
-//! A layer's data device, and what becomes of it: damage is found by whoever reads, and healed by fetching again.
+//! The data device of a layer, with detection and repair of damage: a read finds the damage, and a fetch repairs it.
 //!
-//! A span that is not what was written is dropped from the device, so that its reader fetches it like any other that is absent.
-//! A span that keeps being damaged, or that cannot be dropped, is distrusted: this process does not use the device for it any
-//! more. A file that was cut short is replaced by an empty one.
+//! - A span that is not what was written is dropped from the device. Its reader then fetches it like any absent span.
+//! - A span that is damaged again and again, or that cannot be dropped, is *distrusted*. This process does not use
+//!   the device for a distrusted span.
+//! - A file that was cut short is replaced by an empty one.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,42 +16,42 @@ use crate::device::{CacheBudget, DataDevice, Found, SpanLock};
 use crate::oci::Digest;
 use crate::span::Piece;
 
-/// A span that was damaged so often is not kept on the device any more.
+/// A span that is damaged more often than this is distrusted.
 const MOST_HEALS: u32 = 3;
 
-/// How a damaged span fares.
+/// The damage history of one span.
 #[derive(Debug, Clone, Copy, Default)]
 struct Damage {
     times: u32,
-    /// It was dropped and has not been written again.
+    /// The span was dropped and has not been written again.
     dropped: bool,
     distrusted: bool,
 }
 
-/// The device of one layer, if there is one.
+/// The data device of one layer, if there is one.
 #[derive(Debug)]
 pub(super) struct LayerDisk {
     layer: Digest,
     device: RwLock<Option<Arc<DataDevice>>>,
     damage: Mutex<HashMap<u32, Damage>>,
-    /// The device took the last span that was to be written to it.
+    /// Whether the device took the last span that was to be written to it.
     keeps: AtomicBool,
     budget: Arc<CacheBudget>,
     health: Arc<Health>,
-    /// Spans that were damaged and are here again; a device that was made anew counts as one.
+    /// Number of spans that were damaged and are on the device again. A device that was replaced counts as one.
     healed: AtomicU64,
 }
 
-/// What a read found that did not get its bytes.
+/// Why a read of the device did not get its bytes.
 #[derive(Debug)]
 pub(super) enum Miss {
-    /// They are not on the device.
+    /// The bytes are not on the device.
     Absent,
     /// This span is damaged.
     Damaged(u32),
     /// No bytes of the range can be read from the file.
     Unreadable,
-    /// The file of this device is cut short, or is no longer at its place.
+    /// The file of this device was cut short, or is not at its place.
     Lost(Arc<DataDevice>),
 }
 
@@ -72,7 +73,7 @@ impl LayerDisk {
         }
     }
 
-    /// How many damaged spans are here again.
+    /// Number of damaged spans that are on the device again.
     pub(super) fn healed(&self) -> u64 {
         self.healed.load(Ordering::Relaxed)
     }
@@ -82,17 +83,17 @@ impl LayerDisk {
         self.device.read().expect("no panic while locked").clone()
     }
 
-    /// Whether what is fetched is kept on disk, as far as one knows: that may be full, or come to be.
+    /// Whether fetched spans are expected to be kept on disk. The disk may still be full, or become full.
     pub(super) fn keeps(&self) -> bool {
         self.keeps.load(Ordering::Relaxed) && self.device().is_some()
     }
 
-    /// What is fetched now cannot be kept.
+    /// Records that fetched spans cannot be kept at present.
     pub(super) fn cannot_keep(&self) {
         self.keeps.store(false, Ordering::Relaxed);
     }
 
-    /// Whether the span is on the device, as it was written for all that is known.
+    /// Whether the span is on the device and is not distrusted.
     pub(super) fn is_present(&self, span: u32) -> bool {
         let present = self
             .device()
@@ -100,7 +101,7 @@ impl LayerDisk {
         present && !self.is_distrusted(span)
     }
 
-    /// For each span of the layer whether it is on the device.
+    /// Returns for each span of the layer whether it is on the device and is not distrusted.
     pub(super) fn present(&self, count: u32) -> Vec<bool> {
         let records = self.device().and_then(|device| device.present(0..count).ok());
         let mut present = records.unwrap_or_else(|| vec![false; count as usize]);
@@ -115,7 +116,7 @@ impl LayerDisk {
         damage.get(&span).is_some_and(|damage| damage.distrusted)
     }
 
-    /// Fills `buf` from the device.
+    /// Fills `buf` from the device. `has_content` says whether a range of the device has any content.
     pub(super) fn read(
         &self,
         offset: u64,
@@ -141,11 +142,12 @@ impl LayerDisk {
         }
     }
 
-    /// Drops a damaged span from the device. The caller makes sure that no flight of this process has its lock.
+    /// Drops a damaged span from the device. The caller must make sure that no flight of this process has the span's
+    /// lock.
     pub(super) fn drop_span(&self, span: u32) {
         let Some(device) = self.device() else { return };
         let dropped = device.try_lock(&[span]).and_then(|(lock, held)| {
-            // Whoever has the lock writes or drops it.
+            // Another process has the lock, and will write or drop the span.
             match held.is_empty() {
                 true => Ok(()),
                 false => device.drop_span(&lock, span),
@@ -162,7 +164,7 @@ impl LayerDisk {
         }
     }
 
-    /// Puts another device in place of `old`, unless that has happened already.
+    /// Puts another device in place of `old`, unless `old` was replaced already.
     pub(super) fn replace(&self, old: &Arc<DataDevice>, open: impl FnOnce() -> Option<DataDevice>) {
         let mut device = self.device.write().expect("no panic while locked");
         if device.as_ref().is_some_and(|device| Arc::ptr_eq(device, old)) {
@@ -171,7 +173,7 @@ impl LayerDisk {
         }
     }
 
-    /// Writes a verified span; whether the device has it now.
+    /// Writes a verified span. Returns whether the span is on the device afterwards.
     pub(super) fn fill(&self, lock: Option<&SpanLock>, span: u32, pieces: &[Piece], bytes: &[u8]) -> bool {
         let (Some(device), Some(lock)) = (self.device(), lock) else {
             return false;

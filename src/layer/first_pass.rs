@@ -1,4 +1,4 @@
-//! Index while streaming: one pass over a whole layer makes everything that later reads need, and verifies the layer.
+//! The first pass: streams a whole layer once, verifies it, and makes everything that later reads need.
 //!
 //! ```text
 //! source ──bytes──▶ decode thread ──batches──▶ table thread
@@ -6,12 +6,14 @@
 //!                    inflate, restarts           span digests, TOC, extents
 //!                                                data device
 //! ```
-//! Decoding is the slowest stage and everything else together costs about the same, so two threads keep two cores busy; more
-//! stages would only pass bytes around. Both channels are short, so the memory in flight is bounded.
+//! Decoding is the slowest stage, and all other work together takes about the same time. So two threads keep two
+//! cores busy, and more stages would only pass bytes around. Both channels are short, so the memory in flight is
+//! bounded.
 //!
-//! Invariants: nothing of the layer is believed before both digests match: the device's presence map is written after that,
-//! the store's files are published after that, the span index last. If the device or the store cannot be written, the pass
-//! goes on in memory.
+//! Invariants:
+//! - No result of the pass is used before both digests match.
+//! - Then the device's presence map is written, and then the store's files are published, the span index last.
+//! - If the device or the store cannot be written, the pass continues in memory.
 
 mod error;
 
@@ -37,39 +39,41 @@ use crate::span::IndexedSpans;
 use crate::store::{LayerDir, Partial, Store};
 use crate::toc::{Limits, PackedToc, TarReader};
 
-/// Pieces between source and decoder, and the most that one holds: local files come in larger ones.
+/// Number of pieces between source and decoder. `PIECE` is the most bytes that one holds: local files come in larger
+/// ones.
 const QUEUE: usize = 32;
 const PIECE: usize = 32 << 10;
-/// Bytes from which [`sniff`] can tell every format: one tar header.
+/// Bytes that [`sniff`] needs to tell every format: one tar header.
 const SNIFF: usize = 512;
-/// Decoded bytes per batch, and batches between the two threads.
+/// Decoded bytes per batch. `BATCH_QUEUE` is the number of batches between the two threads.
 const BATCH: usize = 512 << 10;
 const BATCH_QUEUE: usize = 3;
 
-/// What a pass makes.
+/// The result of a first pass.
 #[derive(Debug)]
 pub(super) struct Indexed {
     pub(super) spans: IndexedSpans,
     pub(super) toc: PackedToc,
-    /// Memory of the spans and of the tables.
+    /// Memory charges of the spans and of the tables.
     pub(super) charges: [Charge; 2],
     pub(super) device: Option<DataDevice>,
-    /// Why there is no device although there is a store.
+    /// Why there is no device, if there is a store but the device failed.
     pub(super) device_error: Option<DeviceError>,
 }
 
-/// Where the data device goes.
+/// Where the data device and the kept bytes of the blob go.
 #[derive(Debug)]
 pub(super) struct Destination {
     pub(super) store: Store,
     pub(super) dir: LayerDir,
-    /// A layer whose content has no room in this is only indexed.
+    /// Disk space limit. If the layer's content does not fit, the layer is only indexed.
     pub(super) budget: Arc<CacheBudget>,
-    /// What was kept of the blob, and where more is kept.
+    /// The bytes of the blob that were kept, to which further bytes are added.
     pub(super) partial: Option<Partial>,
 }
 
-/// Streams the whole blob once, some of it ahead of its turn. The caller holds the layer's lock.
+/// Streams the whole blob once, partly with requests ahead. The caller holds the layer's lock, with two exceptions:
+/// there is no store, or the caller gave up waiting for another process that has the lock.
 pub(super) async fn run(
     origin: Origin,
     diff_id: DiffId,
@@ -93,7 +97,8 @@ pub(super) async fn run(
     let (batches, table_input) = sync_channel(BATCH_QUEUE);
     let decode = {
         let layer = layer.clone();
-        // Waiting for another layer's decoder is no work of this one: if that one stalls, so do both.
+        // A wait for another layer's decoder does not count as work of this layer. So if the other layer stalls, this
+        // one stalls too.
         let room = context.windows.room(Some(stats));
         tokio::task::spawn_blocking(move || decode(&layer, compression, room, decoder_input, batches))
     };
@@ -107,7 +112,8 @@ pub(super) async fn run(
     let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
     let decoded = decode.await.map_err(interrupted)?;
     let table = table.await.map_err(interrupted)?;
-    // A network error starves the decoder, and a decoder error starves the table: report the cause, not the effects.
+    // A network error starves the decoder, and a decoder error starves the table. The pass returns the cause, not its
+    // effects.
     fetched?;
     let (decoded, mut table) = match (decoded, table) {
         (Ok(decoded), Ok(table)) => (decoded, table),
@@ -146,7 +152,7 @@ impl Source {
         self.stream.next().await.transpose()
     }
 
-    /// The first bytes, enough to tell the compression; they may come in small pieces.
+    /// Returns the first bytes, enough to tell the compression. The stream may deliver them in small pieces.
     async fn prefix(&mut self) -> Result<Bytes, BlobError> {
         let mut prefix = BytesMut::new();
         while prefix.len() < SNIFF
@@ -157,14 +163,14 @@ impl Source {
         Ok(prefix.freeze())
     }
 
-    /// Passes on the prefix and all that follows.
+    /// Sends the prefix and all further bytes to the decoder.
     async fn feed(mut self, prefix: Bytes, chunks: mpsc::Sender<Bytes>) -> Result<(), BlobError> {
         let mut next = Some(prefix);
         while let Some(mut bytes) = next {
             while !bytes.is_empty() {
                 let piece = bytes.split_to(bytes.len().min(PIECE));
                 if chunks.send(piece).await.is_err() {
-                    // The decoder gave up and says why.
+                    // The decoder gave up and returns the reason.
                     return Ok(());
                 }
             }
@@ -174,11 +180,11 @@ impl Source {
     }
 }
 
-/// Decoded bytes with the events that happened between them.
+/// Decoded bytes, with the events that happened between them.
 #[derive(Debug, Default)]
 struct Batch {
     bytes: Vec<u8>,
-    /// Position in `bytes` in front of which the event happened.
+    /// The events, each with its position: it happened before the byte of `bytes` at that position.
     events: Vec<(usize, Event)>,
 }
 
@@ -188,11 +194,11 @@ enum Event {
     Window(SpanId, Vec<u8>),
 }
 
-/// Collects what the decoder says and passes it on in batches.
+/// Collects the decoder's bytes and events, and passes them on in batches.
 struct Recorder {
     batch: Batch,
     batches: SyncSender<Batch>,
-    /// The other thread gave up; it says why.
+    /// Whether the table thread gave up. That thread returns the reason.
     closed: bool,
 }
 
@@ -226,7 +232,7 @@ impl DecodeSink for Recorder {
     }
 }
 
-/// The decode thread: from compressed bytes to batches. Returns the digest of the blob.
+/// The decode thread: turns compressed bytes into batches. Returns the digest of the blob.
 fn decode(
     layer: &Digest,
     compression: Compression,
@@ -260,9 +266,9 @@ fn decode(
     Ok(hasher.finish())
 }
 
-/// What the table thread makes.
+/// The tables that the table thread fills.
 struct Table {
-    /// Of the tar; none if the blob is the tar, whose digest is known then.
+    /// Hasher of the tar. `None` if the blob is the tar itself, because the decode thread hashes it.
     hasher: Option<DigestHasher>,
     spans: SpanIndexBuilder,
     spans_charge: Charge,
@@ -271,14 +277,14 @@ struct Table {
     device_error: Option<DeviceError>,
 }
 
-/// A data device being written.
+/// A data device that is being written.
 struct Filling {
     budget: Arc<CacheBudget>,
     partial: Option<Partial>,
     writer: DeviceWriter,
 }
 
-/// The table thread: from batches to everything else.
+/// The table thread: fills the tables and the data device from batches.
 fn tabulate(
     layer: &Digest,
     diff_id: &DiffId,
@@ -373,7 +379,7 @@ impl Table {
         })
     }
 
-    /// Both digests matched: the index is believed and the device counts.
+    /// Finishes the index and the data device. The caller has checked that both digests match.
     fn finish(self, identity: Identity) -> Result<Indexed, FirstPassError> {
         let layer = identity.blob.clone();
         let tables = self.tar.finish().map_err(|source| FirstPassError::Tar {
@@ -405,7 +411,8 @@ impl Table {
 }
 
 impl Filling {
-    /// Writes; should there be no room, what is kept of the blob goes: the content is what will be read.
+    /// Writes to the device. If there is no room, discards the kept bytes of the blob and tries again, because
+    /// readers need the content.
     fn insist(
         &mut self,
         write: impl Fn(&mut DeviceWriter, &CacheBudget) -> Result<bool, DeviceError>,
@@ -417,7 +424,7 @@ impl Filling {
         }
     }
 
-    /// Gives up what is kept of the blob; whether that was anything.
+    /// Discards the kept bytes of the blob. Returns whether there were any.
     fn discard_partial(&mut self) -> bool {
         self.partial.take().is_some_and(|partial| partial.discard())
     }

@@ -1,4 +1,4 @@
-//! Flights: fetching, decoding and delivering spans that are not local.
+//! Flights: fetch, decode and deliver spans that are not local.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,28 +13,28 @@ use crate::device::SpanLock;
 use crate::fetch::Pass;
 use crate::index::IndexError;
 
-/// A span that fails its check is fetched this often: once more by range, then with the whole layer up to it, in case the
-/// server (or a cache in front of it) is wrong about ranges only.
+/// How often a span that fails its check is fetched. The second attempt asks by range again. The third fetches the
+/// blob from its start up to the span. The server, or a cache in front of it, may be wrong about ranges only.
 const ATTEMPTS: u32 = 3;
-/// How often one looks whether a span that another process is fetching has come.
+/// How often a flight looks whether another process has delivered a span.
 const LOOK: Duration = Duration::from_millis(2);
-/// A process that fetches a span and does not get on for this long is not waited for any more: the span is then fetched here
-/// too, and kept in memory only.
+/// How long a flight waits for another process that fetches a span and makes no progress. After that it fetches the
+/// span too, and keeps it in memory only. A smaller value fetches spans twice; a larger one delays readers.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// A request that brings nothing for this long hangs.
+/// A request that brings no bytes for this long hangs, and gives its place on the link to others.
 const HANGS: Duration = Duration::from_secs(1);
-/// Spans before the one waited for in which the other process shows that it gets on: more than one request has.
+/// Number of spans before the awaited one in which progress of the other process counts: more than one request has.
 const BEFORE: u32 = 64;
 
-/// Spans that one task fetches: whole groups. However the task ends, all of them land.
+/// Spans that one task fetches. However the task ends, each of them gets a result.
 #[derive(Debug)]
 pub(super) struct Run {
     layer: Arc<Layer>,
     pub(super) spans: Range<u32>,
-    /// Those that a reader waits for.
+    /// The spans that a reader waits for.
     pub(super) needed: Vec<Range<u32>>,
     pub(super) claim: Claim<Landing>,
-    /// Those that were left to another process.
+    /// The spans that were left to another process.
     left: Vec<u32>,
 }
 
@@ -59,19 +59,21 @@ impl Run {
     }
 }
 
-/// A flight under way; dropping this does not end it. It brings the spans that it left to another process.
+/// A flight in progress. Dropping the handle does not end the flight. The result is the spans that the flight left to
+/// another process.
 pub type Flown = JoinHandle<Result<Vec<u32>, LayerError>>;
 
-/// What became of a flight.
+/// Waits for the result of a flight.
 pub async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
     match flight.await {
         Ok(outcome) => outcome,
-        // The runtime ends, and nobody is interested any more; or it panicked, and its spans have landed as closed.
+        // The runtime is shutting down, so the result does not matter. Or the task panicked, and its spans ended as
+        // closed.
         Err(_) => Ok(Vec::new()),
     }
 }
 
-/// Starts a flight, which waits for its pass.
+/// Starts a flight, which first waits for its pass.
 pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
@@ -80,7 +82,8 @@ pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'st
     })
 }
 
-/// The pass of a flight, as long as it needs one: whoever waits for another process must not keep others from the link.
+/// The pass of a flight while the flight needs one. A flight that waits for another process must not occupy a place
+/// on the link.
 struct Ticket(Option<Arc<Pass>>);
 
 impl Ticket {
@@ -89,7 +92,7 @@ impl Ticket {
         self.0 = None;
     }
 
-    /// The pass; lines up for another one if it was given back.
+    /// Returns the pass. If it was given back, the flight queues for another one.
     async fn pass(&mut self, layer: &Layer, spans: Range<u32>) -> Arc<Pass> {
         if let Some(pass) = &self.0 {
             return pass.clone();
@@ -99,7 +102,7 @@ impl Ticket {
     }
 }
 
-/// Fetches and delivers the run, however often that takes, and lands every span with bytes or an error.
+/// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts. Every span ends with bytes or an error.
 async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
@@ -127,15 +130,15 @@ async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> 
         }
     }
     if let Err(error) = &outcome {
-        // Readers that wait for it report the error. Without any, nobody was affected.
+        // Readers that wait for these spans report the error. Without readers, the error affects no program.
         tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
         run.claim.land_all(&Err(error.clone()));
     }
     outcome.map(|()| run.left)
 }
 
-/// Locks spans and decodes them. Those that another process has locked are left to it if no reader waits for them here, and
-/// waited for if one does.
+/// Locks spans, then decodes them. If another process has locked a span that a reader needs, the flight waits for
+/// that process. The flight leaves other locked spans to that process.
 async fn attempt_run(
     layer: &Arc<Layer>,
     run: &mut Run,
@@ -163,7 +166,7 @@ async fn attempt_run(
             tracing::warn!(layer = %layer.digest(), spans = ?run.spans, "another process does not get on with these, fetching them here too");
             (lock, mine) = (None, theirs);
         }
-        // What came between the claim and the lock.
+        // Some spans may have become local between the claim and the lock.
         let (here, left): (Vec<u32>, Vec<u32>) = mine.into_iter().partition(|&span| layer.is_local(span));
         for span in here {
             run.land(span, Ok(Landed::LookAgain));
@@ -177,8 +180,8 @@ async fn attempt_run(
     Ok(())
 }
 
-/// The locks of those spans that are free, and which these are. Without locks (there is no device, or it fails) all of the
-/// spans are ours, and not kept on disk.
+/// Locks those spans that are free, and returns the lock and these spans. If there is no device, or locking fails,
+/// returns all spans without a lock, and they are not kept on disk.
 fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
     match layer
         .data
@@ -197,7 +200,7 @@ fn try_lock(layer: &Layer, spans: &[u32]) -> (Option<SpanLock>, Vec<u32>) {
     }
 }
 
-/// Waiting for another process as long as it gets on.
+/// Patience with another process: it lasts while that process makes progress.
 struct Patience {
     since: Instant,
     progress: usize,
@@ -211,7 +214,7 @@ impl Patience {
         }
     }
 
-    /// Whether to wait on for these spans.
+    /// Whether to go on waiting for these spans.
     fn lasts(&mut self, layer: &Layer, spans: &[u32]) -> bool {
         let (Some(&first), Some(&last)) = (spans.first(), spans.last()) else {
             return false;
@@ -228,8 +231,8 @@ impl Patience {
     }
 }
 
-/// Cuts ascending spans into stretches that are decoded one after the other. Spans that are there already are left out, unless
-/// decoding has to pass over them anyway.
+/// Cuts ascending spans into stretches that are decoded one after the other. A stretch contains local spans only if
+/// decoding has to pass over them.
 fn stretches(layer: &Layer, spans: &[u32]) -> Vec<Range<u32>> {
     let mut stretches: Vec<Range<u32>> = Vec::new();
     for &span in spans {
@@ -260,7 +263,7 @@ async fn decode(
     let map = layer.spans();
     let first = if from_start { 0 } else { map.restart_for(spans.start) };
     let needed = map.blob_range(first..spans.end);
-    // The whole blob is asked for without a range, so the bytes before the first restart come along.
+    // The whole blob is requested without a range, so the bytes before the first restart come too and are skipped.
     let (range, mut skip) = if from_start {
         (0..map.blob_size(), needed.start)
     } else {
@@ -270,7 +273,7 @@ async fn decode(
     let mut decoder = map.decoder(first..spans.end, room).map_err(corrupt)?;
     let bytes = range.end - range.start;
     let mut timing = Timing::new(bytes);
-    // What is asked for without a range cannot be cut.
+    // A request without a range cannot be cut into parts.
     let parts = if from_start {
         1
     } else {
@@ -302,7 +305,7 @@ async fn decode(
     }))
 }
 
-/// Waits for the link, and gives the place on it to others if that takes long.
+/// Waits for the link. If the wait takes long, gives the place on the link to other requests.
 async fn parked<T>(pass: &Pass, waiting: impl Future<Output = T>) -> T {
     let mut waiting = std::pin::pin!(waiting);
     match tokio::time::timeout(HANGS, &mut waiting).await {
@@ -314,7 +317,7 @@ async fn parked<T>(pass: &Pass, waiting: impl Future<Output = T>) -> T {
     }
 }
 
-/// When what happened to a request, for the log.
+/// Times of a request, for the log.
 struct Timing {
     bytes: u64,
     start: Instant,
@@ -330,7 +333,7 @@ impl Timing {
         }
     }
 
-    /// Bytes came; whether they were the first.
+    /// Records that bytes came, and returns whether they were the first.
     fn came(&mut self) -> bool {
         let first = self.first.is_none();
         self.first.get_or_insert(self.start.elapsed());
@@ -352,7 +355,7 @@ impl Timing {
     }
 }
 
-/// Where decoded spans go.
+/// The destinations of decoded spans.
 struct Delivery<'a> {
     layer: &'a Arc<Layer>,
     run: &'a mut Run,
@@ -360,8 +363,9 @@ struct Delivery<'a> {
 }
 
 impl Delivery<'_> {
-    /// Readers first, then the disk. The flight stays registered until the span is on the device (or, without one, in
-    /// memory): a second flight of the same span would share this one's lock and give it back under it.
+    /// Delivers a span first to its readers, then to the disk. The flight stays registered until the span is on the
+    /// device, or in memory if it cannot be kept. Otherwise a second flight of the span in this process would share
+    /// this flight's lock, and release it too early.
     fn deliver(&mut self, span: u32, bytes: &[u8]) {
         let Self { layer, run, lock } = self;
         if !run.claim.holds(span) {
@@ -378,7 +382,7 @@ impl Delivery<'_> {
                 .fill(lock.as_ref(), span, &layer.spans().pieces(span), &bytes)
         });
         if !kept {
-            // From here on this run writes nothing to the device, so the locks of its spans are for the next flight to take.
+            // The run writes no more spans to the device. So the next flight may take the locks of its spans.
             *lock = None;
             layer.data.context.memory.insert(layer.digest(), span, bytes);
         }

@@ -1,4 +1,4 @@
-//! Trouble with the store that a process lives with, for `status`, as long as it lasts.
+//! Store problems that a process works around, for `status`, for as long as they last.
 
 use std::fmt::Display;
 use std::sync::Mutex;
@@ -6,21 +6,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::Notify;
 
-/// What does not work at the moment.
+/// The present problems with the store.
 #[derive(Debug, Default)]
 pub struct Health {
     trouble: Mutex<Trouble>,
-    /// Whether there is any: readers ask this each time.
+    /// Whether there is any problem. Every successful write checks this flag, so it needs no lock.
     any: AtomicBool,
-    /// Woken when writing to the store fails.
+    /// Notified when a write to the store fails.
     store_failed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Trouble {
-    /// Something cannot be kept for as long as this process runs.
+    /// A part of the store that cannot be used for as long as this process runs.
     lost: Option<String>,
-    /// The last write to the store failed.
+    /// The error of the last write to the store, if that write failed.
     store: Option<String>,
 }
 
@@ -32,7 +32,7 @@ impl Health {
         self.any.store(any, Ordering::Relaxed);
     }
 
-    /// Something could not be kept on disk. It is logged when it begins.
+    /// Records that a write to the store failed. The first of several failures in a row is logged.
     pub fn store_failed(&self, error: &dyn Display) {
         self.change(|trouble| {
             if trouble.store.is_none() {
@@ -43,7 +43,7 @@ impl Health {
         self.store_failed.notify_one();
     }
 
-    /// Something cannot be kept, and will not be tried again.
+    /// Records that a part of the store cannot be used and will not be tried again.
     pub fn store_lost(&self, error: &dyn Display) {
         self.change(|trouble| {
             if trouble.lost.is_none() {
@@ -53,7 +53,7 @@ impl Health {
         });
     }
 
-    /// Something was kept on disk.
+    /// Records that a write to the store succeeded.
     pub fn store_works(&self) {
         if self.any.load(Ordering::Relaxed) {
             self.change(|trouble| {
@@ -64,14 +64,14 @@ impl Health {
         }
     }
 
-    /// Waits until writing to the store does not work.
+    /// Waits until a write to the store fails. Returns at once if the last one failed.
     pub async fn store_trouble(&self) {
         while self.trouble.lock().expect("no panic while locked").store.is_none() {
             self.store_failed.notified().await;
         }
     }
 
-    /// The trouble with the store, if there is any.
+    /// Describes the problem with the store, if there is one.
     pub fn store_problem(&self) -> Option<String> {
         let trouble = self.trouble.lock().expect("no panic while locked");
         trouble.lost.clone().or_else(|| trouble.store.clone())

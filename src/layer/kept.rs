@@ -7,16 +7,16 @@ use crate::oci::Digest;
 use crate::span::SpanMap;
 use crate::store::Store;
 
-/// What the store has of a layer.
+/// How much of a layer the store has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KeptOfLayer {
-    /// Nothing has to be fetched any more.
+    /// Whether the layer needs no more fetches.
     pub is_whole: bool,
     /// Compressed bytes that need not be fetched again.
     pub bytes: u64,
 }
 
-/// What the store has of a layer, indexed or still coming in.
+/// Returns how much of a layer the store has, whether the layer is indexed or its first pass was interrupted.
 pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
     let Some(dir) = store.layer(digest) else {
         return KeptOfLayer::default();
@@ -33,7 +33,7 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
         None
     });
     let count = spans.span_count();
-    // What cannot be read is not there.
+    // A device that cannot be read counts as empty.
     let present = device.and_then(|device| device.present(0..count).ok());
     let present = present.unwrap_or_else(|| vec![false; count as usize]);
     let (here, bytes) = super::data::local(&spans, &present);

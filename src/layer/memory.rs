@@ -1,7 +1,7 @@
-//! Decoded spans in memory: the tier above the data device, bounded in bytes.
+//! Decoded spans in memory: a cache beside the data device, bounded in bytes.
 //!
-//! Spans live here that the device cannot take: because there is no store, or it is full or broken. One instance serves all
-//! layers of a process.
+//! The cache holds spans that the device cannot take, because there is no store, or the store is full or broken. One
+//! instance serves all layers of a process.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +9,7 @@ use lru::LruCache;
 
 use crate::oci::Digest;
 
-/// Least recently used spans, at most `budget` bytes of them.
+/// The most recently used spans, at most `budget` bytes of them.
 #[derive(Debug)]
 pub struct SpanMemory {
     inner: Mutex<Inner>,
@@ -23,7 +23,7 @@ struct Inner {
 }
 
 impl SpanMemory {
-    /// An empty memory of at most `budget` bytes (a single larger span is not kept).
+    /// An empty cache of at most `budget` bytes. A single span larger than `budget` is not kept.
     pub fn new(budget: usize) -> Self {
         Self {
             inner: Mutex::new(Inner {
@@ -34,19 +34,19 @@ impl SpanMemory {
         }
     }
 
-    /// The span's bytes, marking it used.
+    /// Returns the span's bytes, and marks the span as used.
     pub fn get(&self, layer: &Digest, span: u32) -> Option<Arc<[u8]>> {
         let mut inner = self.inner.lock().expect("no panic while locked");
         inner.spans.get(&(layer.clone(), span)).cloned()
     }
 
-    /// Whether the span is here.
+    /// Whether the cache has the span.
     pub fn contains(&self, layer: &Digest, span: u32) -> bool {
         let inner = self.inner.lock().expect("no panic while locked");
         inner.spans.contains(&(layer.clone(), span))
     }
 
-    /// Adds a span and drops the least recently used ones that no longer fit.
+    /// Adds a span, and evicts the least recently used spans until all fit into the budget.
     pub fn insert(&self, layer: &Digest, span: u32, bytes: Arc<[u8]>) {
         if bytes.len() > self.budget {
             return;
@@ -62,12 +62,12 @@ impl SpanMemory {
         }
     }
 
-    /// Bytes that fit.
+    /// The largest number of bytes that the cache holds.
     pub fn budget(&self) -> usize {
         self.budget
     }
 
-    /// Bytes held.
+    /// The number of bytes that the cache holds at present.
     pub fn bytes(&self) -> usize {
         self.inner.lock().expect("no panic while locked").bytes
     }

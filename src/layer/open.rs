@@ -1,4 +1,4 @@
-//! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
+//! Opens a layer: from the store if the layer was indexed before, otherwise by streaming the layer once.
 
 use std::sync::Arc;
 
@@ -28,18 +28,18 @@ use crate::toc::{ExtentTable, PackedToc};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// Streaming it failed.
+    /// The first pass over the layer failed.
     #[error(transparent)]
     FirstPass(#[from] FirstPassError),
-    /// Its stored table of contents is gone or damaged.
+    /// The layer's stored table of contents is gone or damaged.
     #[error("layer {layer}: its stored table of contents cannot be read: {reason}")]
     Toc {
         /// Digest of the layer.
         layer: Digest,
-        /// What is wrong.
+        /// What is wrong with the table.
         reason: String,
     },
-    /// Its tables take more memory than the image may.
+    /// The layer's tables take more memory than the image is allowed.
     #[error("layer {layer}: its tables take {source}")]
     TooMuchMemory {
         /// Digest of the layer.
@@ -57,11 +57,11 @@ pub enum OpenError {
 pub struct Opened {
     /// The layer.
     pub layer: Arc<Layer>,
-    /// Its table of contents and the memory it takes, if the store does not have it ([`stored_toc`]).
+    /// The layer's table of contents and its memory charge, if the store does not have the table ([`stored_toc`]).
     pub toc: Option<(PackedToc, Charge)>,
 }
 
-/// Opens a layer. One process at a time streams it; others wait for that one's index.
+/// Opens a layer. One process at a time streams it; other processes wait for the index that this process makes.
 pub async fn open(
     context: &LayerContext,
     blob: Arc<dyn BlobSource>,
@@ -112,7 +112,7 @@ async fn open_or_stream(
     }
 }
 
-/// Streams the layer once and keeps what that makes.
+/// Streams the layer once, and keeps its index and data device.
 async fn stream(
     context: &LayerContext,
     blob: Arc<dyn BlobSource>,
@@ -120,7 +120,8 @@ async fn stream(
     dir: Option<LayerDir>,
     stats: Arc<LayerStats>,
 ) -> Result<Opened, OpenError> {
-    // Not before the layer's lock: whoever waits for another process must not keep this one from its other layers.
+    // The permit is taken after the layer's lock. Otherwise a layer that waits for another process would keep this
+    // process from its other layers.
     let _permit = stats
         .waiting(context.passes.acquire())
         .await
@@ -134,7 +135,7 @@ async fn stream(
     let mut failed = false;
     let (mut indexed, partial) = loop {
         let partial = match &dir {
-            // What is on a local disk need not be kept twice.
+            // A blob on a local disk need not be kept a second time.
             Some(dir) if blob.link().id != LinkId::LOCAL => kept(dir, blob.size()).await?,
             _ => None,
         };
@@ -154,8 +155,8 @@ async fn stream(
             Some(partial) if !error.is_resumable() => partial.discard(),
             _ => true,
         };
-        // What was kept may be damaged, which costs one more pass. What went wrong on the way does not go wrong twice; what is
-        // wrong at the source does, and so does what was kept if it is still there.
+        // Kept bytes may be damaged, which costs one more pass. A fault in transit does not occur twice. A fault at
+        // the source does, and so does a fault in kept bytes that could not be discarded.
         let goes_wrong_again = if resumes { !discarded } else { failed };
         if !error.is_corruption() || goes_wrong_again {
             return Err(error.into());
@@ -177,7 +178,7 @@ async fn stream(
             }
             match indexed.device_error.take() {
                 Some(error) => context.health.store_lost(&error),
-                // The layer is larger than the cache may be: it fills with what is read.
+                // The content does not fit into the cache. The device fills with the spans that are read.
                 None if indexed.device.is_none() => {
                     let opened = DataDevice::open(&context.store, dir, &indexed.spans);
                     indexed.device = opened.map_err(|error| context.health.store_lost(&error)).ok();
@@ -186,7 +187,7 @@ async fn stream(
             }
         }
         if let Some(partial) = partial {
-            // It may be large, and nobody needs to wait until the disk has forgotten it.
+            // Deleting a large file takes time, which the opening does not wait for.
             tokio::task::spawn_blocking(move || partial.discard());
         }
         let Indexed {
@@ -234,7 +235,7 @@ fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
     }
 }
 
-/// What was kept of a layer by passes that were interrupted, if nobody else uses it.
+/// Opens the bytes of a layer that interrupted passes kept, unless another process uses them.
 async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
     let dir = dir.clone();
     let opening = tokio::task::spawn_blocking(move || {
@@ -265,7 +266,8 @@ fn data(
     }
 }
 
-/// The layer as it was indexed before, if all of that is there. Reads and hashes files, so not on the runtime's threads.
+/// Opens the layer from its stored index, if that is complete. Reads and hashes files, so it runs on a blocking
+/// thread.
 async fn from_store(
     context: &LayerContext,
     dir: &Option<LayerDir>,
@@ -292,11 +294,11 @@ fn load(
     };
     let known = spans.index().diff_id();
     if known.0.algorithm() != diff_id.0.algorithm() {
-        // Nothing can be said without another pass.
+        // The diffIDs cannot be compared without another pass.
         return Ok(None);
     }
     if known != diff_id {
-        // What the blob unpacks to is known from a pass that verified it, so this image's config is wrong.
+        // A verified pass found the stored diffID, so this image's config is wrong.
         return Err(OpenError::FirstPass(FirstPassError::DiffId {
             layer: blob.digest().clone(),
             expected: diff_id.clone(),
@@ -310,7 +312,7 @@ fn load(
             None
         }
     };
-    // A process that was killed right after it had indexed the layer left this.
+    // The partial remains if a process was killed right after it had indexed the layer.
     if context.store.is_writable()
         && let Err(error) = dir.remove_partial()
     {
@@ -324,7 +326,7 @@ fn load(
     Ok(Some(Opened { layer, toc: None }))
 }
 
-/// The spans of a layer as they are stored, if all of its index is there and sound.
+/// Reads the stored spans of a layer. `None` if a part of the index is missing or damaged.
 pub fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
@@ -339,12 +341,12 @@ pub fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
     let extents = ExtentTable::open(read(dir.extents())?)
         .map_err(|e| unusable("extent table", &e))
         .ok()?;
-    // A table of another layer might name bytes that this one does not have.
+    // A table of another layer might name bytes beyond the end of this layer.
     let within = extents.tar_end() <= index.tar_size();
     (index.blob_digest() == layer && within && dir.toc().exists()).then(|| IndexedSpans::new(index, extents))
 }
 
-/// Publishes what a pass made. The span index comes last: it is what [`from_store`] looks for first.
+/// Publishes the index that a pass made. The span index comes last, because [`from_store`] looks for it first.
 fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreError> {
     let lazy = Durability::Lazy;
     store.publish_sealed(&dir.toc(), lazy, |mut file| indexed.toc.write(&mut file))?;
@@ -354,7 +356,7 @@ fn keep(store: &Store, dir: &LayerDir, indexed: &Indexed) -> Result<(), StoreErr
     store.publish_sealed(&dir.spans(), lazy, |mut file| indexed.spans.index().write(&mut file))
 }
 
-/// The table of contents of a layer that was indexed before.
+/// Reads the stored table of contents of a layer.
 pub fn stored_toc(store: &Store, digest: &Digest) -> Result<PackedToc, OpenError> {
     let lost = |reason: String| OpenError::Toc {
         layer: digest.clone(),

@@ -1,4 +1,4 @@
-//! What of a layer is fetched before anybody asks: ahead of readers, by plan, or all of it.
+//! Fetching of spans before a reader needs them: ahead of readers, by a plan, or the whole layer.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -6,35 +6,36 @@ use std::sync::Arc;
 use super::{Flown, Landed, Layer, LayerError, flight};
 use crate::fetch::{Priority, Spans as _, Touch};
 
-/// What came of asking for spans.
+/// What a request for spans started.
 #[derive(Debug, Default)]
 pub struct Begun {
-    /// What was started.
+    /// The flights that were started.
     pub flights: Vec<Flown>,
-    /// Spans that were under way already.
+    /// Spans that were in flight already.
     pub flying: Vec<u32>,
 }
 
 impl Layer {
-    /// From now on large files and surroundings may be fetched ahead of readers who wait for parts of them; if there is a disk
-    /// for that, for memory is for what is being read.
+    /// Allows fetching large files and surroundings ahead of readers that wait for parts of them. Does nothing if
+    /// spans cannot be kept on disk: memory is for the spans that are being read.
     pub fn be_eager(&self) {
         if self.keeps() {
             self.readahead.lock().expect("no panic while locked").be_eager();
         }
     }
 
-    /// A profile names these spans: they come without any guessing.
+    /// Records that a profile names the span. Readahead then makes no guesses when the span is read.
     pub fn foresee(&self, span: u32) {
         self.touches.foresee(span);
     }
 
-    /// Nothing comes without guessing any more: what was foreseen could not be fetched.
+    /// Undoes [`Layer::foresee`] for all spans, so that readahead makes guesses again. To be called if the foreseen
+    /// spans could not be fetched.
     pub fn forget_foreseen(&self) {
         self.touches.forget();
     }
 
-    /// A reader comes to content in a range of the device: what to fetch ahead of it.
+    /// Records that a reader reads content in a range of the device. Returns the spans to fetch ahead of it.
     pub(super) fn touch(&self, content: &Range<u64>) -> Vec<(Range<u32>, Priority)> {
         let (map, mut ahead) = (self.spans(), Vec::new());
         for span in map.spans(content.clone()) {
@@ -48,7 +49,7 @@ impl Layer {
             if foreseen {
                 continue;
             }
-            // Where the reader is in the span.
+            // The reader's position in the span.
             let at = content.start.max(map.heads()[span as usize]);
             let file = map.run_around(at);
             let touch = Touch {
@@ -64,7 +65,7 @@ impl Layer {
         ahead
     }
 
-    /// Fetches ahead of a reader, one range after the other, in the background.
+    /// Starts a task that fetches these ranges ahead of a reader, one after the other.
     pub(super) fn read_ahead_of(self: &Arc<Self>, ranges: Vec<(Range<u32>, Priority)>) {
         if ranges.is_empty() {
             return;
@@ -77,7 +78,8 @@ impl Layer {
         });
     }
 
-    /// Fetches ahead of a reader. Returns when it is under way.
+    /// Fetches a range of spans ahead of a reader, in requests of the policy's size. Returns when all of them are in
+    /// flight.
     async fn read_ahead(self: &Arc<Self>, mut rest: Range<u32>, priority: Priority) {
         while !rest.is_empty() {
             let end = self.spans().reach(rest.start, self.policy().run());
@@ -87,13 +89,13 @@ impl Layer {
         }
     }
 
-    /// Fetches what fills a range of the device, for a reader who will be there soon. Returns when it is under way.
+    /// Fetches the spans of a range of the device, which a reader will need soon. Returns when they are in flight.
     pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
         let Some(content) = self.spans().content(device) else {
             return;
         };
         for spans in self.spans_with_content(&content) {
-            // What was foreseen before is under way.
+            // Spans that were foreseen before are in flight already.
             let news = spans.clone().filter(|&span| self.touches.foresee(span)).count() > 0;
             if news {
                 self.read_ahead(spans, Priority::Readahead).await;
@@ -101,8 +103,8 @@ impl Layer {
         }
     }
 
-    /// Fetches those of `spans` that are missing, when it is their turn. Returns as soon as they are under way. Spans that
-    /// another process fetches at the moment are left to it.
+    /// Fetches the missing spans of `spans`. Waits until a request of this priority may start, and returns when the
+    /// spans are in flight. Spans that another process is fetching are left to it.
     pub async fn prefetch(self: &Arc<Self>, spans: Range<u32>, priority: Priority) -> Begun {
         let missing = |&span: &u32| !self.is_local(span) && !self.data.is_in_memory(span);
         let bytes = spans.clone().filter(missing);
@@ -124,8 +126,8 @@ impl Layer {
         }
     }
 
-    /// The next run of spans from `from` on that are not local, of at most `batch` compressed bytes (or one span); none if
-    /// they could not be kept.
+    /// The next run of spans from `from` on that are not local. The run has at most `batch` compressed bytes, or is
+    /// one span. `None` if there is no such span, or if spans cannot be kept on disk.
     pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
         let mut run = from..from;
         while self.keeps() && run.end < self.spans().span_count() {
@@ -142,15 +144,17 @@ impl Layer {
         (!run.is_empty()).then_some(run)
     }
 
-    /// How many spans are not local.
+    /// Number of spans that are not local.
     pub fn absent(&self) -> usize {
         self.data.present().into_iter().filter(|present| !present).count()
     }
 
-    /// Waits until a span is here, whoever fetches it.
+    /// Waits until a span is local, whichever process fetches it. Without a disk that keeps it, waits until a flight
+    /// has delivered it.
     pub async fn await_span(self: &Arc<Self>, span: u32) -> Result<(), LayerError> {
         while let Some(mut flight) = self.want(span..span + 1) {
-            // The bytes come first; the flight ends when they are on the device, if they can be kept at all.
+            // The flight first announces the bytes. The flight ends when the span is on the device, if the span can
+            // be kept at all.
             while flight.changed().await.is_ok() {}
             match &*flight.borrow() {
                 Some(Ok(Landed::Bytes(_))) => break,

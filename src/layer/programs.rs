@@ -1,4 +1,5 @@
-//! What the programs of a layer need, looked up once while all of the layer is here, right after the first pass.
+//! The files that the programs of a layer need, looked up once right after the first pass, while the whole layer is
+//! local.
 
 use std::collections::HashMap;
 
@@ -11,10 +12,10 @@ use crate::store::{Durability, Store, StoreError, read_sealed};
 use crate::toc::{DataLayout, EntryKind, PackedEntry, PackedToc};
 
 const VERSION: u32 = 1;
-/// What is noted of the programs of one layer takes about so much memory at most; more programs are left out. Real layers
-/// have a few thousand, of 300 bytes each.
+/// Limit of the memory for the programs of one layer, in bytes. Programs beyond it are left out. Real layers have a
+/// few thousand programs, of 300 bytes each.
 const MOST_NOTED: usize = 8 << 20;
-/// A larger file is not read; those that are written are smaller.
+/// Size limit for reading a stored file. The files that are written are smaller.
 const LARGEST_FILE: u64 = 4 * MOST_NOTED as u64;
 
 /// Programs and libraries by the device offset of their content.
@@ -27,12 +28,12 @@ struct File {
     programs: Programs,
 }
 
-/// Looks into the programs of a layer whose content is on its device.
+/// Looks up the programs of a layer whose content is on its device.
 pub(super) fn look(toc: &PackedToc, layer: &Layer) -> Programs {
     let mut room = MOST_NOTED;
     let mut entries = toc.entries().ok();
     let candidates = std::iter::from_fn(|| {
-        // It was packed just now; if it cannot be read the merge says why.
+        // The table was packed just now. If it cannot be read, the merge reports why.
         let entries = entries.as_mut()?;
         loop {
             if let Some(found) = candidate(&entries.next().ok()??) {
@@ -55,7 +56,7 @@ pub(super) fn look(toc: &PackedToc, layer: &Layer) -> Programs {
     programs.take_while(fits).collect()
 }
 
-/// Device offset and size of a file that may be a program or a library.
+/// Returns device offset and size of a file that may be a program or a library.
 fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
     let EntryKind::Regular(data) = &entry.kind else {
         return None;
@@ -68,7 +69,7 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
     (data.size > 0 && (library || entry.meta.mode & 0o111 != 0)).then_some((device, data.size))
 }
 
-/// Keeps them in the store.
+/// Writes the programs of a layer to the store.
 pub(super) fn keep(store: &Store, layer: &Digest, programs: Programs) -> Result<(), StoreError> {
     let dir = store.layer(layer).ok_or(StoreError::Unavailable)?;
     let file = File {
@@ -79,7 +80,7 @@ pub(super) fn keep(store: &Store, layer: &Digest, programs: Programs) -> Result<
     store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
 }
 
-/// What the store has of a layer; nothing if that was not looked up, or cannot be read.
+/// Reads the programs of a layer from the store. `None` if they were not looked up, or cannot be read.
 pub fn stored_programs(store: &Store, layer: &Digest) -> Option<Programs> {
     let path = store.layer(layer)?.programs();
     let size = std::fs::metadata(&path).ok()?.len();

@@ -1,21 +1,26 @@
-//! Reading a range of a blob, with a second request when the first one falls far behind.
+//! Reads of a range of a blob, with a second request when the first one falls far behind.
 //!
-//! One connection can be slow or dead while all others are healthy: a bad path through the network, a sick server behind a
-//! load balancer. Whoever waited for it would wait for minutes. So each stream is held against what its link has shown
-//! ([`Link::pace`]); one that is far behind gets a second request, over another connection, for what is still missing:
+//! One connection can be slow or dead while all others are healthy. The path through the network may be bad, or a
+//! server behind a load balancer may be sick. A reader of that connection would wait for minutes. So each stream is
+//! compared with what its link has shown ([`Link::pace`]). If a stream is far behind, a second request over another
+//! connection asks for the missing bytes:
 //!
 //! ```text
 //! first   ━━━━━━━━╸· · · · ·          behind for a window of time
 //! second          ┗━━━━━━━━━━━━━▶     asked for from there on
 //! passed on ━━━━━━━━━━━━━━━━━━━━▶     from whichever is ahead, each byte once
 //! ```
-//! The one that gets ahead of the other goes on alone. If both are slow, the slower one ends, and later there may be another
-//! try. What is passed on is verified further up, whichever request brought it.
+//! The request that gets ahead of the other continues alone. If both are slow, the slower one ends, and later there
+//! may be another second request. The callers verify all bytes, whichever request brought them.
 //!
-//! A patient reading asks again when its request fails and another attempt can help, however long that takes.
+//! A patient reading repeats a request that failed with a transient error, without a deadline. Only a host that has
+//! never answered is given up.
 //!
-//! Invariants: a range has at most two requests at a time; second requests are bounded by [`Lanes::hedge`], and there are none
-//! while one waits on purpose before it asks again; only time spent waiting for bytes counts.
+//! Invariants:
+//! - A range has at most two requests at a time.
+//! - [`Lanes::hedge`] limits the number of second requests. No second request is sent while a request backs off
+//!   before its retry.
+//! - Only time spent waiting for bytes counts.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,16 +35,17 @@ use crate::blob::retry::{Retry, RetryPolicy};
 use crate::blob::{BlobError, BlobSource, ByteStream, Link, LinkId, Pace};
 use crate::fetch::{Hedge, Lanes};
 
-/// A request this far ahead of the other one has won.
+/// A request that is this many bytes ahead of the other one has won. A smaller value may end the better request after
+/// a short stall; a larger one fetches more bytes twice.
 const DECIDED: u64 = 64 << 10;
 
-/// Where a layer's bytes come from.
+/// The source of a layer's bytes, with the limits and counters for requests to it.
 #[derive(Debug, Clone)]
 pub(super) struct Origin {
     pub(super) blob: Arc<dyn BlobSource>,
     pub(super) lanes: Arc<Lanes>,
     pub(super) stats: Arc<LayerStats>,
-    /// What can be had later is asked for until it comes: somebody else bounds the wait.
+    /// Whether to retry transient failures without a deadline. The caller then limits the wait.
     pub(super) patient: bool,
 }
 
@@ -50,7 +56,8 @@ impl Origin {
         self.read_counted(range).await
     }
 
-    /// The same for a request that was counted when it was planned.
+    /// Opens a stream of exactly these bytes, like [`Origin::read`], for a request that was counted when it was
+    /// planned.
     pub(super) async fn read_counted(&self, range: Range<u64>) -> Result<ByteStream, BlobError> {
         if range.is_empty() || self.blob.link().id == LinkId::LOCAL {
             return self.blob.read(range).await;
@@ -61,28 +68,28 @@ impl Origin {
     }
 }
 
-/// A range being read.
+/// A range that is being read.
 struct Race {
     origin: Origin,
-    /// What was not passed on yet.
+    /// The bytes that were not passed on yet.
     rest: Range<u64>,
     first: Runner,
     second: Option<(Runner, Hedge)>,
     pace: Pace,
-    /// Requests that shared the link at the last look.
+    /// Number of requests that shared the link at the last look.
     streams: u32,
-    /// Time spent waiting, and what came in that time, since the last look at the pace.
+    /// Time spent waiting since the last look at the pace. `came` counts the bytes that came in that time.
     waited: Duration,
     came: u64,
-    /// Of a patient reading: when to ask again.
+    /// The retries of a patient reading.
     retry: Retry,
 }
 
-/// One request.
+/// One of the two requests.
 struct Runner {
-    /// The next byte that it brings.
+    /// Offset of the next byte that the request brings.
     at: u64,
-    /// When it asks.
+    /// When the request is sent.
     from: Instant,
     flow: Flow,
 }
@@ -92,16 +99,16 @@ enum Flow {
     Open(ByteStream),
 }
 
-/// What happened.
+/// What a step waited for.
 enum Event {
     First(Result<Bytes, BlobError>),
     Second(Result<Bytes, BlobError>),
-    /// Nothing, for as long as it takes to say that this is too little.
+    /// Too few bytes came in the window of the pace.
     Late,
 }
 
 impl Runner {
-    /// Asks after `delay`.
+    /// A request that is sent after `delay`.
     fn new(blob: Arc<dyn BlobSource>, range: Range<u64>, apart: bool, delay: Duration) -> Self {
         let (at, from) = (range.start, Instant::now() + delay);
         let opening = async move {
@@ -120,7 +127,8 @@ impl Runner {
         }
     }
 
-    /// The next bytes; none of them when the answer begins. Cancel safe. Not to be asked again after an error.
+    /// Returns the next bytes, or no bytes when the answer begins. Cancel safe. Must not be called again after an
+    /// error.
     async fn next(&mut self) -> Result<Bytes, BlobError> {
         match &mut self.flow {
             Flow::Opening(opening) => {
@@ -129,7 +137,7 @@ impl Runner {
             }
             Flow::Open(stream) => match stream.next().await {
                 Some(bytes) => bytes,
-                // Not what a source promises.
+                // A source promises not to end early.
                 None => Err(BlobError::Protocol {
                     host: "the source".to_owned(),
                     what: "a range".to_owned(),
@@ -158,7 +166,7 @@ impl Race {
         }
     }
 
-    /// Waits until an answer begins.
+    /// Waits until one of the requests is answered.
     async fn open(&mut self) -> Result<(), BlobError> {
         let opening = |runner: &Runner| matches!(runner.flow, Flow::Opening(_));
         while opening(&self.first) && self.second.as_ref().is_none_or(|(second, _)| opening(second)) {
@@ -185,9 +193,9 @@ impl Race {
         Ok(None)
     }
 
-    /// Waits for the next event: what it brings that was not passed on yet, which may be nothing.
+    /// Waits for the next event. Returns the bytes of the event that were not passed on yet; there may be none.
     async fn step(&mut self) -> Result<Bytes, BlobError> {
-        // The pause before a request that is made again is no time spent waiting for bytes.
+        // The delay before a retry does not count as time spent waiting for bytes.
         let start = Instant::now().max(self.first.from);
         let late = start + self.pace.window.saturating_sub(self.waited);
         let (first, second) = (&mut self.first, &mut self.second);
@@ -197,7 +205,7 @@ impl Race {
                 None => std::future::pending().await,
             }
         };
-        // Bytes that are here count, however late this task was woken.
+        // `biased`: bytes that have arrived count, even if this task runs late.
         let event = tokio::select! {
             biased;
             bytes = first.next() => Event::First(bytes),
@@ -242,7 +250,8 @@ impl Race {
         Ok(bytes)
     }
 
-    /// Asks for what is missing once more, later, if it can be had then and somebody waits for it.
+    /// Retries a request that failed, after a delay, if the reading is patient and the error is transient. Otherwise
+    /// returns the error.
     fn again(&mut self, error: BlobError) -> Result<(), BlobError> {
         if !self.origin.patient || !error.is_transient() {
             return Err(error);
@@ -258,7 +267,7 @@ impl Race {
         Ok(())
     }
 
-    /// Whether one of two requests has won.
+    /// Ends the race if one of the two requests has won.
     fn decide(&mut self) {
         let Some((second, hedge)) = self.second.take() else {
             return;
@@ -274,14 +283,15 @@ impl Race {
         }
     }
 
-    /// Whether what came in the time that was waited is far too little.
+    /// Checks whether far too few bytes came in the time spent waiting. If so, sends a second request, or ends the
+    /// slower one.
     fn look(&mut self) {
         let mut link = self.origin.blob.link();
         if self.second.is_some() {
-            // Both bring the same bytes.
+            // Both requests of this race bring the same bytes.
             link.streams = link.streams.saturating_sub(1);
         }
-        // Some of the time there may have been more.
+        // For some of the time, more requests may have shared the link.
         let streams = link.streams;
         link.streams = streams.max(self.streams);
         self.pace = link.pace();
@@ -297,7 +307,7 @@ impl Race {
         match self.second.take() {
             None => self.hedge(link),
             Some((second, hedge)) => {
-                // The link itself is slow, or the server; or both connections are bad.
+                // Either the link or the server is slow, or both connections are bad.
                 if second.at > self.first.at {
                     self.first = second;
                 }
@@ -317,7 +327,7 @@ impl Race {
     }
 }
 
-/// What of a runner's bytes was not passed on yet.
+/// Returns those of a request's bytes that were not passed on yet.
 fn pass_on(rest: &mut Range<u64>, runner: &mut Runner, mut bytes: Bytes) -> Bytes {
     runner.at += bytes.len() as u64;
     let news = runner.at.saturating_sub(rest.start).min(bytes.len() as u64);

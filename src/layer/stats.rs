@@ -1,4 +1,4 @@
-//! Counters of one layer, shared with whoever reports them.
+//! Counters of one layer, shared with the code that reports them.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -7,19 +7,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::oci::Digest;
 
-/// Where a layer's index came from.
+/// The origin of a layer's index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IndexSource {
-    /// Not there yet.
+    /// There is no index yet.
     Pending,
-    /// Made by this process while streaming the layer.
+    /// This process made the index while it streamed the layer.
     Streamed,
-    /// Found in the store.
+    /// The store has the index.
     Store,
 }
 
-/// Counters of a layer; all monotonic.
+/// Counters of a layer. All of them only grow, except the numbers of tasks that open the layer or wait.
 #[derive(Debug)]
 pub struct LayerStats {
     /// Compressed size of the layer in bytes.
@@ -32,12 +32,13 @@ pub struct LayerStats {
     misses: AtomicU64,
     requests: AtomicU64,
     hedges: AtomicU64,
-    /// Spans that were fetched.
+    /// Spans that were fetched and verified.
     landed: AtomicU64,
-    /// While the layer is opened: tasks that do so, and those of them that wait for somebody else.
+    /// Number of tasks that are opening the layer. `waiting` counts those of them that wait for bytes or for another
+    /// process.
     opening: AtomicUsize,
     waiting: AtomicUsize,
-    /// Seconds in which another process that streams the layer got on.
+    /// Number of seconds in which another process that streams the layer made progress.
     beats: AtomicU64,
     trouble: Mutex<Option<String>>,
     source: Mutex<IndexSource>,
@@ -52,37 +53,39 @@ pub struct LayerStatus {
     pub size: u64,
     /// Compressed bytes fetched by this mount.
     pub fetched: u64,
-    /// Compressed bytes that this mount found in the store when it streamed the layer: an earlier try had fetched them.
+    /// Compressed bytes that this mount found in the store when it streamed the layer. An earlier, interrupted pass
+    /// had fetched them.
     #[serde(default)]
     pub resumed: u64,
-    /// Compressed bytes of the spans that were read by this mount, wherever they came from.
+    /// Compressed bytes of the spans that this mount has read, whether they were fetched or local.
     pub used: u64,
     /// Bytes served to readers by this mount.
     pub served: u64,
-    /// Reads answered without waiting.
+    /// Number of reads that were answered without waiting.
     pub hits: u64,
-    /// Reads that had to wait.
+    /// Number of reads that had to wait.
     pub misses: u64,
-    /// Ranged or whole requests made for the blob.
+    /// Number of requests for the blob, with and without a range.
     pub requests: u64,
-    /// Requests, of those, that were made because an earlier one was far too slow.
+    /// Number of those requests that were made because an earlier one was far too slow.
     #[serde(default)]
     pub hedges: u64,
-    /// Spans that were damaged on the local device and are there again; a device that was made anew counts as one. All mounts of
-    /// the process share the device and the number.
+    /// Number of spans that were damaged on the local device and are there again. A device that was replaced counts
+    /// as one. All mounts of the process share the device and this number.
     #[serde(default)]
     pub healed: u64,
-    /// Spans in the layer; 0 until the index is there.
+    /// Number of spans in the layer; 0 until there is an index.
     pub spans: u32,
-    /// Spans on the local device.
+    /// Number of spans on the local device.
     pub local_spans: u32,
-    /// Compressed bytes of those.
+    /// Compressed bytes of the spans on the local device.
     pub local: u64,
-    /// Where the index came from.
+    /// The origin of the index.
     pub index_source: IndexSource,
 }
 
-/// Compressed bytes that have come in and that are expected, over all layers. What the store has is not expected.
+/// Returns the compressed bytes that have arrived and the compressed bytes that are expected, over all layers. Layers
+/// that the store has count only if bytes of them were fetched.
 pub fn progress(layers: &[LayerStatus]) -> (u64, u64) {
     let coming = layers
         .iter()
@@ -114,12 +117,12 @@ impl LayerStats {
         }
     }
 
-    /// Compressed bytes fetched.
+    /// Compressed bytes fetched so far.
     pub fn fetched(&self) -> u64 {
         self.fetched.load(Ordering::Relaxed)
     }
 
-    /// Requests made.
+    /// Number of requests so far.
     pub(super) fn requests(&self) -> u64 {
         self.requests.load(Ordering::Relaxed)
     }
@@ -144,55 +147,55 @@ impl LayerStats {
         self.landed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Spans that were fetched and were what they should be.
+    /// Number of spans that were fetched and verified.
     pub fn spans_landed(&self) -> u64 {
         self.landed.load(Ordering::Relaxed)
     }
 
-    /// A request is made once more, because it is too slow.
+    /// Counts a second request, sent because the first one is too slow.
     pub(super) fn hedged(&self) {
         self.request();
         self.hedges.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Requests made because an earlier one was too slow.
+    /// Number of requests that were made because an earlier one was too slow.
     pub fn hedges(&self) -> u64 {
         self.hedges.load(Ordering::Relaxed)
     }
 
-    /// Opens the layer by `work`.
+    /// Does `work`, which opens the layer, and counts it while it runs.
     pub(super) async fn opening<T>(&self, work: impl Future<Output = T>) -> T {
         let _count = Count::up(&self.opening);
         work.await
     }
 
-    /// Opening the layer needs something from somebody else: bytes, or another process.
+    /// Does `work`, which waits for bytes or for another process while the layer is opened.
     pub(super) async fn waiting<T>(&self, work: impl Future<Output = T>) -> T {
         let _count = Count::up(&self.waiting);
         work.await
     }
 
-    /// Another process that streams the layer has shown that it gets on.
+    /// Records that another process that streams the layer has shown progress.
     pub(super) fn beat(&self) {
         self.beats.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How often another process that streams the layer has shown that it gets on.
+    /// How often another process that streams the layer has shown progress.
     pub fn beats(&self) -> u64 {
         self.beats.load(Ordering::Relaxed)
     }
 
-    /// Why the layer did not come, if it is asked for again.
+    /// Sets why the last request failed, while the layer is requested again; `None` once bytes arrive.
     pub(super) fn set_trouble(&self, trouble: Option<String>) {
         *self.trouble.lock().expect("no panic while locked") = trouble;
     }
 
-    /// Why the layer did not come, if it is asked for again.
+    /// Why the last request failed, while the layer is requested again.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.lock().expect("no panic while locked").clone()
     }
 
-    /// Whether the layer is being opened and waits for nobody: this machine has to do something.
+    /// Whether the layer is being opened with no task waiting: this machine has work to do.
     pub fn is_working(&self) -> bool {
         self.opening.load(Ordering::Relaxed) > 0 && self.waiting.load(Ordering::Relaxed) == 0
     }
@@ -211,12 +214,12 @@ impl LayerStats {
         *self.source.lock().expect("no panic while locked") = source;
     }
 
-    /// Where the index came from.
+    /// The origin of the index.
     pub fn source(&self) -> IndexSource {
         *self.source.lock().expect("no panic while locked")
     }
 
-    /// The counters now, as those of the layer with this digest, of which nothing is known to be here.
+    /// The present counters, with the digest `layer`. The numbers of local spans are zero.
     pub fn snapshot(&self, layer: &Digest) -> LayerStatus {
         LayerStatus {
             digest: layer.to_string(),
@@ -238,7 +241,7 @@ impl LayerStats {
     }
 }
 
-/// One more, until dropped.
+/// Guard that adds one to a counter until it is dropped.
 struct Count<'a>(&'a AtomicUsize);
 
 impl<'a> Count<'a> {

@@ -1,24 +1,28 @@
-//! Many bytes of a blob by several requests side by side, as one stream.
+//! Reads of many bytes of a blob by several requests side by side, as one stream.
 //!
-//! One connection seldom fills a link: its window grows slowly and ends at a few megabytes, and many servers give each only
-//! so much. So a large blob is cut into stripes:
+//! One connection seldom fills a link. Its window grows slowly and ends at a few megabytes, and many servers limit
+//! the rate of each connection. So a large blob is cut into stripes:
 //!
 //! ```text
 //! blob   │ passed on │ passed on ▒▒▒▒ │ ▒▒▒▒▒▒▒▒▒ │ ▒▒▒▒      │ ▒▒        │ not asked for yet …
 //!                      the first one    ahead: received and kept until their turn comes
 //! ```
-//! Bytes of the first stripe are passed on as they come, at whatever pace they are taken. How many stripes may be ahead is a
-//! number of permits that all layers share, and nobody waits for one: so memory is bounded, and the layer that was opened
-//! first, which is the largest, gets most of them.
+//! Bytes of the first stripe are passed on as they arrive, as fast as the caller takes them. Each stripe ahead needs
+//! one of a number of permits that all layers share. A stream takes a permit only if one is free and never waits for
+//! one. So memory is bounded. The layer that was opened first, which is the largest, gets most of the permits.
 //!
-//! A range is cut into parts, of at most a stripe, because connections that have been idle bring little in their first round
-//! trips ([`Policy::parts`]): so many are asked for at once.
+//! A range is cut into parts of at most a stripe. Connections that have been idle bring little in their first round
+//! trips, so several parts together arrive sooner. [`Policy::parts`] says how many parts are requested at once.
 //!
-//! Over a link that is slower than what is worth waiting for, stripes ahead only take from the first one, and nobody could
-//! tell that link from a server that hardly gives anything. So then there are none, until the first one comes better.
+//! On a very slow link, stripes ahead only take bandwidth from the first stripe. The caller then could not tell that
+//! link from a server that delivers almost nothing. So nothing is fetched ahead until the first stripe comes faster.
 //!
-//! Invariants: bytes come in order, each once; a server that turns out to know no ranges is asked for the whole blob instead,
-//! if that was wanted; what is under way ends when the stream is dropped.
+//! Invariants:
+//! - Bytes come in order, each once.
+//! - If a server turns out not to support ranges, the whole blob is requested, but only if all of it is wanted.
+//! - All requests end when the stream is dropped.
+//!
+//! [`Policy::parts`]: crate::fetch::Policy::parts
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -33,23 +37,25 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::race::Origin;
 use crate::blob::{BlobError, ByteStream};
 
-/// Bytes of a stripe: several round trips' worth, so that asking for it costs little.
+/// Bytes of a stripe: several round trips' worth, so the cost of a request is small. A larger value takes more memory
+/// for stripes ahead.
 const STRIPE: u64 = 1 << 20;
-/// A smaller blob has come before stripes would pay.
+/// Smallest blob that is cut into stripes: a smaller one has arrived before stripes would pay.
 const SMALLEST: u64 = 16 * STRIPE;
-/// Stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms.
+/// Number of stripes ahead, in all layers together: what fills a link of 1 Gbit/s and 80 ms. More stripes take more
+/// memory.
 const AHEAD: usize = 6;
-/// Parts of ranges beside the first ones, in all layers together.
+/// Number of parts of ranges beside the first ones, in all layers together.
 const PARTS: usize = 24;
-/// The pace of the first stripe is looked at when it was waited for this long. Below the one rate (bytes per second) nothing is
-/// fetched ahead, from the other one on something is again.
+/// Time spent waiting for the first stripe after which its rate is checked. Below `NARROW` (bytes per second) nothing
+/// is fetched ahead; at `WIDE` or above fetching ahead is resumed.
 const LOOK: Duration = Duration::from_secs(2);
 const NARROW: f64 = 4.0 * 1024.0;
 const WIDE: f64 = 32.0 * 1024.0;
-/// A blob nearer than this fills its link with one stream.
+/// A blob with a shorter round trip than this fills its link with one stream.
 const NEAR: Duration = Duration::from_millis(2);
 
-/// How much may be under way out of turn; shared by all layers.
+/// Permits for requests out of turn; all layers share them.
 #[derive(Debug, Clone)]
 pub(super) struct Ahead {
     stripes: Arc<Semaphore>,
@@ -65,7 +71,7 @@ impl Default for Ahead {
     }
 }
 
-/// Reads all of a blob from `start` on. A server without ranges is asked for all of it then, too.
+/// Reads a blob from `start` to its end. If the server does not support ranges, requests the whole blob.
 pub(super) async fn read(origin: Origin, start: u64, ahead: &Ahead) -> Result<ByteStream, BlobError> {
     let rest = start..origin.blob.size();
     let length = rest.end.saturating_sub(start);
@@ -77,12 +83,12 @@ pub(super) async fn read(origin: Origin, start: u64, ahead: &Ahead) -> Result<By
     };
     let mut stripes = Stripes::new(origin, rest, stripe, most_ahead, ahead.stripes.clone());
     stripes.is_whole = true;
-    // What is wrong with the blob as a whole shows here.
+    // An error of the blob as a whole shows here.
     stripes.advance().await?;
     Ok(stripes.into_stream())
 }
 
-/// Reads a range of a blob in at most `parts` parts at a time.
+/// Reads a range of a blob with at most `parts` requests at a time.
 pub(super) async fn read_range(
     origin: Origin,
     range: Range<u64>,
@@ -107,32 +113,32 @@ struct Stripes {
     end: u64,
     /// Whether so much of the blob is wanted that a server without ranges may be asked for all of it.
     is_whole: bool,
-    /// Up to where bytes were passed on.
+    /// End of the bytes that were passed on.
     position: u64,
-    /// Up to where bytes were asked for.
+    /// End of the bytes that were requested.
     asked: u64,
     first: Receiving,
-    /// Where the first stripe ends.
+    /// End of the first stripe.
     first_end: u64,
-    /// Where it was asked for once more.
+    /// Offset at which the first stripe was last requested again.
     reopened: Option<u64>,
     queue: VecDeque<Stripe>,
     tasks: JoinSet<()>,
     most_ahead: usize,
     ahead: Arc<Semaphore>,
-    /// Nothing is fetched ahead, because the first stripe is too slow.
+    /// Whether nothing is fetched ahead, because the first stripe is too slow.
     narrow: bool,
-    /// How long was waited for how many bytes, since the last look.
+    /// Time waited for the first stripe, and bytes received in that time, since the last look.
     pace: (Duration, u64),
 }
 
 enum Receiving {
     Direct(ByteStream),
-    /// No more than a stripe can be in it.
+    /// It holds at most the bytes of one stripe.
     Kept(mpsc::UnboundedReceiver<Result<Bytes, BlobError>>),
 }
 
-/// A stripe that waits for its turn.
+/// A stripe ahead, which waits for its turn.
 struct Stripe {
     end: u64,
     task: AbortHandle,
@@ -186,14 +192,14 @@ impl Stripes {
                 Some(Err(BlobError::RangeUnsupported { .. })) if self.is_whole => self.start_over().await?,
                 Some(Err(error)) => return Err(error),
                 None if self.position == self.first_end => self.advance().await?,
-                // What received this stripe has ended without an error, and without all of it.
+                // The task that received this stripe ended early without an error.
                 None => self.reopen().await?,
             }
         }
         Ok(None)
     }
 
-    /// Goes on to the next stripe.
+    /// Continues with the next stripe.
     async fn advance(&mut self) -> Result<(), BlobError> {
         if let Some(stripe) = self.queue.pop_front() {
             self.first = Receiving::Kept(stripe.chunks);
@@ -207,7 +213,7 @@ impl Stripes {
         }
     }
 
-    /// Asks for what is missing of the first stripe. That brings something, or it is an error.
+    /// Requests the missing bytes of the first stripe. Returns an error if the last such request brought no bytes.
     async fn reopen(&mut self) -> Result<(), BlobError> {
         if self.reopened == Some(self.position) {
             return Err(BlobError::Protocol {
@@ -227,7 +233,7 @@ impl Stripes {
         Ok(())
     }
 
-    /// So many bytes of the first stripe came after this time.
+    /// Records that `bytes` of the first stripe came after the time `waited`, and stops or resumes fetching ahead.
     fn paced(&mut self, waited: Duration, bytes: u64) {
         self.pace.0 += waited;
         self.pace.1 += bytes;
@@ -252,9 +258,9 @@ impl Stripes {
         std::mem::replace(&mut self.asked, end)..end
     }
 
-    /// Asks for as many stripes as may be ahead.
+    /// Requests as many stripes ahead as are allowed.
     fn look_ahead(&mut self) {
-        // A task that ended and was not taken note of would be kept as long as the stream.
+        // A task that has ended stays in the set until it is joined.
         while self.tasks.try_join_next().is_some() {}
         while !self.narrow
             && self.asked < self.end
@@ -275,7 +281,8 @@ impl Stripes {
         }
     }
 
-    /// The server has no ranges after all: everything from the start, without what was passed on already.
+    /// Requests the blob from its start, because the server does not support ranges. Skips the bytes that were passed
+    /// on already.
     async fn start_over(&mut self) -> Result<(), BlobError> {
         self.queue.clear();
         self.tasks.abort_all();
@@ -298,7 +305,7 @@ impl Stripes {
     }
 }
 
-/// Receives a stripe, until nobody wants it any more.
+/// Receives a stripe until the stream is dropped.
 async fn receive(origin: Origin, range: Range<u64>, kept: mpsc::UnboundedSender<Result<Bytes, BlobError>>) {
     let mut stream = match origin.read_counted(range).await {
         Ok(stream) => stream,

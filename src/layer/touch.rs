@@ -1,13 +1,13 @@
-//! Which spans were read, and which of them an earlier run had read.
+//! Which spans of a layer were read, and which of them were foreseen.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// A reader got bytes of the span.
+/// A reader has read bytes of the span.
 const READ: u8 = 1;
-/// A profile named it, or it belongs to a program that was begun.
+/// A profile named the span, or the span belongs to a program that was started.
 const FORESEEN: u8 = 2;
 
-/// Two flags for each span of a layer. Asked on every read, so it costs one load when there is nothing new.
+/// Two flags for each span of a layer. Every read checks them; a span that was read before costs one load.
 #[derive(Debug)]
 pub(super) struct Touches(Vec<AtomicU8>);
 
@@ -16,7 +16,7 @@ impl Touches {
         Self((0..spans).map(|_| AtomicU8::new(0)).collect())
     }
 
-    /// A reader comes to the span. For the first one: whether a profile had named the span.
+    /// Records a read of the span. The first read returns whether the span was foreseen; later reads return `None`.
     pub(super) fn read(&self, span: u32) -> Option<bool> {
         let flags = &self.0[span as usize];
         if flags.load(Ordering::Relaxed) & READ != 0 {
@@ -26,14 +26,14 @@ impl Touches {
         (before & READ == 0).then_some(before & FORESEEN != 0)
     }
 
-    /// Nothing is foreseen any more.
+    /// Clears the [`FORESEEN`] flag of all spans.
     pub(super) fn forget(&self) {
         for flags in &self.0 {
             flags.fetch_and(!FORESEEN, Ordering::Relaxed);
         }
     }
 
-    /// Somebody knows that the span will be read; whether that is news.
+    /// Records that the span will be read. Returns whether the span was not foreseen before.
     pub(super) fn foresee(&self, span: u32) -> bool {
         self.0[span as usize].fetch_or(FORESEEN, Ordering::Relaxed) & FORESEEN == 0
     }

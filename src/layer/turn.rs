@@ -1,8 +1,9 @@
-//! Taking turns: one process at a time streams a layer, the others wait for what that makes.
+//! Taking turns: one process at a time streams a layer, and the others wait for the files that it writes.
 //!
-//! A turn is the lock on the layer's lock file. Whoever has it sets the file's modification time now and then, as long as the
-//! layer is coming in; whoever waits sees that. A process that was stopped, or hangs, so keeps nobody waiting for long: the
-//! others go on without a turn, which costs them the download and nothing else, since finished files are published by rename.
+//! A turn is the lock on the layer's lock file. While the layer comes in, the process with the turn sets the file's
+//! modification time about once a second. Waiting processes look at that time. If a process was stopped or hangs, the
+//! others soon continue without a turn, and download the layer a second time. A second download does no other harm,
+//! because finished files are published by rename.
 
 use std::fs::File;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,21 +14,23 @@ use nix::fcntl::{Flock, FlockArg};
 use super::LayerStats;
 use crate::store::{LayerDir, StoreError};
 
-/// How often a waiting process looks. A few microseconds of work, and nothing next to streaming a layer.
+/// How often a waiting process looks. Looking takes a few microseconds, which is negligible beside streaming a layer.
 const LOOK: Duration = Duration::from_millis(10);
-/// How often the streaming process shows that it is getting on.
+/// How often the streaming process shows its progress.
 const BEAT: Duration = Duration::from_secs(1);
-/// A process that shows nothing for this long is not waited for.
+/// How long a waiting process waits without progress of the streaming process. A smaller value downloads layers twice
+/// over slow links; a larger one delays the mount after a process has hung.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The right to stream a layer; given back when dropped, also by the kernel when the process dies.
+/// The right to stream a layer, until it is dropped. If the process dies, the kernel releases the lock.
 #[derive(Debug)]
 pub(super) struct Turn {
     lock: Flock<File>,
 }
 
 impl Turn {
-    /// Waits until no other process streams the layer. None if another process does and makes no progress.
+    /// Waits until no other process streams the layer. Returns `None` if another process streams it and makes no
+    /// progress.
     pub(super) async fn wait(dir: &LayerDir, stats: &LayerStats) -> Result<Option<Self>, StoreError> {
         stats.waiting(Self::wait_patiently(dir, stats, PATIENCE)).await
     }
@@ -41,7 +44,8 @@ impl Turn {
         let mut seen = (modified(&file), Instant::now());
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                // The file may have been deleted, with all of the layer, while this waited: then the lock is worth nothing.
+                // While this process waited, the file may have been deleted together with the layer. Then the lock is
+                // useless.
                 Ok(lock) if dir.is_lock_file(&lock) => return Ok(Some(Self { lock })),
                 Ok(_) => dir.lock_file()?,
                 Err((file, Errno::EWOULDBLOCK)) => file,
@@ -60,8 +64,8 @@ impl Turn {
         }
     }
 
-    /// Does `work` while showing others that it gets on: as long as it queues for its start, receives bytes at a useful rate
-    /// (so many a second), or works on what it has.
+    /// Does `work` and shows other processes that it makes progress. Progress means that `work` has not sent a
+    /// request yet, works on local bytes, or receives at least `useful_rate` bytes per second.
     pub(super) async fn take<T>(
         self,
         stats: &LayerStats,

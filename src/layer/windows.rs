@@ -1,13 +1,13 @@
-//! Memory for the windows of zstd decoders, which all that decode at a time share.
+//! Memory for the windows of zstd decoders. All decoders that run at the same time share it.
 //!
-//! A window is charged to the allowance of the image's tables. Where there is no room, a decoder waits until others are done,
-//! and is refused only if no other one has any memory. Nobody waits in a circle:
+//! A window is charged to the allowance of the image's tables. If there is no room, a decoder waits until others are
+//! done. A decoder is refused only if no other decoder has any memory. Decoders never wait in a circle:
 //!
-//! * a decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for as much as it can come to need; while it
-//!   waits it has nothing;
-//! * decoders with larger windows take turns before they have anything, so that only one of them grows;
-//! * where a large window follows on ordinary ones, a decoder may have memory while it waits for its turn. Whoever has the
-//!   turn does not wait for that one.
+//! - A decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for all that it may need. While it
+//!   waits, it has no memory.
+//! - Decoders with larger windows take turns before they have any memory, so only one of them grows at a time.
+//! - If a large window follows ordinary ones, a decoder may have memory while it waits for its turn. The decoder
+//!   whose turn it is does not wait for that memory.
 
 use std::sync::{Arc, Mutex};
 
@@ -18,10 +18,11 @@ use super::LayerStats;
 use crate::index::Room;
 use crate::memory::{Allowance, Charge, OverLimit};
 
-/// The windows of usual encoders, of 8 or 16 MiB, are no larger with all that a decoder needs beside them.
+/// Size limit of an ordinary window. Usual encoders have windows of 8 or 16 MiB, which fit with all other memory of
+/// the decoder.
 const ORDINARY: u64 = 20 << 20;
 
-/// The memory of all decoders of a process.
+/// The window memory of all decoders of a process.
 #[derive(Debug, Clone)]
 pub(super) struct Windows {
     tables: Arc<Allowance>,
@@ -29,37 +30,37 @@ pub(super) struct Windows {
     holders: Arc<Holders>,
 }
 
-/// Decoders that have memory and will give it back.
+/// Number of decoders that have memory and will give it back.
 #[derive(Debug, Default)]
 struct Holders {
     count: Mutex<usize>,
-    /// There is one less.
+    /// Notified when there is one decoder less.
     changed: Notify,
 }
 
 impl Holders {
-    /// One holds memory, and waits for none of the others.
+    /// Counts a decoder that holds memory and waits for no other decoder.
     fn more(&self) {
         *self.count.lock().expect("no panic while locked") += 1;
     }
 
-    /// One has given back its memory by `giving`, or waits for others.
+    /// Uncounts a decoder that gives back its memory with `giving`, or that begins to wait for others.
     fn less(&self, giving: impl FnOnce()) {
         let mut count = self.count.lock().expect("no panic while locked");
         *count -= 1;
-        // Whoever looks next finds both as they are now.
+        // Count and memory change under one lock, so other decoders see both changes or none.
         giving();
         drop(count);
         self.changed.notify_waiters();
     }
 }
 
-/// What a decoder has.
+/// The memory of one decoder.
 #[derive(Debug)]
 struct Window {
     windows: Windows,
     charge: Charge,
-    /// Of one that needs more than others.
+    /// The turn of a decoder with a large window.
     turn: Option<OwnedSemaphorePermit>,
     holds: bool,
 }
@@ -73,8 +74,8 @@ impl Windows {
         }
     }
 
-    /// Room for one decoder, which may wait on a thread that is allowed to. `opening` is told while it does: whose layer is
-    /// being opened depends on others then.
+    /// Room for one decoder. A request for room may block its thread, so the thread must allow blocking. `opening`
+    /// counts that wait: the opening of its layer then depends on other layers.
     pub(super) fn room(&self, opening: Option<Arc<LayerStats>>) -> Room {
         let runtime = Handle::current();
         let mut window = Window {
@@ -160,7 +161,7 @@ mod tests {
         (Windows::new(tables.clone()), tables)
     }
 
-    /// Asks for `bytes` on a thread of its own, and gives the room back with what it got.
+    /// Asks for `bytes` on a separate thread. Returns the room and the answer.
     fn ask(mut room: Room, bytes: u64) -> tokio::task::JoinHandle<(Room, Result<(), OverLimit>)> {
         tokio::task::spawn_blocking(move || {
             let got = room(bytes, bytes.max(16 * MIB));
@@ -176,7 +177,7 @@ mod tests {
         let (second, got) = ask(windows.room(None), 9 * MIB).await.unwrap();
         got.unwrap();
         assert!(tables.used() >= 32 * MIB);
-        // The next one has to wait, and so has one that needs more than there is beside others.
+        // The third decoder has to wait. So does one that needs more than is left beside the others.
         let third = ask(windows.room(None), 20 * MIB);
         let large = ask(windows.room(None), 45 * MIB);
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -187,7 +188,7 @@ mod tests {
         drop((second, third));
         let (large, got) = large.await.unwrap();
         got.unwrap();
-        // Nobody else has any.
+        // No other decoder has any memory.
         let (large, got) = ask(large, 51 * MIB).await.unwrap();
         assert_eq!(got, Err(OverLimit { limit: 50 * MIB }));
         drop(large);
@@ -223,7 +224,7 @@ mod tests {
             })
         });
         let done = futures::future::join_all(growing).await;
-        // The last one has all for itself.
+        // The last decoder has all the memory.
         assert!(done.into_iter().any(|done| done.unwrap().is_ok()));
         assert_eq!(tables.used(), 0);
     }

@@ -1,11 +1,11 @@
-//! Which entry of a layout's `index.json` a name means.
+//! Selects the entry of a layout's `index.json` that a name means.
 
 use std::path::Path;
 
 use crate::blob::BlobError;
 use crate::oci::{Descriptor, Digest, Reference, is_companion, listing, shown};
 
-/// Annotation with the name within the layout: a tag, or anything.
+/// Annotation with the name within the layout: a tag, or any other text.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Annotation with the full reference, written by containerd and BuildKit.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
@@ -72,7 +72,7 @@ fn with_digest<'a>(entries: &'a [Descriptor], image: &str) -> Option<&'a Descrip
     entries.iter().find(|entry| entry.digest == digest)
 }
 
-/// What there is, as a person would ask for it.
+/// Lists the images, as a person would ask for them.
 fn names(entries: &[Descriptor]) -> String {
     let images = entries.iter().enumerate().filter(|(_, entry)| !is_companion(entry));
     let mut names = Vec::new();
@@ -130,11 +130,11 @@ mod tests {
         ] {
             assert_eq!(position(&all, Some(image)), Ok(want), "{image}");
         }
-        // The name within the layout goes before the full one, and the last of equals counts.
+        // The name within the layout goes before the full name. Of entries with the same name, the last one counts.
         let full_as_name = r#""org.opencontainers.image.ref.name":"docker.io/library/app:v1""#;
         assert_eq!(position(&[full_as_name, FULL], Some("docker.io/library/app:v1")), Ok(0));
         assert_eq!(position(&[V1, V2, V1], Some("v1")), Ok(2));
-        // A name that looks like a position is a name first.
+        // A name that looks like a position is first taken for a name.
         assert_eq!(
             position(&["", r#""org.opencontainers.image.ref.name":"@0""#], Some("@0")),
             Ok(1)

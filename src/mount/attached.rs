@@ -1,4 +1,4 @@
-//! What a mount's process attached: mounts, registration, private upper directory. It all goes, one way or another.
+//! Mounts, registration and private upper directory of the process behind a mount. All of them go when it ends.
 
 use std::fs::File;
 use std::io;
@@ -11,16 +11,17 @@ use super::registration::{MountRecord, RunEntry, Standing};
 use super::error::{MountError, system};
 use super::{kernel, mountinfo, overlay};
 
-/// What this process attached and has to take down, at the latest when this is dropped.
+/// Everything that this process has to take down. Dropping it takes down whatever is left.
 pub(super) struct Attached {
     pub(super) entry: RunEntry,
     pub(super) record: MountRecord,
-    /// The later ones lie on the earlier ones.
+    /// The mounts of this process. A later mount lies on the earlier ones.
     mounts: Vec<Standing>,
+    /// Whether the registration still has to be removed.
     registered: bool,
-    /// Held until the mount stands; see [`RunEntry::turn`].
+    /// The turn for this mount point ([`RunEntry::turn`]). The process holds it until the mount stands.
     pub(super) turn: Option<File>,
-    /// Held as long as the directories of the overlay are used.
+    /// The lock on the directories of the overlay. The process holds it as long as the overlay uses them.
     upper_lock: Option<Flock<File>>,
 }
 
@@ -36,10 +37,11 @@ impl Attached {
         }
     }
 
-    /// Remembers what was just mounted at `path`. The mount that the user sees is written into the registration.
+    /// Records the mount that was just made at `path`. Writes it into the registration if it is the mount that the
+    /// user sees.
     pub(super) fn add(&mut self, path: &Path) -> Result<(), MountError> {
         let entry = mountinfo::at(path).map_err(system("read the mount table"))?;
-        // If it is gone by now, there is nothing to take down.
+        // If another program has already unmounted it, there is nothing to take down.
         let Some(entry) = entry else { return Ok(()) };
         self.mounts.push(entry.standing());
         if self.record.lower == self.record.mountpoint || entry.fs_type != "fuse.ocifs" {
@@ -49,7 +51,8 @@ impl Attached {
         Ok(())
     }
 
-    /// Remembers an overlay, and takes away the mounts that it was made from. `lock` marks its directories as in use.
+    /// Records the overlay at `mountpoint` and unmounts the mounts that it was made from. `lock` marks the
+    /// directories of the overlay as in use.
     pub(super) fn cover(&mut self, mountpoint: PathBuf, lock: Flock<File>) -> Result<(), MountError> {
         self.upper_lock = Some(lock);
         let below = self.mounts.len();
@@ -61,12 +64,13 @@ impl Attached {
         Ok(())
     }
 
-    /// Whoever took the mounts down, they are gone.
+    /// Forgets the mounts, because another program has already unmounted them.
     pub(super) fn forget_mounts(&mut self) {
         self.mounts.clear();
     }
 
-    /// Unmounts everything. Without `lazy` it stops, with everything standing, if something is in use.
+    /// Unmounts everything. Without `lazy` it stops with an error at the first mount that is in use, and that mount
+    /// stays.
     pub(super) fn detach(&mut self, lazy: bool) -> Result<(), MountError> {
         while let Some(mount) = self.mounts.last() {
             kernel::unmount(mount, lazy)?;
@@ -75,26 +79,27 @@ impl Attached {
         Ok(())
     }
 
-    /// Removes the registration, wherever it is by now. After an unmount by somebody else, the mount point may be registered
-    /// to another process already.
+    /// Removes the registration, wherever another process has moved it. After an unmount by another program, the
+    /// mount point may already be registered to another process.
     pub(super) fn unregister(&mut self) -> Result<(), MountError> {
         if !self.registered {
             return Ok(());
         }
         self.registered = false;
-        // Without the turn, what another process is about to do may be undone here; it will say so. Staying is worse.
+        // If the turn does not come in time, the removal goes on without it. It may then undo the work of another
+        // process here, which will report an error. A registration that stays for ever would be worse.
         let _turn = match self.turn.take() {
             Some(turn) => Some(turn),
             None => self.entry.turn_at_last()?,
         };
         if let Some(entry) = self.entry.of(self.record.pid)? {
-            // The log of a process in the background is its standard error.
+            // The log of a background process is its standard error.
             entry.remove(Some(io::stderr().as_fd()))?;
         }
         Ok(())
     }
 
-    /// Deletes the private upper directory, when nobody uses the overlay any more.
+    /// Deletes the private upper directory. The overlay must have no users any more.
     pub(super) fn discard(&mut self) {
         if let Some(scratch) = self.record.scratch.take() {
             overlay::discard(&scratch);

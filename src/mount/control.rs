@@ -1,8 +1,10 @@
-//! The control socket of a mount: one JSON request line, then JSON answer lines, of which the last one is the answer.
+//! The control socket of a mount: JSON lines over a Unix socket.
 //!
-//! Until there is an answer, the process says every now and then that it works on it. So a client can tell a process that
-//! needs time, because changes have to be flushed, from one that is stopped or stuck. A client that is gone by the time its
-//! request is read does not get it fulfilled.
+//! A client sends one line, its request. The process replies with one or more lines, and the last of them is the
+//! answer. Until the process has the answer, it sends [`Response::Working`] at short intervals. So a client can
+//! tell a process that needs time, to flush changes for example, from one that is stopped or stuck.
+//!
+//! The process does not carry out a request if the client is gone by the time it reads the request.
 
 use std::convert::Infallible;
 use std::io;
@@ -18,81 +20,87 @@ use tokio::task::JoinHandle;
 
 use super::status::MountStatus;
 
-/// A client that does not finish its line by then is dropped.
+/// Time for a client to send its line, and time to take a line from this process. After that the process drops the
+/// connection. A larger value lets stuck clients hold connections longer; a smaller one drops slow clients.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// How often a process says that it works on a request, and for how long a client waits to hear of it.
+/// Interval at which the process reports that it works on a request. It must be well below [`SILENCE`]. A smaller
+/// value only wakes client and process more often.
 const SIGN: Duration = Duration::from_millis(200);
+/// How long a client waits for the next line. A larger value delays `umount` and `list` when a process hangs. A
+/// smaller one reports a busy process as one that does not answer.
 const SILENCE: Duration = Duration::from_millis(1000);
-/// How long a client waits for the answer itself.
+/// How long a client waits for the answer itself, while the process reports that it works. A larger value delays
+/// the commands; a smaller one gives up on more requests that would succeed.
 const PATIENCE: Duration = Duration::from_millis(1300);
-/// Time between two attempts to accept a connection, when one failed.
+/// Pause after a failed attempt to accept a connection. A smaller value uses processor time while descriptors are
+/// short; a larger one delays clients.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Requests are a few words.
+/// Largest request in bytes. A request is a few words long; a client cannot make the process buffer more.
 const MAX_REQUEST: u64 = 4096;
 
-/// What a client asks.
+/// A request of a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Request {
-    /// How the mount is doing.
+    /// Asks for the status of the mount.
     Status,
-    /// Take the mount down.
+    /// Asks the process to take the mount down.
     Unmount {
-        /// Even if it is in use.
+        /// Whether to unmount even if the mount is in use.
         lazy: bool,
     },
 }
 
-/// What the mount answers.
+/// A reply of the process behind the mount.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum Response {
-    /// The answer will come.
+    /// The process works on the request, and the answer follows.
     Working,
-    /// To [`Request::Status`].
+    /// The answer to [`Request::Status`].
     Status(Box<MountStatus>),
-    /// It is unmounted, and the process is about to end.
+    /// The mount is unmounted, and the process is about to end.
     Unmounted,
-    /// It is unmounted, and the process goes on because somebody still uses the mount.
+    /// The mount is unmounted, and the process goes on because the mount still has users.
     Detached,
-    /// It is not.
+    /// The mount could not be unmounted.
     Failed {
-        /// Why.
+        /// The cause.
         message: String,
     },
 }
 
-/// Why the serving process could not be asked.
+/// Why a client got no answer from the process behind a mount.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ControlError {
-    /// No connection, or it broke.
+    /// The client got no connection, or the connection broke.
     #[error("cannot talk to the process of this mount: {0}")]
     Io(#[from] io::Error),
-    /// It answered something else.
+    /// The reply is no valid [`Response`].
     #[error("the process of this mount answered unintelligibly: {0}")]
     Json(#[from] serde_json::Error),
-    /// It says nothing at all.
+    /// The process sent no line in time.
     #[error("the process of this mount does not answer")]
     Silent,
-    /// It works on the request.
+    /// The process works on the request, but the answer did not come in time.
     #[error("the process of this mount needs a long time to answer")]
     Slow,
 }
 
-/// A request with the place for its answer.
+/// A request, and the channel for its answer.
 pub(super) type Call = (Request, oneshot::Sender<Response>);
 
-/// The open socket.
+/// The open control socket of this process.
 #[derive(Debug)]
 pub(super) struct Control {
     accepting: JoinHandle<()>,
-    /// Ends when the last connection does: each holds a sender that it never uses.
+    /// Closes when the last connection ends. Each connection holds a sender and never sends on it.
     connections: mpsc::Receiver<Infallible>,
 }
 
 impl Control {
-    /// Serves the socket; requests go to `calls`.
+    /// Serves the socket and sends the requests to `calls`.
     pub(super) fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) -> Self {
         let (open, connections) = mpsc::channel(1);
         Self {
@@ -101,10 +109,10 @@ impl Control {
         }
     }
 
-    /// Takes no more connections and lets those under way have their answer.
+    /// Accepts no more connections, and waits until the open ones have sent their answers.
     pub(super) async fn close(mut self) {
         self.accepting.abort();
-        // Each is bounded by its own deadlines.
+        // Each connection has deadlines of its own.
         if tokio::time::timeout(2 * DEADLINE, self.connections.recv())
             .await
             .is_err()
@@ -127,7 +135,7 @@ async fn accept(listener: UnixListener, calls: mpsc::Sender<Call>, open: mpsc::S
                 });
             }
             Err(error) => {
-                // Descriptors may be short for a moment.
+                // The process may have no free descriptor for a moment.
                 tracing::warn!(%error, "control socket");
                 tokio::time::sleep(PAUSE).await;
             }
@@ -143,7 +151,8 @@ async fn answer(stream: UnixStream, calls: mpsc::Sender<Call>) -> Result<(), Con
         .await
         .map_err(|_| ControlError::Silent)??;
     let request = serde_json::from_str(&line)?;
-    // This fails if the client is gone: while this process was stopped, it may have given up and said so.
+    // This write fails if the client is gone. If this process was stopped, the client may have given up and
+    // reported an error.
     say(&mut write, &Response::Working).await?;
     let (sender, receiver) = oneshot::channel();
     let answering = async {
@@ -154,13 +163,13 @@ async fn answer(stream: UnixStream, calls: mpsc::Sender<Call>) -> Result<(), Con
     let response = loop {
         match tokio::time::timeout(SIGN, &mut answering).await {
             Ok(response) => break response,
-            // A client that is gone now has left its request here; it is fulfilled.
+            // A client that goes away at this stage has left its request, and the process carries it out.
             Err(_) => drop(say(&mut write, &Response::Working).await),
         }
     };
     match response {
         Some(response) => Ok(say(&mut write, &response).await?),
-        // The mount is going down already: the end of the connection says so.
+        // The process is already taking the mount down. The client sees the end of the connection.
         None => Ok(()),
     }
 }
@@ -174,7 +183,9 @@ async fn say(write: &mut OwnedWriteHalf, response: &Response) -> io::Result<()> 
     }
 }
 
-/// Asks the process behind `socket`, and waits no longer than it takes to see that something is wrong.
+/// Sends `request` to the process behind `socket` and returns its answer. Fails with [`ControlError::Silent`] after
+/// one second without a line. Fails with [`ControlError::Slow`] if the process works on the request for longer than
+/// 1.3 seconds.
 pub async fn call(socket: &Path, request: &Request) -> Result<Response, ControlError> {
     let started = Instant::now();
     let connecting = async {

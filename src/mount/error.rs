@@ -1,4 +1,4 @@
-//! Why mounts do not come about, or do not come down.
+//! Errors of mounting and of taking down.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,42 +10,42 @@ use super::registration::RegistrationError;
 use crate::fs::FsError;
 use crate::image::ImageError;
 
-/// Why a mount did not come about.
+/// Why a mount could not be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MountError {
     /// The mount point cannot be used.
     #[error("cannot mount on {}: {reason}", mountpoint.display())]
     Mountpoint {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// Why not, and what to do.
+        /// Why it cannot be used, and what the user can do.
         reason: String,
     },
-    /// The kernel refused.
+    /// The kernel refused the mount, or fusermount3 did.
     #[error(transparent)]
     Kernel(#[from] KernelMountError),
-    /// The overlay failed.
+    /// The overlay could not be mounted.
     #[error(transparent)]
     Overlay(#[from] OverlayError),
-    /// The run directory failed.
+    /// The run directory could not be read or written.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
-    /// What a dead process left at the mount point does not go away.
+    /// The mount point has remains of a dead process, and they could not be removed.
     #[error("cannot clear a dead mount: {0}")]
     Takedown(#[from] TakedownError),
     /// The image could not be prepared.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Nothing useful came for too long.
+    /// The preparation of the image stalled for longer than the timeout.
     #[error(transparent)]
     Stalled(FsError),
-    /// Signals, sockets, threads.
+    /// A system call for signals, sockets, threads, files or the mount table failed.
     #[error("cannot {action}: {source}")]
     System {
-        /// What was tried.
+        /// What the process tried to do.
         action: &'static str,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -54,55 +54,55 @@ pub(super) fn system(action: &'static str) -> impl Fn(io::Error) -> MountError {
     move |source| MountError::System { action, source }
 }
 
-/// Why a mount could not be asked or taken down.
+/// Why the process behind a mount could not be asked, or the mount could not be taken down.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TakedownError {
-    /// There is none.
+    /// There is no such mount.
     #[error("{path} is not an ocifs mount of this user (see `ocifs list`)")]
     NotMounted {
-        /// What was named.
+        /// The path that the user gave.
         path: String,
     },
-    /// It is unmounted already, and its process goes on.
+    /// The mount is already unmounted, and its process goes on.
     #[error("{path}: {reason}")]
     Detached {
-        /// What was named.
+        /// The path that the user gave.
         path: String,
-        /// Who uses it.
+        /// Which users the mount still has.
         reason: String,
     },
-    /// The run directory failed.
+    /// The run directory could not be read or written.
     #[error(transparent)]
     Registration(#[from] RegistrationError),
-    /// The process could not be asked.
+    /// The process behind the mount gave no answer.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The kernel refused.
+    /// The kernel refused the unmount, or fusermount3 did.
     #[error(transparent)]
     Kernel(#[from] KernelMountError),
-    /// The kernel refused an unmount that this process tried because the one behind the mount does not answer.
+    /// The process behind the mount does not answer, so this process tried to unmount, and the kernel refused.
     #[error("process {pid} behind the mount does not answer{}, and {source}", why.as_deref().unwrap_or_default())]
     Unresponsive {
-        /// Who does not answer.
+        /// The process that does not answer.
         pid: u32,
-        /// Why, if that can be seen.
+        /// Why the process does not answer, if that is visible.
         why: Option<String>,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: KernelMountError,
     },
-    /// The process refused.
+    /// The process behind the mount refused to unmount it.
     #[error("{message}")]
     Refused {
-        /// What it said.
+        /// The message of the process.
         message: String,
     },
-    /// The system refused.
+    /// A system call on the process behind the mount failed.
     #[error("cannot {action}: {source}")]
     System {
-        /// What was tried.
+        /// What this process tried to do.
         action: &'static str,
-        /// The system's answer.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// The mount table could not be read.

@@ -1,4 +1,4 @@
-//! Which registration a mount point belongs to, whether its process is still there, and who uses what it mounted.
+//! Finds the registration of a mount point, whether its process is still alive, and the users of its mount.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,9 +9,11 @@ use super::process::Process;
 use super::registration::{MountRecord, RegistrationError, RunDir, RunEntry};
 use super::users::Users;
 
-/// How long a process that closes its connections gets to be gone.
+/// How long a process that refuses connections gets to end. A larger value delays the commands when a control
+/// socket is broken. A smaller one reports a process that is about to end as one that does not answer.
 const ENDING: Duration = Duration::from_millis(800);
-/// The registration of what is mounted at `mountpoint`, or was until its unmount if somebody still uses it.
+/// Returns the registration of the mount at `mountpoint`. After an unmount it is the registration of the former
+/// mount, as long as that one has users.
 pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, MountRecord)>, TakedownError> {
     let entry = run.entry(mountpoint);
     let own = entry.record()?;
@@ -23,7 +25,7 @@ pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, 
     if own.as_ref().is_some_and(is_there) {
         return Ok(own.map(|record| (entry, record)));
     }
-    // A mount that is at this place counts, also if its path had another name when it was mounted.
+    // The mount at this place counts, even if the path had another name when it was mounted.
     let mut records = run.records()?;
     let moved = records
         .iter()
@@ -37,14 +39,15 @@ pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, 
     Ok(records.into_iter().find(|(_, record)| record.mountpoint == mountpoint))
 }
 
-/// Whether `record` is still what is registered.
+/// Whether `record` is still the registration of `entry`.
 pub(super) fn registered(entry: &RunEntry, record: &MountRecord) -> Result<bool, RegistrationError> {
     Ok(entry
         .record()?
         .is_some_and(|now| now.pid == record.pid && now.started == record.started))
 }
 
-/// Why the process of a mount that is unmounted goes on; and whether nobody was found who uses it.
+/// Returns a message about why the process goes on after its mount was unmounted, and whether no user was found.
+/// `None` if the mount is not detached, or its identity is not known.
 pub(super) fn still_used(entry: &RunEntry, record: &MountRecord) -> Option<(bool, String)> {
     let users = record.is_detached().then(|| users(entry, record)).flatten()?;
     Some((
@@ -53,11 +56,11 @@ pub(super) fn still_used(entry: &RunEntry, record: &MountRecord) -> Option<(bool
     ))
 }
 
-/// Who uses a mount, besides its own process; none if it is not known which mount that is.
+/// Finds the users of a mount other than its own process. `None` if the record does not identify the mount.
 pub(super) fn users(entry: &RunEntry, record: &MountRecord) -> Option<Users> {
     let standing = record.standing.as_ref()?;
-    // The kernel gives the device number of a file system away again, also while the process behind it is stopped and has not
-    // noticed that it is gone. If another mount has the number now, nobody uses this one.
+    // The kernel reuses the device number of a file system that is gone. It does so even while the process behind
+    // it is stopped and has not noticed the end. If another mount has the number, this one has no users.
     let table = mountinfo::table().unwrap_or_default();
     let others = entry.run().records().unwrap_or_default();
     let mut others = others.iter().filter(|(_, other)| other.pid != record.pid);
@@ -71,11 +74,12 @@ pub(super) fn users(entry: &RunEntry, record: &MountRecord) -> Option<Users> {
     })
 }
 
-/// Whether a process that does not take connections ends in this moment.
+/// Whether the process behind a mount, which refuses connections, ends within [`ENDING`].
 pub(super) async fn has_ended(record: &MountRecord) -> bool {
     ends_within(record, ENDING).await.unwrap_or(false)
 }
 
+/// Whether the process behind a mount ends within `limit`. Returns at once if it has ended.
 pub(super) async fn ends_within(record: &MountRecord, limit: Duration) -> Result<bool, TakedownError> {
     let held = |source| TakedownError::System {
         action: "look at the process behind the mount",

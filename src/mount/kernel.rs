@@ -1,8 +1,9 @@
-//! The mount(2) side of FUSE: attaching /dev/fuse to a directory and detaching it, as root or through fusermount3.
+//! The mount(2) side of FUSE: attaches /dev/fuse to a directory and detaches it, as root or through fusermount3.
 //!
-//! Own code rather than fuser's because the descriptor must be mounted long before the session starts, and because an unmount
-//! must never hit whatever else is mounted at the path by then (kernel: fs/fuse/inode.c `fuse_parse_param`, libfuse:
-//! util/fusermount.c for the helper's protocol).
+//! ocifs does not use fuser's code for mounting, for two reasons. The descriptor must be mounted long before the
+//! session starts. And an unmount must never hit another mount that lies at the path by then. Sources:
+//! fs/fuse/inode.c of the kernel (`fuse_parse_param`), and util/fusermount.c of libfuse for the protocol of the
+//! helper.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -27,48 +28,48 @@ use super::users::mount_id;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelMountError {
-    /// There is no /dev/fuse, or it may not be opened.
+    /// There is no /dev/fuse, or this user may not open it.
     #[error("cannot open /dev/fuse: {source}{}", hint(source))]
     Device {
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The system call mount(2) refused.
+    /// The system call mount(2) failed.
     #[error("cannot mount on {}: {source}", mountpoint.display())]
     Mount {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// This user has no privilege to mount, and the helper fusermount3 is not there or refused.
+    /// This user has no privilege to mount, and the helper fusermount3 is missing or refused.
     #[error("fusermount3 cannot {action} {}: {message}", mountpoint.display())]
     Helper {
-        /// What it was asked to do.
+        /// What the helper was asked to do.
         action: &'static str,
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// What it said.
+        /// The error message of the helper.
         message: String,
     },
-    /// Something still uses the mount.
+    /// A process still uses the mount.
     #[error("{} is busy: a process has a file or its working directory there (see `fuser -vm {}`), or use --lazy", mountpoint.display(), mountpoint.display())]
     Busy {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
     },
-    /// Another file system was mounted on top.
+    /// Another file system is mounted on top of the mount.
     #[error("{} is covered by another mount: unmount that one first", mountpoint.display())]
     Covered {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
     },
-    /// The system call umount(2) refused.
+    /// The system call umount(2) failed, or the mount table could not be read.
     #[error("cannot unmount {}: {source}", mountpoint.display())]
     Unmount {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -81,8 +82,9 @@ fn hint(source: &io::Error) -> &'static str {
     }
 }
 
-/// Mounts a new FUSE file system on the directory `target`, which messages call `mountpoint`, and returns the open /dev/fuse
-/// that serves it. Nothing is answered yet.
+/// Mounts a new FUSE file system on the directory `target` and returns the open /dev/fuse that serves it. Error
+/// messages name the directory `mountpoint`. The file system answers no request until a session serves the
+/// descriptor.
 pub(super) fn mount(
     source: &str,
     target: &Path,
@@ -123,9 +125,9 @@ fn mount_directly(
     Ok(device.into())
 }
 
-/// Mounts by fusermount3, which mounts with its own privilege and sends the descriptor back over a socket. It is started in the directory and
-/// mounts on that one; it looks up the directory's name once more, so whoever is about to use the mount has to check where
-/// it is.
+/// Mounts through fusermount3, which has the privilege to mount and sends the descriptor back over a socket. The
+/// helper starts in the directory `target` and mounts on its working directory. It looks up the name of the
+/// directory once more. So the caller has to check where the mount is before using it.
 fn mount_by_helper(
     source: &str,
     target: &Path,
@@ -174,7 +176,7 @@ fn receive_fd(socket: &OwnedFd) -> io::Result<OwnedFd> {
         if let ControlMessageOwned::ScmRights(fds) = control
             && let Some(&fd) = fds.first()
         {
-            // SAFETY: the kernel has just installed this descriptor for us and nobody else knows it.
+            // SAFETY: the kernel has just installed this descriptor for this process, and no other code knows it.
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
@@ -184,24 +186,25 @@ fn receive_fd(socket: &OwnedFd) -> io::Result<OwnedFd> {
 /// Watches for the end of the file system that `fuse` serves.
 #[allow(unsafe_code)]
 pub(super) fn watch(fuse: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // The end of the connection is an error condition.
+    // The kernel reports the end of the connection as an error condition.
     let (watched, interest) = (fuse.try_clone()?, Interest::ERROR);
-    // SAFETY: an OwnedFd names the same open descriptor as long as it lives.
+    // SAFETY: an `OwnedFd` names the same open descriptor as long as it lives.
     let registered = unsafe { AsyncFd::register_with_interest(watched, interest) };
     registered.map_err(io::Error::from)
 }
 
-/// Waits until the file system is mounted nowhere any more, whoever took it down; for ever if it is not watched.
+/// Waits until the file system is no longer mounted anywhere, whichever program unmounted it. Waits for ever if
+/// `watched` is `None`.
 pub(super) async fn gone(watched: Option<&AsyncFd<OwnedFd>>) {
     match watched {
-        // If it cannot be watched after all, its end shows when the session starts.
+        // If the descriptor cannot be watched, the session will find the end when it starts.
         Some(watched) if watched.ready(Interest::ERROR).await.is_ok() => {}
         _ => std::future::pending().await,
     }
 }
 
-/// Detaches a mount, wherever it is by now, and no other one; with `lazy`, at once, even if it is in use. If it is gone
-/// already, that is what was wanted.
+/// Detaches the mount `mount`, wherever it has been moved, and no other mount. With `lazy`, detaches it at once,
+/// even if it is in use. Succeeds if the mount is already gone.
 pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountError> {
     let unreadable = |source| KernelMountError::Unmount {
         mountpoint: PathBuf::from("/proc/self/mountinfo"),
@@ -218,11 +221,11 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
     let (Some(parent), Some(name)) = (mountpoint.parent(), mountpoint.file_name()) else {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
     };
-    // The directory above is held, so that nothing on the way to it can be replaced between the look and the unmount. The
-    // mount itself cannot be held: that alone would make it busy.
+    // The open descriptor holds the directory above the mount. So no part of the path to it can be replaced between
+    // the check and the unmount. A descriptor of the mount itself would make the mount busy.
     let parent = hold(parent).map_err(failed)?;
     if id_at(&handle(&parent).join(name)).map_err(failed)? != Some(mount.id) {
-        // It may have gone in this moment.
+        // Another program may have unmounted it in this moment.
         return match mountinfo::find(mount).map_err(unreadable)? {
             Some(_) => Err(KernelMountError::Covered { mountpoint }),
             None => Ok(()),
@@ -237,18 +240,19 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
     }
 }
 
-/// A path that leads to an open file of this process.
+/// Returns a path that leads to an open file of this process.
 pub(super) fn handle(fd: &impl AsRawFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Opens a path without touching what is there.
+/// Opens a path as a mere reference (`O_PATH`), so the file system at the path does not see it.
 fn hold(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(open(path, flags, Mode::empty())?)
 }
 
-/// The mount that a path lies in.
+/// Returns the id of the mount in which a path lies. `None` if the path does not exist, or the kernel does not
+/// tell.
 fn id_at(path: &Path) -> io::Result<Option<u64>> {
     let held = match hold(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),

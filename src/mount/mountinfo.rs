@@ -1,4 +1,4 @@
-//! /proc/self/mountinfo (proc(5)): what is mounted where.
+//! /proc/self/mountinfo (proc(5)): which file systems are mounted where.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,18 +12,19 @@ use super::registration::Standing;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct MountEntry {
     pub(super) id: u64,
-    /// Device number of the file system, as major:minor. All copies of a mount have the same.
+    /// Device number of the file system, as major:minor. All copies of a mount share it.
     pub(super) device: String,
-    /// What of the file system is mounted.
+    /// The directory of the file system that is mounted. For a namespace file (nsfs) it is the name of the
+    /// namespace.
     pub(super) root: String,
     pub(super) mountpoint: PathBuf,
     pub(super) fs_type: String,
-    /// What is mounted, as whoever mounted it called it.
+    /// The source that the mounting program named.
     pub(super) source: String,
 }
 
 impl MountEntry {
-    /// What tells this mount from all others that there are.
+    /// Returns the id and device number, which together identify this mount among all present mounts.
     pub(super) fn standing(&self) -> Standing {
         Standing {
             id: self.id,
@@ -36,22 +37,23 @@ impl MountEntry {
     }
 }
 
-/// The topmost mount at exactly `path`, if it is a mount point.
+/// Returns the topmost mount at exactly `path`, or `None` if it is no mount point.
 pub(super) fn at(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(table()?.into_iter().rfind(|entry| entry.mountpoint == path))
 }
 
-/// A mount, wherever it is by now.
+/// Finds a mount in this namespace, wherever it has been moved.
 pub(super) fn find(mount: &Standing) -> io::Result<Option<MountEntry>> {
     Ok(table()?.into_iter().find(|entry| entry.is(mount)))
 }
 
-/// All mounts, a covering one after what it covers. Paths are bytes: what others mount need not be UTF-8.
+/// Returns all mounts in this namespace. A mount that covers another one comes after it. Paths are bytes, because
+/// the mounts of other programs need not be UTF-8.
 pub(super) fn table() -> io::Result<Vec<MountEntry>> {
     read("self")
 }
 
-/// All mounts in the namespace of a process.
+/// Returns all mounts in the mount namespace of a process, in the order of [`table`].
 pub(super) fn table_of(pid: u32) -> io::Result<Vec<MountEntry>> {
     read(&pid.to_string())
 }
@@ -67,7 +69,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let device = std::str::from_utf8(fields.nth(1)?).ok()?.to_owned();
     let root = String::from_utf8_lossy(fields.next()?).into_owned();
     let mountpoint = unescape(fields.next()?);
-    // Any number of optional fields ends with a hyphen.
+    // There may be any number of optional fields. A hyphen ends them.
     fields.find(|field| *field == b"-")?;
     Some(MountEntry {
         id,
@@ -79,7 +81,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     })
 }
 
-/// Space, tab, newline and backslash are written as three octal digits.
+/// Decodes a path. The kernel writes space, tab, newline and backslash as a backslash and three octal digits.
 fn unescape(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = text;

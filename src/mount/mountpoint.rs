@@ -1,5 +1,7 @@
-//! The directory to mount on, held open from the check until the mount stands: were it replaced meanwhile, by a symlink to
-//! /etc, say, the mount still goes where it was checked, or nowhere.
+//! The directory to mount on.
+//!
+//! The process holds it open from the check until the mount stands. Another process may replace the path meanwhile,
+//! by a symlink to /etc for example. The mount then still goes to the checked directory, or fails.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -13,10 +15,12 @@ use super::kernel::{self, handle};
 use super::mountinfo;
 use super::error::{MountError, system};
 
-/// How long a mount is asked whether it is dead.
+/// How long a FUSE mount may take to show that it is dead. A dead mount fails at once. So a larger value only
+/// delays the refusal of a mount that is alive and slow. On a busy machine, a smaller one may take a dead mount for
+/// a live one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// An open directory.
+/// An open directory that was checked.
 #[derive(Debug)]
 pub(super) struct MountPoint {
     path: PathBuf,
@@ -24,8 +28,9 @@ pub(super) struct MountPoint {
 }
 
 impl MountPoint {
-    /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on. A dead ocifs mount that
-    /// is there and that nobody knows of, as after the loss of the run directory, is taken down.
+    /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on. First
+    /// unmounts a dead ocifs mount at the path. That mount has no registration; it may be left after the run
+    /// directory was lost.
     pub(super) async fn open(path: &Path, nonempty: bool) -> Result<Self, MountError> {
         let refuse = |reason: &str| refuse(path, reason.to_owned());
         let there = mountinfo::at(path).map_err(system("read the mount table"))?;
@@ -55,17 +60,18 @@ impl MountPoint {
         }
     }
 
-    /// The path as it was given.
+    /// Returns the path that the caller gave.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A path that leads to this directory, whatever has its name by now, as long as this process holds it.
+    /// Returns a path that leads to this directory, even if another directory gets its name. The path is valid as
+    /// long as this process holds the directory.
     pub(super) fn handle(&self) -> PathBuf {
         handle(&self.directory)
     }
 
-    /// Where the directory is now.
+    /// Returns the present path of the directory.
     pub(super) fn place(&self) -> Result<PathBuf, MountError> {
         fs::read_link(self.handle()).map_err(system("find the mount point"))
     }
@@ -78,7 +84,7 @@ fn refuse(path: &Path, reason: String) -> MountError {
     }
 }
 
-/// Whether nobody serves the FUSE mount at `path`.
+/// Whether the FUSE mount at `path` is dead: no process serves it.
 async fn is_dead(path: &Path) -> bool {
     let path = path.to_owned();
     let asking = tokio::task::spawn_blocking(move || fs::metadata(path));

@@ -1,10 +1,12 @@
-//! The end of the mount namespace that a mount was made in.
+//! The end of the mount namespace in which a mount was made.
 //!
-//! The process behind a mount is itself in that namespace and thereby keeps it: without care, a mount that was made inside a
-//! container or `unshare --mount` would outlive everybody who can reach it. So the process looks for somebody else who can,
-//! waits until that one ends, and looks again. When nobody is left, the mount is over.
+//! The process behind a mount is itself in that namespace and keeps it alive. Without this module, a mount made
+//! inside a container or `unshare --mount` would outlive every process that can reach it. So the process looks for
+//! another process that can reach the mount, waits for its end, and looks again. When it finds none, the mount is
+//! over.
 //!
-//! The namespace of process 1 has no end to wait for. Where the processes of others cannot be seen, nothing is concluded.
+//! The mount namespace of process 1 has no end that a process in it could see. If this process cannot see the
+//! processes of others, it concludes nothing and the mount stays.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -17,27 +19,33 @@ use super::privilege::is_root_namespace;
 use super::process::{self, Process};
 use super::users::{all, namespace, namespace_of};
 
-/// How the environment marks the process behind a mount in the background.
+/// Name of the environment variable that marks the background process behind a mount.
 pub const SERVE: &str = "OCIFS_SERVE";
-/// The process namespace of the machine; its number is fixed (kernel: include/linux/proc_ns.h).
+/// Name of the process namespace of the machine. Its number is fixed (kernel: include/linux/proc_ns.h).
 const MACHINE: &str = "pid:[4026531836]";
-/// Between two looks that find nobody. A process that starts while /proc is being read can be missed once.
+/// Pause before the second of two looks that must both find no process. One look can miss a process that starts
+/// while this process reads /proc. A larger value delays the end of the mount; with a smaller one, both looks may
+/// miss a process.
 const AGAIN: Duration = Duration::from_millis(250);
-/// Between two looks while only a descriptor or a bind mount keeps the namespace. Their ends cannot be waited for.
+/// Pause between two looks if only a descriptor, a bind mount or an outer parent keeps the namespace. The end of
+/// these cannot be waited for. A larger value delays the end of the mount; a smaller one reads /proc more often.
 const HELD: Duration = Duration::from_secs(5);
 
-/// Who can reach the mount.
+/// How the mount can be reached.
 #[derive(Debug, PartialEq, Eq)]
 enum Reach {
-    /// This process can.
+    /// The process with this id can reach it.
     Process(u32),
-    /// The namespace has a name or is open somewhere: somebody may enter it.
+    /// The namespace is bind-mounted or open in a process, so a process may enter it. Or the parent can reach the
+    /// mount, but cannot be waited for.
     Held,
+    /// No process was found that can reach it.
     Nobody,
 }
 
-/// Returns when nobody can reach the file system `device` any more: no process is in this mount namespace and none in another
-/// one that has a copy. A `parent` that looks after this process counts as long as it is its parent.
+/// Waits until no process can reach the file system `device` any more. Every process in this mount namespace can
+/// reach it, and in every other one that has a copy of the mount. `parent` counts too, as long as it is the parent
+/// of this process. Never returns if the mount namespace cannot end, or its processes cannot be seen.
 pub(super) async fn abandoned(device: Option<String>, parent: Option<u32>) {
     if !can_be_seen() {
         return std::future::pending().await;
@@ -56,9 +64,9 @@ pub(super) async fn abandoned(device: Option<String>, parent: Option<u32>) {
                         tokio::time::sleep(HELD).await;
                     }
                 }
-                // It has just ended.
+                // The process has just ended.
                 Ok(None) => tokio::time::sleep(AGAIN).await,
-                // No descriptors of processes in this kernel, or none left.
+                // This kernel has no process descriptors (pidfds), or this process has no free descriptor.
                 Err(_) => tokio::time::sleep(HELD).await,
             },
             Reach::Held => tokio::time::sleep(HELD).await,
@@ -69,12 +77,13 @@ pub(super) async fn abandoned(device: Option<String>, parent: Option<u32>) {
     }
 }
 
-/// Whether this is a namespace that can end, and whether its processes can be seen.
+/// Whether this mount namespace can end and this process can see the processes in it.
 fn can_be_seen() -> bool {
     match (namespace("self"), first()) {
         (Some(own), Some(first)) => own != first,
-        // The first process belongs to somebody else. Whoever may mount without being root of the machine made namespaces for
-        // that. In a process namespace of its own this process ends with the first one there.
+        // Process 1 belongs to another user and cannot be inspected. A user who may mount without being root of the
+        // machine has made namespaces for that, and they can end. In a process namespace of its own, this process
+        // ends with the first one there, so it need not watch.
         (Some(_), None) => {
             let processes = fs::read_link("/proc/self/ns/pid").ok();
             let shared = processes.is_some_and(|name| name == Path::new(MACHINE));
@@ -84,11 +93,13 @@ fn can_be_seen() -> bool {
     }
 }
 
-/// The mount namespace of the first process. If that one is not to be looked at, a thread of the kernel is in the same one.
+/// Returns the mount namespace of process 1. If this process may not inspect process 1, asks the kernel thread
+/// kthreadd, which is in the same namespace.
 fn first() -> Option<OsString> {
     namespace("1").or_else(|| namespace("2").filter(|_| process::name(2) == "kthreadd"))
 }
 
+/// Looks once at all processes, and returns how the file system `device` can be reached.
 fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
     let own = namespace("self");
     let me = std::process::id();
@@ -96,7 +107,7 @@ fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
         && nix::unistd::getppid().as_raw().cast_unsigned() == parent
     {
         return match parent {
-            // It is in an outer process namespace, and cannot be waited for from here.
+            // The parent is in an outer process namespace and cannot be waited for from here.
             0 => Reach::Held,
             parent => Reach::Process(parent),
         };
@@ -107,14 +118,16 @@ fn look(device: Option<&str>, parent: Option<u32>) -> Reach {
     for pid in all().filter(|&pid| pid != me && !serves(pid, program.as_deref())) {
         let theirs = match namespace_of(&pid.to_string()) {
             Ok(theirs) => theirs,
-            // One that root may not look at can be anywhere; who is no root does not share its namespaces with such.
+            // In the user namespace of the machine, even root may not inspect some processes. Such a process can be
+            // in any mount namespace, so it counts. In another user namespace, a process that this one may not
+            // inspect does not share its namespaces.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && machine && pid != 1 => {
                 match process::process_start(pid) {
                     Some(_) => return Reach::Process(pid),
                     None => continue,
                 }
             }
-            // It has ended: a zombie is in no namespace any more.
+            // The process has ended. A zombie is in no namespace any more.
             Err(_) => continue,
         };
         if Some(&theirs) == own.as_ref() {
@@ -149,12 +162,13 @@ fn holds(pid: u32, name: &OsStr) -> bool {
         .any(|target| target.as_os_str() == name)
 }
 
-/// The file that a process runs.
+/// Returns the path of the program that a process runs.
 fn program(process: &str) -> Option<PathBuf> {
     fs::read_link(Path::new("/proc").join(process).join("exe")).ok()
 }
 
-/// Whether a process only serves a mount, as this one, which runs `own`, does, or for the overlay on it.
+/// Whether a process only serves a mount, like this process, or only the overlay on it. `own` is the program of
+/// this process. A process that serves a mount runs the same program, and its environment contains [`SERVE`].
 fn serves(pid: u32, own: Option<&Path>) -> bool {
     if process::name(pid) == "fuse-overlayfs" {
         return true;

@@ -6,39 +6,41 @@ use nix::mount::MsFlags;
 
 use crate::fuse::Access;
 
-/// An option that is not known.
+/// An option that ocifs does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "unknown mount option `{option}`: known are allow_other, noallow_other, default_permissions, nonempty, ro, suid, nosuid, dev, nodev, exec, noexec, noatime, nodiratime, relatime"
 )]
 pub struct UnknownOption {
-    /// As given.
+    /// The option as the user wrote it.
     pub option: String,
 }
 
-/// What the kernel is told about a mount.
+/// The options that the kernel gets for a mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FuseOptions {
-    /// Everybody may use the mount, as modes and owners allow; without it only who made it, but they may read everything:
-    /// the bytes are theirs.
+    /// Lets every user use the mount, as modes and owners allow. Without it, only the user who mounted may use the
+    /// mount. Unless `default_permissions` is set, that user may read everything, because the bytes are theirs
+    /// anyway.
     pub allow_other: bool,
-    /// Modes and owners count also for who made a mount that nobody else may use.
+    /// Applies modes and owners even if only the user who mounted may use the mount.
     pub default_permissions: bool,
-    /// The mount point may have entries.
+    /// Allows a mount point that is not empty.
     pub nonempty: bool,
-    /// Set-id bits count.
+    /// Applies set-user-id and set-group-id bits.
     pub suid: bool,
-    /// Device nodes can be opened.
+    /// Allows opening device nodes.
     pub dev: bool,
-    /// Programs can be run.
+    /// Allows running programs.
     pub exec: bool,
-    /// The user said `ro`, which all but writable mounts are anyway.
+    /// Whether the user gave `ro`. All mounts except writable ones are read-only anyway.
     pub read_only: bool,
 }
 
 impl FuseOptions {
-    /// A root file system for everybody if root mounts it: set-id programs and device nodes work, as in a container.
-    /// An ordinary user gets a private mount without them.
+    /// Returns the options of a mount without `-o`. If `root` is set, the mount is a root file system for every
+    /// user. Set-id programs and device nodes work, as in a container. An ordinary user gets a private mount
+    /// without them.
     pub fn defaults(root: bool) -> Self {
         Self {
             allow_other: root,
@@ -51,7 +53,8 @@ impl FuseOptions {
         }
     }
 
-    /// Applies a comma separated list.
+    /// Applies a comma-separated list of options in order. Fails at the first unknown one; those before it stay
+    /// applied.
     pub fn apply(&mut self, list: &str) -> Result<(), UnknownOption> {
         for option in list.split(',').map(str::trim).filter(|o| !o.is_empty()) {
             match option {
@@ -66,7 +69,7 @@ impl FuseOptions {
                 "exec" => self.exec = true,
                 "noexec" => self.exec = false,
                 "ro" => self.read_only = true,
-                // What every ocifs mount has anyway.
+                // Every ocifs mount has noatime, so these options change nothing.
                 "noatime" | "nodiratime" | "relatime" => {}
                 _ => {
                     return Err(UnknownOption {
@@ -78,7 +81,7 @@ impl FuseOptions {
         Ok(())
     }
 
-    /// Who may use the mount.
+    /// Returns which users may use the mount.
     pub fn access(&self) -> Access {
         match (self.allow_other, self.default_permissions) {
             (true, _) => Access::Everybody,
@@ -87,7 +90,7 @@ impl FuseOptions {
         }
     }
 
-    /// Flags of mount(2).
+    /// Returns the flags for mount(2).
     pub(super) fn flags(&self) -> MsFlags {
         // The tree has no access times to update.
         let mut flags = MsFlags::MS_RDONLY | MsFlags::MS_NOATIME;
@@ -97,7 +100,7 @@ impl FuseOptions {
         flags
     }
 
-    /// The data argument of mount(2).
+    /// Returns the data argument for mount(2). `device` is the open /dev/fuse.
     pub(super) fn kernel_data(&self, device: RawFd) -> String {
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         let mut data = format!("fd={device},rootmode=40000,user_id={uid},group_id={gid}");
@@ -105,7 +108,7 @@ impl FuseOptions {
         data
     }
 
-    /// The `-o` argument of fusermount3 for the image.
+    /// Returns the `-o` argument for fusermount3, which mounts the image. `source` is the name of the image.
     pub(super) fn helper_options(&self, source: &str) -> String {
         let source = source.replace('\\', "\\\\").replace(',', "\\,");
         let mut options = format!("ro,subtype=ocifs,fsname={source}");
@@ -123,7 +126,7 @@ impl FuseOptions {
         }
     }
 
-    /// The restrictions by name, each after a comma.
+    /// Returns the names of the restrictions, each after a comma.
     pub(super) fn flag_names(&self) -> String {
         let restrictions = [
             (!self.suid, ",nosuid"),

@@ -1,11 +1,16 @@
 //! Writable roots: an overlay on top of the image.
 //!
-//! Root gets the kernel's overlayfs; where the kernel refuses (no privilege), fuse-overlayfs is started instead. A private
-//! upper directory lives in the store and is deleted at unmount; if the store's file system cannot carry an overlay (it is
-//! one itself, in a container, say), a tmpfs takes its place.
+//! The process first tries overlayfs of the kernel. If the kernel refuses for lack of privilege, the process starts
+//! fuse-overlayfs instead.
 //!
-//! Whoever uses an upper directory holds a lock (flock(2)) on it or its work directory: two overlays must not share them, and
-//! a private one without a lock was left by a process that was killed, so the next writable mount deletes it.
+//! A private upper directory lies in the store, or in the run directory if there is no store for it. The process
+//! deletes it at unmount. Not every file system can carry an overlay; that of a container, itself an overlay,
+//! cannot. In that case the process mounts a tmpfs on the private upper directory.
+//!
+//! A process that uses an upper directory holds a lock (flock(2)). The lock is on the private upper directory, or
+//! on the work directory that the user gave. It keeps two overlays from sharing these directories. A private upper
+//! directory without a lock is left from a process that was killed. The next mount with a private upper directory
+//! deletes it.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -24,90 +29,92 @@ use super::kernel::handle;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
 
-/// The source that overlays made by the kernel for ocifs carry.
+/// The mount source of overlays that the kernel makes for ocifs.
 const SOURCE: &str = "ocifs";
 
-/// Whether a mount is an overlay that was made here: others may have put theirs in its place.
+/// Whether ocifs may have made this overlay mount. Another program may have mounted its own overlay in its place.
+/// Every fuse-overlayfs mount counts as one of ocifs.
 pub(super) fn is_ours(mount: &MountEntry) -> bool {
     match mount.fs_type.as_str() {
         "overlay" => mount.source == SOURCE,
-        // It names no source, and takes none.
+        // fuse-overlayfs gives its mounts no source of their own, and accepts none.
         fs_type => fs_type == "fuse.fuse-overlayfs",
     }
 }
 
-/// Where changes go.
+/// The directories for the changes to a writable root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Upper {
-    /// A directory deleted at unmount. Beside it there may be others like it, and nothing else.
+    /// A directory that ocifs deletes at unmount. The directory above it may contain only other private
+    /// directories.
     Private(PathBuf),
-    /// The user's directories, kept.
+    /// The user's directories, which ocifs keeps.
     Kept {
-        /// Changed files.
+        /// The directory for changed files.
         upper: PathBuf,
-        /// Scratch space of overlayfs, on the same file system.
+        /// The scratch space of overlayfs. It must be on the same file system.
         work: PathBuf,
     },
 }
 
-/// Why there is no writable root.
+/// Why a writable root could not be mounted.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OverlayError {
-    /// A directory could not be made.
+    /// A directory could not be made, opened, locked or prepared.
     #[error("{}: {source}", path.display())]
     Directory {
-        /// Which.
+        /// The directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// Another mount has the directories.
+    /// Another mount uses the directories.
     #[error("{} is in use by another writable mount", work.display())]
     InUse {
         /// The work directory.
         work: PathBuf,
     },
-    /// The kernel refused the overlay.
+    /// The kernel refused the overlay, or the tmpfs for it.
     #[error(
         "cannot put an overlay with upper {} on {}: {source} (upper and work must be on one file system that is no overlay or FUSE; see dmesg)",
         upper.display(),
         mountpoint.display()
     )]
     Kernel {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// Upper directory.
+        /// The upper directory.
         upper: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// This user has no privilege to mount an overlay, and the program fuse-overlayfs failed.
+    /// This user has no privilege to mount an overlay, and fuse-overlayfs is missing or failed.
     #[error("fuse-overlayfs cannot mount on {}: {message}", mountpoint.display())]
     Helper {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// What it said.
+        /// The error message of fuse-overlayfs.
         message: String,
     },
 }
 
-/// The directories of an overlay. Upper and work directory are held, so that the kernel gets those that were checked and
-/// locked, whatever has their names by then.
+/// The directories of an overlay. Open descriptors hold the upper and the work directory. So the kernel gets the
+/// directories that were checked and locked, even if others get their names meanwhile.
 struct Layers<'a> {
     lower: &'a Path,
     upper: Held,
     work: Held,
 }
 
-/// A directory that is held open.
+/// A directory that this process holds open.
 struct Held {
     path: PathBuf,
     directory: File,
 }
 
 impl Held {
-    /// Opens a directory; makes one that nobody else can look into, if there is none.
+    /// Opens a directory. If it does not exist, makes it first, accessible to its owner alone.
     fn make(path: PathBuf) -> Result<Self, OverlayError> {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
         let opened = made.and_then(|()| {
@@ -121,7 +128,7 @@ impl Held {
         }
     }
 
-    /// Locks the directory, unless somebody has.
+    /// Locks the directory. `None` if another process has the lock.
     fn lock(&self) -> Result<Option<Flock<File>>, OverlayError> {
         let failed = |source: io::Error| OverlayError::Directory {
             path: self.path.clone(),
@@ -136,8 +143,8 @@ impl Held {
     }
 }
 
-/// Puts the overlay of `lower` and `upper` on the directory `target`, which messages call `mountpoint`. The lock that comes
-/// back marks the directories as in use.
+/// Mounts the overlay of `lower` and `upper` on the directory `target`. Error messages name that directory
+/// `mountpoint`. Returns the lock that marks the directories as in use.
 pub(super) fn mount(
     lower: &Path,
     upper: &Upper,
@@ -190,13 +197,14 @@ pub(super) fn mount(
 }
 
 impl<'a> Layers<'a> {
-    /// The root of an overlay has the mode and owner of its upper directory, so a fresh one is made like the image's root.
+    /// Opens the upper directory. The root of an overlay takes mode and owner from its upper directory. So a new
+    /// upper directory gets the mode and owner of the image's root.
     fn prepare(lower: &'a Path, upper: PathBuf, work: Held) -> Result<Self, OverlayError> {
         let fresh = !upper.exists();
         let upper = Held::make(upper)?;
         let alike = || {
             let root = fs::metadata(lower)?;
-            // Others cannot give files away.
+            // Only root of the machine may change the owner of a file.
             if is_system_root() {
                 fchown(&upper.directory, Some(root.uid()), Some(root.gid()))?;
             }
@@ -211,6 +219,7 @@ impl<'a> Layers<'a> {
         Ok(Self { lower, upper, work })
     }
 
+    /// Returns the overlay options that name the three directories.
     fn options(&self, upper: &Path, work: &Path) -> OsString {
         let mut options = Vec::new();
         for (name, path) in [("lowerdir=", self.lower), (",upperdir=", upper), (",workdir=", work)] {
@@ -220,14 +229,16 @@ impl<'a> Layers<'a> {
         OsString::from_vec(options)
     }
 
-    /// A `volatile` overlay does not flush what is thrown away at unmount anyway; kernels before 5.10 do not know it.
+    /// Mounts with overlayfs of the kernel. A `volatile` overlay does not flush changes to disk, which would be
+    /// useless if they are deleted at unmount. Kernels before 5.10 do not know the option, so a second attempt
+    /// leaves it out.
     fn mount_kernel(&self, target: &Path, options: &FuseOptions, volatile: bool) -> Result<(), Errno> {
         let mut flags = options.flags();
         flags.remove(MsFlags::MS_RDONLY);
         let mut data = self.options(&handle(&self.upper.directory), &handle(&self.work.directory));
         if !is_system_root() {
-            // trusted.* attributes are not for root of a user namespace. Without this the mount succeeds, but what needs an
-            // attribute (replacing a directory, say) fails.
+            // Root of a user namespace may not use trusted.* attributes. Without `userxattr` the mount would
+            // succeed, but operations that need an attribute would fail, such as replacing a directory.
             data.push(",userxattr");
         }
         let mount =
@@ -243,7 +254,7 @@ impl<'a> Layers<'a> {
         mount(&data)
     }
 
-    /// Mounts by fuse-overlayfs, which runs as this user and looks the directories up by name.
+    /// Mounts with fuse-overlayfs, which runs as this user and looks up the directories by name.
     fn mount_helper(&self, target: &Path, mountpoint: &Path, options: &FuseOptions) -> Result<(), OverlayError> {
         let failed = |message: String| OverlayError::Helper {
             mountpoint: mountpoint.to_owned(),
@@ -257,7 +268,8 @@ impl<'a> Layers<'a> {
         }
         let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
         if !uid.is_root() {
-            // To change a file means to copy it, and the copy belongs to this user; then so do the originals.
+            // Changing a file copies it, and the copy belongs to this user. So the overlay shows the originals as
+            // files of this user too.
             list.push(format!(",squash_to_uid={uid},squash_to_gid={gid}"));
         }
         let output = Command::new("fuse-overlayfs")
@@ -274,7 +286,7 @@ impl<'a> Layers<'a> {
     }
 }
 
-/// Deletes the private directories beside `own` whose processes were killed.
+/// Deletes the private directories beside `own` that have no lock: their processes were killed.
 fn sweep(own: &Path) {
     let entries = own.parent().and_then(|parent| fs::read_dir(parent).ok());
     for entry in entries.into_iter().flatten().flatten() {
@@ -290,10 +302,10 @@ fn sweep(own: &Path) {
     }
 }
 
-/// Deletes a private upper directory (and the tmpfs on it, if there is one).
+/// Deletes a private upper directory. Unmounts the tmpfs on it first, if there is one.
 pub(super) fn discard(scratch: &Path) {
     match nix::mount::umount2(scratch, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        // No tmpfs was needed; others than root cannot have made one.
+        // There is no tmpfs. A user other than root cannot have mounted one.
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT | Errno::EPERM) => {}
         Err(error) => {
             tracing::warn!(path = %scratch.display(), %error, "cannot detach the tmpfs of private changes");
@@ -301,7 +313,8 @@ pub(super) fn discard(scratch: &Path) {
         }
     }
     let removed = match fs::remove_dir_all(scratch) {
-        // Not root, and a directory that was made unwritable, by the user or as fuse-overlayfs makes its work directory.
+        // A user other than root may not delete the entries of a directory without write permission. Either the
+        // user took the permission away, or fuse-overlayfs made its work directory so.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             open_up(scratch).and_then(|()| fs::remove_dir_all(scratch))
         }
@@ -314,7 +327,7 @@ pub(super) fn discard(scratch: &Path) {
     }
 }
 
-/// Gives the owner of the directories at and below `directory` all rights to them.
+/// Gives the owner all rights to `directory` and to all directories below it.
 fn open_up(directory: &Path) -> io::Result<()> {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o700))?;
     for entry in fs::read_dir(directory)? {
@@ -326,7 +339,8 @@ fn open_up(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// `,` ends an option and `:` a lower directory; both can be escaped (kernel: fs/overlayfs/params.c).
+/// Escapes a path for the overlay options. `,` ends an option and `:` ends a lower directory; a backslash escapes
+/// both (kernel: fs/overlayfs/params.c).
 fn escape(path: &Path) -> Vec<u8> {
     let mut text = Vec::new();
     for &byte in path.as_os_str().as_bytes() {

@@ -1,4 +1,4 @@
-//! What a mount fetches and learns on the side while it serves.
+//! Background work of a mount: it replays the profile, fetches the rest of the image, and learns from reads.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,20 +10,24 @@ use crate::image::{CompleteError, Image, Learning, Replay};
 use crate::layer::LayerError;
 use crate::profile::Profile;
 
-/// Delays before another try to fetch the rest of an image, when the last one failed: it doubles from the first to the last.
+/// Pause before the first retry to fetch the rest of an image. Each further retry doubles the pause, up to
+/// [`LONGEST_PAUSE`]. A larger value delays the rest of the image after a short failure; a smaller one sends more
+/// requests to a registry that fails.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause between two retries. A larger value delays the rest of the image after a long failure; a smaller
+/// one sends more requests to a registry that stays down.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// What is fetched although no reader asked for it.
+/// What a mount fetches although no reader asked for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prefetch {
-    /// Nothing but what lies ahead of readers.
+    /// Only readahead for present readers.
     None,
-    /// What earlier starts read.
+    /// The content that earlier starts of the program read.
     #[default]
     Profile,
-    /// That, and then the rest of the image.
+    /// The content that earlier starts read, and then the rest of the image.
     All,
 }
 
@@ -31,46 +35,47 @@ pub enum Prefetch {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PrefetchState {
-    /// It has not begun, because the image is not ready.
+    /// Prefetching waits until the image is ready.
     Pending,
-    /// The profile is being replayed.
+    /// Prefetching replays the profile.
     Profile,
-    /// The rest of the image is being fetched.
+    /// Prefetching fetches the rest of the image.
     Rest,
-    /// The last try failed; there will be another.
+    /// The last attempt to fetch the rest failed, and a retry follows.
     Waiting,
-    /// There is nothing more to do.
+    /// Prefetching is over.
     Done,
 }
 
-/// What a mount says about prefetching.
+/// The status of prefetching in a mount.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PrefetchStatus {
-    /// What was asked for.
+    /// The content to fetch, as the user chose.
     pub mode: Prefetch,
-    /// How far it is.
+    /// How far prefetching is.
     pub state: PrefetchState,
     /// Label of the profile.
     pub label: String,
-    /// Starts that the profile was learned from; 0 if there was none, or one of another version of the image.
+    /// Number of starts from which the profile was learned. 0 if there is no profile, or only one of another
+    /// version of the image.
     pub runs: u32,
-    /// Bytes of layers' content that the profile names.
+    /// Bytes of the layers' content that the profile names.
     pub profile_bytes: u64,
-    /// Why the last try failed, or why not all of the image can be kept.
+    /// Why the last attempt failed, or why the store cannot keep all of the image.
     pub problem: Option<String>,
 }
 
-/// The tasks on the side of a mount.
+/// The background tasks of a mount.
 #[derive(Debug)]
 pub(super) struct Side {
     tasks: JoinSet<()>,
-    /// The profile is being replayed already.
+    /// A replay of the profile that began before the image was ready.
     replay: Option<Replay>,
     status: Arc<Mutex<PrefetchStatus>>,
 }
 
 impl Side {
-    /// Nothing runs yet, but for a replay that began early.
+    /// Starts no task. `replay` is a replay that has already begun, if there is one.
     pub(super) fn new(mode: Prefetch, learning: &Learning, replay: Option<Replay>) -> Self {
         let profile = learning.profile();
         let status = PrefetchStatus {
@@ -88,7 +93,7 @@ impl Side {
         }
     }
 
-    /// Begins to learn and to prefetch. Before anything reads.
+    /// Starts to learn and to prefetch. The caller must call it before the first read of the image.
     pub(super) fn start(&mut self, image: &Arc<Image>, learning: Learning) {
         let mode = self.status().mode;
         if mode != Prefetch::None {
@@ -118,13 +123,14 @@ impl Side {
         self.status.lock().expect("no panic while locked").clone()
     }
 
-    /// Ends all of it; what was learned so far is kept.
+    /// Ends all tasks. The learning task keeps the profile that it has learned so far.
     pub(super) async fn stop(&mut self) {
         self.tasks.shutdown().await;
     }
 }
 
-/// Replays a profile, unless that was done early.
+/// Replays a profile, or waits for the end of the replay that began early. If the early one could not replay,
+/// begins anew.
 async fn replay(image: &Arc<Image>, profile: Profile, early: Option<Replay>) -> Result<(), LayerError> {
     let done = match early {
         Some(early) => early.end().await?,
@@ -136,7 +142,7 @@ async fn replay(image: &Arc<Image>, profile: Profile, early: Option<Replay>) -> 
     Ok(())
 }
 
-/// Where the prefetching task says how far it is.
+/// The handle through which the prefetching task reports how far it is.
 struct Progress(Arc<Mutex<PrefetchStatus>>);
 
 impl Progress {
@@ -150,7 +156,7 @@ impl Progress {
     }
 }
 
-/// Fetches the rest of the image, however often that takes.
+/// Fetches the rest of the image. Retries until all spans are in the store, or the store cannot keep them all.
 async fn complete(image: &Image, progress: &Progress) {
     let mut pause = FIRST_PAUSE;
     loop {

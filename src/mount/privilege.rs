@@ -1,9 +1,10 @@
-//! Who this process is, seen from outside its user namespace (user_namespaces(7)).
+//! The identity of this process as seen from outside its user namespace (user_namespaces(7)).
 
 use std::fs;
 
-/// Whether this is root of the machine. Root of another user namespace has no more rights over what belongs to the machine
-/// than the ordinary user who made the namespace: /var and /run are closed to it, `trusted.*` attributes too.
+/// Whether this process is root of the machine. Over the files of the machine, root of another user namespace has
+/// only the rights of the ordinary user who made that namespace. It cannot write to /var and /run, nor use
+/// `trusted.*` attributes.
 pub fn is_system_root() -> bool {
     nix::unistd::geteuid().is_root() && is_root_namespace()
 }
@@ -13,13 +14,15 @@ pub(super) fn is_root_namespace() -> bool {
     uid_map().is_none_or(|map| map.trim_end() == "0 0 4294967295")
 }
 
-/// The user id as the namespace around has it: there are many who are root, each in a namespace of their own.
+/// Returns the user id of this process as the surrounding user namespace sees it. Several users can be root, each
+/// in a namespace of its own; the outer id tells them apart.
 pub(super) fn outer_uid() -> u32 {
     let uid = nix::unistd::geteuid().as_raw();
     uid_map().and_then(|map| translate(&map, uid)).unwrap_or(uid)
 }
 
-/// The map of this process's namespace, blanks collapsed; none if the kernel has no user namespaces.
+/// Returns the user id map of this process, with each run of blanks replaced by one. `None` if the kernel has no
+/// user namespaces.
 fn uid_map() -> Option<String> {
     let map = fs::read_to_string("/proc/self/uid_map").ok()?;
     let lines = map
@@ -28,7 +31,8 @@ fn uid_map() -> Option<String> {
     Some(lines.collect::<Vec<_>>().join("\n"))
 }
 
-/// Each line: first id inside, first id outside, how many.
+/// Translates a user id of this namespace to the outer id. Each line of `map` has the first id inside, the first id
+/// outside, and the number of ids.
 fn translate(map: &str, uid: u32) -> Option<u32> {
     map.lines().find_map(|line| {
         let mut numbers = line.split(' ').map(|number| number.parse::<u32>().ok());

@@ -1,4 +1,4 @@
-//! Other processes: whether one is alive, why it does not answer, and signals that cannot hit another one.
+//! Other processes: whether they are alive, why they do not answer, and how to signal only the intended one.
 
 use std::fs;
 use std::io;
@@ -10,8 +10,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Start time of a live process in clock ticks since boot (proc(5), stat field 22); it tells a process from a later one
-/// with the same id. Zombies do not count as alive.
+/// Returns the start time of a live process in clock ticks since boot (proc(5), stat field 22). The start time
+/// tells a process from a later one with the same id. Zombies do not count as alive.
 pub fn process_start(pid: u32) -> Option<u64> {
     let fields = stat(pid)?;
     if matches!(fields.first().map(String::as_str), Some("Z" | "X")) {
@@ -20,21 +20,22 @@ pub fn process_start(pid: u32) -> Option<u64> {
     fields.get(19)?.parse().ok()
 }
 
-/// The fields of /proc/PID/stat from the state on.
+/// Returns the fields of /proc/PID/stat, beginning with the state.
 fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name is in parentheses and may contain anything, so count from the last one.
+    // The command name is in parentheses and may itself contain parentheses. So the fields are counted from the
+    // last parenthesis.
     let fields = stat.rsplit_once(')')?.1.split_whitespace();
     Some(fields.map(str::to_owned).collect())
 }
 
-/// Name of the program that a process runs.
+/// Returns the name of the program that a process runs.
 pub(super) fn name(pid: u32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
     String::from_utf8_lossy(&name).trim_end().escape_debug().to_string()
 }
 
-/// Why a process cannot do anything until somebody lets it.
+/// Returns why a process cannot run until another process lets it go on. `None` if it can run or does not exist.
 pub(super) fn standstill(pid: u32) -> Option<String> {
     match stat(pid)?.first()?.as_str() {
         "T" => Some(format!("it is stopped, `kill -CONT {pid}` lets it go on")),
@@ -44,7 +45,7 @@ pub(super) fn standstill(pid: u32) -> Option<String> {
     }
 }
 
-/// Whether the freezer of a control group, version 1 or 2, holds a process.
+/// Whether the freezer of a control group, version 1 or 2, stops a process.
 fn is_frozen(pid: u32) -> bool {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     groups.lines().any(|line| {
@@ -53,7 +54,7 @@ fn is_frozen(pid: u32) -> bool {
             return false;
         };
         let (roots, file, frozen) = match controllers {
-            // Beside groups of version 1, those of version 2 have a directory of their own.
+            // If the system also has groups of version 1, those of version 2 are in a directory of their own.
             "" => (["", "/unified"], "cgroup.events", "frozen 1"),
             _ if controllers.split(',').any(|c| c == "freezer") => (["/freezer", ""], "freezer.state", "FROZEN"),
             _ => return false,
@@ -67,26 +68,26 @@ fn is_frozen(pid: u32) -> bool {
     })
 }
 
-/// One process, held by descriptor: its id can go to another one, the descriptor cannot.
+/// One process, held by a descriptor. Its id can be reused for another process, its descriptor cannot.
 #[derive(Debug)]
 pub(super) struct Process(AsyncFd<OwnedFd>);
 
 impl Process {
-    /// The process with this id that started at this time, if it is alive.
+    /// Opens the process with this id if it is alive and started at `started`, in clock ticks since boot.
     pub(super) fn open(pid: u32, started: u64) -> io::Result<Option<Self>> {
         let process = Self::any(pid)?;
-        // Looked at after the descriptor was opened, so both are of the same process.
+        // The start time is read after the descriptor was opened, so both belong to the same process.
         Ok(process.filter(|_| process_start(pid) == Some(started)))
     }
 
-    /// Whatever process has this id.
+    /// Opens the process that has this id at present.
     #[allow(unsafe_code)]
     pub(super) fn any(pid: u32) -> io::Result<Option<Self>> {
         let Some(id) = Pid::from_raw(pid.cast_signed()) else {
             return Ok(None);
         };
         match pidfd_open(id, PidfdFlags::NONBLOCK) {
-            // SAFETY: an OwnedFd names the same open descriptor as long as it lives.
+            // SAFETY: an `OwnedFd` names the same open descriptor as long as it lives.
             Ok(fd) => Ok(Some(Self(unsafe {
                 AsyncFd::register_with_interest(fd, Interest::READABLE).map_err(io::Error::from)?
             }))),
@@ -95,7 +96,7 @@ impl Process {
         }
     }
 
-    /// Sends a signal; one that has ended does not mind.
+    /// Sends a signal. Succeeds also if the process has ended.
     pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
         match pidfd_send_signal(self.0.get_ref(), signal) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
@@ -103,12 +104,12 @@ impl Process {
         }
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends.
     pub(super) async fn end(&self) -> io::Result<()> {
         self.0.readable().await.map(drop)
     }
 
-    /// Waits for its end, but not for long: whether it came.
+    /// Waits until the process ends, for at most `limit`. Returns whether it has ended.
     pub(super) async fn ends_within(&self, limit: Duration) -> io::Result<bool> {
         match tokio::time::timeout(limit, self.end()).await {
             Ok(ended) => ended.map(|()| true),

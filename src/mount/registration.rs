@@ -1,19 +1,25 @@
-//! The run directory: which mounts there are, for `list`, `status` and `umount`, also after their process died.
+//! The run directory: the registrations of all mounts, for `list`, `status` and `umount`.
 //!
 //! ```text
-//! RUN/ID/mount.json    what is mounted where, by which process
-//!        control       the process's socket
-//!        log           its log, if it runs in the background
-//!        log.PID       the log of a process that is not registered (yet); PID is that of the one that waits for it
+//! RUN/ID/mount.json    which image is mounted where, by which process
+//!        control       the socket of the process
+//!        log           the log of the process, if it runs in the background
+//!        log.PID       the log of a process that is not registered (yet); PID is the process that waits for it
 //!        lower/        where the image is mounted until the overlay of a writable mount is put together
-//! RUN/ID-PID/            the same for a process that still serves others after its mount point was used again
-//! RUN/locks/mountpoints  a byte of it is locked for each mount point that a process is about to use
+//! RUN/ID-PID/            the same files, for a process that still serves users after its mount point was used again
+//! RUN/locks/mountpoints  a process locks one byte of it for each mount point that it is about to use
 //! RUN/changes/ID         private upper directories, if there is no store to hold them
 //! ```
-//! RUN is /run/ocifs for root, `$XDG_RUNTIME_DIR/ocifs` for others (or /tmp/ocifs-UID, if it is their own and private).
-//! ID is made from the mount point's path, so there is at most one registration for each mount point. It stays until the
-//! process ends: after an unmount, others may still use the mount. If it is in the way of another mount, it moves to ID-PID.
-//! All of this is readable for its owner alone.
+//! RUN is /run/ocifs for root of the machine. For other users it is `$XDG_RUNTIME_DIR/ocifs`, or /tmp/ocifs-UID if
+//! that variable has no absolute path. If RUN exists, it must belong to the user, and no other user may be able to
+//! write to it.
+//!
+//! ID is a hash of the mount point's path, so a mount point has at most one ID directory. The registration stays
+//! until the process ends, because a mount may have users after its unmount. If another mount needs the ID
+//! directory, the registration moves to ID-PID. The registration of a process that was killed stays until another
+//! command clears it.
+//!
+//! Only the owner can read the run directory.
 
 mod record;
 
@@ -29,44 +35,48 @@ pub use record::{MountRecord, Standing};
 use super::privilege::{is_system_root, outer_uid};
 use crate::os::{gone, is_at, lock_bytes, private, until, until_blocking};
 
-/// A new log is given up when this often another process was in the way.
+/// Attempts to create a log file. An attempt fails if another process removes the directory at the same time. A
+/// larger value only delays the error if every attempt fails; a smaller one makes mounts fail in a busy directory.
 const LOG_ATTEMPTS: u32 = 100;
-/// How often and how long a turn is waited for. Whoever has one only looks, registers and mounts.
+/// Pause between two attempts to get the turn. A smaller value uses more processor time; a larger one delays mounts
+/// of the same mount point.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long a process waits for the turn. The process that has it only checks, registers and mounts. A larger value
+/// delays the error if that process hangs; a smaller one makes mounts fail on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Why registrations cannot be read or written.
+/// Why registrations cannot be read or written, or a mount cannot be registered.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistrationError {
     /// A file could not be read or written.
     #[error("run directory: {}: {source}", path.display())]
     Io {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The fallback directory belongs to somebody else.
+    /// The run directory is no directory, belongs to another user, or other users can write to it.
     #[error("{} is not a private directory of this user: set XDG_RUNTIME_DIR", path.display())]
     NotPrivate {
-        /// Which.
+        /// The run directory.
         path: PathBuf,
     },
-    /// Another process does not get done with the same mount point.
+    /// Another process holds the turn for the same mount point for too long.
     #[error("another ocifs process is busy with this mount point and does not get on (its lock: {})", lock.display())]
     Busy {
-        /// The directory with the lock.
+        /// The directory that contains the lock file.
         lock: PathBuf,
     },
-    /// There is a live mount already.
+    /// A live process already has a mount there.
     #[error("{} is an ocifs mount of {image} already (process {pid})", mountpoint.display())]
     Taken {
-        /// Where.
+        /// The mount point.
         mountpoint: PathBuf,
-        /// What is mounted there.
+        /// The image that is mounted there.
         image: String,
-        /// Who serves it.
+        /// The process that serves the mount.
         pid: u32,
     },
 }
@@ -78,7 +88,7 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Finds (and creates) it.
+    /// Finds the run directory, and creates it if there is none.
     pub fn open() -> Result<Self, RegistrationError> {
         let uid = nix::unistd::geteuid();
         let runtime = std::env::var_os("XDG_RUNTIME_DIR")
@@ -96,7 +106,8 @@ impl RunDir {
         match fs::symlink_metadata(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(io(e)),
-            // What others could write into is not made good by closing it now.
+            // If other users could write to the directory, they may have put files there. Closing it afterwards
+            // does not make it safe.
             Ok(found) if !found.is_dir() || found.uid() != uid.as_raw() || found.mode() & 0o022 != 0 => {
                 return Err(RegistrationError::NotPrivate { path });
             }
@@ -106,19 +117,20 @@ impl RunDir {
         Ok(Self { path })
     }
 
-    /// The directory of the mount at `mountpoint` (an absolute path without symlinks).
+    /// Returns the registration directory for the mount at `mountpoint`, which is an absolute path without
+    /// symlinks.
     pub fn entry(&self, mountpoint: &Path) -> RunEntry {
         RunEntry {
             path: self.path.join(id_of(mountpoint)),
         }
     }
 
-    /// A private upper directory for want of a store.
+    /// Returns the path of a private upper directory, for use if there is no store to hold it.
     pub fn upper_dir(&self, id: &str) -> PathBuf {
         self.path.join("changes").join(id)
     }
 
-    /// All registrations, of dead processes too.
+    /// Returns all registrations, also those of dead processes, in the order of their mount points.
     pub fn records(&self) -> Result<Vec<(RunEntry, MountRecord)>, RegistrationError> {
         let entries = fs::read_dir(&self.path).map_err(|source| RegistrationError::Io {
             path: self.path.clone(),
@@ -136,20 +148,20 @@ impl RunDir {
     }
 }
 
-/// Name of the directory of the mount at `mountpoint`.
+/// Returns the name of the registration directory for `mountpoint`.
 fn id_of(mountpoint: &Path) -> String {
     let hash = blake3::hash(mountpoint.as_os_str().as_encoded_bytes()).to_hex();
     hash[..16].to_owned()
 }
 
-/// The directory of one mount.
+/// The registration directory of one mount.
 #[derive(Debug, Clone)]
 pub struct RunEntry {
     path: PathBuf,
 }
 
 impl RunEntry {
-    /// The directory that it is in.
+    /// Returns the run directory that contains this directory.
     pub(super) fn run(&self) -> RunDir {
         RunDir {
             path: self.path.parent().unwrap_or(&self.path).to_owned(),
@@ -164,17 +176,17 @@ impl RunEntry {
         }
     }
 
-    /// Socket of the serving process.
+    /// Returns the path of the control socket of the process behind the mount.
     pub fn socket(&self) -> PathBuf {
         self.path.join("control")
     }
 
-    /// Log of a background process.
+    /// Returns the path of the log of a background process.
     pub fn log(&self) -> PathBuf {
         self.path.join("log")
     }
 
-    /// Where the image is mounted until an overlay is put together.
+    /// Returns the path where the image is mounted until the overlay is put together.
     pub fn lower(&self) -> PathBuf {
         self.path.join("lower")
     }
@@ -184,14 +196,14 @@ impl RunEntry {
         private::directory(&self.path).map_err(self.io(&self.path))
     }
 
-    /// The directory of another mount.
+    /// Returns the registration directory for another mount point.
     pub(super) fn beside(&self, mountpoint: &Path) -> Self {
         Self {
             path: self.path.with_file_name(id_of(mountpoint)),
         }
     }
 
-    /// Where the registration of a process goes when another one takes its place.
+    /// Returns where the registration of the process `pid` goes when another process takes its place.
     fn aside(&self, pid: u32) -> Self {
         let mut name = self.path.file_name().unwrap_or_default().to_owned();
         name.push(format!("-{pid}"));
@@ -200,13 +212,14 @@ impl RunEntry {
         }
     }
 
-    /// A log file for a mount that is to be registered here, and its path; [`RunEntry::register`] gives it its name. The
-    /// process of an earlier mount may be about to remove the directory.
+    /// Creates a log file for a mount that is about to be registered here. Returns the file and its path.
+    /// [`RunEntry::register`] gives it its final name. If the process of an earlier mount removes the directory
+    /// meanwhile, tries again.
     pub fn create_log(&self) -> Result<(File, PathBuf), RegistrationError> {
         let path = self.path.join(format!("log.{}", std::process::id()));
         for _ in 0..LOG_ATTEMPTS {
             self.create()?;
-            // One of an earlier process with the same id is of no use any more.
+            // A log of an earlier process with the same id is useless.
             gone(fs::remove_file(&path)).map_err(self.io(&path))?;
             match private::open(File::options().create_new(true).append(true).read(true), &path) {
                 Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {}
@@ -216,11 +229,12 @@ impl RunEntry {
         Err(self.io(&path)(io::ErrorKind::ResourceBusy.into()))
     }
 
-    /// The registration, if there is one.
+    /// Returns the registration, if there is one.
     pub fn record(&self) -> Result<Option<MountRecord>, RegistrationError> {
         let path = self.path.join("mount.json");
         match fs::read(&path) {
-            // A record that does not parse is one that is being written, or was when the machine went down.
+            // A record that does not parse is incomplete: a process is writing it, or was when the machine went
+            // down.
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
             // A stray file in the run directory is no registration.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
@@ -228,13 +242,13 @@ impl RunEntry {
         }
     }
 
-    /// Fails if a live process has a mount there.
+    /// Fails if another live process has a mount there.
     pub fn check_free(&self) -> Result<(), RegistrationError> {
         let own = std::process::id();
         let Some(other) = self.record()?.filter(|r| r.is_alive() && r.pid != own) else {
             return Ok(());
         };
-        // One whose mount is gone is about to end.
+        // A process whose mount is gone is about to end, or serves the remaining users.
         match other.is_mounted().map_err(self.io(Path::new("/proc/self/mountinfo")))? {
             true => Err(RegistrationError::Taken {
                 mountpoint: other.mountpoint,
@@ -245,8 +259,9 @@ impl RunEntry {
         }
     }
 
-    /// Waits until no other process is between looking at this mount point and having it mounted, or given up. The turn
-    /// ends when the file is dropped.
+    /// Waits for the turn at this mount point. A process has the turn from its first look at the mount point until
+    /// the mount stands or has failed. The turn ends when the file is dropped. Fails with
+    /// [`RegistrationError::Busy`] after 20 seconds.
     pub async fn turn(&self) -> Result<File, RegistrationError> {
         let turn = until(LOOK, PATIENCE, || self.try_turn()).await?;
         turn.ok_or_else(|| RegistrationError::Busy {
@@ -254,11 +269,13 @@ impl RunEntry {
         })
     }
 
-    /// Like [`RunEntry::turn`] for callers that are not asynchronous. None if it did not come in time.
+    /// Waits for the turn like [`RunEntry::turn`], but blocks the thread. Returns `None` if the turn did not come
+    /// in time.
     pub fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
         until_blocking(LOOK, PATIENCE, || self.try_turn())
     }
 
+    /// Takes the turn if no other process has it. The turn ends when the file is dropped.
     fn try_turn(&self) -> Result<Option<File>, RegistrationError> {
         let directory = self.path.with_file_name("locks");
         private::directory(&directory).map_err(self.io(&directory))?;
@@ -267,13 +284,14 @@ impl RunEntry {
         let file = file.map_err(self.io(&path))?;
         let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let name = name.split('-').next().unwrap_or_default();
-        // The byte of this mount point; the file has none, and locks do not mind.
+        // The byte for this mount point. The file is empty, but locks may lie beyond its end.
         let byte = u64::from_str_radix(name, 16).unwrap_or_default() >> 1;
         let locked = lock_bytes(&file, byte..byte + 1).map_err(self.io(&path))?;
         Ok(locked.then_some(file))
     }
 
-    /// Registers a mount, whose process writes its log to the file `log` if it has one; fails if a live one is registered.
+    /// Registers a mount. Fails if another live process has a mount there. If `log` is given, it is the log file of
+    /// the process, and gets its final name.
     pub fn register(&self, record: &MountRecord, log: Option<&Path>) -> Result<(), RegistrationError> {
         self.create()?;
         self.check_free()?;
@@ -284,7 +302,7 @@ impl RunEntry {
         self.write(record)
     }
 
-    /// Writes the registration anew.
+    /// Writes the registration, and replaces an earlier one in one step.
     pub(super) fn write(&self, record: &MountRecord) -> Result<(), RegistrationError> {
         let path = self.path.join("mount.json");
         let part = self.path.join("mount.json.part");
@@ -295,14 +313,15 @@ impl RunEntry {
         fs::rename(&part, &path).map_err(self.io(&path))
     }
 
-    /// Moves the registration of another living process aside, whose mount is gone from here but still used elsewhere.
+    /// Moves the registration of another live process aside. The mount of that process is gone from here, but still
+    /// has users elsewhere.
     fn make_room(&self, own: u32) -> Result<(), RegistrationError> {
         let Some(other) = self.record()?.filter(|r| r.is_alive() && r.pid != own) else {
             return Ok(());
         };
         let aside = self.aside(other.pid);
         aside.create()?;
-        // The record goes last: what is not complete does not count as registered.
+        // The record moves last: a directory without a record does not count as registered.
         for name in ["log", "control", "mount.json"] {
             let path = self.path.join(name);
             gone(fs::rename(&path, aside.path.join(name))).map_err(self.io(&path))?;
@@ -310,7 +329,7 @@ impl RunEntry {
         Ok(())
     }
 
-    /// Where the registration of the process `pid` is by now, if there is one.
+    /// Returns where the registration of the process `pid` is at present, if there is one.
     pub(super) fn of(&self, pid: u32) -> Result<Option<Self>, RegistrationError> {
         for entry in [self.clone(), self.aside(pid)] {
             if entry.record()?.is_some_and(|record| record.pid == pid) {
@@ -320,8 +339,9 @@ impl RunEntry {
         Ok(None)
     }
 
-    /// Removes the registration, and the log unless it is another one than `log`. Only what ocifs put there goes, one by one:
-    /// were something still mounted on `lower`, a recursive removal would reach into it.
+    /// Removes the registration and its log. If `log` is given and is another file than the log here, the log
+    /// stays. Deletes only files of ocifs, one by one. If a file system were still mounted on `lower`, a recursive
+    /// removal would delete its files.
     pub fn remove(&self, log: Option<BorrowedFd<'_>>) -> Result<(), RegistrationError> {
         for name in ["control", "mount.json.part", "mount.json"] {
             let path = self.path.join(name);

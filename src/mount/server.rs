@@ -34,57 +34,66 @@ use crate::layer::LayerContext;
 use crate::os::{gone, private};
 use crate::profile::Label;
 
-/// What to mount where.
+/// The image, the mount point, and how to mount.
 #[derive(Debug, Clone)]
 pub struct MountConfig {
     /// The image as the user wrote it.
     pub image: String,
-    /// Absolute path of a directory, without symlinks.
+    /// The mount point: the absolute path of a directory, without symlinks.
     pub mountpoint: PathBuf,
-    /// `-o` options.
+    /// The `-o` options.
     pub options: FuseOptions,
-    /// Where changes go, for a writable root.
+    /// The directories for changes, if the root is writable.
     pub upper: Option<Upper>,
-    /// What to fetch that nobody asked for.
+    /// What to fetch although no reader asked for it.
     pub prefetch: Prefetch,
-    /// Which of the image's programs will run.
+    /// The label of the profile: which of the image's programs will run.
     pub label: Label,
-    /// Deadline of a read; none is for ever.
+    /// Deadline of a read. With `None`, reads wait for ever.
     pub timeout: Option<Duration>,
-    /// Give up, instead of serving errors, if the image cannot be prepared.
+    /// Whether the process gives up if the image cannot be prepared or the preparation stalls. Otherwise it serves
+    /// errors.
     pub require_ready: bool,
-    /// When the program started.
+    /// When this process started.
     pub started: Instant,
-    /// The process that started this one.
+    /// Id of the process that started this one.
     pub parent: u32,
-    /// The log file of a process in the background, which gets its name when the mount is registered.
+    /// The log file, if this is a background process. It gets its final name when the mount is registered.
     pub log: Option<PathBuf>,
 }
 
-/// What happens to a mount, in this order.
+/// An event in the life of a mount. `Mounted` comes first, then either `Ready` or `Failed`.
 #[derive(Debug)]
 pub enum Event {
-    /// The directory is mounted.
+    /// The mount point is mounted.
     Mounted,
-    /// Requests are answered.
+    /// The process answers requests from the image.
     Ready(Arc<Image>),
-    /// Requests are answered with errors, because of this.
+    /// The process answers requests with this error.
     Failed(String),
 }
 
-/// Others may still use the mount after an unmount. They are served on, but `umount` waits no longer than this for their end.
+/// How long `umount` waits for the last user to go after an unmount. The process serves these users for as long as
+/// they need. A larger value delays `umount`; a smaller one makes it report users that are about to go.
 const LINGER: Duration = Duration::from_secs(1);
-/// How often a store that could not be written is looked at, and how many bytes it must have room for.
+/// Pause between two checks of a store that could not be written. A larger value delays caching after the store
+/// recovers; a smaller one writes more to a store with trouble.
 const STORE_LOOK: Duration = Duration::from_secs(2);
+/// Bytes for which the store must have room to count as writable. A larger value leaves a nearly full store unused;
+/// with a smaller one, the next writes would fail again.
 const STORE_ROOM: u64 = 8 << 20;
-/// How often one looks whether the image comes on that is being prepared.
+/// Interval at which the mount checks whether the preparation of the image makes progress. A larger value delays
+/// the errors of a stalled mount; a smaller one uses more processor time.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long nothing useful may come before that is said, where reads wait for ever.
+/// Time without useful bytes after which the status says that the preparation stalls, if reads wait for ever. A
+/// larger value hides a stall for longer; a smaller one reports short ones.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What a request that fails gets beside that where its error ends the mount, since it says more.
+/// Extra time before a stall ends the mount. A request to the registry that fails at the timeout also ends the
+/// mount, and its error says more. With the extra time, that error comes first. A larger value delays the error of
+/// a stall.
 const MARGIN: Duration = Duration::from_millis(500);
 
-/// How long nothing useful may come.
+/// Returns how long the mount may get no useful bytes before the preparation counts as stalled.
 fn patience(config: &MountConfig) -> Duration {
     let patience = config.timeout.unwrap_or(PATIENCE);
     match config.require_ready {
@@ -93,14 +102,14 @@ fn patience(config: &MountConfig) -> Duration {
     }
 }
 
-/// Mounts and serves until unmounted. `events` hears how it goes.
+/// Mounts the image and serves it until it is unmounted. Reports progress to `events`.
 pub async fn serve(
     config: MountConfig,
     context: LayerContext,
     opening: Opening,
     events: impl Fn(Event),
 ) -> Result<(), MountError> {
-    // From here on a signal takes down what stands, instead of killing the process.
+    // From here on a signal makes the process take down its mount, instead of killing it.
     let signals = Signals::catch(&[libc::SIGHUP]).map_err(system("handle signals"))?;
     let entry = RunDir::open()?.entry(&config.mountpoint);
     let turn = entry.turn().await?;
@@ -158,7 +167,7 @@ pub async fn serve(
     Ok(())
 }
 
-/// While the store cannot be written, looks every now and then whether it can again.
+/// Checks at intervals, while the store cannot be written, whether it can be written again.
 async fn look_after_store(context: LayerContext) {
     loop {
         context.health.store_trouble().await;
@@ -170,18 +179,19 @@ async fn look_after_store(context: LayerContext) {
     }
 }
 
-/// Those who asked for the unmount and wait for their answer.
+/// The channels to the clients that asked for the unmount and wait for the answer.
 type Asked = Vec<oneshot::Sender<Response>>;
 
-/// Answers all who asked.
+/// Sends the response to all clients that wait.
 fn respond(asked: Asked, response: &Response) {
     for answer in asked {
-        // A client that went away does not need the answer.
+        // A client that has gone away does not need the answer.
         let _ = answer.send(response.clone());
     }
 }
 
-/// Waits for the end of the time that the session has to end after an unmount.
+/// Waits until `until`, when the clients of an unmount get their answer even if the session has not ended. Waits
+/// for ever if it is `None`.
 async fn lingered(until: Option<tokio::time::Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
@@ -189,34 +199,37 @@ async fn lingered(until: Option<tokio::time::Instant>) {
     }
 }
 
-/// A mount in one process.
+/// A mount and its state in this process.
 struct Mount {
     attached: Attached,
-    /// Until the mount that the user sees stands.
+    /// The mount point. `None` as soon as the process mounts on it.
     directory: Option<MountPoint>,
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
-    /// If the image's tag was resolved without its registry: since when, and why.
+    /// Since when and why the tag is unconfirmed, if it was resolved without its registry.
     unconfirmed: Option<Unconfirmed>,
     side: Side,
-    /// Until there is an image to listen to.
+    /// The profile to learn. `None` once the image is ready.
     learning: Option<Learning>,
     content: Option<Arc<Content>>,
-    /// What requests get.
+    /// The stage that decides what requests get.
     served: Arc<Served>,
-    /// The open /dev/fuse, until a session serves it.
+    /// The open /dev/fuse. `None` once a session serves it.
     session: Option<OwnedFd>,
-    /// Whether the image still comes on.
+    /// Whether the preparation of the image makes progress.
     stall: Stall,
     image: Option<Arc<Image>>,
     failure: Option<Arc<FsError>>,
+    /// Time from the start of the process until the image was mounted.
     mounted: Duration,
+    /// Time from the start of the process until the image was ready.
     ready: Option<Duration>,
 }
 
 impl Mount {
-    /// Prepares, serves and answers until the session ends or has to. Returns those who wait for the answer to an unmount.
+    /// Prepares the image, serves it and answers clients, until the session ends or has to end. Returns the
+    /// channels of the clients that wait for the answer to an unmount.
     async fn run(
         &mut self,
         mut requests: mpsc::Receiver<control::Call>,
@@ -224,7 +237,7 @@ impl Mount {
         events: impl Fn(Event),
     ) -> Result<Asked, MountError> {
         let (ended, mut session_end) = mpsc::channel(1);
-        // Only until the session starts: a watcher would be woken for every request.
+        // The watcher runs only until the session starts. After that every request would wake it.
         let watched = self.session.as_ref().map(kernel::watch).transpose();
         let mut watched = watched.map_err(system("watch /dev/fuse"))?;
         let mut prepares = true;
@@ -264,8 +277,8 @@ impl Mount {
                     if self.session.is_some() {
                         return Ok(asked);
                     }
-                    // Whoever still uses the mount is served until the session ends by itself, and nothing is fetched for
-                    // anybody else.
+                    // The session ends by itself when the last user of the mount is gone. Until then it serves
+                    // these users. The background tasks stop, because there will be no new readers.
                     self.side.stop().await;
                     linger.get_or_insert_with(|| tokio::time::Instant::now() + LINGER);
                 }
@@ -278,7 +291,7 @@ impl Mount {
                     return Ok(asked);
                 }
                 _ = signals.next() => return Ok(asked),
-                // Somebody else unmounted it before there was a session to end.
+                // Another program unmounted it before a session started.
                 () = kernel::gone(watched.as_ref()) => {
                     self.attached.forget_mounts();
                     return Ok(asked);
@@ -297,14 +310,16 @@ impl Mount {
         }
     }
 
-    /// The end of the mount namespace. Whoever runs a process in the foreground looks after it.
+    /// Returns a future that completes when no process can reach the mount any more. For a foreground process, the
+    /// parent counts as one that can.
     fn abandoned(&self) -> std::pin::Pin<Box<impl Future<Output = ()> + use<>>> {
         let device = self.attached.record.standing.as_ref().map(|s| s.device.clone());
         let parent = self.config.log.is_none().then_some(self.config.parent);
         Box::pin(namespace::abandoned(device, parent))
     }
 
-    /// Mounts the image itself, on the mount point or, for an overlay to come, where only this user reaches it.
+    /// Mounts the image itself and returns the open /dev/fuse. Mounts it on the mount point if there is no overlay.
+    /// Otherwise mounts it in the run directory, which only this user can reach.
     fn attach_lower(&mut self) -> Result<OwnedFd, MountError> {
         let lower = self.attached.record.lower.clone();
         let mount = |target: &Path| kernel::mount(&self.config.image, target, &lower, &self.config.options);
@@ -323,6 +338,7 @@ impl Mount {
         Ok(fuse)
     }
 
+    /// Opens the control socket and serves it. Requests go to `calls`.
     fn listen(&self, calls: mpsc::Sender<control::Call>) -> Result<Control, MountError> {
         let path = self.attached.entry.socket();
         gone(std::fs::remove_file(&path)).map_err(system("replace a dead control socket"))?;
@@ -331,7 +347,8 @@ impl Mount {
         Ok(Control::serve(listener, calls))
     }
 
-    /// Puts the overlay on the mount point, if one is wanted, and takes away the image's own mount.
+    /// Puts the overlay on the mount point and unmounts the image's own mount. Returns `false`, and does nothing,
+    /// for a mount that is not writable.
     async fn attach_overlay(&mut self) -> Result<bool, MountError> {
         let Some(upper) = self.config.upper.clone() else {
             return Ok(false);
@@ -351,7 +368,8 @@ impl Mount {
         Ok(true)
     }
 
-    /// Answers a request. The answer to an unmount that succeeded comes back, for when everything is gone.
+    /// Answers a request. If it is an unmount that succeeded, returns the channel instead: the caller answers when
+    /// everything is taken down.
     fn answer(&mut self, request: Request, answer: oneshot::Sender<Response>) -> Option<oneshot::Sender<Response>> {
         let response = match request {
             Request::Status => Response::Status(Box::new(self.status())),
@@ -362,12 +380,13 @@ impl Mount {
                 },
             },
         };
-        // A client that went away does not need the answer.
+        // A client that has gone away does not need the answer.
         let _ = answer.send(response);
         None
     }
 }
 
+/// Returns the record that registers this mount.
 fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> MountRecord {
     let pid = std::process::id();
     MountRecord {
@@ -389,7 +408,7 @@ fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> 
     }
 }
 
-/// The mount point is gone by the time it is used.
+/// Returns the error for a mount point that is gone or replaced by the time it is used.
 fn replaced() -> MountError {
     system("find the mount point")(io::ErrorKind::NotFound.into())
 }

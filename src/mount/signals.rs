@@ -6,13 +6,13 @@ use futures::future::select_all;
 use nix::libc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// SIGINT, SIGTERM and SIGHUP, caught.
+/// A receiver for SIGINT, SIGTERM and SIGHUP.
 #[derive(Debug)]
 pub struct Signals(Vec<(i32, Signal)>);
 
 impl Signals {
-    /// From here on these signals do not kill this process. Those of `ignorable` that it was started to ignore stay ignored, as
-    /// nohup(1) and shells ask for. Call it from within a runtime.
+    /// Catches the signals, so that they do not kill this process. A signal of `ignorable` stays ignored if the
+    /// process was started to ignore it, as nohup(1) and shells ask for. The caller must be within a runtime.
     pub fn catch(ignorable: &[i32]) -> io::Result<Self> {
         let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter();
         let wanted = signals.filter(|number| !ignorable.contains(number) || !is_ignored(*number));
@@ -20,7 +20,7 @@ impl Signals {
         caught.collect::<io::Result<_>>().map(Self)
     }
 
-    /// The number of the next one.
+    /// Waits for the next signal and returns its number. Waits for ever if all signals stay ignored.
     pub async fn next(&mut self) -> i32 {
         if self.0.is_empty() {
             return std::future::pending().await;

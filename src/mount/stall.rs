@@ -1,42 +1,55 @@
-//! Whether an image that is being prepared still comes on.
+//! Whether the preparation of an image still makes progress.
 //!
-//! A layer that trickles in, or a registry that delivers a little after each pause, would keep every process that looks into
-//! the mount waiting for hours. So patience is counted: it begins with the timeout of reads, time uses it up, and some
-//! seconds in which bytes came at a useful rate ([`crate::blob::Link::useful_rate`]) or faster give as many seconds back as
-//! these bytes would have taken at that rate, up to the timeout. Work on this machine (decoding, merging) uses up nothing. When
-//! there is none left the image has stalled; when more comes it has not any more.
+//! A layer may trickle in, or a registry may deliver a few bytes after each pause. Every process that looks into
+//! the mount would then wait for hours. So the mount has a budget of patience:
+//! - The budget begins at the timeout of reads, and can never exceed it.
+//! - Time uses it up.
+//! - Bytes give time back if they arrive at a useful rate ([`crate::blob::Link::useful_rate`]) or faster for some
+//!   seconds. They give back as many seconds as they would have taken at that rate.
+//! - While this machine works (decodes or merges), the budget grows by the time that passes.
+//! - When the budget is used up, the preparation is stalled. When the budget grows again, the stall is over.
 //!
-//! Pure: time and counts come from the caller.
+//! The module is pure: time and counts come from the caller.
 
 use std::time::{Duration, Instant};
 
 use crate::image::Activity;
 
-/// Time over which a rate is judged, or half of the timeout where that is shorter: a trickle may have a good second.
+/// Longest window over which a rate is judged. The window is half of the timeout if that is shorter. With a shorter
+/// window, a trickle with one good second would pass; a longer one gives time back later.
 const JUDGED: Duration = Duration::from_secs(3);
-/// Seconds that count when another process shows that it gets on, which it does about once a second.
+/// Seconds that the budget gets for each sign of progress of another process. Such a process shows progress about
+/// once a second. With less than a second, its progress could not pass as useful; with more, a stall of that
+/// process shows later.
 const BEAT: f64 = 2.0;
-/// Time over which the rate that is shown is counted.
+/// Window over which the displayed rate is measured. A shorter one makes the rate unsteady; a longer one makes it
+/// outdated.
 const SHOWN: Duration = Duration::from_secs(5);
 
 /// The patience with an image that is being prepared.
 #[derive(Debug)]
 pub(super) struct Stall {
+    /// The largest budget. It is the timeout of reads, or a default if reads wait for ever.
     most: Duration,
+    /// The present budget.
     left: Duration,
+    /// When [`Stall::look`] was called last.
     looked: Instant,
+    /// The activity at that time.
     before: Activity,
-    /// The time that is being judged: when it began, and what came in it, in seconds of the useful rate.
+    /// The window that is being judged: when it began, and the seconds that its bytes would have taken at the
+    /// useful rate.
     judged: (Instant, f64),
-    /// When something useful happened last.
+    /// When useful bytes came last, or this machine worked.
     useful: Instant,
-    /// The rate shown: since when, from how many bytes on, and the last one that was complete.
+    /// The window of the displayed rate: when it began, and the byte count at that time.
     shown: (Instant, u64),
+    /// The displayed rate in bytes per second, from the last complete window.
     rate: f64,
 }
 
 impl Stall {
-    /// Nothing has come at `now`.
+    /// Begins with the full budget at `now`, when no bytes have come.
     pub(super) fn new(patience: Duration, now: Instant) -> Self {
         Self {
             most: patience,
@@ -50,7 +63,7 @@ impl Stall {
         }
     }
 
-    /// What happened until `now`; to be told several times a second.
+    /// Takes account of the activity until `now`. The caller must call it several times a second.
     pub(super) fn look(&mut self, activity: Activity, now: Instant) {
         let passed = now.saturating_duration_since(self.looked);
         self.looked = now;
@@ -60,7 +73,8 @@ impl Stall {
         } else {
             self.left = self.left.saturating_sub(passed);
         }
-        // What another process brings is seen as seconds in which it got on.
+        // The bytes that another process streams are not counted here. Its signs of progress count as seconds
+        // instead.
         let came = activity.bytes.saturating_sub(self.before.bytes) as f64 / activity.useful_rate.max(1.0);
         let beats = activity.beats.saturating_sub(self.before.beats) as f64 * BEAT;
         self.judged.1 += came + beats;
@@ -81,17 +95,17 @@ impl Stall {
         }
     }
 
-    /// Whether nothing useful comes.
+    /// Whether the preparation is stalled.
     pub(super) fn is_stalled(&self) -> bool {
         self.left.is_zero()
     }
 
-    /// How long nothing useful has come.
+    /// Returns the time since useful bytes came last, or this machine worked.
     pub(super) fn since(&self) -> Duration {
         self.looked.saturating_duration_since(self.useful)
     }
 
-    /// Bytes per second lately.
+    /// Returns the rate in bytes per second over the last complete window of some seconds.
     pub(super) fn rate(&self) -> f64 {
         self.rate
     }
@@ -125,7 +139,8 @@ mod tests {
             }
         }
 
-        /// So many bytes each tenth of a second, for so many seconds or until it stalls: how long that took.
+        /// Delivers `bytes` bytes each tenth of a second, for `seconds` seconds or until the preparation stalls.
+        /// Returns how many seconds that took.
         fn bring(&mut self, bytes: u64, seconds: u64) -> f64 {
             let start = self.now;
             while self.now - start < Duration::from_secs(seconds) {
@@ -146,7 +161,7 @@ mod tests {
         scene.bring(1_100, 3600);
         assert!(!scene.stall.is_stalled());
         assert!((scene.stall.rate() - 11_000.0).abs() < 200.0, "{}", scene.stall.rate());
-        // What stops has all the patience that there was when something useful came last.
+        // When the bytes stop, the preparation has the budget that was left at the last useful bytes.
         let took = scene.bring(0, 100);
         assert!((3.0..6.2).contains(&took), "{took}");
         let mut scene = Scene::new();
@@ -166,7 +181,7 @@ mod tests {
 
     #[test]
     fn gulps_count_for_as_long_as_they_would_have_taken() {
-        // 100 kB every five seconds are more than the useful rate, every twenty are not.
+        // 100 kB every five seconds exceed the useful rate; every twenty seconds they do not.
         for (pause, lasts) in [(5, true), (20, false)] {
             let mut scene = Scene::new();
             for _ in 0..50 {

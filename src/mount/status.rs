@@ -1,4 +1,4 @@
-//! What a mount says about itself.
+//! The status of a mount.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,30 +9,31 @@ use crate::fetch::Load;
 use crate::image::Unconfirmed;
 use crate::layer::LayerStatus;
 
-/// Where a mount is in its life.
+/// The state of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MountState {
-    /// Mounted; operations wait for the tree.
+    /// The tree is not ready yet, and operations wait for it.
     Preparing,
-    /// The same, but nothing useful has come for as long as a read may take: operations fail until something does.
+    /// The tree is not ready, and no useful bytes have come for as long as a read may take. Operations fail until
+    /// useful bytes come.
     Stalled,
-    /// Serving.
+    /// The process serves the image.
     Ready,
-    /// The image could not be made readable; every operation gets an error.
+    /// The image could not be prepared. Every operation fails.
     Failed,
-    /// The process is gone, the mount point may still be there.
+    /// The process is dead. The mount point may still be mounted.
     Dead,
-    /// The process is there and does not answer.
+    /// The process is alive and does not answer.
     Unresponsive,
-    /// The mount point is unmounted, and the process goes on because somebody still uses the mount.
+    /// The mount point is unmounted. The process goes on because the mount still has users.
     Detached,
 }
 
-/// The way to the layers.
+/// The measured link to the layers.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct LinkStatus {
-    /// Seconds from a request to its answer.
+    /// Seconds from a request to the first byte of its response.
     pub rtt: Option<f64>,
     /// Bytes per second of all requests together.
     pub bandwidth: Option<f64>,
@@ -47,65 +48,69 @@ impl From<Link> for LinkStatus {
     }
 }
 
-/// A mount and its layers.
+/// The status of a mount and its layers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MountStatus {
-    /// Serving process.
+    /// Id of the process behind the mount.
     pub pid: u32,
-    /// The image as given.
+    /// The image as the user wrote it.
     pub image: String,
-    /// Digest of its manifest.
+    /// Digest of the image's manifest.
     pub digest: String,
-    /// If the image's tag was resolved without its registry: since when that has not confirmed it, and why.
+    /// When the registry last confirmed the tag and why it is unconfirmed, if the tag was resolved without its
+    /// registry.
     pub unconfirmed: Option<Unconfirmed>,
-    /// Where it is mounted.
+    /// The mount point.
     pub mountpoint: String,
-    /// The same path whole, in base64, if it is not UTF-8.
+    /// The whole mount point in base64, if it is not UTF-8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mountpoint_base64: Option<String>,
     /// The log of the process, if it runs in the background.
     #[serde(default)]
     pub log: Option<String>,
-    /// Life stage.
+    /// The state of the mount.
     pub state: MountState,
-    /// What is wrong at the moment: why it failed, why nothing is kept on disk, why reads fail, why it does not answer.
+    /// What is wrong at the moment: why the mount failed, why the store keeps no content, why reads fail, or why
+    /// the process does not answer.
     pub problem: Option<String>,
-    /// Whether changes can be made.
+    /// Whether the mount is writable.
     pub writable: bool,
-    /// Seconds since it was mounted.
+    /// Seconds since the start of the process.
     pub uptime: f64,
-    /// Seconds from the start of the process until it was mounted.
+    /// Seconds from the start of the process until the image was mounted. The overlay of a writable mount comes
+    /// later.
     pub mount_seconds: f64,
     /// Seconds from the start of the process until the tree was ready.
     pub ready_seconds: Option<f64>,
     /// Sum of the layers' compressed sizes in bytes.
     pub size: u64,
-    /// Compressed bytes fetched by this mount.
+    /// Compressed bytes that this mount has fetched.
     pub fetched: u64,
-    /// While preparing: how fast layers come in, compressed bytes per second, on average since it was mounted; while stalled:
-    /// over the last seconds.
+    /// While preparing: the average rate at which layers have arrived since the image was mounted, in compressed
+    /// bytes per second. It includes bytes that an interrupted earlier pass left in the store. While stalled: the
+    /// rate of the last seconds.
     pub rate: Option<f64>,
-    /// While stalled: seconds in which nothing useful has come.
+    /// While stalled: seconds since useful bytes came last.
     #[serde(default)]
     pub stalled_seconds: Option<f64>,
-    /// While preparing: seconds until all layers are in, at that rate.
+    /// While preparing: seconds until all layers have arrived, if `rate` stays the same.
     pub remaining_seconds: Option<f64>,
-    /// Decoded spans held in memory, bytes.
+    /// Bytes of decoded spans in memory.
     pub memory: u64,
     /// Compressed bytes of the spans that were read.
     pub used: u64,
     /// Compressed bytes of the spans that need no fetch.
     pub local: u64,
-    /// Requests made for layers.
+    /// Number of requests for layers.
     pub requests: u64,
-    /// Requests under way, and those that wait for their turn.
+    /// Requests in flight, and requests that wait for a pass.
     pub in_flight: Load,
-    /// The way to the layers, as measured; nothing before there is a tree.
+    /// The measured link to the layers. `None` until the tree is ready.
     pub link: Option<LinkStatus>,
-    /// How long reads take.
+    /// Counts and times of reads.
     pub reads: ReadStatus,
-    /// What is fetched although no reader asked for it. None if the process does not say.
+    /// The status of prefetching. `None` if the process did not report it.
     pub prefetch: Option<PrefetchStatus>,
-    /// Layers, base first.
+    /// The layers, base first.
     pub layers: Vec<LayerStatus>,
 }

@@ -1,4 +1,6 @@
-//! What is known of the mounts of other processes: `list` and `status`. All are asked at once, and none for long.
+//! The status of the mounts of other processes, for `list` and `status`.
+//!
+//! This process asks all of them at once, and waits for none of them for long.
 
 use std::path::Path;
 
@@ -11,7 +13,8 @@ use super::status::{MountState, MountStatus};
 use crate::content::ReadStatus;
 use crate::fetch::Load;
 
-/// All mounts of this user, by path; also the dead ones, and those that are unmounted and still in use.
+/// Returns the status of all mounts of this user, in the order of their paths. They include dead mounts, and
+/// unmounted ones that still have users.
 pub async fn list(run: &RunDir) -> Result<Vec<MountStatus>, TakedownError> {
     let records = run.records()?;
     let asking = records.iter().map(|(entry, record)| ask(entry, record));
@@ -19,13 +22,14 @@ pub async fn list(run: &RunDir) -> Result<Vec<MountStatus>, TakedownError> {
     Ok(answers.into_iter().flatten().collect())
 }
 
-/// The mount at `mountpoint`.
+/// Returns the status of the mount at `mountpoint`.
 pub async fn status_of(run: &RunDir, mountpoint: &Path) -> Result<MountStatus, TakedownError> {
     let (entry, record) = find(run, mountpoint)?.ok_or_else(|| not_mounted(mountpoint))?;
     ask(&entry, &record).await.ok_or_else(|| not_mounted(mountpoint))
 }
 
-/// What the process says, or what is known without it; nothing if it took its mount down meanwhile.
+/// Returns the status that the process reports, or the known facts if it does not answer. `None` if the process
+/// took its mount down meanwhile.
 async fn ask(entry: &RunEntry, record: &MountRecord) -> Option<MountStatus> {
     let mut status = match record.is_alive() {
         true => answer(entry, record).await?,
@@ -60,7 +64,7 @@ async fn answer(entry: &RunEntry, record: &MountRecord) -> Option<MountStatus> {
         Ok(_) => silent("it gave no status"),
         Err(ControlError::Io(error)) => {
             if has_ended(record).await {
-                // It may have ended as it should.
+                // The process may have taken its mount down and ended.
                 let left = registered(entry, record).unwrap_or(true);
                 return left.then(|| dead(record));
             }
@@ -83,7 +87,7 @@ fn dead(record: &MountRecord) -> MountStatus {
     unasked(record, MountState::Dead, problem)
 }
 
-/// The status of a mount whose process could not say anything.
+/// Returns the status of a mount whose process gave no answer.
 fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountStatus {
     MountStatus {
         pid: record.pid,

@@ -1,8 +1,10 @@
-//! Taking down mounts of other processes, whatever state the process is in.
+//! Takes down mounts of other processes, whatever state the process behind a mount is in.
 //!
-//! A healthy process is asked, and takes down everything itself. If it is dead, or does not answer within a second, this
-//! process unmounts. No other process is needed for that, and nothing is lost: what was changed lies in the upper directory.
-//! A process that did not answer and has nobody left to serve is ended.
+//! If that process is healthy, `umount` asks it, and it takes down everything itself. If it is dead, or does not
+//! answer within a second, `umount` unmounts on its own and needs no other process. No change to a writable mount
+//! is lost by that, because the changes are in the upper directory.
+//!
+//! If the process behind the mount did not answer and its mount has no users left, `umount` ends it.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,24 +18,29 @@ use super::process::{Process, standstill};
 use super::registration::{MountRecord, RunDir, RunEntry};
 use super::{kernel, mountinfo, overlay};
 
-/// How long a process without a mount gets to end by itself, and after SIGTERM.
+/// How long a process without a mount gets to end by itself, and again after SIGTERM. A larger value delays
+/// `umount`; with a smaller one, SIGTERM or SIGKILL hits processes that are about to end.
 const ASKED: Duration = Duration::from_millis(150);
-/// How long an unmount takes at most, if the process does not do it.
+/// Time for the whole unmount if this process has to do it. A larger value delays `umount`; a smaller one reports
+/// more processes that have not ended yet.
 const LIMIT: Duration = Duration::from_millis(1700);
-/// How long a process that says it works gets to end when its mount is gone: a large private upper directory takes time.
+/// How long a process that is working gets to end after its mount is gone: deleting a large private upper directory
+/// takes time. A larger value delays `umount`; a smaller one reports such a process as not ended yet.
 const WORKING: Duration = Duration::from_secs(20);
 
 fn system(action: &'static str) -> impl Fn(std::io::Error) -> TakedownError {
     move |source| TakedownError::System { action, source }
 }
 
-/// What is left of a mount that was taken down: nothing, or something that the user should know.
+/// What remains of a mount that was taken down: `None`, or a message for the user.
 pub type Remainder = Option<String>;
 
-/// Takes down the mount at `mountpoint` (an absolute path; it need not be accessible, a dead mount is not).
+/// Takes down the mount at `mountpoint`, an absolute path. The path need not be accessible, because that of a dead
+/// mount is not.
 pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Remainder, TakedownError> {
     let Some((entry, record)) = find(run, mountpoint)? else {
-        // A mount whose registration was lost (a cleared /run) is still recognised by its type.
+        // If the registration was lost, because /run was cleared for example, the type of the mount still
+        // identifies it.
         return match mountinfo::at(mountpoint)? {
             Some(mount) if mount.fs_type == "fuse.ocifs" => {
                 Ok(kernel::unmount(&mount.standing(), lazy).map(|()| None)?)
@@ -45,7 +52,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         return clear(&entry, &record).await.map(|()| None);
     }
     if let Some((nobody, reason)) = still_used(&entry, &record) {
-        // Another unmount may be about to end.
+        // The process may be about to end because of another unmount.
         if nobody && has_ended(&record).await {
             return clear(&entry, &record).await.map(|()| None);
         }
@@ -55,7 +62,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         });
     }
     let until = Instant::now() + LIMIT;
-    // What is left in its socket would be read whenever it goes on.
+    // The process would read a request in its socket whenever it goes on. So it gets none while it is stopped.
     if standstill(record.pid).is_some() {
         return force(&entry, &record, lazy, until).await;
     }
@@ -65,7 +72,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         Ok(Response::Failed { message }) => Err(TakedownError::Refused { message }),
         Ok(Response::Status(_) | Response::Working) => Err(not_mounted(mountpoint)),
         Err(ControlError::Slow) => {
-            // If it is in the kernel with this very unmount, there is nothing left to do here.
+            // If the process is inside the kernel with this very unmount, nothing is left to do here.
             unmount_all(&entry, &record, lazy)?;
             let limit = match record.scratch {
                 Some(_) => WORKING,
@@ -78,7 +85,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         }
         Err(ControlError::Silent | ControlError::Json(_)) => force(&entry, &record, lazy, until).await,
         Err(ControlError::Io(_)) => match has_ended(&record).await {
-            // Nothing is registered any more if it ended as it should.
+            // If the process ended by itself, there is no registration left to clear.
             true => clear(&entry, &record).await.map(|()| None),
             false => force(&entry, &record, lazy, until).await,
         },
@@ -112,13 +119,13 @@ async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instan
     )))
 }
 
-/// Ends the process of a mount that is gone: whether it has ended.
+/// Ends the process of a mount that is gone. Returns whether it has ended.
 async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError> {
     let held = system("end the process behind the mount");
     let Some(process) = Process::open(record.pid, record.started).map_err(&held)? else {
         return Ok(true);
     };
-    // The end of its mount may be all it needs. A stopped process takes SIGTERM only when it goes on.
+    // The end of the mount may suffice to end the process. A stopped process handles SIGTERM only after SIGCONT.
     for signals in [&[][..], &[Signal::TERM, Signal::CONT]] {
         for &signal in signals {
             process.signal(signal).map_err(&held)?;
@@ -132,10 +139,11 @@ async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError
     process.ends_within(left).await.map_err(&held)
 }
 
-/// Unmounts what a mount's process attached. Without `lazy` it stops if something is in use.
+/// Unmounts everything that a mount's process attached. Without `lazy` it stops at the first mount that is in use.
 fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
     for mount in record.mounts()? {
-        // When a mount is gone, another one may get its numbers; that one is registered where it is.
+        // If a mount is gone, the kernel may give its numbers to a mount of another process. That mount is
+        // registered at its own mount point.
         let own = [&record.mountpoint, &record.lower].contains(&&mount.mountpoint);
         let other = entry.beside(&mount.mountpoint).record()?;
         if own || other.is_none_or(|other| other.pid == record.pid) {
@@ -145,7 +153,8 @@ fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(),
     Ok(())
 }
 
-/// Takes down what a dead process left. Nothing works there any more, so it goes at once, used or not.
+/// Takes down everything that a dead process left. Nothing works there any more, so it unmounts at once, even if
+/// the mount is in use.
 async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
     let _turn = entry.turn().await?;
     // Another process may have mounted there meanwhile.
@@ -155,7 +164,7 @@ async fn clear(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownErr
     }
 }
 
-/// The same for whoever has the turn.
+/// Does the work of [`clear`] for a caller that has the turn.
 pub(super) fn clear_now(entry: &RunEntry, record: &MountRecord) -> Result<(), TakedownError> {
     unmount_all(entry, record, true)?;
     if let Some(scratch) = &record.scratch {

@@ -1,4 +1,4 @@
-//! Who keeps a file system alive that is mounted nowhere here any more.
+//! The users that keep a file system alive after it was unmounted in this mount namespace.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -13,14 +13,16 @@ use super::mountinfo;
 use super::process;
 use super::registration::Standing;
 
-/// Processes that are named; of more there is only the count.
+/// Number of processes that a message names. It gives only the count of further ones. A larger value makes messages
+/// longer; a smaller one names fewer of the users.
 const NAMED: usize = 3;
 
-/// What a mount namespace has of a mount that is looked for.
+/// What a mount namespace contains of a certain mount.
 struct Namespace {
-    /// The same file system.
+    /// Whether it contains the same file system.
     has_copy: bool,
-    /// Any mount with the same id: then it was given away again, or nothing is detached.
+    /// Whether it contains any mount with the same id. Then the kernel has reused the id, or the mount is not
+    /// detached there.
     has_id: bool,
 }
 
@@ -34,19 +36,19 @@ impl Namespace {
     }
 }
 
-/// Everybody who was found to use a file system.
+/// The users of a file system that were found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Users {
-    /// Mount points in this namespace that have a copy.
+    /// Mount points in this mount namespace that have a copy.
     mountpoints: Vec<PathBuf>,
-    /// Processes in other mount namespaces with a copy.
+    /// Processes in other mount namespaces that have a copy.
     namespaces: Vec<u32>,
-    /// Processes with something open, or a directory there.
+    /// Processes that have a file of it open, run a program of it, or have their working or root directory in it.
     files: Vec<u32>,
 }
 
 impl Users {
-    /// Looks for users of a mount other than its own process `server`. Only /proc is asked, nothing that could wait for the
+    /// Finds the users of a mount other than its own process `server`. Reads only /proc, so it never waits for the
     /// file system itself.
     pub(super) fn of(mount: &Standing, server: u32) -> Self {
         let here = mountinfo::table().unwrap_or_default();
@@ -70,7 +72,7 @@ impl Users {
         users
     }
 
-    /// Whether nobody was found.
+    /// Whether no user was found.
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -109,23 +111,26 @@ fn processes(pids: &[u32]) -> String {
     format!("{word} {}{more}", named.join(", "))
 }
 
-/// Ids of all processes that can be seen.
+/// Returns the ids of all processes that this process can see.
 pub(super) fn all() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Name of a process's mount namespace; none if it may not be seen, or the process has ended.
+/// Returns the name of a process's mount namespace. `None` if this process may not inspect that one, or it has
+/// ended.
 pub(super) fn namespace(process: &str) -> Option<OsString> {
     namespace_of(process).ok()
 }
 
-/// Name of a process's mount namespace. One that may not be seen is [`io::ErrorKind::PermissionDenied`]; a zombie has none.
+/// Returns the name of a process's mount namespace. Fails with [`io::ErrorKind::PermissionDenied`] if this process
+/// may not inspect that one. Fails for a zombie, which has no namespace.
 pub(super) fn namespace_of(process: &str) -> io::Result<OsString> {
     fs::read_link(format!("/proc/{process}/ns/mnt")).map(PathBuf::into_os_string)
 }
 
-/// Whether a process has something of the mount `id` open, runs it, or has a directory there.
+/// Whether a process uses the mount `id`: it has a file of it open, runs a program of it, or has its working or
+/// root directory in it.
 fn has_open(pid: u32, id: u64) -> bool {
     let process = PathBuf::from(format!("/proc/{pid}"));
     let directories = ["cwd", "root", "exe"].map(|name| process.join(name));
@@ -138,14 +143,15 @@ fn has_open(pid: u32, id: u64) -> bool {
         .any(|info| mount_id(&info) == Some(id))
 }
 
-/// The mount that a path lies in. The kernel says so from what it knows, without asking the file system.
+/// Returns the id of the mount in which a path lies. The kernel answers from its own data, without asking the file
+/// system.
 fn mount_of(path: &Path) -> Option<u64> {
     let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::MNT_ID).ok()?;
     let said = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID);
     said.then_some(found.stx_mnt_id)
 }
 
-/// The mount in a file of /proc/PID/fdinfo.
+/// Returns the mount id from the text of a file in /proc/PID/fdinfo.
 pub(super) fn mount_id(fdinfo: &str) -> Option<u64> {
     let line = fdinfo.lines().find_map(|line| line.strip_prefix("mnt_id:"))?;
     line.trim().parse().ok()

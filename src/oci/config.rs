@@ -1,4 +1,5 @@
-//! Image configs (image-spec config.md): what a container run from the image starts with, and the layers' diffIDs.
+//! Image configs (image-spec config.md): the defaults for a container that runs from the image, and the layers'
+//! diffIDs.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +7,7 @@ use super::descriptor::null_as_default;
 use super::document::parse_json;
 use super::{DiffId, DocumentError, Platform};
 
-/// An image config; fields ocifs has no use for are ignored, whatever is in them.
+/// An image config. Parsing ignores fields that ocifs does not use, with any content.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ImageConfig {
@@ -37,13 +38,13 @@ pub struct RunConfig {
     /// Environment, as `NAME=value`.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "Vec::is_empty")]
     pub env: Vec<String>,
-    /// What is run.
+    /// The program that a container runs.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "Vec::is_empty")]
     pub entrypoint: Vec<String>,
-    /// Arguments to the entry point, or what is run when there is none.
+    /// Arguments to the entry point. Without an entry point, the program and its arguments.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "Vec::is_empty")]
     pub cmd: Vec<String>,
-    /// Directory it is run in.
+    /// Directory in which the program runs.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "String::is_empty")]
     pub working_dir: String,
 }
@@ -63,7 +64,7 @@ impl ImageConfig {
         parse_json(bytes)
     }
 
-    /// The platform the image says it is for.
+    /// Returns the platform that the image says it is for.
     pub fn platform(&self) -> Platform {
         Platform {
             architecture: self.architecture.clone(),

@@ -7,11 +7,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Digest, media_type};
 
-/// Media type, digest and size of a blob, with what was said about it where it was named.
+/// Media type, digest and size of a blob, with what the document that names the blob says about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Descriptor {
-    /// Declared media type; a hint, the bytes decide.
+    /// Declared media type. It is a hint; the bytes decide.
     #[serde(default, deserialize_with = "null_as_default")]
     pub media_type: String,
     /// Digest of the blob.
@@ -35,13 +35,14 @@ pub struct Descriptor {
     /// Type of the artifact the manifest describes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
-    /// Platform an image index entry is for.
+    /// Platform that an image index entry is for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
 }
 
 impl Descriptor {
-    /// The embedded content, which saves fetching it. One that is not what the descriptor says is as good as none.
+    /// Returns the embedded content, which saves fetching it. Returns none if the content does not match the
+    /// descriptor.
     pub fn embedded(&self) -> Option<Vec<u8>> {
         let data = self.data.as_deref()?;
         let bytes = base64::engine::general_purpose::STANDARD.decode(data).ok()?;
@@ -51,7 +52,8 @@ impl Descriptor {
 }
 
 impl Descriptor {
-    /// Whether it is that of a layer which may be kept elsewhere, because its license forbids to distribute it.
+    /// Returns whether the descriptor is that of a foreign layer. Such a layer may be kept elsewhere, because its
+    /// license forbids distributing it.
     pub fn is_foreign(&self) -> bool {
         media_type::is_foreign_layer(&self.media_type)
     }
@@ -82,7 +84,7 @@ pub struct Platform {
     pub os_features: Vec<String>,
 }
 
-/// Reads JSON `null` as the default: Go writes it for empty slices and maps.
+/// Reads JSON `null` as the default, because Go writes `null` for empty slices and maps.
 pub(super) fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256, Sha512};
 /// Hash algorithms registered by the image spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Algorithm {
-    /// SHA-256, what practically every registry speaks.
+    /// SHA-256, which practically every registry uses.
     Sha256,
     /// SHA-512.
     Sha512,
@@ -19,7 +19,7 @@ impl Algorithm {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::Sha256, Self::Sha512];
 
-    /// The name before the colon of a digest.
+    /// Returns the name before the colon of a digest.
     pub fn name(self) -> &'static str {
         match self {
             Self::Sha256 => "sha256",
@@ -61,36 +61,36 @@ pub struct Digest {
 }
 
 impl Digest {
-    /// The SHA-256 digest of `bytes`.
+    /// Returns the SHA-256 digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         let mut hasher = DigestHasher::new(Algorithm::Sha256);
         hasher.update(bytes);
         hasher.finish()
     }
 
-    /// The hash algorithm.
+    /// Returns the hash algorithm.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// Lower-case hex of the hash, without the algorithm.
+    /// Returns the lower-case hex of the hash, without the algorithm.
     pub fn hex(&self) -> &str {
         &self.hex
     }
 
-    /// A hasher of this digest's algorithm, to check bytes against it.
+    /// Returns a hasher of this digest's algorithm, to check bytes against the digest.
     pub fn hasher(&self) -> DigestHasher {
         DigestHasher::new(self.algorithm)
     }
 
-    /// Checks that `bytes` hash to this digest. What they hash to is the error.
+    /// Checks that `bytes` hash to this digest. The error is the digest that they hash to.
     pub fn verify(&self, bytes: &[u8]) -> Result<(), Digest> {
         let mut hasher = self.hasher();
         hasher.update(bytes);
         hasher.verify(self)
     }
 
-    /// Whether `bytes` hash to this digest.
+    /// Returns whether `bytes` hash to this digest.
     pub fn matches(&self, bytes: &[u8]) -> bool {
         self.verify(bytes).is_ok()
     }
@@ -176,7 +176,7 @@ enum State {
 }
 
 impl DigestHasher {
-    /// A hasher that has seen no bytes yet.
+    /// Returns a hasher that has seen no bytes yet.
     pub fn new(algorithm: Algorithm) -> Self {
         Self(match algorithm {
             Algorithm::Sha256 => State::Sha256(Sha256::new()),
@@ -192,13 +192,13 @@ impl DigestHasher {
         }
     }
 
-    /// Checks that all bytes added hash to `expected`. What they hash to is the error.
+    /// Checks that all added bytes hash to `expected`. The error is the digest that they hash to.
     pub fn verify(self, expected: &Digest) -> Result<(), Digest> {
         let actual = self.finish();
         if actual == *expected { Ok(()) } else { Err(actual) }
     }
 
-    /// The digest of all bytes added.
+    /// Returns the digest of all added bytes.
     pub fn finish(self) -> Digest {
         let (algorithm, hex) = match self.0 {
             State::Sha256(state) => (Algorithm::Sha256, hex(&state.finalize())),

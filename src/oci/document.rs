@@ -1,8 +1,9 @@
 //! Manifests and image indexes (image-spec manifest.md and image-index.md; Docker's manifest v2 schema 2).
 //!
-//! Parsing is tolerant: unknown fields are ignored, absent and null ones have defaults, sizes may be -1. It is strict where two
-//! readers could disagree about one document: a field must not come twice, and a document must not be of two kinds at once
-//! (CVE-2021-41190). The bytes, never their re-serialisation, are what a digest is about.
+//! Parsing is tolerant: it ignores unknown fields, has defaults for absent and null ones, and takes sizes of -1. It
+//! is strict where two readers could disagree about one document. A field must not come twice, and a document must
+//! not be of two kinds at once (CVE-2021-41190). A digest is about the received bytes, never about their
+//! re-serialisation.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::descriptor::null_as_default;
 use super::{Descriptor, Refusal, media_type, shown};
 
-/// Largest manifest, image index or config read. The distribution spec asks registries for 4 MiB at least; configs with long
-/// histories are larger.
+/// Most bytes of a manifest, image index or config that is read. The distribution spec asks registries to accept at
+/// least 4 MiB; configs with long histories are larger. A larger bound costs memory; a smaller one refuses such
+/// configs.
 pub const MAX_DOCUMENT: usize = 16 << 20;
 /// Most layers in a manifest. Container engines stop at 127 or 500; the bound only keeps work finite.
 pub const MAX_LAYERS: usize = 4096;
@@ -31,7 +33,7 @@ pub enum DocumentKind {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DocumentError {
-    /// It is well formed but nothing that can be mounted.
+    /// The document is well formed, but cannot be mounted.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// More than [`MAX_DOCUMENT`] bytes.
@@ -50,7 +52,7 @@ pub enum DocumentError {
         /// The parser's words, with line and column.
         reason: String,
     },
-    /// It can be read as two kinds of document.
+    /// The document can be read as two kinds of document.
     #[error("it is ambiguous: {reason}")]
     Ambiguous {
         /// What contradicts what.
@@ -80,7 +82,7 @@ pub enum DocumentError {
     },
 }
 
-/// Prefix naming a field, if there is one to name.
+/// A prefix that names a field, if there is a field to name.
 struct Field<'a>(&'a str);
 
 impl std::fmt::Display for Field<'_> {
@@ -92,7 +94,7 @@ impl std::fmt::Display for Field<'_> {
     }
 }
 
-/// Parses a document of bounded size, naming the field that has a wrong type.
+/// Parses a document of bounded size. The error names the field that has a wrong type.
 pub(super) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DocumentError> {
     if bytes.len() > MAX_DOCUMENT {
         return Err(DocumentError::TooLarge {
@@ -100,7 +102,7 @@ pub(super) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Documen
             max: MAX_DOCUMENT,
         });
     }
-    // A derived `Deserialize` would take an array for the fields in order.
+    // A derived `Deserialize` would take the elements of an array for the fields in order.
     if bytes.trim_ascii_start().first().is_some_and(|&b| b == b'[') {
         return Err(DocumentError::Json {
             field: String::new(),
@@ -124,13 +126,13 @@ pub(super) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Documen
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ImageIndex {
-    /// Its own media type, if it says.
+    /// The media type that the index states, if any.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "String::is_empty")]
     pub media_type: String,
     /// Set when the index describes an artifact.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub artifact_type: Option<String>,
-    /// The entries, in the order that decides between equals.
+    /// The entries. Of equal entries, the first one counts.
     #[serde(deserialize_with = "null_as_default")]
     pub manifests: Vec<Descriptor>,
     /// Free-form annotations.
@@ -149,7 +151,7 @@ impl ImageIndex {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Manifest {
-    /// Its own media type, if it says.
+    /// The media type that the manifest states, if any.
     #[serde(
         default,
         deserialize_with = "null_as_default",
@@ -164,7 +166,7 @@ pub struct Manifest {
     /// The layers, lowest first.
     #[serde(default, deserialize_with = "null_as_default")]
     pub layers: Vec<Descriptor>,
-    /// The manifest this one belongs to, as signatures and indexes do.
+    /// The manifest that this one belongs to, as that of a signature or an index does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subject: Option<Descriptor>,
     /// Free-form annotations.
@@ -177,7 +179,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Parses a manifest, of an image or an artifact; [`Manifest::refusal`] tells them apart.
+    /// Parses the manifest of an image or an artifact. [`Manifest::refusal`] tells them apart.
     pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
         let manifest: Self = parse_json(bytes)?;
         if manifest.layers.len() > MAX_LAYERS {
@@ -190,7 +192,7 @@ impl Manifest {
     }
 }
 
-/// Top-level fields that give a document's shape away. Values are not looked at, except for the two scalars.
+/// Top-level fields that reveal a document's shape. Only the values of the two scalars are read.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Shape {
@@ -206,8 +208,8 @@ struct Shape {
     blobs: Option<IgnoredAny>,
 }
 
-/// Finds out what a document is, from the declared media type (of the descriptor or the `Content-Type`), the one it states
-/// itself, and its shape. What they name must agree.
+/// Finds out what a document is. Looks at the declared media type (of the descriptor or the `Content-Type`), at the
+/// media type that the document states, and at its shape. They must agree where they name a kind.
 pub fn classify(declared: &str, bytes: &[u8]) -> Result<DocumentKind, DocumentError> {
     let shape: Shape = parse_json(bytes)?;
     let stated = shape.media_type.as_deref().unwrap_or_default();
@@ -301,7 +303,7 @@ mod tests {
                 r#"{"mediaType":"application/vnd.oci.image.index.v1+json"}"#,
                 ImageIndex,
             ),
-            // One format's type on the other's body is harmless.
+            // The media type of one format on the body of the other is harmless.
             (
                 OCI_MANIFEST,
                 r#"{"mediaType":"application/vnd.docker.distribution.manifest.v2+json","layers":[],"config":{}}"#,
@@ -384,7 +386,7 @@ mod tests {
             let got = classify("application/json", body.as_bytes()).map_err(|e| e.to_string());
             assert!(got.as_ref().is_err_and(|e| e.contains(words)), "{body}: {got:?}");
         }
-        // What is skipped is skipped without recursion; what is kept has a depth limit.
+        // Skipped values are skipped without recursion. Kept values have a depth limit.
         let deep = |field: &str| {
             format!(
                 r#"{{"manifests":[],"{field}":{}{}}}"#,

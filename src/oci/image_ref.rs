@@ -1,8 +1,8 @@
 //! What a command line may call an image: a reference in a registry, or a local layout or archive.
 //!
-//! Prefixes are those of the containers transports: `docker://REF` (or just `REF`), `oci:DIR[:IMAGE]`,
-//! `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot hold one. An image called `oci` in a registry is
-//! written `docker://oci:TAG`.
+//! The prefixes are those of the containers transports: `docker://REF` (or just `REF`), `oci:DIR[:IMAGE]`,
+//! `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot contain one. An image called `oci` in
+//! a registry is written `docker://oci:TAG`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,14 +21,14 @@ pub enum ImageRef {
     Layout {
         /// The directory, as given.
         dir: PathBuf,
-        /// Which of its images: a name, a digest, or `@N` for a position.
+        /// Which of the layout's images: a name, a digest, or `@N` for a position.
         image: Option<String>,
     },
     /// In an archive written by `docker save` or alike.
     Archive {
         /// The file, as given.
         file: PathBuf,
-        /// Which of its images: a tag, or `@N` for a position.
+        /// Which of the archive's images: a tag, or `@N` for a position.
         image: Option<String>,
     },
 }
@@ -64,7 +64,7 @@ pub enum ImageRefError {
         /// The text as given.
         text: String,
     },
-    /// A transport ocifs does not have.
+    /// A transport that ocifs does not have.
     #[error("`{transport}:` images are not supported: {hint}")]
     Transport {
         /// The transport.
@@ -74,7 +74,7 @@ pub enum ImageRefError {
     },
 }
 
-/// Transports of other tools, with the way from there to here.
+/// Transports of other tools, with the way to get their images into ocifs.
 const FOREIGN: &[(&str, &str)] = &[
     ("oci-archive", "unpack the archive and use oci:DIR"),
     (
@@ -115,7 +115,7 @@ impl FromStr for ImageRef {
 }
 
 impl ImageRef {
-    /// Like parsing text; but a path can be any bytes, as on a command line.
+    /// Parses a command-line argument. It is parsed like text, except that a path may have any bytes.
     pub fn from_os_str(given: &OsStr) -> Result<Self, ImageRefError> {
         if let Some(text) = given.to_str() {
             return text.parse();
@@ -128,7 +128,7 @@ impl ImageRef {
             };
             let mut parts = rest.splitn(2, |byte| *byte == b':');
             let path = parts.next().unwrap_or_default();
-            // What is no text in the name is in no list of images either.
+            // A name with bytes that are no text is in no list of images.
             let image = parts.next().map(|image| String::from_utf8_lossy(image).into_owned());
             if image.as_deref() == Some("") {
                 return Err(ImageRefError::NoImage { text: shown.into() });
@@ -161,7 +161,7 @@ fn split_path(transport: &'static str, text: &str, rest: &str) -> Result<(PathBu
 /// Most names an error lists.
 const MAX_LISTED: usize = 20;
 
-/// Says which images there are, for an error about one that is not.
+/// Lists the images that there are, for an error about a missing one.
 pub(crate) fn listing(mut names: Vec<String>) -> String {
     let more = names.len().saturating_sub(MAX_LISTED);
     names.truncate(MAX_LISTED);

@@ -1,6 +1,7 @@
-//! Media types met in images (image-spec media-types.md, distribution's manifest v2 schema 2, and what other tools add).
+//! Media types found in images (image-spec media-types.md, distribution's manifest v2 schema 2, and additions of
+//! other tools).
 //!
-//! A media type is a hint: registries and tools get it wrong, so [`super::classify`] looks at the document as well.
+//! A media type is a hint. Registries and tools get it wrong, so [`super::classify`] looks at the document as well.
 
 /// OCI image index.
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -31,31 +32,31 @@ pub(super) const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1
 const OCI_FOREIGN: &str = "application/vnd.oci.image.layer.nondistributable.v1.tar";
 const DOCKER_FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar";
 
-/// The type without parameters such as `; charset=utf-8`.
+/// Returns the media type without parameters such as `; charset=utf-8`.
 pub fn essence(media_type: &str) -> &str {
     media_type.split(';').next().unwrap_or_default().trim()
 }
 
-/// Whether a config of this type is declared to be an image's.
+/// Returns whether a config of this type is declared to be an image's.
 pub(super) fn is_image_config(media_type: &str) -> bool {
     matches!(essence(media_type), OCI_CONFIG | DOCKER_CONFIG)
 }
 
-/// Whether a layer of this type may be kept outside the registry.
+/// Returns whether a layer of this type may be kept outside the registry.
 pub(super) fn is_foreign_layer(media_type: &str) -> bool {
     let media_type = essence(media_type);
     media_type.starts_with(OCI_FOREIGN) || media_type.starts_with(DOCKER_FOREIGN)
 }
 
-/// Whether blobs of this type are documents, which are never layers.
+/// Returns whether blobs of this type are documents, which are never layers.
 pub(super) fn is_document(media_type: &str) -> bool {
     let media_type = essence(media_type);
     media_type.ends_with("+json") || media_type == "application/json" || media_type.starts_with("text/")
 }
 
-/// What artifacts with this media type or artifact type are, for people.
+/// Returns a name, for people, of artifacts with this media type or artifact type.
 pub(super) fn artifact_name(media_type: &str) -> Option<&'static str> {
-    /// Beginnings of media types; vendors put versions behind them.
+    /// First parts of media types. Vendors put versions behind them.
     const ARTIFACTS: &[(&str, &str)] = &[
         ("application/vnd.cncf.helm.", "a Helm chart"),
         ("application/vnd.dev.cosign.", "a cosign signature or attestation"),

@@ -1,14 +1,14 @@
-//! Platforms: how they are written, which are the same, and which entry of an image index a host takes.
+//! Platforms: how they are written, which of them are equal, and which entry of an image index a host takes.
 //!
-//! Normalisation and preference follow containerd's `platforms` package, so that the manifest chosen is the one container
-//! engines choose. Everything here is a function of its arguments, except [`Platform::host`].
+//! Normalisation and preference follow containerd's `platforms` package. ocifs therefore chooses the manifest that
+//! container engines choose. Everything here is a function of its arguments, except [`Platform::host`].
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::{Descriptor, Platform, is_companion, shown};
 
-/// Why a text names no platform, or an image index has nothing for one.
+/// Why a text names no platform, or why an image index has no entry for a platform.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlatformError {
@@ -34,9 +34,9 @@ pub enum PlatformError {
     /// No entry fits.
     #[error("no image for {wanted}: {}", Available(available))]
     NoMatch {
-        /// What was wanted.
+        /// The platform that was wanted.
         wanted: Box<Platform>,
-        /// What there is, in order, without repeats.
+        /// The platforms in the index, in order, without repeats.
         available: Vec<Platform>,
     },
 }
@@ -119,7 +119,7 @@ impl FromStr for Platform {
     }
 }
 
-/// The variants of an architecture, for an error.
+/// Returns a list of an architecture's variants, for an error.
 fn known_variants(architecture: &str) -> &'static str {
     match architecture {
         "amd64" => " (it has v1 to v4)",
@@ -130,10 +130,10 @@ fn known_variants(architecture: &str) -> &'static str {
 }
 
 impl Platform {
-    /// Linux on this machine's processor.
+    /// Returns Linux on this machine's processor.
     ///
-    /// Without a variant on amd64, whatever the processor can do: container engines do the same, and a reference then means
-    /// the same manifest on every amd64 host.
+    /// On amd64 there is no variant, whatever the processor can do. Container engines do the same, so a reference
+    /// means the same manifest on every amd64 host.
     pub fn host() -> Self {
         let little = cfg!(target_endian = "little");
         let architecture = match std::env::consts::ARCH {
@@ -152,7 +152,7 @@ impl Platform {
         platform.normalized()
     }
 
-    /// The same platform in the one way of writing it.
+    /// Returns the same platform in its one normal form.
     pub fn normalized(&self) -> Self {
         let os = match self.os.to_ascii_lowercase().as_str() {
             "" => "linux".to_owned(),
@@ -171,7 +171,8 @@ impl Platform {
         }
     }
 
-    /// Whether this (normalised) platform's variant is one that its architecture has; of most architectures nobody knows any.
+    /// Returns whether the variant of this (normalised) platform is one that its architecture has. For architectures
+    /// other than amd64, arm and arm64, any variant counts as known.
     fn has_known_variant(&self) -> bool {
         let Some(variant) = self.variant.as_deref() else {
             return true;
@@ -185,7 +186,8 @@ impl Platform {
         }
     }
 
-    /// At which level of this (wanted, normalised) platform's preferences `offered` stands: 0 is best.
+    /// Returns the level of `offered` in the preferences of this (wanted, normalised) platform: 0 is best. Returns
+    /// none if this platform does not run `offered`.
     fn preference(&self, offered: &Platform) -> Option<usize> {
         let offered = offered.normalized();
         let features_met = offered.os_features.iter().all(|f| self.os_features.contains(f));
@@ -205,7 +207,8 @@ impl Platform {
         }
     }
 
-    /// Architectures and variants this platform runs, best first; none where any variant of the architecture does.
+    /// Returns the architectures and variants that this platform runs, best first. Returns none if no such order is
+    /// known; [`Platform::preference`] then takes equal variants, and a missing one on either side.
     fn levels(&self) -> Option<Vec<(&'static str, String)>> {
         let variant = self.variant.as_deref().unwrap_or_default();
         let arm = |from: u32| (5..=from).rev().map(|v| ("arm", format!("v{v}")));
@@ -253,7 +256,7 @@ fn minor_variant(major: u32, minor: u32) -> String {
     }
 }
 
-/// Splits `vMAJOR[.MINOR]`. Numbers beyond two digits are nobody's and would only make long lists.
+/// Splits `vMAJOR[.MINOR]`. Numbers of more than two digits do not exist, and would only make long lists.
 fn version(variant: &str) -> Option<(u32, Option<u32>)> {
     let number = |text: &str| {
         let digits = (1..=2).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
@@ -266,7 +269,7 @@ fn version(variant: &str) -> Option<(u32, Option<u32>)> {
     }
 }
 
-/// The normalisation table of containerd, on lower-case text.
+/// Applies the normalisation table of containerd to lower-case text.
 fn normal_cpu<'a>(architecture: &'a str, variant: &'a str) -> (&'a str, &'a str) {
     match (architecture, variant) {
         ("amd64" | "x86_64" | "x86-64", "v1") => ("amd64", ""),
@@ -285,8 +288,8 @@ fn normal_cpu<'a>(architecture: &'a str, variant: &'a str) -> (&'a str, &'a str)
     }
 }
 
-/// The entry of an image index a host of platform `wanted` takes: of those at the best level, the earliest. Entries that are
-/// not images ([`is_companion`]) and entries without a platform are passed over.
+/// Returns the entry of an image index that a host of platform `wanted` takes: the earliest of those at the best
+/// level. Skips entries that are not images ([`is_companion`]), and entries without a platform.
 pub fn choose<'a>(entries: &'a [Descriptor], wanted: &Platform) -> Result<&'a Descriptor, PlatformError> {
     let wanted = wanted.normalized();
     let offers = || {
@@ -313,12 +316,12 @@ pub fn choose<'a>(entries: &'a [Descriptor], wanted: &Platform) -> Result<&'a De
     }
 }
 
-/// Whether an image for `offered` is one that a host of platform `wanted` would take.
+/// Returns whether a host of platform `wanted` would take an image for `offered`.
 pub fn runs(wanted: &Platform, offered: &Platform) -> bool {
     wanted.normalized().preference(offered).is_some()
 }
 
-/// The platform of an index entry, unless it says nothing.
+/// Returns the platform of an index entry, if the entry names an architecture.
 pub fn has_platform(entry: &Descriptor) -> Option<&Platform> {
     entry.platform.as_ref().filter(|p| !p.architecture.is_empty())
 }
@@ -353,7 +356,7 @@ mod tests {
         text.parse().unwrap()
     }
 
-    /// Which of `offered` is taken, in each order of listing them.
+    /// Returns which of `offered` is taken. The order of `offered` must not matter.
     fn chosen(want: &str, offered: &[&str]) -> Option<String> {
         let mut entries: Vec<Descriptor> = offered.iter().map(|p| entry(p)).collect();
         let first = choose(&entries, &wanted(want)).ok().cloned();
@@ -433,7 +436,7 @@ mod tests {
         }
     }
 
-    /// For each wanted platform, what is taken as the best offer is withdrawn again and again.
+    /// For each wanted platform, the test withdraws the best offer again and again.
     #[test]
     fn preference_vectors() {
         let rows: &[(&str, &[&str])] = &[
@@ -503,7 +506,7 @@ mod tests {
             ("s390x", &["linux/s390x"]),
             ("386", &["linux/386"]),
         ];
-        // None of these runs any of the wanted ones above.
+        // None of the wanted platforms above runs any of these.
         let others = [
             "linux/mips64le",
             "windows/amd64",

@@ -1,10 +1,11 @@
 //! Image references: `[registry/]repository[:tag][@digest]`.
 //!
-//! The grammar is the distribution project's (`reference` package, v0.6), which is what every client accepts: a first component
-//! with a dot, a colon or an upper-case letter, or `localhost`, or an IPv6 address in brackets, is a registry; without one the
-//! reference is on `docker.io`, where a repository of one component lives under `library/`.
+//! The grammar is that of the distribution project (`reference` package, v0.6), which every client accepts. The first
+//! component is a registry if it has a dot, a colon or an upper-case letter. It is also a registry if it is
+//! `localhost` or an IPv6 address in brackets. A reference without a registry is on `docker.io`. There, a repository
+//! of one component lives under `library/`.
 //!
-//! A parsed reference is complete: defaults are filled in, and parsing what it displays gives the same reference.
+//! A parsed reference is complete: defaults are filled in. Parsing the displayed text gives an equal reference.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -12,7 +13,7 @@ use std::str::FromStr;
 
 use super::{Digest, DigestError, ReferenceSelector};
 
-/// Registry a reference without one is on.
+/// Registry of a reference that names none.
 const DEFAULT_REGISTRY: &str = "docker.io";
 /// Older name of the same registry, still written in credential files and scripts.
 const LEGACY_DEFAULT_REGISTRY: &str = "index.docker.io";
@@ -24,24 +25,24 @@ const DEFAULT_TAG: &str = "latest";
 const MAX_NAME: usize = 255;
 /// Longest tag (distribution-spec, pulling manifests).
 const MAX_TAG: usize = 128;
-/// Longest text looked at; registry, repository, tag and a SHA-512 digest are less than half of it.
+/// Most bytes of a text that is parsed. Registry, repository, tag and a SHA-512 digest take about half as many.
 const MAX_TEXT: usize = 1024;
 
-/// Names an image in a registry. Fields hold what the grammar allows when they come from parsing.
+/// Names an image in a registry. After parsing, the fields hold what the grammar allows.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reference {
     /// Registry host, with a port if one was given: `docker.io`, `localhost:5000`, `[::1]:5000`.
     pub registry: String,
     /// Repository within the registry: `library/alpine`.
     pub repository: String,
-    /// Tag; none only if there is a digest.
+    /// Tag. None only if there is a digest.
     pub tag: Option<String>,
-    /// Digest; when given it alone decides which manifest is meant.
+    /// Digest. If there is one, it alone decides which manifest is meant.
     pub digest: Option<Digest>,
 }
 
 impl Reference {
-    /// How to ask the registry for the manifest.
+    /// Returns how to ask the registry for the manifest.
     pub fn selector(&self) -> ReferenceSelector {
         match (&self.tag, &self.digest) {
             (None, Some(digest)) => ReferenceSelector::Digest(digest.clone()),
@@ -76,7 +77,7 @@ pub enum ReferenceError {
         /// The reference.
         text: String,
     },
-    /// Far beyond what any registry accepts.
+    /// The reference is far longer than any registry accepts.
     #[error("image reference `{text}...` is too long: {len} bytes, at most {max} are allowed for {part}")]
     TooLong {
         /// The reference, cut.
@@ -126,7 +127,7 @@ pub enum ReferenceError {
         /// What is wrong with the digest.
         source: DigestError,
     },
-    /// A URL instead of a reference.
+    /// A URL in place of a reference.
     #[error("image reference `{text}` is a URL: leave out `{scheme}`")]
     Url {
         /// The reference.
@@ -134,7 +135,7 @@ pub enum ReferenceError {
         /// The scheme with its slashes.
         scheme: &'static str,
     },
-    /// 64 hex digits: a local image ID, which no registry knows.
+    /// 64 hex digits: a local image ID, which registries do not know.
     #[error("`{text}` is an image ID, not a name: images are fetched by name, or by digest as NAME@sha256:{text}")]
     ImageId {
         /// The reference.
@@ -188,7 +189,7 @@ fn split_tag(named: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Checks parts of one reference, which it quotes in errors.
+/// Checks the parts of one reference, and quotes the reference in errors.
 struct Parser<'a> {
     text: &'a str,
 }
@@ -251,7 +252,8 @@ impl Parser<'_> {
         if path.is_empty() {
             return Err(ReferenceError::NoRepository { text: self.shown() });
         }
-        // As the distribution project does: only when nothing else is said, or the error would be of no help.
+        // The distribution project refuses an ID only if the text is nothing else. In any other case, the error would
+        // not help.
         if self.text.len() == 64 && self.text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return Err(ReferenceError::ImageId { text: self.shown() });
         }
@@ -302,7 +304,7 @@ fn is_registry(first: &str) -> bool {
     first == "localhost" || first.contains(['.', ':', '[']) || first.bytes().any(|b| b.is_ascii_uppercase())
 }
 
-/// What is wrong with `host[:port]`.
+/// Returns what is wrong with `host[:port]`.
 fn registry_fault(registry: &str) -> Option<&'static str> {
     let (host, port) = if let Some(rest) = registry.strip_prefix('[') {
         let Some((address, after)) = rest.split_once(']') else {
@@ -341,7 +343,7 @@ fn registry_fault(registry: &str) -> Option<&'static str> {
     })
 }
 
-/// What is wrong with one component of a repository: `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
+/// Returns what is wrong with one component of a repository: `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
 fn component_fault(component: &str) -> Option<&'static str> {
     let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = component.as_bytes();
@@ -376,7 +378,7 @@ mod tests {
 
     const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
-    /// Accepted references and their complete form; `D` stands for a SHA-256 digest.
+    /// Accepted references and their complete form. `D` stands for a SHA-256 digest.
     const GOOD: &[(&str, &str)] = &[
         ("alpine", "docker.io/library/alpine:latest"),
         ("alpine:3.20", "docker.io/library/alpine:3.20"),

@@ -1,4 +1,4 @@
-//! Well-formed documents that are no mountable image: what they are, and what to do.
+//! Well-formed documents that are no mountable image: what they are, and what a user can do.
 
 use super::{Descriptor, Digest, DocumentError, ImageConfig, Manifest, media_type, shown};
 
@@ -8,7 +8,7 @@ const NYDUS_BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 const NYDUS_BLOB: &str = "containerd.io/snapshot/nydus-blob";
 /// Layer annotation of a nydus blob that describes an ordinary layer.
 const NYDUS_REF: &str = "containerd.io/snapshot/nydus-ref";
-/// What BuildKit annotates attestation manifests with.
+/// Annotation with which BuildKit marks attestation manifests.
 const REFERENCE_TYPE: &str = "vnd.docker.reference.type";
 
 /// Why a well-formed document is no image that can be mounted.
@@ -43,7 +43,7 @@ pub enum Refusal {
     /// A nydus image, which has no ordinary layers.
     #[error("it is a nydus (RAFS) image without ordinary layers: use the original image it was converted from")]
     Nydus,
-    /// Something else kept in a registry.
+    /// Another artifact that a registry keeps.
     #[error(
         "it is {name} (`{}`), not an image: fetch it with the tool that made it, or with `oras pull`",
         shown(artifact_type)
@@ -54,7 +54,7 @@ pub enum Refusal {
         /// The media type that says so.
         artifact_type: String,
     },
-    /// A layer that can be no tar.
+    /// A layer that cannot be a tar.
     #[error("layer {digest} is no file system layer (media type `{}`)", shown(media_type))]
     NotALayer {
         /// The layer.
@@ -74,8 +74,8 @@ impl Refusal {
 }
 
 impl Manifest {
-    /// Why this is no mountable image, as far as the manifest alone tells. A config of a type nobody knows is left to
-    /// [`ImageConfig::check`].
+    /// Returns why the manifest is no mountable image, as far as the manifest alone tells. Leaves a config of an
+    /// unknown type to [`ImageConfig::check`].
     pub fn refusal(&self) -> Option<Refusal> {
         let config = media_type::essence(&self.config.media_type);
         let artifact_type = self.artifact_type.as_deref().unwrap_or_default();
@@ -87,7 +87,7 @@ impl Manifest {
         }
         for named in [artifact_type, config] {
             if media_type::artifact_name(named).is_some() {
-                // An artifact with an empty config says in its own type what it is.
+                // An artifact with an empty config says what it is in its artifact type.
                 let better = if artifact_type.is_empty() { named } else { artifact_type };
                 return Some(Refusal::artifact(better));
             }
@@ -95,7 +95,8 @@ impl Manifest {
         self.layers.iter().find_map(layer_refusal)
     }
 
-    /// What this is if its config turns out not to be an image's: an artifact, unless the config is declared as an image's.
+    /// Returns what the manifest is if its config turns out not to be an image's: an artifact, unless the config is
+    /// declared as an image's.
     pub fn refusal_without_config(&self) -> Option<Refusal> {
         let config = &self.config.media_type;
         let declared = config.is_empty() || media_type::is_image_config(config);
@@ -104,7 +105,7 @@ impl Manifest {
 }
 
 impl ImageConfig {
-    /// Whether the config makes the manifest an image that can be mounted: Linux, with one diffID for each layer.
+    /// Checks that the config makes the manifest an image that can be mounted: Linux, with one diffID for each layer.
     pub fn check(&self, manifest: &Manifest) -> Result<(), DocumentError> {
         if self.rootfs.diff_ids.is_empty()
             && let Some(refusal) = manifest.refusal_without_config()
@@ -150,8 +151,8 @@ fn is_nydus_layer(layer: &Descriptor) -> bool {
         || layer.annotations.contains_key(NYDUS_REF)
 }
 
-/// Whether an image index entry stands beside the images rather than being one: attestations, indexes such as SOCI v2 (which
-/// has the platform and media type of its image), nydus alternatives.
+/// Returns whether an image index entry accompanies the images and is none itself. Such entries are attestations,
+/// nydus alternatives, and indexes such as SOCI v2. An index of SOCI v2 has the platform and media type of its image.
 pub fn is_companion(entry: &Descriptor) -> bool {
     let artifact = entry.artifact_type.as_deref().unwrap_or_default();
     let unknown = entry
@@ -318,7 +319,7 @@ mod tests {
             .annotations
             .insert(NYDUS_BOOTSTRAP.into(), "true".into());
         assert_eq!(bootstrap.refusal(), Some(Refusal::Nydus));
-        // Whether a foreign layer is here shows when it is read.
+        // A foreign layer may be missing. That shows when it is read.
         for foreign in [
             "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
             "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",

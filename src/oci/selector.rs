@@ -7,7 +7,7 @@ use super::Digest;
 /// A tag, a digest, or a tag pinned to a digest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ReferenceSelector {
-    /// A tag; with a digest the digest decides and the tag is information for people.
+    /// A tag. If there is a digest, the digest decides, and the tag is information for people.
     Tag {
         /// The tag.
         tag: String,

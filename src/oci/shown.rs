@@ -1,15 +1,15 @@
-//! Text that images control, as it may stand in an error.
+//! Text that images control, made safe for errors.
 
 use std::fmt::{self, Write as _};
 
-/// Most characters shown of one text: no name that people use is longer.
+/// Most characters shown of one text. No name that people use is longer. More would let an image fill the terminal.
 const MAX_SHOWN: usize = 300;
 
-/// Text in one line, without what a terminal would obey or not show, and not without end.
+/// Text in one line of bounded length, without characters that a terminal would obey or would not show.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shown<'a>(&'a str);
 
-/// `text` of an image for an error.
+/// Returns `text` of an image in a form that may stand in an error.
 pub(crate) fn shown(text: &str) -> Shown<'_> {
     Shown(text)
 }

@@ -1,7 +1,7 @@
 //! Locks on bytes of a file (fcntl_locking(2), open file description locks).
 //!
-//! A lock belongs to the open file, not to the process, and the kernel gives it back when the file is closed, also by the end
-//! of the process. Locks do not care whether the file has these bytes, nor what they say.
+//! A lock belongs to the open file, not to the process. The kernel gives the lock back when the file is closed, also
+//! by the end of the process. The file need not have the locked bytes, and their content does not matter.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-/// Locks bytes of a file for this open file alone; false if another one has a lock on any of them.
+/// Locks bytes of a file for this open file alone. Returns false if another open file has a lock on any of the bytes.
 pub fn lock_bytes(file: &File, bytes: Range<u64>) -> io::Result<bool> {
     set(file, bytes, libc::F_WRLCK)
 }

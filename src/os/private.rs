@@ -1,4 +1,4 @@
-//! Files and directories for their owner alone, whatever the umask is and whoever made what they lie in.
+//! Private files and directories: only their owner has access, whatever the umask and the directory above them are.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
@@ -8,7 +8,8 @@ use std::path::Path;
 const DIRECTORY: u32 = 0o700;
 const FILE: u32 = 0o600;
 
-/// Makes a directory, and those above it that are missing. One that is there already is made private.
+/// Makes a private directory, and those above it that are missing. If the directory is there already, makes it
+/// private.
 pub fn directory(path: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(DIRECTORY).create(path) {
         Ok(()) => {}
@@ -26,11 +27,11 @@ pub fn directory(path: &Path) -> io::Result<()> {
     if !found.is_dir() {
         return Err(io::ErrorKind::NotADirectory.into());
     }
-    // The umask can take rights away, and an earlier version or another program may have given more.
+    // The umask can take rights away. An earlier version or another program may have given more.
     narrow(found.mode(), DIRECTORY, |mode| fs::set_permissions(path, mode))
 }
 
-/// A directory that is there already may be anybody's and stays as it is.
+/// Makes a directory if it is missing. An existing directory may be any user's, and stays as it is.
 fn directory_above(path: &Path) -> io::Result<()> {
     match path.is_dir() {
         true => Ok(()),
@@ -38,14 +39,14 @@ fn directory_above(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Opens a file; if that creates it, it is private.
+/// Opens a file, and makes it private whether or not it was there before.
 pub fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.mode(FILE).open(path)?;
     narrow(file.metadata()?.mode(), FILE, |mode| file.set_permissions(mode))?;
     Ok(file)
 }
 
-/// Makes a file private that somebody else's code created.
+/// Makes a file private that other code created.
 pub fn restrict(path: &Path) -> io::Result<()> {
     fs::set_permissions(path, Permissions::from_mode(FILE))
 }

@@ -1,7 +1,7 @@
-//! Opening what lies at a path of the program's own, which may be anything by now.
+//! Opens files at the program's own paths, where other programs may have put anything.
 //!
-//! Only regular files are read and written. A directory, a socket or a device at a file's place counts as damage; a FIFO would
-//! keep whoever opens it waiting for ever, so nothing is opened in a way that waits.
+//! Only regular files are read and written. A directory, a socket or a device at a file's place counts as damage.
+//! Opening a FIFO could wait for ever, so files are opened without waiting.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
@@ -21,7 +21,7 @@ pub fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> 
     }
 }
 
-/// All of a regular file that has at most `most` bytes.
+/// Returns all bytes of a regular file that has at most `most` bytes.
 pub fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let file = open_regular(File::options().read(true), path)?;
     let too_long = || io::Error::new(io::ErrorKind::InvalidData, format!("it is longer than {most} bytes"));
@@ -37,7 +37,8 @@ pub fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Whether an error of [`open_regular`] or [`read_regular`] means that something else lies there than was put there.
+/// Returns whether an error of [`open_regular`] or [`read_regular`] means that the program did not make what lies
+/// there.
 pub fn is_foreign(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -45,7 +46,7 @@ pub fn is_foreign(error: &io::Error) -> bool {
     ) || matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ELOOP | libc::ENODEV))
 }
 
-/// Removes whatever lies at a path, of any type.
+/// Removes anything that lies at a path, of any type.
 pub fn clear_way(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
@@ -54,15 +55,15 @@ pub fn clear_way(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether a symbolic link lies at a path.
+/// Returns whether a symbolic link lies at a path.
 pub fn is_symlink(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|found| found.is_symlink())
 }
 
-/// Opens a regular file that is created if there is none, and put in place of anything else.
+/// Opens a regular file. Anything else at the path is removed first. `options` say whether a missing file is created.
 pub fn open_or_replace(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     match open_regular(options, path) {
-        // A symbolic link that leads nowhere is in the way of a new file, too.
+        // A symbolic link that leads nowhere is also in the way of a new file.
         Err(error) if is_foreign(&error) || is_symlink(path) => {
             clear_way(path)?;
             open_regular(options, path)

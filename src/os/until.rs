@@ -1,8 +1,9 @@
-//! Waiting for something that nobody announces: a look now and then, for some time.
+//! Waiting for an event that no process announces, by polling for some time.
 
 use std::time::{Duration, Instant};
 
-/// Looks every `pause` until there is something, or `patience` is over: then there is nothing. Looks at least once.
+/// Calls `look` every `pause` until it returns something. Returns none when `patience` is over. Calls `look` at least
+/// once.
 pub async fn until<T, E>(
     pause: Duration,
     patience: Duration,
@@ -17,7 +18,7 @@ pub async fn until<T, E>(
     }
 }
 
-/// Does the same as [`until`] on a thread that may wait.
+/// Polls like [`until`], on a thread that may block.
 pub fn until_blocking<T, E>(
     pause: Duration,
     patience: Duration,

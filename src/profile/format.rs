@@ -1,16 +1,17 @@
-//! Reading and writing profile files.
+//! Reads and writes profile files.
 
 use serde::{Deserialize, Serialize};
 
 use super::{BEST_SCORE, BLOCK, Block, Label, MOST_BLOCKS, Profile, ProfiledLayer, Space, Touch};
 use crate::oci::{DiffId, Digest};
 
-/// By device address; and the version before, by offset in the tar.
+/// Version of the format by device address.
 const VERSION: u32 = 2;
+/// Earlier version of the format, by offset in the tar.
 const VERSION_OF_TARS: u32 = 1;
-/// Bytes of the largest file that is read: one of the most blocks, each a range of its own, is smaller.
+/// Bytes of the largest file that is read. A file of the most blocks, each a range of its own, is smaller.
 pub const LARGEST_FILE: usize = 8 << 20;
-/// No image has more layers.
+/// Most layers in a profile. No image has more.
 const MOST_LAYERS: usize = 4096;
 
 /// Why a file is no profile.
@@ -20,16 +21,16 @@ pub enum ProfileError {
     /// The file cannot be read.
     #[error("cannot read it: {0}")]
     Io(#[from] std::io::Error),
-    /// It is not the JSON it should be.
+    /// The file is not the JSON of a profile.
     #[error("not a profile: {0}")]
     Json(#[from] serde_json::Error),
-    /// Another version of the format.
+    /// The file has another version of the format.
     #[error("a profile of format version {found}, this program knows {VERSION}")]
     Version {
         /// Version in the file.
         found: u32,
     },
-    /// Its content makes no sense, or is too much.
+    /// The content of the file makes no sense, or is too large.
     #[error("not a profile: {reason}")]
     Invalid {
         /// What is wrong.
@@ -55,7 +56,7 @@ struct Layer {
     diff_id: Digest,
 }
 
-/// Only the version, which decides whether the rest can be understood.
+/// The version alone, which decides whether the rest can be understood.
 #[derive(Deserialize)]
 struct Head {
     #[serde(rename = "ocifs-profile")]
@@ -63,7 +64,7 @@ struct Head {
 }
 
 impl Profile {
-    /// The file's bytes.
+    /// Returns the bytes of the file.
     pub fn encode(&self) -> Vec<u8> {
         let mut ranges: Vec<(u32, u64, u64, u32, u8)> = Vec::new();
         for touch in &self.touches {
@@ -96,7 +97,7 @@ impl Profile {
         serde_json::to_vec(&file).expect("strings and numbers")
     }
 
-    /// Reads a file, which may come from anywhere.
+    /// Parses a file, which may come from anywhere.
     pub fn decode(bytes: &[u8]) -> Result<Self, ProfileError> {
         let invalid = |reason| Err(ProfileError::Invalid { reason });
         if bytes.len() > LARGEST_FILE {
@@ -125,7 +126,7 @@ impl Profile {
             if start % BLOCK != 0 || length % BLOCK != 0 || start.checked_add(length).is_none() {
                 return invalid("a range is not of whole blocks");
             }
-            // Those that are named twice count too: they take as long.
+            // Blocks that are named twice count twice, because each takes time to read.
             if length / BLOCK > MOST_BLOCKS as u64 - blocks {
                 return invalid("it covers more than 1 GiB");
             }

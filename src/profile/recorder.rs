@@ -1,4 +1,4 @@
-//! Listening to the first seconds of a mount.
+//! Listens to the first seconds of a mount.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::{BLOCK, Block, MOST_BLOCKS};
 
-/// A start is over when nothing new was read for this long.
+/// Time without a new block after which a start is over. A longer time records what the program does after its start.
+/// A shorter one ends at a pause of the start.
 const QUIET: Duration = Duration::from_secs(5);
-/// A start is over this long after the first read, whatever is read.
+/// Time after the first read after which a start is over, even if new blocks are read. A longer time records what the
+/// program does after its start. A shorter one cuts slow starts.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// Collects which blocks are read, in order, until the start is over. Shared by all who read.
+/// Collects which blocks are read, in order, until the start is over. All readers share one recorder.
 #[derive(Debug)]
 pub struct Recorder {
     ready: Instant,
@@ -30,7 +32,7 @@ struct Heard {
 }
 
 impl Default for Recorder {
-    /// Listens from now on.
+    /// Begins to listen.
     fn default() -> Self {
         Self {
             ready: Instant::now(),
@@ -41,7 +43,7 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// A range of the data device of the layer at this position was read.
+    /// Notes that a range of the data device of the layer at this position was read.
     pub fn read(&self, layer: u32, device: Range<u64>) {
         if self.over.load(Ordering::Relaxed) || device.is_empty() {
             return;
@@ -64,7 +66,7 @@ impl Recorder {
         }
     }
 
-    /// Whether the start is over at `now`. Once it is, nothing more is heard.
+    /// Returns whether the start is over at `now`. From then on, no further reads are noted.
     pub fn is_over(&self, now: Instant) -> bool {
         if !self.over.load(Ordering::Relaxed) {
             let heard = self.heard.lock().expect("no panic while locked");
@@ -75,7 +77,8 @@ impl Recorder {
         self.over.load(Ordering::Relaxed)
     }
 
-    /// Ends listening: the blocks read, each once, in order, with the milliseconds after which they were.
+    /// Ends listening. Returns the blocks that were read, in order and each once, with the milliseconds after which
+    /// each was read.
     pub fn finish(&self) -> Vec<(Block, u32)> {
         self.over.store(true, Ordering::Relaxed);
         let mut heard = self.heard.lock().expect("no panic while locked");

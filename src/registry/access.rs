@@ -1,12 +1,13 @@
-//! Requests with what their host wants to be shown: challenges answered, refused credentials renewed.
+//! Authorised requests: answers challenges and renews refused credentials.
 //!
 //! ```text
-//!   send ─▶ 401 ─▶ token or password of the challenge's realm ─▶ send again
-//!       ─▶ 400, 403 to a request with a login ─▶ the login as it is now, if it is another ─▶ send again
-//!       ─▶ 401 of a host that a redirect led to ─▶ the same, as if that host had been asked in the first place
+//!   send ─▶ 401 ─▶ token or password for the realm of the challenge ─▶ send again
+//!       ─▶ 400, 403 to a request with a login ─▶ look the login up; if it is another one ─▶ send again
+//!       ─▶ 401 of a host that a redirect led to ─▶ answer its challenge, as if the request had gone there first
 //! ```
-//! Registries with logins that end answer in all these ways when one has ended. Each is believed once: what is refused with a
-//! login that was just obtained is refused for good. Hosts never see each other's logins.
+//! Registries with logins that expire respond in all these ways when a login has expired. If the refused login was
+//! just obtained, the refusal is final. Only a new token gets one more attempt, see [`Ticket::second_chances`]. A
+//! host never gets the login of another host.
 
 use std::time::{Duration, Instant};
 
@@ -19,12 +20,13 @@ use super::failure;
 use super::transport::{Ask, Reply};
 use crate::blob::BlobError;
 
-/// 401 answers to one request that are worth another try: no token, a token that was refused, one raced by another reader.
+/// Most 401 responses to one request that lead to another attempt: to a request without a token, to a refused token,
+/// and to a token that another reader's request made invalid.
 const CHALLENGES: usize = 3;
-/// Hosts that one request may be redirected to and that want a login.
+/// Most hosts with a login of their own that one request may be redirected to.
 const GUARDED_HOSTS: usize = 2;
 
-/// An authorised answer, and the credentials story for error texts.
+/// An authorised response, and the credentials that were tried, for error texts.
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) reply: Reply,
@@ -34,7 +36,7 @@ pub(super) struct Answer {
 impl RegistryClient {
     /// Sends a request below a repository to its registry.
     ///
-    /// Any status is returned to the caller, but for a 401 of the registry that no login helps against.
+    /// Returns a response with any status. A 401 of the registry that no login resolves is an error.
     pub(super) async fn request(
         &self,
         repository: &Repository,
@@ -65,7 +67,7 @@ impl RegistryClient {
         Ok(answer)
     }
 
-    /// Sends a request to a place that the registry once redirected to.
+    /// Sends a request to a place outside the registry: one that it once redirected to, or one that the image names.
     pub(super) async fn request_elsewhere(
         &self,
         repository: &Repository,
@@ -76,7 +78,7 @@ impl RegistryClient {
         self.authorised(&there, ask, false, wait).await
     }
 
-    /// A repository as the host of `url` has it.
+    /// Returns the repository with the host of `url` in the place of its registry.
     fn elsewhere(&self, repository: &Repository, url: &Url) -> Repository {
         Repository {
             endpoint: Endpoint::at(url, &self.transport().config().plain_http),
@@ -106,7 +108,7 @@ impl RegistryClient {
             }
             let fresh = ticket.as_ref().filter(|ticket| ticket.obtained >= started);
             if status != 401 {
-                // Refused for good, unless the login has ended meanwhile and there is another one.
+                // The refusal is final, unless the login has expired meanwhile and there is another one.
                 let renewed = match (&ticket, fresh) {
                     (Some(old), None) => self.renew(repository, old, &reply, wait).await?,
                     _ => None,
@@ -141,7 +143,8 @@ impl RegistryClient {
         Err(auth::unauthorized(repository, "credentials refused repeatedly", ""))
     }
 
-    /// Asks for the login again after `old` was refused without a challenge: the new ticket, if there is another login.
+    /// Looks the login up again after the registry refused `old` with 400 or 403. Returns the new ticket if there is
+    /// another login.
     async fn renew(
         &self,
         repository: &Repository,
@@ -156,7 +159,7 @@ impl RegistryClient {
         let renewed = self.auth().ticket(self.transport(), repository, wait).await;
         match renewed {
             Ok(renewed) => Ok(renewed.filter(|renewed| renewed.header != old.header)),
-            // What the registry said tells more than that there is no login any more.
+            // The registry's response tells the user more than the fact that there is no other login.
             Err(BlobError::Unauthorized { tried, .. }) => {
                 tracing::debug!(%repository, tried, "there is no other login");
                 Ok(None)
@@ -165,7 +168,7 @@ impl RegistryClient {
         }
     }
 
-    /// The scheme that a registry states only at the base of its API.
+    /// Requests the base of the API, where some registries state their scheme. Returns the scheme, if one is stated.
     async fn scheme_of_base(&self, repository: &Repository, wait: Duration) -> Result<Option<Scheme>, BlobError> {
         let base = repository.endpoint.base();
         let ping = self.transport().send(&Ask::get(base.clone()), wait).await?;

@@ -1,8 +1,8 @@
-//! What a repository must be shown: challenges remembered, tokens cached, fetched once, renewed.
+//! Authorization per repository: remembers challenges, and obtains, caches and renews tokens.
 //!
-//! State is kept per (origin of the registry, repository), which determines service, scope and credential: the challenge last
-//! seen and a cell with the *grant* (an `Authorization` value) obtained for it. The origin has the scheme in it: what was
-//! obtained from a host with TLS is not shown to the same host without.
+//! State is kept per origin of the registry and repository. These two determine service, scope and credential. The
+//! state is the last challenge, and a cell with the *grant* (an `Authorization` value) obtained for it. The origin
+//! includes the scheme: a grant obtained from a host with TLS is not sent to the same host without TLS.
 //!
 //! ```text
 //!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant ──80 % of its life over──▶ renewed grant
@@ -10,9 +10,13 @@
 //!                                     └──────── new empty cell ◀─────┘
 //! ```
 //!
-//! Single flight: all who need a grant wait on the same cell, and the cell is replaced, under the lock, only by a caller that
-//! still sees the one it used. A caller that is dropped while fetching hands over to the next waiter. A grant is renewed by
-//! one caller while the others go on using it, and so does that caller if it fails.
+//! Only one caller obtains a grant at a time (single flight):
+//! - All callers that need a grant wait on the same cell.
+//! - A caller replaces the cell under the lock, and only if the cell is still the one that the caller used. A caller
+//!   also replaces it if the grant's life is over or the registry sends another challenge.
+//! - If a caller is dropped while it obtains a grant, the next waiter takes over.
+//! - One caller renews a grant while the others go on using it. If the renewal fails, that caller also goes on using
+//!   the old grant.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -35,30 +39,33 @@ use super::token::{self, BearerChallenge, Exchange};
 use super::transport::{Ask, Transport, authority};
 use crate::blob::BlobError;
 
-/// Repositories whose challenge and token are remembered.
+/// Most repositories whose challenge and token are remembered. A larger value costs memory. With a smaller one, more
+/// repositories have to obtain their token again.
 const REPOSITORIES: usize = 1024;
-/// Largest token answer. Tokens with many scopes reach tens of kilobytes.
+/// Largest token response, in bytes. Tokens with many scopes reach tens of kilobytes.
 const MAX_TOKEN_ANSWER: usize = 1 << 20;
-/// A grant is renewed when this much of its life is over, so that it does not end on the way.
+/// Part of a grant's life after which it is renewed. A larger part risks that the grant ends while a request is in
+/// flight. A smaller part costs more token requests.
 const RENEW_AT: f64 = 0.8;
-/// Time between attempts to renew a grant that is still good: a token server in trouble does not slow every request down.
+/// Time between attempts to renew a grant that is still valid. A shorter time slows down more requests while the
+/// token server is in trouble. A longer one leaves fewer attempts before the grant ends.
 const RENEW_AGAIN: Duration = Duration::from_secs(10);
-/// Longest lookup of credentials, for operations that never give up.
+/// Longest lookup of credentials. It limits operations that have a long timeout or none.
 const LONGEST_LOOKUP: Duration = Duration::from_secs(60);
 
-/// How a registry wants to be addressed.
+/// The authentication scheme that a registry asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Scheme {
     Basic,
     Bearer(BearerChallenge),
 }
 
-/// An `Authorization` value and where it comes from.
+/// An `Authorization` value, its life, and where its credential came from.
 #[derive(Debug)]
 struct Grant {
     header: HeaderValue,
     obtained: Instant,
-    /// `None` for what does not end.
+    /// `None` if the grant does not end.
     life: Option<Life>,
     tried: String,
 }
@@ -75,12 +82,12 @@ type Cell = Arc<OnceCell<Grant>>;
 struct Space {
     scheme: Option<Scheme>,
     cell: Cell,
-    /// When the last attempt to renew a grant that was still good began.
+    /// When the last attempt began to renew a grant that was still valid.
     renewing: Option<Instant>,
 }
 
 impl Space {
-    /// Forgets a grant that has ended. For one that is to be renewed, by the caller, the time that is left to do it.
+    /// Forgets a grant whose life is over. Returns the rest of the grant's life if the caller has to renew it.
     fn age(&mut self) -> Option<Duration> {
         let life = self.cell.get()?.life?;
         let now = Instant::now();
@@ -99,14 +106,16 @@ impl Space {
     }
 }
 
-/// A grant in use; shown back to [`Auth::challenged`] if the registry refuses it.
+/// A grant in use. If the registry refuses it, the caller passes the ticket to [`Auth::challenged`].
 #[derive(Debug, Clone)]
 pub(super) struct Ticket {
     cell: Cell,
     pub(super) header: HeaderValue,
     pub(super) obtained: Instant,
-    /// How often a grant obtained for the request at hand may be refused before that is the answer: a new token may not have
-    /// reached every replica of a registry yet, or end by what other readers do; a password is as good as it was.
+    /// How many refusals of a grant that was obtained for the current request lead to another attempt.
+    ///
+    /// A new token gets another attempt: it may not have reached every replica of a registry yet, or another reader's
+    /// requests may have ended it. A password gets none, because a second attempt would send the same password.
     pub(super) second_chances: u32,
     /// Where the credentials came from, or where none were found.
     pub(super) tried: String,
@@ -133,7 +142,8 @@ impl Auth {
         body(spaces.get_or_insert_mut(key, Space::default))
     }
 
-    /// What to send with a request; `None` while the registry has not asked for anything.
+    /// Returns the grant to send with a request. Obtains or renews it if necessary. Returns `None` while the registry
+    /// has not sent a challenge.
     pub(super) async fn ticket(
         &self,
         transport: &Transport,
@@ -166,7 +176,8 @@ impl Auth {
         }))
     }
 
-    /// Puts a new grant into the place of `old`, unless something else is there by now.
+    /// Puts a new grant in the place of `old`, unless another caller has replaced `old` meanwhile. Returns the new
+    /// grant's cell.
     fn renewed(&self, repository: &Repository, old: &Cell, grant: Grant) -> Cell {
         let cell = Arc::new(OnceCell::from(grant));
         self.with_space(repository, |space| {
@@ -178,7 +189,7 @@ impl Auth {
         cell
     }
 
-    /// A grant was refused without a challenge: forgets it.
+    /// Forgets a grant that the registry refused without a challenge.
     pub(super) fn refused(&self, repository: &Repository, refused: &Ticket) {
         self.with_space(repository, |space| {
             if Arc::ptr_eq(&refused.cell, &space.cell) {
@@ -187,7 +198,7 @@ impl Auth {
         });
     }
 
-    /// A 401 arrived: remembers how the registry wants to be addressed and forgets the grant it refused.
+    /// Records the scheme that a 401 asks for, and forgets the grant that the 401 refused.
     pub(super) fn challenged(&self, repository: &Repository, scheme: Scheme, refused: Option<&Ticket>) {
         self.with_space(repository, |space| {
             let current_refused = refused.is_some_and(|ticket| Arc::ptr_eq(&ticket.cell, &space.cell));
@@ -200,7 +211,7 @@ impl Auth {
     }
 }
 
-/// The best scheme offered by a 401 for a repository: Bearer before Basic.
+/// Returns the best scheme that a 401 offers for a repository: Bearer before Basic.
 pub(super) fn choose(headers: &HeaderMap, base: &Url, repository: &Repository) -> Option<Scheme> {
     let values = headers.get_all(WWW_AUTHENTICATE).iter();
     let challenges: Vec<Challenge> = values
@@ -232,8 +243,8 @@ async fn obtain(
     wait: Duration,
 ) -> Result<Grant, BlobError> {
     let config: &RegistryConfig = transport.config();
-    // Not `wait`: a helper program takes the time it takes, and what comes of it is no fault of a server. A quarter of the
-    // deadline is left to tell the tale.
+    // The lookup is not limited by `wait`, which is for servers: a helper program may take longer. A quarter of the
+    // timeout is left for reporting the failure.
     let patience = (config.timeout - config.timeout / 4).min(LONGEST_LOOKUP);
     let looking = config.credentials.lookup(repository.endpoint.name(), &repository.name);
     let looked = tokio::time::timeout(patience, looking).await;
@@ -249,7 +260,7 @@ async fn obtain(
         (true, Some(_)) => "with credentials".to_owned(),
         (false, _) => tried.join(", "),
     };
-    // Whoever reads along could also have written the challenge, and named a token server of his own.
+    // Without TLS, an attacker who reads the traffic could also forge the challenge and name another token server.
     let is_exposed = !may_see_secrets(repository.endpoint.base(), transport.is_plain(&repository.endpoint));
     if credential.is_some() && is_exposed {
         let said = "it has no TLS, so it is not shown the credentials";
@@ -290,12 +301,12 @@ async fn obtain(
     })
 }
 
-/// When a grant with this lifetime is to be renewed; never, if no clock gets that far.
+/// Returns when to renew a grant with this lifetime, or `None` if the clock cannot represent that time.
 fn renewal(obtained: Instant, lifetime: Duration) -> Option<Instant> {
     obtained.checked_add(lifetime.mul_f64(RENEW_AT))
 }
 
-/// The token, and its lifetime unless it is a fixed one.
+/// Obtains a token. Returns it with its lifetime, or with `None` if the credential itself is the token.
 async fn fetch_token(
     transport: &Transport,
     repository: &Repository,
@@ -341,7 +352,7 @@ async fn fetch_token(
             what: &what,
             tried,
         };
-        // Token servers answer wrong credentials with 400 (OAuth2), 401 or 403.
+        // Token servers respond to wrong credentials with 400 (OAuth2), 401 or 403.
         return Err(match status {
             StatusCode::BAD_REQUEST if has_secret => unauthorized(repository, tried, &failure::message(&body)),
             _ => failure::status(context, status, reply.headers(), &body),
@@ -360,7 +371,8 @@ async fn fetch_token(
     Ok((token.token, Some(token.lifetime)))
 }
 
-/// Secrets go over TLS, or stay on this machine, or the user has chosen a registry without TLS.
+/// Whether secrets may be sent to `realm`. It must use TLS or be on this machine, or the registry itself is used
+/// without TLS.
 fn may_see_secrets(realm: &Url, is_plain_registry: bool) -> bool {
     realm.scheme() == "https" || is_plain_registry || realm.host_str().is_some_and(is_loopback)
 }
@@ -371,7 +383,7 @@ fn basic(username: &str, password: &Secret) -> Secret {
     Secret::new(format!("Basic {encoded}"))
 }
 
-/// The registry does not let us in.
+/// Makes the error for a registry that refuses access.
 pub(super) fn unauthorized(repository: &Repository, tried: &str, said: &str) -> BlobError {
     BlobError::Unauthorized {
         host: repository.endpoint.name().to_owned(),
@@ -442,7 +454,7 @@ mod tests {
         assert!(may_see_secrets(&plain, true));
     }
 
-    /// A grant of an hour, `age` of it over.
+    /// A grant with a life of one hour, obtained `age` ago.
     fn grant(age: Duration) -> Grant {
         let obtained = Instant::now().checked_sub(age).unwrap();
         let hour = Duration::from_secs(3600);
@@ -464,7 +476,7 @@ mod tests {
             ..RegistryConfig::default()
         })
         .unwrap();
-        // Nobody listens at the port of a listener that is gone.
+        // No server listens at the port of a listener that was dropped.
         let nobody = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
@@ -497,7 +509,7 @@ mod tests {
         let error = auth.ticket(&transport, &repository, minutes(1)).await.unwrap_err();
         assert!(matches!(error, BlobError::Unreachable { .. }), "{error}");
 
-        // A renewed grant takes the place of the one it renews, and of no other.
+        // A renewed grant replaces only the grant that it renews.
         put(minutes(50));
         let old = auth.with_space(&repository, |space| Arc::clone(&space.cell));
         let renewed = auth.renewed(&repository, &old, grant(minutes(0)));

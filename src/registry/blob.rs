@@ -1,4 +1,4 @@
-//! A blob in a registry: ranged reads that survive expired redirects, lost connections and servers with odd ideas of ranges.
+//! A blob in a registry: ranged reads that survive expired redirects, lost connections and servers with wrong ranges.
 //!
 //! ```text
 //!   read(a..b) ─▶ cached redirect? ──yes──▶ GET it ──4xx──▶ forget ─┐
@@ -6,12 +6,16 @@
 //!                      └──────────▶ GET at the registry, follow redirects, remember the last URL
 //!                                             │ 206/200
 //!                                             ▼
-//!                          chunks … failure at c ─▶ wait ─▶ read(c..b)
+//!                          chunks … failure at c ─▶ back off ─▶ read(c..b)
 //! ```
 //!
-//! A part is asked for with one `Range`, a whole blob without. What comes is judged by its headers ([`answer`]) and, where
-//! those are odd, by whoever reads it ([`belief`]). A server that sends no parts, or wrong ones, is asked for the whole blob
-//! if little has to be skipped or all of it is wanted; otherwise the reader is told that there are no ranges.
+//! A request for a part has one `Range` header. A request for the whole blob has none. The client judges a response
+//! by its headers ([`answer`]). If the headers are odd, it uses the response and learns from the reader's check
+//! ([`belief`]).
+//!
+//! Some servers send no parts, or wrong ones. The client then requests the whole blob, if the reader wants all of it
+//! or the range begins at most [`MAX_SKIP`] bytes into it. Otherwise the read fails with
+//! [`BlobError::RangeUnsupported`].
 
 mod answer;
 mod belief;
@@ -61,15 +65,16 @@ struct Core {
     kind: Kind,
 }
 
-/// What a blob is read for.
+/// What a blob is read for. It decides which responses are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// A layer, compressed by itself or not. Whoever reads it checks every byte.
+    /// A layer, whether it is itself compressed or not. Its reader checks every byte.
     Layer {
-        /// Whether it is compressed.
+        /// Whether the layer is itself compressed.
         is_compressed: bool,
     },
-    /// Anything, handed out as it comes: only what is proven to be the bytes asked for will do.
+    /// Any blob whose bytes the caller gets unchecked. Only a response that is proven to hold the requested bytes is
+    /// accepted.
     Unchecked,
 }
 
@@ -102,9 +107,10 @@ impl RegistryBlob {
         }
     }
 
-    /// The size of a blob of which only the digest is known: asks for its first byte and believes the total stated.
+    /// Finds the size of a blob of which only the digest is known. Requests the first byte and believes the total
+    /// that the response states.
     ///
-    /// A HEAD would not do: URLs signed for GET refuse it.
+    /// A HEAD request would not do, because URLs signed for GET refuse it.
     pub(super) async fn find_size(
         client: &RegistryClient,
         repository: &Arc<Repository>,
@@ -126,7 +132,7 @@ impl RegistryBlob {
             .await
     }
 
-    /// The measurements of the host that serves this blob: the one last redirected to, else the registry.
+    /// Returns the measurements of the host that serves this blob: the host last redirected to, or else the registry.
     pub fn host_stats(&self) -> HostStats {
         self.host().snapshot()
     }
@@ -150,7 +156,7 @@ impl RegistryBlob {
             return Ok(stream::empty().boxed());
         }
         if let Some(bytes) = &core.inline {
-            // The inline bytes have the blob's size, so the range lies within them and in usize.
+            // The inline bytes have the blob's size, so the range lies within them and fits in usize.
             let part = bytes.slice(range.start as usize..range.end as usize);
             return Ok(stream::once(async move { Ok(part) }).boxed());
         }
@@ -158,7 +164,7 @@ impl RegistryBlob {
         Ok(reading.into_stream())
     }
 
-    /// What was fetched of this blob through this handle and its clones.
+    /// Returns what this handle and its clones fetched of the blob.
     pub fn stats(&self) -> BlobStats {
         self.core.meter.snapshot()
     }
@@ -193,7 +199,8 @@ impl BlobSource for RegistryBlob {
         if self.core.inline.is_some() {
             return Link::LOCAL;
         }
-        // The registry is asked first when a redirect has expired, and is where failures are counted.
+        // The registry gets the next request when the redirect has expired, and it is where back-offs are recorded. A
+        // back-off of the registry therefore counts for this link.
         let core = &self.core;
         let registry = core.client.transport().meter(core.repository.endpoint.base());
         let mut link = self.host().link();
@@ -207,7 +214,7 @@ impl Core {
         format!("blob {} of {}", self.key.digest, self.repository)
     }
 
-    /// One attempt at an answer with the bytes `wanted` (not empty).
+    /// Makes one attempt to get a response with the bytes `wanted`, which must not be empty.
     async fn open(&self, wanted: &Range<u64>, whole: bool, apart: bool, wait: Duration) -> Result<Body, BlobError> {
         let can_skip = wanted.start <= MAX_SKIP || whole;
         if !can_skip && !self.belief.has_ranges() {
@@ -215,7 +222,7 @@ impl Core {
         }
         if *wanted != (0..self.size) && self.belief.may_ask_for_parts() {
             match self.open_part(wanted, can_skip, apart, wait).await {
-                // Asked for without a range below.
+                // The request below asks for the whole blob.
                 Err(BlobError::RangeUnsupported { .. }) if can_skip => {}
                 result => return result,
             }
@@ -235,7 +242,8 @@ impl Core {
         self.forget_if_failed(&from, result)
     }
 
-    /// Asks for a part. [`BlobError::RangeUnsupported`] if that is not what comes, or the whole if that will do.
+    /// Requests a part. If `can_skip`, the whole blob is accepted too. Fails with [`BlobError::RangeUnsupported`] if
+    /// the response is neither.
     async fn open_part(
         &self,
         wanted: &Range<u64>,
@@ -247,7 +255,7 @@ impl Core {
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
-            // Some servers send a part and call it the whole.
+            // Some servers send a part with the status of the whole blob.
             StatusCode::OK if self.is_part(&reply, wanted) => self.accept_part(reply, wanted, can_skip).await,
             StatusCode::OK if self.check_length(&reply).is_ok() => {
                 self.belief.ranges_were_ignored();
@@ -256,8 +264,8 @@ impl Core {
                     false => Err(self.range_unsupported(reply.host())),
                 }
             }
-            // Neither the part nor the whole, or an answer that makes no sense to a range within the blob. What is wrong with
-            // the blob shows when the whole is asked for.
+            // The response is neither the part nor the whole blob, or it refuses a range that lies within the blob.
+            // If the blob itself is wrong, the request for the whole blob shows it.
             status if status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE => {
                 self.belief.parts_are_wrong();
                 Err(self.range_unsupported(reply.host()))
@@ -267,7 +275,7 @@ impl Core {
         self.forget_if_failed(&from, result)
     }
 
-    /// Whether an answer with status 200 is the part asked for, by its length and its label.
+    /// Whether a response with status 200 is the requested part, judged by its length and its `Content-Range`.
     fn is_part(&self, reply: &Reply, wanted: &Range<u64>) -> bool {
         let labelled = matches!(answer::label(reply), Some(ContentRange::Part { .. }));
         let asked = wanted.end - wanted.start;
@@ -276,7 +284,7 @@ impl Core {
             .is_some_and(|length| length != self.size && (labelled || length == asked))
     }
 
-    /// Another copy may be healthier than one that failed.
+    /// Forgets the URL of a response that failed, because another copy of the blob may be healthier.
     fn forget_if_failed(&self, from: &reqwest::Url, result: Result<Body, BlobError>) -> Result<Body, BlobError> {
         if result.is_err() {
             self.client.redirects().forget(&self.key, from);
@@ -284,7 +292,8 @@ impl Core {
         result
     }
 
-    /// Asks where the blob was found the last time, then the registry, then the places that the image names.
+    /// Sends a request to the place where the blob was last found, then to the registry, then to the places that the
+    /// image names.
     async fn ask(&self, range: Option<&Range<u64>>, apart: bool, wait: Duration) -> Result<Answer, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.apart = apart;
@@ -299,14 +308,14 @@ impl Core {
         }
     }
 
-    /// The size as stated in the answer to a request for the first byte.
+    /// Requests the first byte and returns the size that the response states.
     async fn probe(&self, wait: Duration) -> Result<u64, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
         let Answer { reply, tried } = self.ask_registry(&ask, wait).await?;
         let size = match (reply.status(), answer::label(&reply)) {
             (StatusCode::PARTIAL_CONTENT, Some(ContentRange::Part { total, .. })) => total,
-            // The first byte of nothing.
+            // An empty blob has no first byte.
             (StatusCode::RANGE_NOT_SATISFIABLE, Some(ContentRange::Unsatisfied { total: 0 })) => Some(0),
             (StatusCode::OK, _) if answer::encoding(&reply) == Encoding::Identity => reply.length(),
             (status, _) if !status.is_success() => return Err(refusal(reply, &self.what(), &tried).await),
@@ -315,7 +324,8 @@ impl Core {
         size.ok_or_else(|| self.protocol(&reply.host(), "no size stated"))
     }
 
-    /// Asks where the blob was last found; `None` if there is no such place or it does not know the blob (any more).
+    /// Sends a request to the place where the blob was last found. Returns `None` if no place is known, or if that
+    /// place does not have the blob (any more).
     async fn ask_storage(&self, ask: &Ask, wait: Duration) -> Result<Option<Answer>, BlobError> {
         let Some(url) = self.client.redirects().get(&self.key) else {
             return Ok(None);
@@ -335,15 +345,15 @@ impl Core {
                 Ok(None)
             }
             Err(error) => {
-                // The next attempt may be sent to a healthier place.
+                // The registry may redirect the next attempt to a healthier place.
                 self.client.redirects().forget(&self.key, &url);
                 Err(error)
             }
         }
     }
 
-    /// Asks the registry, and if it does not have the blob, the other places that the image names. The one that has it is asked
-    /// first from then on.
+    /// Sends a request to the registry. If the registry does not have the blob, tries the other places that the image
+    /// names. Remembers the place that has the blob, so that later requests go there first.
     async fn ask_everywhere(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {
         let answer = self.ask_registry(ask, wait).await?;
         if !matches!(answer.reply.status(), StatusCode::NOT_FOUND | StatusCode::GONE) {
@@ -415,8 +425,8 @@ impl Core {
         }
     }
 
-    /// Takes an answer to a range for the whole blob, because it calls itself that. If it does not state its length, it may be
-    /// the part for all that.
+    /// Accepts a response to a range request as the whole blob, because its status says so. If the response does not
+    /// state its length, it may still be the part.
     async fn accept_called_whole(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
         let is_proven = reply.length().is_some();
         let body = self.accept_whole(reply, wanted).await?;
@@ -427,14 +437,15 @@ impl Core {
         Ok(body.guessed())
     }
 
-    /// Takes an answer for the whole blob, of which `wanted` is passed on.
+    /// Accepts a response as the whole blob, and passes on the bytes `wanted` of it.
     async fn accept_whole(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
         self.check_length(&reply)?;
         let (encoding, length) = (answer::encoding(&reply), reply.length());
         let mut content = Content::new(reply);
         if let Encoding::Compressed(coding) = encoding {
             let guess = match (length, self.kind) {
-                // Storage that labels a gzip layer as gzip-encoded still sends its own bytes, which their number proves.
+                // Storage that labels a gzip layer as gzip-encoded still sends the layer's own bytes. Their number
+                // proves it.
                 (Some(length), _) => length != self.size,
                 (None, Kind::Layer { is_compressed }) => content.looks_encoded(coding, is_compressed).await?,
                 (None, Kind::Unchecked) => return Err(self.protocol(&content.host(), "the blob re-encoded")),
@@ -450,7 +461,8 @@ impl Core {
         Ok(Body::new(content, wanted.start, wanted.end - wanted.start))
     }
 
-    /// What the length of an answer for the whole blob says against it.
+    /// Checks the length of a response for the whole blob. Fails if the length shows that the response is not the
+    /// blob.
     fn check_length(&self, reply: &Reply) -> Result<(), BlobError> {
         let Some(length) = reply.length().filter(|length| *length != self.size) else {
             return Ok(());

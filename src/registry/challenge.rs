@@ -1,32 +1,33 @@
-//! `WWW-Authenticate` challenges (RFC 9110 §11.6.1): pure parser, lenient where servers are sloppy.
+//! `WWW-Authenticate` challenges (RFC 9110 §11.6.1): a pure parser that tolerates sloppy servers.
 //!
-//! One header may hold several challenges and a response several headers; the comma separates both parameters and challenges,
-//! so a word followed by `=` is a parameter and any other word starts a challenge. Errors are not reported: what cannot be
-//! understood is skipped, as an unusable challenge is the same as none.
+//! A header may hold several challenges, and a response several headers. A comma separates challenges as well as
+//! parameters. The parser therefore takes a word followed by `=` as a parameter, and any other word as the start of a
+//! challenge. It reports no errors. It skips what it does not understand, because an unusable challenge is as good as
+//! none.
 
-/// Longest header looked at. Real ones are a few hundred bytes.
+/// Longest header that is parsed, in bytes. A longer one gives no challenges. Real headers have a few hundred bytes.
 const MAX_HEADER: usize = 16 * 1024;
-/// Challenges and parameters kept; the rest is ignored.
+/// Most challenges kept of a header, and most parameters kept of a challenge. The rest is ignored.
 const MAX_ITEMS: usize = 32;
 
-/// One challenge: scheme and parameters, names in lower case.
+/// One challenge: its scheme and its parameters. Scheme and parameter names are in lower case.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Challenge {
-    /// `bearer`, `basic`, ...
+    /// The scheme: `bearer`, `basic`, ...
     pub scheme: String,
-    /// Parameters in order.
+    /// Names and values of the parameters, in the order of the header.
     pub parameters: Vec<(String, String)>,
 }
 
 impl Challenge {
-    /// The first parameter of that (lower-case) name, if it is not empty.
+    /// Returns the value of the first parameter with this lower-case name, if the value is not empty.
     pub fn get(&self, name: &str) -> Option<&str> {
         let (_, value) = self.parameters.iter().find(|(n, _)| n == name)?;
         Some(value.as_str()).filter(|value| !value.is_empty())
     }
 }
 
-/// Parses one header value.
+/// Parses one header value into its challenges.
 pub fn parse(header: &str) -> Vec<Challenge> {
     let mut challenges: Vec<Challenge> = Vec::new();
     let mut rest = header;
@@ -68,7 +69,7 @@ fn take_word(text: &str) -> (&str, &str) {
     text.split_at(end)
 }
 
-/// A quoted string with backslash escapes, or everything up to the next comma or space.
+/// Splits off a value: a quoted string with backslash escapes, or else everything up to the next comma or space.
 fn take_value(text: &str) -> (String, &str) {
     let Some(quoted) = text.strip_prefix('"') else {
         let end = text.find(|c: char| c.is_whitespace() || c == ',').unwrap_or(text.len());

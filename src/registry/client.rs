@@ -1,4 +1,5 @@
-//! The client shared by a process: one set of pools, tokens, redirects and measurements for all its images.
+//! The client that a process shares: one set of connection pools, tokens, redirects and measurements for all its
+//! images.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use super::transport::{Reply, Transport, authority};
 use crate::blob::BlobError;
 use crate::blob::retry::{Retry, RetryPolicy};
 
-/// A registry client; clones share everything.
+/// A registry client. Clones share all of its state.
 #[derive(Debug, Clone)]
 pub struct RegistryClient {
     inner: Arc<Inner>,
@@ -27,7 +28,7 @@ struct Inner {
 }
 
 impl RegistryClient {
-    /// Builds a client. Nothing is contacted and, certificate files apart, nothing is read.
+    /// Builds a client. Reads the configured certificate files, but nothing else, and sends no request.
     pub fn new(config: RegistryConfig) -> Result<Self, BlobError> {
         Ok(Self {
             inner: Arc::new(Inner {
@@ -38,14 +39,14 @@ impl RegistryClient {
         })
     }
 
-    /// A repository as this client would address it.
+    /// Makes a repository as this client addresses it. Fails if a name is invalid.
     pub(super) fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
         let endpoint = Endpoint::new(registry, &self.inner.transport.config().plain_http)?;
         self.inner.transport.meet(&endpoint);
         Repository::new(endpoint, repository)
     }
 
-    /// What was learned about the hosts spoken to: registries, token servers and storage they redirect to.
+    /// Returns the measurements of all hosts: registries, token servers, and the storage they redirect to.
     pub fn stats(&self) -> Vec<HostStats> {
         self.inner.transport.stats()
     }
@@ -64,9 +65,12 @@ impl RegistryClient {
         })
     }
 
-    /// Makes attempts at something (`what`) of a repository until one succeeds or `retry` gives up. Each is told how long it may
-    /// wait for the head of an answer. It may consist of several exchanges (redirect, challenge, token) and a body that drips
-    /// just fast enough to pass as alive; together they end at the deadline.
+    /// Makes attempts at an operation on a repository until one succeeds or `retry` gives up. `what` names the
+    /// operation in errors.
+    ///
+    /// Each attempt gets the time it may wait for the head of a response. An attempt may consist of several exchanges
+    /// (redirect, challenge, token) and a body that arrives just fast enough not to stall. All of them together end
+    /// at the deadline.
     pub(super) async fn persist<T, F>(
         &self,
         repository: &Repository,
@@ -92,7 +96,7 @@ impl RegistryClient {
         }
     }
 
-    /// Sleeps until the attempt after one that failed, or gives up.
+    /// Backs off after a failed attempt, or gives up with an error.
     pub(super) async fn pause(
         &self,
         repository: &Repository,
@@ -101,7 +105,7 @@ impl RegistryClient {
         error: BlobError,
     ) -> Result<(), BlobError> {
         tracing::debug!(what, %error, "interrupted");
-        // A host that has never answered is not worth waiting for.
+        // The retry gives up early on a host that has never responded.
         let meter = self.inner.transport.meter(repository.endpoint.base());
         let delay = retry.after(error, meter.reached())?;
         meter.rest(delay);
@@ -109,13 +113,13 @@ impl RegistryClient {
         Ok(())
     }
 
-    /// Where blobs were last redirected to.
+    /// Returns the URLs that blobs were last redirected to.
     pub(super) fn redirects(&self) -> &Redirects {
         &self.inner.redirects
     }
 }
 
-/// An answer with an unwelcome status, as an error.
+/// Turns a response with an error status into an error.
 pub(super) async fn refusal(mut reply: Reply, what: &str, tried: &str) -> BlobError {
     let body = reply.error_body().await;
     let host = authority(&reply.url);

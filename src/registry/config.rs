@@ -1,4 +1,4 @@
-//! What a [`RegistryClient`](super::RegistryClient) is built from.
+//! The settings of a [`RegistryClient`](super::RegistryClient).
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,24 +7,27 @@ use std::time::Duration;
 use super::credentials::{ConfigFiles, CredentialSource};
 use super::endpoint::PlainHttp;
 
-/// Settings of a client; [`Default`] suits public registries with the user's own credential files.
+/// Settings of a client. [`Default`] suits public registries and the user's own credential files.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {
-    /// Which registries are spoken to without TLS.
+    /// Which registries are used without TLS.
     pub plain_http: PlainHttp,
-    /// PEM files with certificate authorities trusted besides the system's.
+    /// PEM files with certificates to trust in addition to the system's: those of authorities, or of servers
+    /// themselves.
     pub ca_files: Vec<PathBuf>,
-    /// Whether registries with a public address may lead (by redirects, and to token servers) to addresses that are not public.
+    /// Whether a registry with a public address may lead to addresses that are not public, by redirects or as token
+    /// servers.
     pub allow_private_redirects: bool,
-    /// Where credentials come from; asked again whenever one is needed.
+    /// Source of credentials. The client asks it each time it needs one.
     pub credentials: Arc<dyn CredentialSource>,
-    /// Time without progress after which an operation fails; [`Duration::MAX`] never gives up.
+    /// Time without progress after which an operation fails. With [`Duration::MAX`] an operation never gives up.
     pub timeout: Duration,
-    /// Time without a byte after which one response body is given up and resumed on another connection.
+    /// Time without a byte after which the client gives up a response's body and resumes on another connection.
     pub stall_timeout: Duration,
-    /// Time for one TCP and TLS handshake.
+    /// Timeout of one TCP and TLS handshake.
     pub connect_timeout: Duration,
-    /// Hosts (with port, unless it is the usual one) from which foreign layers are fetched that the registry does not have.
+    /// Hosts to fetch foreign layers from that the registry does not have, with the port unless it is the default
+    /// one.
     pub foreign_layer_hosts: Vec<String>,
     /// The `User-Agent` header.
     pub user_agent: String,
@@ -38,9 +41,9 @@ impl Default for RegistryConfig {
             allow_private_redirects: false,
             credentials: Arc::new(ConfigFiles::from_environment()),
             timeout: Duration::from_secs(30),
-            // A third of the default timeout: a dead connection costs one resume, not the operation.
+            // A third of the default timeout, so that a dead connection costs one resume and not the operation.
             stall_timeout: Duration::from_secs(10),
-            // Covers two lost SYN packets (1 s + 2 s) and a slow handshake.
+            // Allows for two lost SYN packets (1 s and 2 s) and a slow handshake.
             connect_timeout: Duration::from_secs(8),
             foreign_layer_hosts: Vec::new(),
             user_agent: concat!("ocifs/", env!("CARGO_PKG_VERSION")).to_owned(),

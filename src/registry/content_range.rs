@@ -1,18 +1,18 @@
-//! `Content-Range` of answers to single byte ranges (RFC 9110 §14.4): pure.
+//! `Content-Range` of responses to requests for a single byte range (RFC 9110 §14.4): a pure parser.
 
 use std::ops::Range;
 
 /// What a `Content-Range` header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ContentRange {
-    /// Part of a representation.
+    /// The body is a part of the representation.
     Part {
-        /// The bytes that follow, half-open; never empty.
+        /// The bytes in the body, half-open and never empty.
         range: Range<u64>,
         /// Size of the whole, unless the server wrote `*`.
         total: Option<u64>,
     },
-    /// `bytes */total`, sent with 416.
+    /// `bytes */total`, sent with status 416.
     Unsatisfied {
         /// Size of the whole.
         total: u64,
@@ -20,7 +20,7 @@ pub enum ContentRange {
 }
 
 impl ContentRange {
-    /// Parses a header value; `None` if it breaks the grammar.
+    /// Parses a header value. Returns `None` if it breaks the grammar.
     pub fn parse(header: &str) -> Option<Self> {
         let header = header.trim();
         let (unit, rest) = header.split_at_checked(5)?;
@@ -47,8 +47,8 @@ impl ContentRange {
         })
     }
 
-    /// Checks the answer to a request for `asked` of a blob of `size` bytes. Returns the end of the bytes that are sent, which
-    /// may be fewer than were asked for. The error says what is wrong with the answer.
+    /// Checks the response to a request for `asked` of a blob of `size` bytes. Returns the end of the bytes in the
+    /// body, which may be fewer than requested. The error says what is wrong with the response.
     pub fn check(&self, asked: &Range<u64>, size: u64) -> Result<u64, String> {
         match self {
             Self::Part { total: Some(total), .. } if *total != size => {
@@ -64,7 +64,7 @@ impl ContentRange {
     }
 }
 
-/// Digits only: `u64::from_str` would take a sign.
+/// Parses a number of digits only, because `u64::from_str` would accept a sign.
 fn number(text: &str) -> Option<u64> {
     if !text.bytes().all(|b| b.is_ascii_digit()) {
         return None;

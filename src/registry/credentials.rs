@@ -1,8 +1,10 @@
-//! Credentials as a *source* that is asked whenever one is needed, never a value that was copied once.
+//! Credentials: a *source* that the client asks each time it needs a credential, not a value copied once.
 //!
-//! [`ConfigFiles`] reads what `docker login`, `podman login` and their helpers leave behind, anew at every question, so that
-//! a login, a rotated password or a 12-hour cloud token takes effect in a running mount. A lookup also says where it looked:
-//! "unauthorized" is only useful to a user together with that.
+//! [`ConfigFiles`] reads the files that `docker login` and `podman login` write, and asks the helpers that these
+//! files name. It reads the files again at every lookup. A new login, a rotated password or a 12-hour cloud token
+//! therefore takes effect in a running mount.
+//!
+//! A lookup also says where it looked. A user needs these places to resolve an "unauthorized" error.
 
 mod config_file;
 mod helper;
@@ -17,42 +19,43 @@ pub use config_file::{AuthFile, AuthFileError, Found};
 
 use super::secret::Secret;
 
-/// Largest credential file read; real ones are a few kilobytes.
+/// Most bytes read of a credential file. Real files have a few kilobytes.
 const MAX_FILE: u64 = 4 << 20;
 
-/// What a registry can be shown.
+/// A credential for a registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credential {
-    /// User and password.
+    /// User name and password.
     Basic {
         /// User name.
         username: String,
         /// Password or personal token.
         password: Secret,
     },
-    /// An OAuth2 refresh token, exchanged at the token server.
+    /// An OAuth2 refresh token. The token server exchanges it for a bearer token.
     IdentityToken(Secret),
-    /// A bearer token sent to the registry as it is.
+    /// A bearer token that is sent to the registry unchanged.
     RegistryToken(Secret),
 }
 
-/// The answer of a [`CredentialSource`].
+/// The result of [`CredentialSource::lookup`].
 #[derive(Debug, Clone, Default)]
 pub struct Lookup {
-    /// The credential, if there is one.
+    /// The credential, if the source found one.
     pub credential: Option<Credential>,
-    /// Where it was found or looked for, one line each, without secrets.
+    /// Where the source found the credential or looked for it, one line each, without secrets.
     pub tried: Vec<String>,
 }
 
-/// Something that knows credentials.
+/// A source of credentials.
 #[async_trait]
 pub trait CredentialSource: Send + Sync + Debug {
-    /// The credential for a repository, looked up now. `registry` is the name in references: `docker.io`, `host:port`.
+    /// Looks up the credential for a repository. `registry` is the name in references, such as `docker.io` or
+    /// `host:port`.
     async fn lookup(&self, registry: &str, repository: &str) -> Lookup;
 }
 
-/// No credentials.
+/// A source without credentials.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Anonymous;
 
@@ -66,10 +69,10 @@ impl CredentialSource for Anonymous {
     }
 }
 
-/// One credential for one registry, given by the program.
+/// One credential for one registry, given by the calling program.
 #[derive(Debug, Clone)]
 pub struct Fixed {
-    /// The registry it is for; no other one ever sees it.
+    /// The registry that the credential is for. No other registry gets it.
     pub registry: String,
     /// The credential.
     pub credential: Credential,
@@ -87,19 +90,19 @@ impl CredentialSource for Fixed {
     }
 }
 
-/// The credential files of docker and the containers tools; the first one with an answer wins.
+/// The credential files of Docker and the containers tools. The first file that gives a credential wins.
 #[derive(Debug, Clone)]
 pub struct ConfigFiles {
     paths: Vec<PathBuf>,
 }
 
 impl ConfigFiles {
-    /// Reads these files, in this order.
+    /// Makes a source that reads these files, in this order.
     pub fn new(paths: Vec<PathBuf>) -> Self {
         Self { paths }
     }
 
-    /// The places the environment of this process names.
+    /// Makes a source that reads the standard files for the environment and user of this process.
     pub fn from_environment() -> Self {
         let uid = nix::unistd::getuid().as_raw();
         let home = std::env::var_os("HOME").map(PathBuf::from);
@@ -192,7 +195,8 @@ async fn read_capped(path: &PathBuf) -> std::io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Explicitly named files first, then those of a login session, then those in the home directory.
+/// Returns the files to read, without repeats. Files named explicitly come first, then files of a login session, then
+/// files in the home directory.
 fn standard_paths(environment: &dyn Fn(&str) -> Option<PathBuf>, home: Option<PathBuf>, uid: u32) -> Vec<PathBuf> {
     let set = |name: &str| environment(name).filter(|path| !path.as_os_str().is_empty());
     let under_home = |tail: &str| home.as_ref().map(|home| home.join(tail));
@@ -217,7 +221,7 @@ fn standard_paths(environment: &dyn Fn(&str) -> Option<PathBuf>, home: Option<Pa
     paths
 }
 
-/// Names under which credential files know a registry: Docker Hub has several.
+/// Returns the names under which credential files may list a registry. Docker Hub has several.
 pub(super) fn aliases(registry: &str) -> Vec<&str> {
     match registry {
         "docker.io" => vec!["docker.io", "index.docker.io", "registry-1.docker.io"],
@@ -225,7 +229,7 @@ pub(super) fn aliases(registry: &str) -> Vec<&str> {
     }
 }
 
-/// What a helper is asked for.
+/// Returns the server key to ask a helper for.
 pub(super) fn helper_key(registry: &str) -> &str {
     match registry {
         "docker.io" => "https://index.docker.io/v1/",
@@ -233,7 +237,7 @@ pub(super) fn helper_key(registry: &str) -> &str {
     }
 }
 
-/// Maps of credential files: key to anything. In order, so that equal files give equal answers.
+/// A map of a credential file. It is ordered by key, so that equal files give equal results.
 type Keyed<T> = BTreeMap<String, T>;
 
 #[cfg(test)]

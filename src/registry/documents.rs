@@ -14,14 +14,15 @@ use super::transport::Ask;
 use crate::blob::{BlobError, Document};
 use crate::oci::{Digest, ReferenceSelector};
 
-/// Largest manifest or image index: the size the distribution specification asks registries to accept.
+/// Largest manifest or image index, in bytes: the size that the distribution specification asks registries to accept.
 pub const MAX_MANIFEST: usize = 4 << 20;
-/// Largest image config. Histories of generated images pass 1 MiB.
+/// Largest image config, in bytes. The histories of generated images can exceed 1 MiB.
 pub const MAX_CONFIG: usize = 16 << 20;
-/// Tags listed in the hint of a missing tag.
+/// Most tags listed in the hint about a missing tag.
 const HINTED_TAGS: usize = 20;
 
-/// Both families of index and manifest; without one of them some registries convert to the old schema 1 or answer 404.
+/// Media types of image indexes and manifests, OCI's and Docker's. Without one of the two families, some registries
+/// convert to the old schema 1 or respond with 404.
 const ACCEPT_MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -30,14 +31,14 @@ const ACCEPT_MANIFESTS: &str = "application/vnd.oci.image.index.v1+json, \
 /// What a registry says about the tags of a repository.
 enum Tags {
     Listed(Vec<String>),
-    /// It does not show them: 401, 403 or 404.
+    /// The registry does not show them: 401, 403 or 404.
     Refused,
-    /// It did not say in time, or nothing that makes sense.
+    /// The registry did not respond in time, or its response makes no sense.
     Unknown,
 }
 
 impl RegistryClient {
-    /// The document a selector names; verified.
+    /// Fetches and verifies the document that a selector names.
     pub(super) async fn manifest(
         &self,
         repository: &Repository,
@@ -59,7 +60,7 @@ impl RegistryClient {
         }
     }
 
-    /// A small blob read whole; verified.
+    /// Fetches and verifies a small blob as a whole.
     pub(super) async fn small_blob(&self, repository: &Repository, digest: &Digest) -> Result<Document, BlobError> {
         let ask = Ask::get(repository.blob_url(digest));
         let what = format!("blob {digest} of {}", repository.name);
@@ -112,7 +113,8 @@ impl RegistryClient {
         })
     }
 
-    /// What to tell about a missing manifest: the tags there are, in one request, or that the repository cannot be seen.
+    /// Returns a hint about a missing manifest: the tags that exist, or that the repository cannot be seen. Costs one
+    /// request.
     async fn hint(
         &self,
         repository: &Repository,
@@ -122,7 +124,7 @@ impl RegistryClient {
         if !matches!(selector, ReferenceSelector::Tag { digest: None, .. }) {
             return said;
         }
-        // A hint is not worth more than a moment, head and body together.
+        // The hint gets a few seconds at most, for head and body together.
         let wait = self.retry().attempt_wait().min(Duration::from_secs(5));
         let asking = tokio::time::timeout(wait, self.tags(repository, wait));
         let with_said = |hint: &str| match &said {
@@ -141,7 +143,7 @@ impl RegistryClient {
         let ask = Ask::get(repository.tags_url(HINTED_TAGS));
         let mut reply = match self.request(repository, &ask, wait).await {
             Ok(answer) => answer.reply,
-            // Not one of the token server.
+            // The registry refused, not its token server.
             Err(BlobError::Unauthorized { host, .. }) if host == repository.endpoint.name() => return Tags::Refused,
             Err(_) => return Tags::Unknown,
         };
@@ -156,7 +158,8 @@ impl RegistryClient {
     }
 }
 
-/// The digest of a document: checked against the one asked for, or, for a tag, against what the server claims.
+/// Checks a document against `expected` and returns its digest. `expected` is the requested digest or, for a tag, the
+/// one that the server claims.
 fn check_digest(bytes: &Bytes, expected: Option<Digest>, what: &str) -> Result<Digest, BlobError> {
     let Some(expected) = expected else {
         return Ok(Digest::of(bytes));
@@ -184,7 +187,7 @@ fn parse_tags(body: &[u8]) -> Option<Vec<String>> {
     }
     let tags: Tags = serde_json::from_slice(body).ok()?;
     let printable = |tag: &String| !tag.is_empty() && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_graphic());
-    // `null` is Go's empty list.
+    // Go writes an empty list as `null`.
     let tags = tags.tags.unwrap_or_default();
     Some(tags.into_iter().filter(printable).take(HINTED_TAGS).collect())
 }

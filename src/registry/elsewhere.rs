@@ -1,7 +1,8 @@
-//! Foreign layers: their descriptors name other places than the registry, where they are looked for if it does not have them.
+//! Foreign layers: layers whose descriptors name places outside the registry. If the registry does not have such a
+//! layer, the client looks for it in these places.
 //!
-//! An image decides these URLs, so only hosts that the user has named are asked, without credentials. What they send is checked
-//! against the layer's digest like everything else.
+//! An image decides these URLs. The client therefore sends requests only to hosts that the user has allowed, and
+//! never with the registry's credentials. It verifies the bytes against the layer's digest, as for every layer.
 
 use reqwest::Url;
 
@@ -9,20 +10,21 @@ use super::transport::authority;
 use crate::blob::BlobError;
 use crate::oci::{Descriptor, shown};
 
-/// Places that are tried for one layer.
+/// Most places considered for one layer.
 const MAX_PLACES: usize = 8;
 
-/// Where else a layer may be.
+/// The places outside the registry where a layer may be.
 #[derive(Debug, Default)]
 pub(super) struct Elsewhere {
-    /// Places that may be asked.
+    /// Places that the client may send requests to.
     pub(super) urls: Vec<Url>,
-    /// The first place that may not.
+    /// The first place that the client may not use: its host is not allowed, or it is no usable URL.
     refused: Option<String>,
 }
 
 impl Elsewhere {
-    /// What the descriptor says, if it is one of a foreign layer. `allowed` are hosts, with port unless it is the usual one.
+    /// Reads the places from the descriptor of a foreign layer. Any other descriptor gives none. `allowed` are hosts,
+    /// with the port unless it is the default one.
     pub(super) fn of(descriptor: &Descriptor, allowed: &[String]) -> Self {
         let mut found = Self::default();
         if !descriptor.is_foreign() {
@@ -43,7 +45,7 @@ impl Elsewhere {
         found
     }
 
-    /// Says in an error about a missing layer where it should be.
+    /// Adds to an error about a missing layer the place where the layer should be.
     pub(super) fn explain(&self, error: BlobError) -> BlobError {
         match (error, &self.refused) {
             (BlobError::NotFound { what, .. }, Some(place)) => BlobError::NotFound {

@@ -1,8 +1,8 @@
-//! `Content-Encoding` of answers (RFC 9110 §8.4).
+//! `Content-Encoding` of responses (RFC 9110 §8.4).
 //!
-//! Every request asks for `identity`. Servers and proxies send the header all the same: some have compressed what they send,
-//! others label a file by what it is, so that a gzip layer is called `gzip` although it is sent as it is. The header alone
-//! does not tell which; whoever reads the answer compares lengths and digests.
+//! Every request asks for `identity`. Servers and proxies send the header all the same. Some have compressed the
+//! body. Others describe the file with it: they label a gzip layer `gzip` but send it unchanged. The header alone
+//! does not tell these cases apart, so the reader compares lengths and digests.
 
 use std::io::{self, Read as _, Write as _};
 
@@ -13,28 +13,28 @@ use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
 use crate::oci::Digest;
 
-/// Most of the input that is decoded at a time.
+/// Most input bytes decoded at a time, and the size of the brotli decoder's buffer.
 const PIECE: usize = 16 << 10;
-/// Largest zstd window, as a power of two: what RFC 9659 allows for this header.
+/// Largest zstd window, as a power of two (8 MiB): the limit of RFC 9659 for this header.
 const ZSTD_WINDOW: u32 = 23;
 
-/// What an answer's header says of its bytes.
+/// What the headers of a response say about the encoding of its body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// The bytes are sent as they are.
+    /// The body is sent unchanged.
     Identity,
-    /// Compressed in a way that can be undone.
+    /// The body is compressed with a coding that the client can decode.
     Compressed(Coding),
-    /// Something else.
+    /// The body has an unknown encoding, or several.
     Unknown,
 }
 
-/// A way of compressing that can be undone.
+/// A compression that the client can decode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coding {
-    /// `gzip`, `x-gzip`
+    /// `gzip` or `x-gzip`.
     Gzip,
-    /// `deflate`: zlib, or bare DEFLATE as some servers have it
+    /// `deflate`: zlib, or bare DEFLATE as some servers send it.
     Deflate,
     /// `zstd`
     Zstd,
@@ -43,14 +43,14 @@ pub enum Coding {
 }
 
 impl Encoding {
-    /// What the headers of an answer say.
+    /// Reads the encoding from the headers of a response.
     pub fn of(headers: &HeaderMap) -> Self {
         let values = headers.get_all(CONTENT_ENCODING).iter();
         let names = values.flat_map(|value| value.to_str().unwrap_or("?").split(','));
         let mut found = Self::Identity;
         for name in names {
             let coding = match name.trim().to_ascii_lowercase().as_str() {
-                // Uploads to S3 leave `aws-chunked` behind, which is about the upload only.
+                // S3 keeps `aws-chunked` from the upload. It does not describe the response.
                 "" | "identity" | "aws-chunked" | "none" | "binary" => continue,
                 "gzip" | "x-gzip" => Self::Compressed(Coding::Gzip),
                 "deflate" => Self::Compressed(Coding::Deflate),
@@ -60,7 +60,7 @@ impl Encoding {
             };
             found = match found {
                 Self::Identity => coding,
-                // Several, one over the other.
+                // Several codings, one over the other.
                 _ => Self::Unknown,
             };
         }
@@ -69,7 +69,8 @@ impl Encoding {
 }
 
 impl Coding {
-    /// Bytes from which [`first_bytes`] can tell what is inside: zstd gives nothing before a whole block of 128 KiB is there.
+    /// Returns how many bytes [`first_bytes`] needs to tell what is inside. zstd gives no output until a whole block
+    /// of 128 KiB is there.
     pub(super) fn head(self) -> usize {
         match self {
             Self::Gzip | Self::Deflate | Self::Brotli => 1 << 10,
@@ -78,10 +79,10 @@ impl Coding {
     }
 }
 
-/// Undoes a compression piece by piece. However much a piece expands to, no more than a block of it is held at a time.
+/// Decompresses a body piece by piece. It holds at most one block of output at a time, however far a piece expands.
 pub(super) enum Decoder {
     Gzip(MultiGzDecoder<Vec<u8>>),
-    /// Which of its two forms it is, the first byte tells.
+    /// A `deflate` body before its first byte, which tells zlib from bare DEFLATE.
     Deflate,
     Zlib(ZlibDecoder<Vec<u8>>),
     Bare(DeflateDecoder<Vec<u8>>),
@@ -104,12 +105,14 @@ impl Decoder {
                 decoder.window_log_max(ZSTD_WINDOW)?;
                 Self::Zstd(Box::new(decoder))
             }
-            // A few bytes of it make gigabytes at once. Only documents, of which little is taken, come like that.
+            // A few bytes of brotli can expand to gigabytes in one step. Only documents are decoded from brotli, with
+            // a size cap.
             Coding::Brotli => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 
-    /// Takes some of `input`, which is not empty, and gives what that makes, which may be nothing yet.
+    /// Decodes some of `input`, which must not be empty, and removes it from `input`. Returns the decoded bytes,
+    /// which may be none yet.
     pub(super) fn push(&mut self, input: &mut Bytes) -> io::Result<Bytes> {
         if let (Self::Deflate, Some(&first)) = (&*self, input.first()) {
             *self = match is_zlib(first) {
@@ -136,7 +139,7 @@ impl Decoder {
         Ok(made)
     }
 
-    /// What is left when all input was pushed.
+    /// Returns the remaining decoded bytes after all input was pushed.
     pub(super) fn finish(&mut self) -> io::Result<Bytes> {
         match self {
             Self::Gzip(decoder) => decoder.try_finish()?,
@@ -160,7 +163,7 @@ impl Decoder {
     }
 }
 
-/// The decompressed bytes, if they are that and no more than `cap`.
+/// Decompresses `bytes`. Returns `None` if they are not validly compressed, or expand to more than `cap` bytes.
 pub fn decode(coding: Coding, mut bytes: Bytes, cap: usize) -> Option<Bytes> {
     if coding == Coding::Brotli {
         let mut decoded = Vec::new();
@@ -185,8 +188,10 @@ pub fn decode(coding: Coding, mut bytes: Bytes, cap: usize) -> Option<Bytes> {
     }
 }
 
-/// A document without the compression that its answer states. Some servers label what they have not compressed, so bytes
-/// that have the digest as they are stay as they are, and so does a JSON text.
+/// Undoes the compression of a document that its response states.
+///
+/// Some servers label documents that they have not compressed. Bytes that have the expected digest therefore stay
+/// unchanged. Without an expected digest, a JSON text stays unchanged.
 pub fn plain(bytes: Bytes, encoding: Encoding, expected: Option<&Digest>, cap: usize) -> Bytes {
     let Encoding::Compressed(coding) = encoding else {
         return bytes;
@@ -197,13 +202,13 @@ pub fn plain(bytes: Bytes, encoding: Encoding, expected: Option<&Digest>, cap: u
     };
     match good {
         true => bytes,
-        // What cannot be decoded fails its check, or is no document.
+        // Bytes that cannot be decoded stay unchanged. They then fail the digest check or do not parse.
         false => decode(coding, bytes.clone(), cap).unwrap_or(bytes),
     }
 }
 
-/// The first four bytes that the beginning of compressed data unpacks to, or as many as there are; `None` if it is not
-/// compressed like that.
+/// Returns the first four decompressed bytes of `head`, or fewer if there are fewer. Returns `None` if `head` is not
+/// compressed with `coding`.
 pub(super) fn first_bytes(coding: Coding, head: &[u8]) -> Option<Vec<u8>> {
     let mut first = vec![0; 4];
     let read = match coding {
@@ -223,8 +228,8 @@ fn brotli(bytes: &[u8]) -> brotli_decompressor::Decompressor<&[u8]> {
     brotli_decompressor::Decompressor::new(bytes, PIECE)
 }
 
-/// Whether a `deflate` body has the frame of zlib. RFC 1950: the low four bits of its first byte are 8, and no more than 7 is
-/// above them.
+/// Whether a `deflate` body has the frame of zlib. The low four bits of its first byte are 8, and the high four bits
+/// are at most 7 (RFC 1950).
 fn is_zlib(first: u8) -> bool {
     first & 0x8f == 8
 }
@@ -303,7 +308,7 @@ mod tests {
                 "{coding:?}"
             );
             assert_eq!(first_bytes(coding, &bytes), None, "{coding:?}");
-            // What one step makes is small, however much there is to come.
+            // One step makes little output, however much is still to come.
             let mut decoder = Decoder::new(coding).unwrap();
             let zeros = vec![0; 64 << 20];
             let mut packed = compressed(form, &zeros);
@@ -316,7 +321,7 @@ mod tests {
 
     #[test]
     fn brotli_documents_are_decoded() {
-        // As the library of Node.js writes it.
+        // Written by the brotli library of Node.js.
         let packed = Bytes::from_static(b"\x1b\xe4\x00\x40\x8c\xd3\x15\xf7\x21\x9d\xac\x62\x84\x4a\x4f\x11\x99\xbd\x66\xd1\x09\xeb\x03\x0e\x39\x60\xbd\x1c\xa4\x25\x14\x99\x56\x0c\x4c\x3a\x38\x9f\x6e\xba\x55\x63\x68\x78\x40\x62");
         let text = format!(r#"{{"schemaVersion":2,"text":"{}"}}"#, "a".repeat(200));
         let decoded = decode(Coding::Brotli, packed.clone(), text.len());

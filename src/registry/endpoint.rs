@@ -1,8 +1,8 @@
-//! A registry as named by people and the repository inside it, turned into URLs.
+//! A registry as users name it and a repository in it, turned into URLs.
 //!
-//! `docker.io` is served by `registry-1.docker.io`. Registries speak TLS unless [`PlainHttp`] says otherwise. A loopback
-//! registry is tried with TLS first and spoken to in plain HTTP if it knows no TLS, as Docker has it; so its scheme is left
-//! open until it is first asked.
+//! `docker.io` is served by `registry-1.docker.io`. Registries use TLS unless [`PlainHttp`] says otherwise. As Docker
+//! does, the client tries TLS first on a loopback registry, and uses plain HTTP if the registry has no TLS. The
+//! scheme of a loopback registry therefore stays open until the first request.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -12,36 +12,36 @@ use reqwest::Url;
 use crate::blob::BlobError;
 use crate::oci::{Digest, ReferenceSelector};
 
-/// Host and path together, as the distribution specification limits them.
+/// Longest host and path together, in bytes: the limit of the distribution specification.
 const MAX_NAME: usize = 255;
 
-/// Which registries are spoken to without TLS.
+/// Which registries are used without TLS.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PlainHttp {
-    /// Loopback ones that know no TLS.
+    /// Loopback registries that have no TLS.
     #[default]
     Loopback,
-    /// Loopback ones that know no TLS, and these (`host` or `host:port`, as in references).
+    /// Loopback registries that have no TLS, and these hosts (`host` or `host:port`, as in references).
     Hosts(BTreeSet<String>),
-    /// All.
+    /// All registries.
     Everywhere,
-    /// None, not even loopback ones.
+    /// No registry, not even a loopback one.
     Nowhere,
 }
 
-/// A registry: its name in references and credentials, and where its API is.
+/// A registry: its name in references and credential files, and the base URL of its API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     name: String,
     base: Url,
-    /// Whether the user wants it spoken to without TLS.
+    /// Whether it is used without TLS, because the user wants it or because it is a loopback registry on port 80.
     is_plain: bool,
-    /// Whether the scheme of `base` is only the first to try.
+    /// Whether the scheme of `base` is only the first one to try.
     is_open: bool,
 }
 
 impl Endpoint {
-    /// Resolves a registry host (`docker.io`, `quay.io`, `localhost:5000`, `[::1]:5000`).
+    /// Makes the endpoint of a registry host (`docker.io`, `quay.io`, `localhost:5000`, `[::1]:5000`).
     pub fn new(registry: &str, plain: &PlainHttp) -> Result<Self, BlobError> {
         let invalid = |reason: &str| BlobError::Invalid {
             what: format!("registry host `{registry}`"),
@@ -65,7 +65,7 @@ impl Endpoint {
         {
             return Err(invalid("want host or host:port"));
         }
-        // The ports of HTTP and HTTPS leave nothing to find out.
+        // On port 80 (HTTP) or 443 (HTTPS), the port settles the scheme.
         let loopback_port_80 = is_loopback(&host) && parsed.port() == Some(80);
         let is_plain = match plain {
             PlainHttp::Loopback => loopback_port_80,
@@ -86,7 +86,7 @@ impl Endpoint {
         })
     }
 
-    /// The host that a redirect led to, as if it were a registry.
+    /// Makes an endpoint of the host that a redirect led to, as if it were a registry.
     pub(super) fn at(url: &Url, plain: &PlainHttp) -> Self {
         let mut base = url.clone();
         base.set_path("/v2/");
@@ -96,7 +96,7 @@ impl Endpoint {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
         };
-        // What the user said of this host counts, not how the redirect would have it spoken to.
+        // The user's setting for this host counts, not the scheme of the redirect.
         let known = Self::new(&name, plain).ok();
         Self {
             name: known.as_ref().map_or(name, |known| known.name.clone()),
@@ -106,22 +106,22 @@ impl Endpoint {
         }
     }
 
-    /// The name in references and credential files.
+    /// Returns the name in references and credential files.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether it was said to be spoken to without TLS.
+    /// Whether the settings say that it is used without TLS.
     pub fn is_plain(&self) -> bool {
         self.is_plain
     }
 
-    /// Whether it speaks TLS or not is found out when it is first asked.
+    /// Whether the first request has to find out if the registry has TLS.
     pub(super) fn is_open(&self) -> bool {
         self.is_open
     }
 
-    /// `/v2/`, the base of the API.
+    /// Returns the base URL of the API, which ends with `/v2/`.
     pub(super) fn base(&self) -> &Url {
         &self.base
     }
@@ -132,12 +132,13 @@ impl Endpoint {
 pub struct Repository {
     /// The registry.
     pub endpoint: Endpoint,
-    /// The path within it, such as `library/alpine`.
+    /// The path within the registry, such as `library/alpine`.
     pub name: String,
 }
 
 impl Repository {
-    /// Checks the name: path components of `[a-z0-9]`, joined inside by `.`, `_`, `__` or dashes.
+    /// Makes a repository after a check of its name. A name consists of path components of `[a-z0-9]`, joined inside
+    /// by `.`, `_`, `__` or dashes.
     pub fn new(endpoint: Endpoint, name: &str) -> Result<Self, BlobError> {
         let invalid = |reason: &str| BlobError::Invalid {
             what: format!("repository name `{}`", name.chars().take(MAX_NAME).collect::<String>()),
@@ -157,7 +158,7 @@ impl Repository {
         })
     }
 
-    /// Where a document is.
+    /// Returns the URL of the document that `selector` names. Fails if the tag is malformed.
     pub(super) fn manifest_url(&self, selector: &ReferenceSelector) -> Result<Url, BlobError> {
         let reference = match selector {
             ReferenceSelector::Tag { tag, digest: None } => {
@@ -172,12 +173,12 @@ impl Repository {
         Ok(self.url(&format!("manifests/{reference}")))
     }
 
-    /// Where a blob is.
+    /// Returns the URL of a blob.
     pub(super) fn blob_url(&self, digest: &Digest) -> Url {
         self.url(&format!("blobs/{digest}"))
     }
 
-    /// Where the first `count` tags are listed.
+    /// Returns the URL that lists the first `count` tags.
     pub(super) fn tags_url(&self, count: usize) -> Url {
         let mut url = self.url("tags/list");
         url.set_query(Some(&format!("n={count}")));

@@ -1,21 +1,24 @@
-//! How long a presigned URL stays usable: pure.
+//! How long a presigned URL stays usable: a pure parser.
 //!
-//! Storage services put the end of validity in the query: S3 and compatibles (`X-Amz-Date` + `X-Amz-Expires`), Google
-//! (`X-Goog-...`), CloudFront and S3 version 2 (`Expires`, or a `Policy`), Azure (`se`).
+//! Storage services state the end of validity in the query:
+//! - S3 and compatible services: `X-Amz-Date` and `X-Amz-Expires`;
+//! - Google: `X-Goog-Date` and `X-Goog-Expires`;
+//! - CloudFront and S3 version 2: `Expires`, or a `Policy`;
+//! - Azure: `se`.
 
 use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use reqwest::Url;
 
-/// Assumed when the URL does not say. ghcr's URLs live about five minutes, the shortest seen.
+/// Lifetime of a URL that states none. The shortest lifetime seen is about five minutes, that of ghcr's URLs.
 pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(4 * 60);
-/// Taken off a stated lifetime, for clock differences and requests on the way.
+/// Subtracted from a stated lifetime, for clock differences and requests in flight.
 const MARGIN: Duration = Duration::from_secs(15);
 /// Longest trusted lifetime: S3 signs for at most seven days.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// How long from `now` the URL may be used; zero if it is over.
+/// Returns how long from `now` the URL may be used, or zero if its validity is over.
 pub fn url_lifetime(url: &Url, now: SystemTime) -> Duration {
     let Some(end) = url_expiry(url) else {
         return DEFAULT_LIFETIME;
@@ -24,7 +27,7 @@ pub fn url_lifetime(url: &Url, now: SystemTime) -> Duration {
     left.saturating_sub(MARGIN).min(LONGEST)
 }
 
-/// The end of validity stated in the URL.
+/// Returns the end of validity that the URL states, if it states one.
 pub fn url_expiry(url: &Url) -> Option<SystemTime> {
     let get = |name: &str| {
         let (_, value) = url.query_pairs().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
@@ -44,7 +47,7 @@ pub fn url_expiry(url: &Url) -> Option<SystemTime> {
     policy_end(&get("Policy")?)
 }
 
-/// `20261124T065250Z`, the basic ISO 8601 form AWS uses.
+/// Parses `20261124T065250Z`, the basic ISO 8601 form that AWS uses.
 fn compact_date(text: &str) -> Option<SystemTime> {
     if text.len() != 16 || !text.is_ascii() {
         return None;
@@ -62,7 +65,7 @@ fn compact_date(text: &str) -> Option<SystemTime> {
     humantime::parse_rfc3339(&extended).ok()
 }
 
-/// `AWS:EpochTime` of a CloudFront custom policy: base64 with `-_~` in place of `+=/`.
+/// Reads `AWS:EpochTime` from a CloudFront custom policy. The policy is base64 with `-_~` in place of `+=/`.
 fn policy_end(policy: &str) -> Option<SystemTime> {
     let base64: String = policy
         .chars()

@@ -1,7 +1,7 @@
-//! Turning transport failures and error answers into [`BlobError`]s.
+//! Turns transport failures and error responses into [`BlobError`]s.
 //!
-//! Error bodies may be the specification's JSON, HTML of a proxy or anything: they are read to a cap, reduced to one printable
-//! line, and never hold what we sent.
+//! An error body may be the specification's JSON, a proxy's HTML or anything else. The client reads it up to a cap
+//! and reduces it to one printable line. Errors never quote URLs or headers that the client sent.
 
 use std::error::Error as StdError;
 use std::time::{Duration, SystemTime};
@@ -13,18 +13,18 @@ use rustls::{CertificateError, OtherError};
 use super::transport::NotPublic;
 use crate::blob::BlobError;
 
-/// Most that is read of an error body.
+/// Most bytes read of an error body.
 pub(super) const MAX_ERROR_BODY: usize = 16 * 1024;
-/// Most of a server's message that is shown.
+/// Longest part of a server's message that is shown, in characters.
 const MAX_MESSAGE: usize = 300;
-/// Longest accepted `Retry-After`.
+/// Longest accepted `Retry-After`. A longer one is cut to this.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// A failure before or between the bytes of an answer.
+/// Turns a failure to get a response, or more of its body, into an error.
 pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     let error = error.without_url();
     let host = host.to_owned();
-    // Later than in the handshake, TLS fails because a connection breaks; another one may hold.
+    // TLS errors after the handshake mean that a connection broke. Another connection may work.
     if let Some(tls) = find::<rustls::Error>(&error).filter(|_| error.is_connect()) {
         return BlobError::Tls {
             host,
@@ -45,7 +45,7 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     let reason = match (error.is_connect(), error.is_timeout()) {
         (true, true) => "no connection in time".to_owned(),
         (true, false) => match innermost(&error) {
-            // What an HTTP server without TLS does if it does not answer in plain text.
+            // An HTTP server without TLS causes this error if it closes the connection instead of sending plain text.
             reason if reason.contains("handshake eof") => format!("{reason} (does the registry speak plain HTTP?)"),
             reason => reason,
         },
@@ -54,7 +54,7 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
     BlobError::Unreachable { host, reason }
 }
 
-/// Why TLS failed, with what may be meant or done.
+/// Describes why TLS failed, with the likely cause or remedy.
 fn tls_reason(error: &rustls::Error) -> String {
     let hint = match error {
         rustls::Error::InvalidMessage(_) => " (does the registry speak plain HTTP?)",
@@ -75,13 +75,14 @@ fn tls_reason(error: &rustls::Error) -> String {
     format!("{error}{hint}")
 }
 
-/// Whether the error is that of an authority's certificate that a server uses as its own.
+/// Whether the error says that a server uses a certificate authority's certificate as its own.
 fn is_self_signed(error: &OtherError) -> bool {
     let webpki = error.0.downcast_ref::<webpki::Error>();
     matches!(webpki, Some(webpki::Error::CaUsedAsEndEntity))
 }
 
-/// The first error of a kind in a chain; `std::io::Error` hides its content from `source()`.
+/// Returns the first error of type `E` in a chain of sources. `std::io::Error::source` skips the wrapped error, so
+/// this function looks inside it.
 fn find<'a, E: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a E> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -96,7 +97,7 @@ fn find<'a, E: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Optio
     None
 }
 
-/// A public registry leads to a place that is not public.
+/// Makes the error for a public registry that leads to an address that is not public.
 pub(super) fn not_public(host: &str, refused: NotPublic) -> BlobError {
     BlobError::Protocol {
         host: host.to_owned(),
@@ -114,16 +115,16 @@ fn innermost(error: &(dyn StdError + 'static)) -> String {
     last.to_string()
 }
 
-/// Who was asked for what, for the error text.
+/// The request that failed, for the error text.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) host: &'a str,
     pub(super) what: &'a str,
-    /// Which credentials were used or looked for.
+    /// Which credentials the client used or looked for.
     pub(super) tried: &'a str,
 }
 
-/// An answer that is not the one hoped for.
+/// Turns a response with an unexpected status into an error.
 pub(super) fn status(context: Context<'_>, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> BlobError {
     let said = message(body);
     let host = context.host.to_owned();
@@ -166,7 +167,7 @@ pub(super) fn status(context: Context<'_>, status: StatusCode, headers: &HeaderM
             what,
             detail: match (said.as_str(), other) {
                 ("", other) => other.to_string(),
-                // The answer of some registries to a login that has ended.
+                // Some registries send this status when a login has expired.
                 (said, StatusCode::BAD_REQUEST) => with_tried(format!("{other}: {said}")),
                 (said, other) => format!("{other}: {said}"),
             },
@@ -175,7 +176,7 @@ pub(super) fn status(context: Context<'_>, status: StatusCode, headers: &HeaderM
     }
 }
 
-/// The text of an [`BlobError::Unauthorized`]: where was looked, what came back.
+/// Returns the text of a [`BlobError::Unauthorized`]: where credentials were looked for, and what the server said.
 pub(super) fn unauthorized_text(tried: &str, said: &str) -> String {
     let tried = if tried.is_empty() {
         "no credentials were tried"
@@ -188,7 +189,8 @@ pub(super) fn unauthorized_text(tried: &str, said: &str) -> String {
     }
 }
 
-/// One printable line of an error body: code and message of the specification's JSON, else its text without markup.
+/// Reduces an error body to one printable line: code and message of the specification's JSON, or else the text
+/// without markup.
 pub fn message(body: &[u8]) -> String {
     let body = &body[..body.len().min(MAX_ERROR_BODY)];
     let text = match serde_json::from_slice::<serde_json::Value>(body) {
@@ -244,7 +246,7 @@ fn strip_markup(text: &str) -> String {
     plain
 }
 
-/// `Retry-After` in seconds or as a date (RFC 9110 §10.2.3).
+/// Parses `Retry-After`, given in seconds or as a date (RFC 9110 §10.2.3).
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let after = match text.parse::<u64>() {

@@ -1,4 +1,5 @@
-//! For programs that embed a puller: five operations over repositories of one registry, typed by `oci_spec`.
+//! A pull API for programs that embed this crate: five operations on repositories of one registry, typed by
+//! `oci_spec`.
 //!
 //! ```
 //! # // A registry with one image, so that the example runs.
@@ -57,7 +58,7 @@ use crate::oci::media_type::OCI_MANIFEST;
 use crate::oci::{Digest, DocumentError, DocumentKind, Manifest as OwnManifest, Platform, ReferenceSelector, classify};
 use crate::resolve::resolve_root;
 
-/// Pulls from one registry.
+/// Pulls images from one registry.
 #[derive(Debug, Clone)]
 pub struct Puller {
     client: RegistryClient,
@@ -65,21 +66,22 @@ pub struct Puller {
     platform: Platform,
 }
 
-/// A pulled image: its verified documents; its blobs lie in the directory it was pulled into.
+/// A pulled image with its verified documents. Its blobs are in the directory that the image was pulled into.
 #[derive(Debug, Clone)]
 pub struct PulledImage {
     /// Digest of the manifest.
     pub digest: Digest,
     /// The manifest as received.
     pub manifest_bytes: bytes::Bytes,
-    /// The manifest.
+    /// The manifest, parsed.
     pub manifest: ImageManifest,
-    /// The config.
+    /// The config, parsed.
     pub config: ImageConfiguration,
 }
 
 impl Puller {
-    /// A puller for images of this machine's platform. `registry` is a host as in references.
+    /// Makes a puller for images of this machine's platform. `registry` is a host as in references, such as
+    /// `docker.io`.
     pub fn new(client: RegistryClient, registry: &str) -> Self {
         Self {
             client,
@@ -88,13 +90,14 @@ impl Puller {
         }
     }
 
-    /// Picks another platform from image indexes.
+    /// Sets another platform to pick from image indexes.
     pub fn with_platform(mut self, platform: Platform) -> Self {
         self.platform = platform;
         self
     }
 
-    /// The image index of a reference; a single manifest is given as an index of one entry.
+    /// Fetches the image index of a reference. If the reference names a manifest, returns an index with that manifest
+    /// as its only entry.
     pub async fn fetch_index(
         &self,
         repository: &str,
@@ -112,7 +115,7 @@ impl Puller {
         serde_json::from_value(index).map_err(|error| invalid("image index", &error))
     }
 
-    /// The manifest of a reference; from an image index, the one for the platform.
+    /// Fetches the manifest of a reference. From an image index, fetches the manifest for the platform.
     pub async fn fetch_manifest(
         &self,
         repository: &str,
@@ -121,7 +124,8 @@ impl Puller {
         parse(&self.manifest(repository, selector.into()).await?, "manifest")
     }
 
-    /// The config of an image: by tag, the one of the tagged image; by digest, the config blob of that digest.
+    /// Fetches the config of an image. A tag selects the config of the tagged image. A digest selects the config blob
+    /// with that digest.
     pub async fn fetch_config(
         &self,
         repository: &str,
@@ -136,9 +140,10 @@ impl Puller {
         parse(&self.client.small_blob(&target, &digest).await?, "config")
     }
 
-    /// Bytes of a blob. The range may be open; an end past the blob's is the blob's, an empty range an empty stream.
+    /// Reads bytes of a blob. The range may be open. A range that ends past the blob is cut at the blob's end. An
+    /// empty range gives an empty stream.
     ///
-    /// The digest alone does not tell the size, so this costs one request of one byte more than a
+    /// The digest alone does not tell the size. This method therefore sends one more request, for one byte, than a
     /// [`RegistryBlob`](super::RegistryBlob) made from a descriptor.
     pub async fn fetch_image_blob(
         &self,
@@ -163,10 +168,11 @@ impl Puller {
         .await
     }
 
-    /// Pulls an image into `directory`, an OCI image layout afterwards.
+    /// Pulls an image into `directory`, which then is an OCI image layout.
     ///
-    /// Every blob is verified against its digest before it gets its name there, so that what has a name is whole; blobs already
-    /// there are not fetched again. `index.json` is replaced: it names this image.
+    /// A blob gets its name in the directory only after it is verified against its digest. A named blob is therefore
+    /// complete. Layers that are already there are not fetched again. `index.json` is replaced and names only this
+    /// image.
     pub async fn pull_image(
         &self,
         repository: &str,
@@ -196,7 +202,7 @@ impl Puller {
         self.source(repository, selector)?.root().await
     }
 
-    /// The manifest document, through image indexes if there are any.
+    /// Fetches the manifest document, through image indexes if the reference names one.
     async fn manifest(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {
         let source = self.source(repository, selector)?;
         let root = source.root().await?;
@@ -214,12 +220,12 @@ fn kind(document: &Document) -> Result<DocumentKind, BlobError> {
     classify(&document.media_type, &document.bytes).map_err(|error| unusable(document, error))
 }
 
-/// The manifest in this crate's own terms, for its descriptors.
+/// Parses a manifest into this crate's own type, for its descriptors.
 fn known(document: &Document) -> Result<OwnManifest, BlobError> {
     OwnManifest::parse(&document.bytes).map_err(|error| unusable(document, error))
 }
 
-/// The media type to list a manifest under. Only OCI's may be silent.
+/// Returns the media type to list a manifest under. Only an OCI manifest may leave its media type out.
 fn manifest_type(manifest: &OwnManifest) -> &str {
     match manifest.media_type.as_str() {
         "" => OCI_MANIFEST,
@@ -241,7 +247,7 @@ fn unusable(document: &Document, error: DocumentError) -> BlobError {
     }
 }
 
-/// Range bounds as a half-open range within a blob of `size` bytes.
+/// Turns range bounds into a half-open range within a blob of `size` bytes.
 fn normalise((start, end): (Bound<u64>, Bound<u64>), size: u64) -> std::ops::Range<u64> {
     let start = match start {
         Bound::Included(start) => start,

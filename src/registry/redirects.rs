@@ -1,4 +1,4 @@
-//! Where blobs were last redirected to, so that further ranges go there directly.
+//! The URLs that blobs were last redirected to, so that later requests for ranges go there directly.
 
 use std::num::NonZeroUsize;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,17 +10,20 @@ use reqwest::Url;
 use super::expiry::url_lifetime;
 use crate::oci::Digest;
 
-/// Redirects remembered; one per blob.
+/// Most redirects kept, one per blob. A larger value costs memory. A smaller one costs one more round trip to the
+/// registry for each evicted blob.
 const CAPACITY: usize = 4096;
 
-/// A blob in a repository. The same blob elsewhere may need other credentials, so it is another key.
+/// A blob in a repository. The repository is part of the key, because the same blob in another repository may need
+/// other credentials.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct BlobKey {
     pub(super) repository: String,
     pub(super) digest: Digest,
 }
 
-/// Final URLs and until when they are good. They carry signatures: there is no way to print them.
+/// The final URL of each blob, and the time until which it is valid. URLs carry signatures, so `Debug` prints none of
+/// them.
 pub(super) struct Redirects {
     known: Mutex<LruCache<BlobKey, Redirect>>,
 }
@@ -44,7 +47,7 @@ impl Redirects {
         }
     }
 
-    /// Where a blob was last redirected to, while that is worth a try.
+    /// Returns the URL that a blob was last redirected to, unless its lifetime is over.
     pub(super) fn get(&self, key: &BlobKey) -> Option<Url> {
         let mut known = self.known();
         let redirect = known.get(key)?;
@@ -55,7 +58,7 @@ impl Redirects {
         None
     }
 
-    /// Remembers a URL for as long as it says it is good.
+    /// Keeps a URL for its lifetime, as [`url_lifetime`] finds it. Does not keep a URL whose lifetime is over.
     pub(super) fn remember(&self, key: &BlobKey, url: Url) {
         let lifetime = url_lifetime(&url, SystemTime::now());
         if lifetime.is_zero() {
@@ -65,7 +68,7 @@ impl Redirects {
         self.known().put(key.clone(), Redirect { url, until });
     }
 
-    /// Forgets a URL that failed, unless another reader has put a newer one in its place.
+    /// Forgets a URL that failed, unless another reader has replaced it with a newer one.
     pub(super) fn forget(&self, key: &BlobKey, url: &Url) {
         let mut known = self.known();
         if known.peek(key).is_some_and(|redirect| redirect.url == *url) {
@@ -74,7 +77,7 @@ impl Redirects {
     }
 
     fn known(&self) -> MutexGuard<'_, LruCache<BlobKey, Redirect>> {
-        // Every state of the cache is a good one.
+        // The cache is valid in every state, so a poisoned lock is safe to use.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,10 +1,10 @@
-//! A string that does not show itself.
+//! A string that debug output does not show.
 
 use std::fmt;
 
 use reqwest::header::HeaderValue;
 
-/// A password, token or header made of one: `Debug` prints nothing of it and there is no `Display`.
+/// A password, a token, or a header made of one. `Debug` prints nothing of it, and there is no `Display`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Box<str>);
 
@@ -14,12 +14,13 @@ impl Secret {
         Self(text.into())
     }
 
-    /// The secret itself, for the one place that sends it.
+    /// Returns the secret itself, for code that sends it.
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
 
-    /// As a header value, marked sensitive so that no layer below logs it. `None` if it holds bytes a header cannot.
+    /// Returns the secret as a header value, marked sensitive so that no lower layer logs it. Returns `None` if a
+    /// header cannot hold its bytes.
     pub(super) fn header(&self) -> Option<HeaderValue> {
         let mut value = HeaderValue::from_str(&self.0).ok()?;
         value.set_sensitive(true);

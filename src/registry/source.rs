@@ -12,7 +12,7 @@ use super::endpoint::Repository;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, ReferenceSelector};
 
-/// An image in a registry. Cheap to clone; all sources of a client share its connections and tokens.
+/// An image in a registry. Cheap to clone. All sources of a client share its connections and tokens.
 #[derive(Debug, Clone)]
 pub struct RegistrySource {
     client: RegistryClient,
@@ -26,7 +26,7 @@ impl RegistrySource {
         repository: Repository,
         selector: ReferenceSelector,
     ) -> Result<Self, BlobError> {
-        // A malformed tag is reported here, before anything is contacted.
+        // Reports a malformed tag before any request is sent.
         repository.manifest_url(&selector)?;
         Ok(Self {
             client,
@@ -35,7 +35,7 @@ impl RegistrySource {
         })
     }
 
-    /// A blob with its registry-specific side: counters besides [`BlobSource`].
+    /// Returns a blob as a [`RegistryBlob`], which has counters besides the methods of [`BlobSource`].
     pub fn registry_blob(&self, descriptor: &Descriptor) -> Result<RegistryBlob, BlobError> {
         let size = u64::try_from(descriptor.size).map_err(|_| BlobError::Invalid {
             what: format!("the descriptor of {} in {}", descriptor.digest, self.describe()),
@@ -104,7 +104,8 @@ fn inline_document(descriptor: &Descriptor) -> Option<Document> {
 }
 
 impl RegistryClient {
-    /// The image `selector` of a repository; `registry` is a host as in references, such as `docker.io` or `localhost:5000`.
+    /// Returns the image `selector` of a repository. `registry` is a host as in references, such as `docker.io` or
+    /// `localhost:5000`.
     pub fn source(
         &self,
         registry: &str,

@@ -1,8 +1,10 @@
-//! What was learned about hosts and blobs while talking to them: counters, round-trip time and bandwidth.
+//! Measurements of hosts and blobs, made while the client talks to them: counters, round-trip time and bandwidth.
 //!
-//! Bandwidth is measured per host over all its streams together, because parallel streams share the link and each alone
-//! says nothing about it; and only over the time in which bytes were coming: a reader that asks for one piece after the other
-//! leaves the link idle for a round trip each time, which says nothing about it either.
+//! Bandwidth is measured per host, over all its streams together. Parallel streams share the link, so the rate of one
+//! stream does not show the bandwidth of the link.
+//!
+//! Only time in which bytes arrive counts. A reader that requests one piece after the other leaves the link idle for
+//! a round trip each time. That idle time says nothing about the bandwidth either.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,47 +12,53 @@ use std::time::{Duration, Instant};
 
 use crate::blob::{Link, LinkId};
 
-/// The round trip is the shortest seen in this time: longer ones contain handshakes, the server's work and the queue of our
-/// own making, which would grow if it were believed.
+/// How long the shortest round-trip time stays valid. Longer samples contain handshakes, the server's work and the
+/// client's own queue. If the client believed them, its queue would grow. A longer window notices a slower route
+/// later. A shorter one lets the queue into the measurement.
 const RTT_WINDOW: Duration = Duration::from_secs(10);
-/// Weight of a new sample of the bandwidth. A higher one is believed sooner: the link can do that, and what makes it look
-/// slower is mostly ourselves (slow start, small answers, a busy processor).
+/// Weight of a bandwidth sample that is higher than the current estimate. It is larger than [`WEIGHT_SLOWER`],
+/// because a higher sample proves what the link can do.
 const WEIGHT_FASTER: f64 = 0.4;
+/// Weight of a bandwidth sample that is lower than the current estimate. It is small, because a lower sample mostly
+/// shows effects of the client itself: slow start, small responses, a busy processor.
 const WEIGHT_SLOWER: f64 = 0.05;
-/// A bandwidth sample covers at least this time of bytes coming in and this many bytes, else it measures buffers.
+/// Shortest time of arriving bytes that a bandwidth sample covers. Over a shorter time, a sample would measure
+/// buffers.
 const WINDOW: Duration = Duration::from_millis(50);
+/// Fewest bytes that a bandwidth sample covers. With fewer, a sample would measure buffers.
 const WINDOW_BYTES: u64 = 128 * 1024;
-/// After a pause as long as the shortest retransmission timeout (RFC 6298 as Linux has it) a sender begins anew with the
-/// first window (RFC 5681, section 4.1).
+/// Pause after which a connection counts as cold: the shortest retransmission timeout (RFC 6298, as Linux implements
+/// it). After such a pause a sender starts again with its initial window (RFC 5681, section 4.1).
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// A snapshot of what is known about a host.
+/// A snapshot of the measurements of one host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostStats {
-    /// Host and port.
+    /// Host, with its port unless it is the default one.
     pub host: String,
     /// Requests sent.
     pub requests: u64,
     /// Body bytes received.
     pub bytes: u64,
-    /// Shortest time lately from sending a request to the head of the answer.
+    /// Shortest recent time from sending a request to receiving the head of its response.
     pub rtt: Option<Duration>,
-    /// Smoothed bytes per second of all streams together, while any were coming.
+    /// Smoothed bandwidth of all streams together while bytes were arriving, in bytes per second.
     pub bandwidth: Option<f64>,
-    /// Body bytes received since the last pause that was long enough for connections to forget their windows.
+    /// Body bytes received since the last pause that was long enough for connections to reset their congestion
+    /// windows.
     pub warm: u64,
-    /// Requests that were sent and whose answers have not come whole.
+    /// Requests in flight: sent, with a response that has not fully arrived.
     pub streams: u32,
-    /// Requests wait on purpose before they are sent again.
+    /// Whether a request backs off before its next attempt.
     pub resting: bool,
 }
 
-/// What was fetched of one blob.
+/// What was fetched of one blob, through one handle and its clones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BlobStats {
-    /// Requests sent for it, redirects included.
+    /// Requests sent for the blob, redirects included.
     pub requests: u64,
-    /// Body bytes received.
+    /// Bytes of the blob that streams delivered to readers.
     pub bytes: u64,
 }
 
@@ -91,24 +99,26 @@ struct State {
     requests: u64,
     answers: u64,
     bytes: u64,
-    /// The shortest round trip, and when it was seen.
+    /// The shortest round-trip time, and when it was measured.
     rtt: Option<(Duration, Instant)>,
     bandwidth: Option<f64>,
-    /// Requests that were sent and whose answers have not come whole.
+    /// Requests in flight: sent, with a response that has not fully arrived.
     streams: u32,
-    /// Until when requests wait on purpose.
+    /// Time until which requests back off: the latest one if there are several.
     rests: Option<Instant>,
-    /// Streams that have begun to deliver and have not ended.
+    /// Streams that have delivered their first bytes and have not ended.
     delivering: u32,
-    /// When the last bytes came, if a stream is delivering.
+    /// When the last bytes arrived, if a stream is delivering.
     last: Option<Instant>,
-    /// Time in which bytes were coming, and how many, since the last sample.
+    /// Time in which bytes were arriving, since the last sample.
     busy: Duration,
+    /// Bytes that arrived in the time that `busy` counts.
     came: u64,
-    /// When the latest bytes came, and how many since the last pause.
+    /// When the latest bytes arrived, whether or not a stream is still delivering.
     latest: Option<Instant>,
+    /// Bytes that arrived since the last pause longer than [`PAUSE`].
     warm: u64,
-    /// Whether it answered from a public address the last time.
+    /// Whether the host's last response came from a public address.
     is_public: bool,
 }
 
@@ -122,31 +132,31 @@ impl HostMeter {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        // Counters stay meaningful whatever a panicking holder left.
+        // The counters stay valid even if a thread panicked while it held the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A request is sent.
+    /// Counts a request that is about to be sent.
     pub(super) fn request(&self) {
         let mut state = self.state();
         state.requests += 1;
         state.streams += 1;
     }
 
-    /// A request is over, whatever came of it.
+    /// Counts a request as ended, whether it succeeded or not.
     pub(super) fn closed(&self) {
         let mut state = self.state();
         state.streams = state.streams.saturating_sub(1);
     }
 
-    /// The next attempt of a request waits for so long on purpose.
+    /// Records that a request backs off for `time` before its next attempt.
     pub(super) fn rest(&self, time: Duration) {
         let mut state = self.state();
         let until = Instant::now() + time;
         state.rests = Some(state.rests.map_or(until, |rests| rests.max(until)));
     }
 
-    /// What is known of the way to this host.
+    /// Returns what is known about the link to this host.
     pub(super) fn link(&self) -> Link {
         let stats = self.snapshot();
         Link {
@@ -159,8 +169,10 @@ impl HostMeter {
         }
     }
 
-    /// The head of an answer arrived `elapsed` after the request was sent, which takes `handshakes` round trips before it on a
-    /// new connection. The first request to a host always has one.
+    /// Records that the head of a response arrived `elapsed` after the request was sent.
+    ///
+    /// A new connection takes `handshakes` more round trips before the request. The first request to a host always
+    /// opens a connection, so its time covers `1 + handshakes` round trips. Later requests count as one round trip.
     pub(super) fn answer(&self, elapsed: Duration, handshakes: u32) {
         let mut state = self.state();
         let trips = if state.answers == 0 { 1 + handshakes } else { 1 };
@@ -168,22 +180,24 @@ impl HostMeter {
         state.round_trip(Instant::now(), elapsed / trips);
     }
 
-    /// The host answered from an address that is public, or from one that is not.
+    /// Records whether the host responded from a public address.
     pub(super) fn is_at(&self, public: bool) {
         self.state().is_public = public;
     }
 
-    /// Whether the host is known to have a public address.
+    /// Whether the host's last response came from a public address.
     pub(super) fn is_public(&self) -> bool {
         self.state().is_public
     }
 
-    /// Whether the host has ever answered.
+    /// Whether the host has ever responded.
     pub(super) fn reached(&self) -> bool {
         self.state().answers > 0
     }
 
-    /// The first bytes of an answer's body. They say when the stream began; how long they were under way nobody knows.
+    /// Counts the first bytes of a response's body, and marks the stream as delivering.
+    ///
+    /// If no other stream delivers, these bytes are no part of a bandwidth sample: the time they took is unknown.
     pub(super) fn began(&self, bytes: u64) {
         let mut state = self.state();
         state.bytes += bytes;
@@ -191,14 +205,14 @@ impl HostMeter {
         state.delivering += 1;
     }
 
-    /// More bytes of a stream that began.
+    /// Counts further bytes of a stream that [`HostMeter::began`] has counted.
     pub(super) fn came(&self, bytes: u64) {
         let mut state = self.state();
         state.bytes += bytes;
         state.flow(Instant::now(), bytes);
     }
 
-    /// A stream that began is over.
+    /// Counts the end of a stream that [`HostMeter::began`] has counted.
     pub(super) fn ended(&self) {
         let mut state = self.state();
         state.delivering = state.delivering.saturating_sub(1);
@@ -235,7 +249,7 @@ impl State {
             .is_none_or(|latest| now.saturating_duration_since(latest) > PAUSE)
     }
 
-    /// Bytes came in at `now`.
+    /// Counts bytes that arrived at `now`. Updates the bandwidth when a sample is complete.
     fn flow(&mut self, now: Instant, bytes: u64) {
         if self.is_cold(now) {
             self.warm = 0;

@@ -1,4 +1,5 @@
-//! The token exchange of the distribution token authentication specification: requests made, answers parsed; pure.
+//! The token exchange of the distribution token authentication specification: makes requests and parses responses;
+//! pure.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,14 +11,14 @@ use super::credentials::Credential;
 use super::secret::Secret;
 use super::transport::Form;
 
-/// Lifetime of a token whose server does not say (distribution, "token" specification).
+/// Lifetime of a token whose server states none (distribution, "token" specification).
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
 /// Longest believed lifetime, so that a nonsensical number does not overflow a clock.
 const LONGEST_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Names this program to token servers.
+/// Name of this program in requests to token servers.
 const CLIENT_ID: &str = "ocifs";
 
-/// What a registry wants: the parameters of its Bearer challenge.
+/// The parameters of a registry's Bearer challenge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct BearerChallenge {
     pub(super) realm: Url,
@@ -25,19 +26,19 @@ pub(super) struct BearerChallenge {
     pub(super) scope: String,
 }
 
-/// How to ask the token server.
+/// How to obtain a token.
 #[derive(Debug)]
 pub(super) enum Exchange {
-    /// GET, with user and password as Basic if there are any.
+    /// A GET, with user and password as Basic authorization if there are any.
     Get { url: Url, login: Option<(String, Secret)> },
-    /// POST of an OAuth2 form.
+    /// A POST of an OAuth2 form.
     Post { url: Url, form: Form },
-    /// No exchange: the credential is the token.
+    /// No request: the credential is the token.
     Ready(Secret),
 }
 
 impl BearerChallenge {
-    /// The exchange for a credential.
+    /// Returns the exchange that fits a credential.
     pub(super) fn exchange(&self, credential: Option<Credential>) -> Exchange {
         match credential {
             Some(Credential::RegistryToken(token)) => Exchange::Ready(token),
@@ -84,7 +85,7 @@ impl BearerChallenge {
     }
 }
 
-/// A token and how long it lives from now.
+/// A token and its lifetime from now.
 #[derive(Debug)]
 pub struct Token {
     /// The token.
@@ -93,7 +94,8 @@ pub struct Token {
     pub lifetime: Duration,
 }
 
-/// Only the token has to be of the right type: what is odd about the rest counts as not stated.
+/// A token server's response. Only the token has to be of the right type. Other fields of a wrong type count as not
+/// stated.
 #[derive(Deserialize)]
 struct Answer {
     #[serde(default)]
@@ -106,7 +108,7 @@ struct Answer {
     issued_at: Value,
 }
 
-/// A number, or one in quotes.
+/// Reads a number, which may be in quotes.
 fn number(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
@@ -115,9 +117,9 @@ fn number(value: &Value) -> Option<f64> {
     }
 }
 
-/// Parses a token server's answer; `None` if there is no token in it.
+/// Parses a token server's response. Returns `None` if it holds no token.
 pub fn parse(body: &[u8], now: SystemTime) -> Option<Token> {
-    // Some servers begin with a byte order mark.
+    // Some servers put a byte order mark first.
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let answer: Answer = serde_json::from_slice(body).ok()?;
     let text = |value: &Value| value.as_str().map(str::to_owned);
@@ -127,7 +129,8 @@ pub fn parse(body: &[u8], now: SystemTime) -> Option<Token> {
         .filter(|seconds| *seconds > 0.0)
         .map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or(LONGEST_LIFETIME));
     let lifetime = stated.unwrap_or(DEFAULT_LIFETIME).min(LONGEST_LIFETIME);
-    // A server may hand out a token it issued a while ago. A date that leaves nothing is a clock that is wrong.
+    // A server may return a token that it issued some time ago. If that age reaches the lifetime, a clock is wrong
+    // and the age is ignored.
     let age = text(&answer.issued_at)
         .and_then(|date| humantime::parse_rfc3339(&date).ok())
         .and_then(|issued| now.duration_since(issued).ok())

@@ -1,7 +1,10 @@
-//! One HTTP exchange: connection pools, TLS, redirects followed by hand, deadlines, measurements.
+//! One HTTP exchange: connection pools, TLS, redirects, timeouts and measurements.
 //!
-//! Redirects are not left to the HTTP library because three things depend on each hop: `Authorization` must go when scheme,
-//! host or port change (presigned URLs fail with it, and it would leak), `Range` must stay, and the final URL is worth keeping.
+//! This module follows redirects itself, because three things depend on each hop:
+//! - The client must not send `Authorization` if scheme, host or port change. It would leak, and presigned URLs fail
+//!   with it.
+//! - The client must send `Range` on every hop.
+//! - The client keeps the final URL.
 
 mod guard;
 mod pools;
@@ -27,10 +30,10 @@ use super::secret::Secret;
 use super::stats::{HostMeter, HostStats};
 use crate::blob::BlobError;
 
-/// Redirects followed for one request. Real chains have one or two.
+/// Most redirects followed for one request. Real chains have one or two.
 const MAX_HOPS: usize = 10;
 
-/// Connection pools and what is known about hosts.
+/// Connection pools, and what is known about hosts.
 #[derive(Debug)]
 pub(super) struct Transport {
     config: RegistryConfig,
@@ -39,21 +42,21 @@ pub(super) struct Transport {
     hosts: Mutex<HashMap<String, Arc<HostMeter>>>,
 }
 
-/// Fields of a form; their values may be secrets.
+/// Fields of a form. Their values may be secrets.
 pub(super) type Form = Vec<(&'static str, Secret)>;
 
-/// One request; always a GET unless it has a form.
+/// One request: a POST if it has a form, otherwise a GET.
 #[derive(Debug, Clone)]
 pub(super) struct Ask {
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
-    /// Sent to the first origin only.
+    /// Value of `Authorization`, sent to the first origin only.
     pub(super) authorization: Option<HeaderValue>,
-    /// Posted as a form.
+    /// Fields to post as a form.
     pub(super) form: Option<Form>,
-    /// Sent to a public address only.
+    /// Whether the request may go to public addresses only.
     pub(super) guarded: bool,
-    /// Over a connection that other requests do not use.
+    /// Whether the request uses the connections that are set apart from those of other requests.
     pub(super) apart: bool,
 }
 
@@ -70,20 +73,20 @@ impl Ask {
     }
 }
 
-/// An answer whose head has arrived.
+/// A response whose head has arrived.
 #[derive(Debug)]
 pub(super) struct Reply {
     response: reqwest::Response,
-    /// Where it came from after redirects.
+    /// The URL that the response came from, after redirects.
     pub(super) url: Url,
     /// Whether a redirect led to another origin.
     pub(super) crossed: bool,
     /// Requests sent, redirects included.
     pub(super) hops: u64,
     stall: Duration,
-    /// How long was waited for how many bytes, since the last look at the pace.
+    /// Time spent waiting for body bytes and number of these bytes, since the last check of the pace.
     pace: (Duration, u64),
-    /// The stream as its host's meter sees it.
+    /// Reports this stream to the meter of its host.
     open: OpenStream,
 }
 
@@ -94,7 +97,7 @@ struct OpenStream {
 }
 
 impl OpenStream {
-    /// A request is about to be sent.
+    /// Counts a request that is about to be sent.
     fn new(meter: Arc<HostMeter>) -> Self {
         meter.request();
         Self { meter, began: false }
@@ -133,19 +136,19 @@ impl Transport {
         &self.config
     }
 
-    /// Takes note of a registry before it is asked for the first time.
+    /// Records a registry before the first request to it.
     pub(super) fn meet(&self, endpoint: &Endpoint) {
         if endpoint.is_open() {
             self.schemes.leave_open(endpoint.base());
         }
     }
 
-    /// Whether a registry is spoken to without TLS, as far as that is known.
+    /// Whether a registry is used without TLS, as far as that is known.
     pub(super) fn is_plain(&self, endpoint: &Endpoint) -> bool {
         endpoint.is_plain() || self.schemes.is_plain(endpoint.base())
     }
 
-    /// What is known about every host spoken to.
+    /// Returns the measurements of all hosts.
     pub(super) fn stats(&self) -> Vec<HostStats> {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stats: Vec<HostStats> = hosts.values().map(|meter| meter.snapshot()).collect();
@@ -153,12 +156,13 @@ impl Transport {
         stats
     }
 
-    /// Whether what this host leads to must have a public address, as far as its own is known.
+    /// Whether redirects and token servers of this host must have public addresses, as far as the host's own address
+    /// is known.
     pub(super) fn leads_to_public_only(&self, url: &Url) -> bool {
         !self.config.allow_private_redirects && self.meter(url).is_public()
     }
 
-    /// The measurements of a URL's host.
+    /// Returns the measurements of a URL's host.
     pub(super) fn meter(&self, url: &Url) -> Arc<HostMeter> {
         let host = authority(url);
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -166,9 +170,9 @@ impl Transport {
         Arc::clone(hosts.entry(host.clone()).or_insert_with(make))
     }
 
-    /// Sends a request, follows redirects, and waits at most `wait` for the head of the answer.
+    /// Sends a request, follows redirects, and waits at most `wait` for the head of the response.
     ///
-    /// Cancel safe: nothing is kept but measurements.
+    /// Cancel safe: a dropped call leaves nothing behind but measurements.
     pub(super) async fn send(&self, ask: &Ask, wait: Duration) -> Result<Reply, BlobError> {
         match tokio::time::timeout(wait, self.follow(ask)).await {
             Ok(reply) => reply,
@@ -184,7 +188,7 @@ impl Transport {
         let (mut crossed, mut guarded) = (false, ask.guarded);
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
-            // A form holds credentials and is posted once, to the place it was made for.
+            // A form holds credentials, so the client posts it once, to the URL it was made for.
             let form = ask.form.as_ref().filter(|_| hop == 0);
             let (response, open) = self.exchange(&url, guarded, ask, authorization, form).await?;
             let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
@@ -195,7 +199,7 @@ impl Transport {
                     crossed,
                     hops: hop as u64 + 1,
                     open,
-                    // An operation with a short deadline resumes within it.
+                    // At most half of the timeout, so that an operation with a short timeout can still resume.
                     stall: self.config.stall_timeout.min(self.config.timeout / 2),
                     pace: (Duration::ZERO, 0),
                 });
@@ -256,22 +260,23 @@ impl Reply {
         self.response.headers()
     }
 
-    /// A header as text, if it is there once at least and readable.
+    /// Returns the first value of a header, if there is one and it is text.
     pub(super) fn header(&self, name: reqwest::header::HeaderName) -> Option<&str> {
         self.headers().get(name)?.to_str().ok()
     }
 
-    /// `Content-Length`, if stated.
+    /// Returns `Content-Length`, if stated.
     pub(super) fn length(&self) -> Option<u64> {
         self.header(CONTENT_LENGTH)?.trim().parse().ok()
     }
 
-    /// Host and port it came from.
+    /// Returns the host that the response came from, with its port unless it is the default one.
     pub(super) fn host(&self) -> String {
         authority(&self.url)
     }
 
-    /// The next piece of the body; `None` at its end. A body that stops, or all but stops, is an error.
+    /// Returns the next piece of the body, or `None` at its end. Fails if the body stalls or arrives too slowly to be
+    /// useful.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
         let timeout = |what: &str| BlobError::Timeout {
             what: format!("{} ({what})", authority(&self.url)),
@@ -284,11 +289,12 @@ impl Reply {
         };
         let Some(bytes) = &chunk else { return Ok(None) };
         self.open.bytes(bytes.len() as u64);
-        // Only the time spent waiting counts: how fast the caller takes the bytes is not the server's doing.
+        // Only the time spent waiting counts, because the server does not control how fast the caller takes the
+        // bytes.
         self.pace.0 += start.elapsed();
         self.pace.1 += bytes.len() as u64;
         if self.pace.0 >= self.stall {
-            // All streams share what the link brings.
+            // All streams share the bandwidth of the link.
             let link = self.open.meter.link();
             let least = link.useful_rate() / f64::from(link.streams.max(1));
             if (self.pace.1 as f64) < least * self.pace.0.as_secs_f64() {
@@ -299,7 +305,7 @@ impl Reply {
         Ok(chunk)
     }
 
-    /// The body whole, or `None` if it is longer than `cap`.
+    /// Returns the whole body, or `None` if it is longer than `cap`.
     pub(super) async fn whole(&mut self, cap: usize) -> Result<Option<Bytes>, BlobError> {
         if self.length().is_some_and(|length| length > cap as u64) {
             return Ok(None);
@@ -314,7 +320,7 @@ impl Reply {
         Ok(Some(body.into()))
     }
 
-    /// The start of an error body; what cannot be read is left out.
+    /// Returns the start of an error body, as far as it can be read.
     pub(super) async fn error_body(&mut self) -> Vec<u8> {
         let mut body = Vec::new();
         while body.len() < failure::MAX_ERROR_BODY {
@@ -327,7 +333,7 @@ impl Reply {
             Encoding::Compressed(coding) => {
                 match encoding::decode(coding, body.clone().into(), failure::MAX_ERROR_BODY) {
                     Some(decoded) => decoded.into(),
-                    // It is not compressed, or longer than anybody reads.
+                    // The body is not compressed, or expands beyond the cap.
                     None => body,
                 }
             }
@@ -336,7 +342,7 @@ impl Reply {
     }
 }
 
-/// `host` or `host:port` of a URL.
+/// Returns the host of a URL, with its port unless it is the default one.
 pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     match url.port() {
@@ -364,7 +370,7 @@ fn redirect_target(response: &reqwest::Response, url: &Url) -> Result<Option<Url
     if !matches!(target.scheme(), "http" | "https") || target.host_str().is_none() {
         return Err(broken("to something that is not HTTP"));
     }
-    // Credentials in a URL would be sent as Basic and shown in errors.
+    // The HTTP library would send credentials of a URL as Basic authorization, and errors would show them.
     if target.set_username("").is_err() || target.set_password(None).is_err() {
         return Err(broken("to no URL"));
     }

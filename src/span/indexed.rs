@@ -1,4 +1,4 @@
-//! The spans of a layer that was indexed by a pass over it.
+//! The spans of a layer that a pass has indexed.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use crate::index::{self, IndexError, Room, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::toc::ExtentTable;
 
-/// A span index, and which bytes of the tar it speaks of are content.
+/// A span index, together with the bytes of its tar that are content.
 #[derive(Debug)]
 pub struct IndexedSpans {
     index: SpanIndex,
@@ -18,7 +18,7 @@ pub struct IndexedSpans {
 }
 
 impl IndexedSpans {
-    /// Puts both together. The extents must end within the tar that the index is of.
+    /// Combines a span index and an extent table. The extents must end within the tar of the index.
     pub fn new(index: SpanIndex, extents: ExtentTable) -> Self {
         let size = extents.device_size();
         let mut hasher = blake3::Hasher::new();
@@ -43,17 +43,17 @@ impl IndexedSpans {
         }
     }
 
-    /// The span index.
+    /// Returns the span index.
     pub fn index(&self) -> &SpanIndex {
         &self.index
     }
 
-    /// The extents.
+    /// Returns the extents.
     pub fn extents(&self) -> &ExtentTable {
         &self.extents
     }
 
-    /// Memory that grows with the number of spans and files.
+    /// Returns the bytes of memory that grow with the number of spans and files.
     pub fn memory(&self) -> u64 {
         self.index.bytes_of_spans() + self.extents.bytes().len() as u64 + size_of_val(&*self.heads) as u64
     }

@@ -11,11 +11,11 @@ use super::{Durability, Store, StoreError, read_sealed, touch};
 use crate::os::{clear_way, is_foreign, read_regular};
 use crate::oci::{Algorithm, Digest};
 
-/// A longer file is no document: configs have at most 16 MiB.
+/// Most bytes of a document. A longer file is no document, since configs have at most 16 MiB.
 const LONGEST: u64 = 16 << 20;
 
 impl Store {
-    /// Where a document is kept.
+    /// Returns where a document is kept.
     pub fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         Some(
@@ -25,7 +25,7 @@ impl Store {
         )
     }
 
-    /// A document kept earlier, verified; a damaged one counts as absent and is removed.
+    /// Returns a document that was kept earlier, verified. A damaged document counts as absent and is removed.
     pub fn document(&self, digest: &Digest) -> Result<Option<Bytes>, StoreError> {
         let Some(path) = self.document_path(digest) else {
             return Ok(None);
@@ -42,7 +42,7 @@ impl Store {
         Ok(None)
     }
 
-    /// Digests of all documents.
+    /// Returns the digests of all documents.
     pub fn documents(&self) -> Result<Vec<Digest>, StoreError> {
         let mut digests = Vec::new();
         for algorithm in Algorithm::ALL {
@@ -55,7 +55,7 @@ impl Store {
         Ok(digests)
     }
 
-    /// Keeps a document that was verified against `digest`.
+    /// Keeps a document. The caller has verified it against `digest`.
     pub fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         let path = self.document_path(digest).ok_or(StoreError::Unavailable)?;
         if fs::symlink_metadata(&path).is_ok_and(|found| found.len() == bytes.len() as u64 && found.is_file()) {
@@ -64,7 +64,7 @@ impl Store {
         self.publish(&path, Durability::Lazy, |file| file.write_all(bytes))
     }
 
-    /// Digest of the document that an image's name meant the last time.
+    /// Returns the digest of the document that an image's name meant the last time.
     pub fn root_document(&self, name: &str) -> Option<Digest> {
         let path = self.name_path(name)?;
         match read_sealed(&path) {
@@ -86,7 +86,7 @@ impl Store {
         self.publish_sealed(&path, Durability::Lazy, |file| write!(file, "{digest}"))
     }
 
-    /// Files that say what images' names mean.
+    /// Returns the files that say what images' names mean.
     pub fn root_documents(&self) -> Result<Vec<PathBuf>, StoreError> {
         Ok(self
             .entries("documents/of")?
@@ -95,19 +95,20 @@ impl Store {
             .collect())
     }
 
-    /// How long ago it was last said what an image's name means.
+    /// Returns how long ago the meaning of an image's name was last confirmed.
     pub fn root_document_age(&self, name: &str) -> Option<Duration> {
         let modified = fs::metadata(self.name_path(name)?).ok()?.modified().ok()?;
         modified.elapsed().ok()
     }
 
-    /// A name that means what it meant before was confirmed now.
+    /// Records that the meaning of an image's name was confirmed just now.
     fn touch_root_document(&self, name: &str) {
         let Some(path) = self.name_path(name) else { return };
         touch(&path);
     }
 
-    /// Names have slashes and colons in them, so theirs are hashed.
+    /// Returns where the meaning of a name is kept. The file name is a hash, because names have slashes and colons in
+    /// them.
     fn name_path(&self, name: &str) -> Option<PathBuf> {
         let hash = blake3::hash(name.as_bytes()).to_hex();
         let root = self.root.as_ref()?;

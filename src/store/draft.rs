@@ -1,8 +1,8 @@
 //! Drafts: files that are being written and have no name of their own yet.
 //!
-//! A draft lies in `tmp` and is locked by its writer. One that nobody has locked was left by a writer that died, so it is
-//! deleted whenever a store is opened. A new draft exists for a moment before it is locked; should it be deleted in that
-//! moment, its writer notices and makes another one.
+//! A draft lies in `tmp`, and its writer holds its lock. A draft without a lock was left by a writer that died. Every
+//! process that opens the store deletes such drafts. A new draft exists for a moment before it is locked. If another
+//! process deletes it in that moment, the writer notices and makes another draft.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,16 +14,16 @@ use nix::fcntl::{Flock, FlockArg};
 use super::{Store, StoreError, create_parent, private};
 use crate::os::{clear_way, gone, is_at, is_foreign, on_disk, open_regular};
 
-/// A file in `tmp`. It goes when it is dropped, unless it was published.
+/// A file in `tmp`. Dropping the draft deletes the file, unless it was published.
 #[derive(Debug)]
 pub struct Draft {
-    /// There until it is published.
+    /// The file, until it is published.
     file: Option<Flock<File>>,
     pub(super) path: PathBuf,
 }
 
 impl Draft {
-    /// Makes a draft in `directory`; `owner` says whom it belongs to.
+    /// Makes a draft in `directory`. Its name begins with `owner`, which says what the draft belongs to.
     pub(super) fn create(directory: &Path, owner: &str) -> Result<Self, StoreError> {
         loop {
             let path = directory.join(format!("{owner}.{:016x}", fastrand::u64(..)));
@@ -37,12 +37,12 @@ impl Draft {
         }
     }
 
-    /// The file, to read and write.
+    /// Returns the file, for reading and writing.
     pub fn file(&self) -> &File {
         self.file.as_ref().expect("a draft has its file until it is published")
     }
 
-    /// Gives the file its name, in place of whatever had it.
+    /// Gives the file its name, in place of anything else with that name.
     pub fn publish(mut self, target: &Path) -> io::Result<File> {
         create_parent(target)?;
         if let Err(error) = fs::rename(&self.path, target) {
@@ -58,7 +58,7 @@ impl Draft {
         file.unlock().map_err(|(_, e)| e.into())
     }
 
-    /// Gives the file its name unless another has it already; then that one stays.
+    /// Gives the file its name, unless another file has the name already. Then the other file stays.
     pub fn publish_new(self, target: &Path) -> io::Result<()> {
         create_parent(target)?;
         match fs::hard_link(&self.path, target) {
@@ -83,7 +83,7 @@ pub(super) fn sweep(directory: &Path) {
         let file = match open_regular(File::options().read(true), &path) {
             Ok(file) => file,
             Err(error) => {
-                // No draft has ever been anything else than a file.
+                // A draft is always a file, so ocifs did not make this one.
                 if is_foreign(&error)
                     && let Err(error) = clear_way(&path)
                 {
@@ -92,7 +92,8 @@ pub(super) fn sweep(directory: &Path) {
                 continue;
             }
         };
-        // Held until the file is gone: a writer that has just made it would lock it in between, and find it in its place.
+        // Hold the lock until the file is gone. Otherwise a writer that has just made the draft could lock it in
+        // between, and would find it in its place.
         let Ok(_held) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
             continue;
         };
@@ -102,7 +103,7 @@ pub(super) fn sweep(directory: &Path) {
     }
 }
 
-/// Bytes on disk of the drafts in `directory` that belong to `owner`.
+/// Returns the bytes on disk of the drafts in `directory` that belong to `owner`.
 pub(super) fn usage(directory: &Path, owner: &str) -> u64 {
     let prefix = format!("{owner}.");
     let of_owner = |path: &PathBuf| {
@@ -119,12 +120,12 @@ fn drafts(directory: &Path) -> impl Iterator<Item = PathBuf> {
 }
 
 impl Store {
-    /// A file that is being written and has no name of its own yet.
+    /// Makes a draft: a file that is being written and has no name of its own yet.
     pub fn draft(&self) -> Result<Draft, StoreError> {
         self.draft_of("file")
     }
 
-    /// The same for a file of a layer, so that the layer's usage includes it.
+    /// Makes a draft like [`Store::draft`] for a file of a layer. The usage of the layer includes the draft.
     pub fn layer_draft(&self, layer: &super::LayerDir) -> Result<Draft, StoreError> {
         self.draft_of(&layer.name())
     }
@@ -133,7 +134,7 @@ impl Store {
         Draft::create(&self.writable_root()?.join("tmp"), owner)
     }
 
-    /// Bytes on disk of what is being written for a layer.
+    /// Returns the bytes on disk of the drafts of a layer.
     pub fn drafts_usage(&self, layer: &super::LayerDir) -> u64 {
         self.root().map_or(0, |root| usage(&root.join("tmp"), &layer.name()))
     }
@@ -161,7 +162,7 @@ mod tests {
         let dir = &tempfile::tempdir().unwrap();
         std::thread::scope(|scope| {
             let (goes_on, ends) = std::sync::mpsc::channel::<()>();
-            // It ends when the other side is gone, also by a panic.
+            // The sweeping thread ends when the other side is gone, also after a panic.
             scope.spawn(move || {
                 while ends.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
                     sweep(dir.path());

@@ -15,48 +15,48 @@ pub struct LayerDir {
 }
 
 impl LayerDir {
-    /// The directory.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The name of the directory, which says which layer it is about.
+    /// Returns the name of the directory, which contains the layer's digest.
     pub(super) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Digest of the layer's blob; none if the directory has another name than a layer's.
+    /// Returns the digest of the layer's blob. Returns none if the directory does not have the name of a layer.
     pub fn digest(&self) -> Option<Digest> {
         let name = self.path.file_name()?.to_str()?;
         name.replacen('-', ":", 1).parse().ok()
     }
 
-    /// The span index.
+    /// Returns the path of the span index.
     pub fn spans(&self) -> PathBuf {
         self.path.join("spans")
     }
 
-    /// The table of contents.
+    /// Returns the path of the table of contents.
     pub fn toc(&self) -> PathBuf {
         self.path.join("toc")
     }
 
-    /// The extent table.
+    /// Returns the path of the extent table.
     pub fn extents(&self) -> PathBuf {
         self.path.join("extents")
     }
 
-    /// What the layer's programs need.
+    /// Returns the path of the file that says what the layer's programs need.
     pub fn programs(&self) -> PathBuf {
         self.path.join("programs")
     }
 
-    /// The data device.
+    /// Returns the path of the data device.
     pub fn data(&self) -> PathBuf {
         self.path.join("data")
     }
 
-    /// Opens (and creates) the file whose lock the indexing process holds.
+    /// Opens the file whose lock the indexing process holds. Creates the file if it is missing.
     pub fn lock_file(&self) -> Result<File, StoreError> {
         let path = self.path.join("lock");
         create_directory(&self.path).map_err(|e| StoreError::io("create", &self.path, e))?;
@@ -64,25 +64,25 @@ impl LayerDir {
         opened.map_err(|e| StoreError::io("open", &path, e))
     }
 
-    /// Whether `lock` is (still) the file that [`LayerDir::lock_file`] opens.
+    /// Returns whether `lock` is still the file that [`LayerDir::lock_file`] opens.
     pub fn is_lock_file(&self, lock: &File) -> bool {
         is_at(lock.as_fd(), &self.path.join("lock"))
     }
 
-    /// Removes the span index, without which the layer counts as not indexed.
+    /// Removes the span index. Without it, the layer counts as not indexed.
     pub fn forget(&self) -> Result<(), StoreError> {
         let path = self.spans();
         clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))
     }
 
-    /// Bytes the data device occupies on disk; 0 if there is none.
+    /// Returns the bytes on disk of the data device; 0 if there is none.
     pub fn data_usage(&self) -> u64 {
         fs::metadata(self.data()).map_or(0, |m| on_disk(&m))
     }
 }
 
 impl Store {
-    /// The directory of a layer's files, not created yet.
+    /// Returns the directory of a layer's files. Does not create it.
     pub fn layer(&self, digest: &Digest) -> Option<LayerDir> {
         let root = self.root.as_ref()?;
         let name = format!("{}-{}", digest.algorithm().name(), digest.hex());
@@ -91,11 +91,11 @@ impl Store {
         })
     }
 
-    /// Directories of all layers the store knows.
+    /// Returns the directories of all layers in the store.
     pub fn layers(&self) -> Result<Vec<LayerDir>, StoreError> {
         let entries = self.entries("layers")?;
         let layers = entries.into_iter().map(|entry| LayerDir { path: entry.path() });
-        // What has another name is nothing that was put there.
+        // An entry with any other name does not belong to the store.
         Ok(layers.filter(|layer| layer.digest().is_some()).collect())
     }
 }

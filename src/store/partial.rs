@@ -1,10 +1,12 @@
-//! What is kept of a layer that did not come whole: the first bytes of its blob, compressed as they came.
+//! The first bytes of a blob that did not come whole, compressed as they came.
 //!
-//! The pass over a layer appends what arrives to `layers/ALG-HEX/partial` and deletes the file when the layer is indexed. If the
-//! pass is interrupted, whatever ends it, the next one reads this file first and asks the registry for the rest only. Nothing
-//! vouches for these bytes but the digests that are compared at the end of that pass; if they do not match, the file is deleted.
+//! The pass over a layer appends the bytes that arrive to `layers/ALG-HEX/partial`. It deletes the file when the
+//! layer is indexed. If the pass is interrupted in any way, the next pass reads this file first and requests only the
+//! rest from the registry. These bytes are verified only by the digests that the pass compares at its end. If the
+//! digests do not match, the pass deletes the file.
 //!
-//! The file is locked as long as somebody uses it, so that two processes never write it, and nobody deletes it under a pass.
+//! A process locks the file while it uses the file. Two processes therefore never write it, and no process deletes it
+//! under a pass.
 
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Write as _};
@@ -31,15 +33,15 @@ pub struct Partial {
 
 #[derive(Debug)]
 struct State {
-    /// There as soon as there is something to keep.
+    /// The file, as soon as there are bytes to keep.
     file: Option<Flock<File>>,
     len: u64,
-    /// Nothing more is kept.
+    /// Whether no more bytes are kept.
     closed: bool,
 }
 
 impl Partial {
-    /// What is kept of a layer whose blob has `size` bytes; nothing if somebody else uses it.
+    /// Opens the bytes that are kept of a layer whose blob has `size` bytes. Returns none if the bytes are in use.
     pub fn open(dir: &LayerDir, size: u64) -> Result<Option<Self>, StoreError> {
         let path = dir.partial();
         let file = match open_regular(File::options().read(true).append(true), &path) {
@@ -61,7 +63,7 @@ impl Partial {
             .map_err(|e| StoreError::io("read", &path, e))?
             .map_or(0, |m| m.len());
         if len > size {
-            // Of another blob, or damaged.
+            // The bytes are of another blob, or damaged.
             gone(fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))?;
             (file, len) = (None, 0);
         }
@@ -77,12 +79,12 @@ impl Partial {
         }))
     }
 
-    /// Bytes that were there when the pass began.
+    /// Returns the number of bytes that were there when the pass began.
     pub fn start(&self) -> u64 {
         self.start
     }
 
-    /// Reads `len` of those bytes.
+    /// Reads `len` of the kept bytes from `offset` on.
     pub fn read(&self, offset: u64, len: usize) -> io::Result<Bytes> {
         let file = {
             let state = self.state.lock().expect("no panic while locked");
@@ -94,7 +96,8 @@ impl Partial {
         Ok(bytes.into())
     }
 
-    /// Appends bytes that begin at `offset` of the blob. Says whether more may follow: not after an error, which the log has.
+    /// Appends bytes that begin at `offset` of the blob. Returns whether more may follow. After an error, which is
+    /// logged, no more bytes may follow.
     pub fn append(&self, offset: u64, pieces: &[Bytes]) -> bool {
         let mut state = self.state.lock().expect("no panic while locked");
         if state.closed {
@@ -107,14 +110,14 @@ impl Partial {
         !state.closed
     }
 
-    /// Deletes the bytes that are kept, and keeps none from now on. Returns whether there were any.
+    /// Deletes the kept bytes, and keeps no others from then on. Returns whether there were any and they are gone.
     pub fn discard(&self) -> bool {
         let mut state = self.state.lock().expect("no panic while locked");
         state.closed = true;
         let Some(file) = state.file.take() else {
             return false;
         };
-        // Where the file has to stay, it is empty.
+        // If the file cannot be removed, empty it.
         let discarded = gone(fs::remove_file(&self.path)).or_else(|_| file.set_len(0));
         if let Err(error) = &discarded {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove what was kept of a layer");
@@ -151,30 +154,30 @@ impl State {
     }
 }
 
-/// The lock of a file that is still at `path`, unless somebody else has it.
+/// Locks a file that is still at `path`. Returns none if the file has gone or is in use.
 fn lock(file: File, path: &Path) -> Option<Flock<File>> {
     let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()?;
     is_at(locked.as_fd(), path).then_some(locked)
 }
 
 impl LayerDir {
-    /// The first bytes of a blob that did not come whole.
+    /// Returns the path of the first bytes of a blob that did not come whole.
     pub fn partial(&self) -> PathBuf {
         self.path().join("partial")
     }
 
-    /// Bytes on disk that are kept of a blob that did not come whole.
+    /// Returns the bytes on disk of the first bytes of a blob that did not come whole.
     pub fn partial_usage(&self) -> u64 {
         fs::metadata(self.partial()).map_or(0, |m| on_disk(&m))
     }
 
-    /// When the last of them came, in seconds since 1970; nothing if there are none.
+    /// Returns when the last of the kept bytes came, in seconds since 1970. Returns none if no bytes are kept.
     pub fn partial_used(&self) -> Option<u64> {
         let modified = fs::metadata(self.partial()).and_then(|m| m.modified()).ok()?;
         Some(SystemTime::duration_since(&modified, UNIX_EPOCH).map_or(0, |d| d.as_secs()))
     }
 
-    /// Deletes them unless somebody uses them; whether they are gone.
+    /// Deletes the kept bytes, unless they are in use. Returns whether they are gone.
     pub fn remove_partial(&self) -> Result<bool, StoreError> {
         let path = self.partial();
         let file = match open_regular(File::options().read(true), &path) {
@@ -223,7 +226,7 @@ mod tests {
         let partial = Partial::open(&layer, 10).unwrap().unwrap();
         assert_eq!(partial.start(), 6);
         assert_eq!(partial.read(1, 4).unwrap(), &b"bcde"[..]);
-        // Bytes of another place are not kept.
+        // Bytes of another place in the blob are not kept.
         assert!(!partial.append(7, &pieces(&[b"h"])) && !partial.append(6, &pieces(&[b"g"])));
         assert!(partial.discard() && !partial.discard());
         assert!(!layer.partial().exists() && layer.remove_partial().unwrap());

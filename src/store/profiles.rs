@@ -1,4 +1,4 @@
-//! Where profiles of starts are kept, and which of them a repository has.
+//! Where profiles of starts are kept, and which profiles a repository has.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,13 @@ use super::{Durability, Store, StoreError};
 use crate::oci::Digest;
 
 impl Store {
-    /// Where the profile of an image's program is kept.
+    /// Returns where the profile of an image's program is kept.
     pub fn profile(&self, manifest: &Digest, label: &str) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         Some(root.join("profiles").join(profile_name(manifest, label)))
     }
 
-    /// Labels of the profiles of an image.
+    /// Returns the labels of the profiles of an image.
     pub fn profile_labels(&self, manifest: &Digest) -> Result<Vec<String>, StoreError> {
         let prefix = profile_name(manifest, "");
         let labels = self.entries("profiles")?.into_iter().filter_map(|entry| {
@@ -30,11 +30,12 @@ impl Store {
     pub fn mark_profile(&self, repository: &str, manifest: &Digest, label: &str) -> Result<(), StoreError> {
         let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
         let mark = repository_dir(root, repository).join(profile_name(manifest, label));
-        // A new file each time: its time is that of the profile.
+        // Make a new file each time, so that its time of modification is that of the profile.
         self.publish(&mark, Durability::Lazy, |_| Ok(()))
     }
 
-    /// Manifests of a repository of which there may be a profile with this label, newest first, at most `most` of them.
+    /// Returns the manifests of a repository that may have a profile with this label. The newest come first; `most`
+    /// bounds their number.
     pub fn profiles_of(&self, repository: &str, label: &str, most: usize) -> Vec<Digest> {
         let Some(root) = &self.root else { return Vec::new() };
         let Ok(entries) = fs::read_dir(repository_dir(root, repository)) else {
@@ -55,12 +56,13 @@ impl Store {
     }
 }
 
-/// File name of the profile of an image's program, or of the mark of one.
+/// Returns the file name of the profile of an image's program, or of the mark for such a profile.
 fn profile_name(manifest: &Digest, label: &str) -> String {
     format!("{}-{}.{label}", manifest.algorithm().name(), manifest.hex())
 }
 
-/// Marks of the profiles of a repository. Repositories have slashes in their names, so theirs is hashed.
+/// Returns the directory with the marks for the profiles of a repository. Its name is a hash, because repositories
+/// have slashes in their names.
 fn repository_dir(root: &Path, repository: &str) -> PathBuf {
     let hash = blake3::hash(repository.as_bytes()).to_hex();
     root.join("profiles").join("of").join(&hash[..32])

@@ -5,11 +5,11 @@
 //! n .. n + 8    magic "ocifsSEA"
 //! n + 8 .. end  BLAKE3 of the file's place in the store, a zero byte, and the content
 //! ```
-//! The place is the name of the file and of its directory, such as `trees/sha256-HEX.erofs`. It is part of the hash, so that a
-//! file which was copied or moved to another layer's or image's place is found as well.
+//! The place is the name of the file and of its directory, such as `trees/sha256-HEX.erofs`. The hash covers the
+//! place. A reader therefore also notices a file that was copied or moved to the place of another layer or image.
 //!
-//! A sealed file is read into memory, not mapped: what was checked stays as it was, whatever happens to the file afterwards,
-//! and a file that is cut short below a mapping cannot kill the process.
+//! A sealed file is read into memory and not mapped. The checked bytes stay as they are, even if the file changes
+//! later. A file that is cut short cannot kill the process, as it could below a mapping.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -22,12 +22,14 @@ use crate::os::{is_foreign, open_regular};
 const MAGIC: &[u8; 8] = b"ocifsSEA";
 const HASH: usize = 32;
 const TRAILER: usize = MAGIC.len() + HASH;
-/// A longer file is not read. The tree of ten million files is about half as long.
+/// Most bytes of a sealed file that is read. The tree of ten million files is about half as long. A larger bound lets
+/// a damaged file take more memory; a smaller one refuses larger trees.
 const LONGEST: u64 = 4 << 30;
-/// Bytes that are read and hashed at a time.
+/// Bytes that are read and hashed at a time. A larger piece does not fit into the processor's cache; a smaller one
+/// costs more system calls.
 const PIECE: u64 = 256 << 10;
 
-/// What a file at `path` hashes before its content.
+/// Returns a hasher that has hashed the place of a file at `path`.
 fn hasher(path: &Path) -> blake3::Hasher {
     let mut hasher = blake3::Hasher::new();
     let directory = path.parent().and_then(Path::file_name).unwrap_or_default();
@@ -39,7 +41,7 @@ fn hasher(path: &Path) -> blake3::Hasher {
     hasher
 }
 
-/// Passes content on while hashing it.
+/// Writes content and hashes it at the same time.
 pub(super) struct SealingWriter<'a, W> {
     out: &'a mut W,
     hasher: blake3::Hasher,
@@ -73,8 +75,8 @@ impl<W: Write> Write for SealingWriter<'_, W> {
     }
 }
 
-/// The content of the sealed file at `path`; none if there is no file. A file that is damaged, or is not sealed, is
-/// [`StoreError::Damaged`].
+/// Returns the content of the sealed file at `path`. Returns none if there is no file. Fails with
+/// [`StoreError::Damaged`] if the file is damaged or not sealed.
 pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     let damaged = |reason| StoreError::Damaged {
         path: path.to_owned(),
@@ -91,7 +93,7 @@ pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     if length > LONGEST {
         return Err(damaged("it is longer than any such file"));
     }
-    // A file of holes is as long as somebody says: the end has to be one before the rest is read.
+    // A sparse file can have any length. Check its end before the rest is read.
     let mut end = [0; MAGIC.len()];
     let Some(end_at) = length.checked_sub(TRAILER as u64) else {
         return Err(damaged("it is cut short"));

@@ -14,15 +14,16 @@ pub struct StoredTree {
     pub path: PathBuf,
     /// Bytes on disk.
     pub bytes: u64,
-    /// When a mount opened it last.
+    /// When a mount last used the file.
     pub last_used: SystemTime,
 }
 
 impl Store {
-    /// The merged trees, with what each takes on disk and when it was last used.
+    /// Returns the files in `trees`, with the bytes on disk and the last use of each. These are merged trees, and
+    /// files that say what programs need.
     pub fn trees(&self) -> Result<Vec<StoredTree>, StoreError> {
         let trees = self.entries("trees")?.into_iter().filter_map(|entry| {
-            // One that went in the meantime takes nothing.
+            // A file that was deleted in the meantime takes no bytes.
             let metadata = entry.metadata().ok()?;
             Some(StoredTree {
                 path: entry.path(),
@@ -33,19 +34,19 @@ impl Store {
         Ok(trees.collect())
     }
 
-    /// Takes note that a tree was used; a hint for eviction.
+    /// Records that a tree was used. The record is a hint for eviction.
     pub fn touch_tree(&self, path: &Path) {
         touch(path);
     }
 
-    /// Where the merged tree of the image with this manifest is kept.
+    /// Returns where the merged tree of the image with this manifest is kept.
     pub fn tree_path(&self, manifest: &Digest) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         let name = format!("{}-{}.erofs", manifest.algorithm().name(), manifest.hex());
         Some(root.join("trees").join(name))
     }
 
-    /// Where is kept what the programs of an image need.
+    /// Returns where the file is kept that says what the programs of an image need.
     pub fn programs_path(&self, manifest: &Digest) -> Option<PathBuf> {
         Some(self.tree_path(manifest)?.with_extension("programs"))
     }

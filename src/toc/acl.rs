@@ -1,20 +1,20 @@
-//! POSIX access control lists, as extended attributes carry them (kernel: include/uapi/linux/posix_acl_xattr.h).
+//! POSIX access control lists as extended attributes carry them (kernel: include/uapi/linux/posix_acl_xattr.h).
 //!
 //! ```text
 //! version u32 = 2, then entries {tag u16, permissions u16, id u32}, all little-endian
 //! ```
-//! Only a list that setxattr(2) takes is kept, in the form in which the kernel gives it back: any other would make its file
-//! unusable, because the kernel fails what it cannot check.
+//! The parser keeps only lists that setxattr(2) accepts, in the form in which the kernel returns them. With any other
+//! list the file would be unusable, because the kernel denies access when it cannot parse the list.
 
-/// Name of the list that decides who may use a file.
+/// Name of the attribute with the list that controls access to a file.
 pub(super) const ACCESS: &[u8] = b"system.posix_acl_access";
-/// Name of the list that new entries of a directory get.
+/// Name of the attribute with the list that new entries of a directory inherit.
 pub(super) const DEFAULT: &[u8] = b"system.posix_acl_default";
 
 const VERSION: [u8; 4] = 2u32.to_le_bytes();
 const HEADER: usize = 4;
 const ENTRY: usize = 8;
-/// Longest list: FUSE reads it into one page, and common file systems have one block for it.
+/// Longest list in bytes. FUSE reads a list into one page, and common file systems have one block for it.
 const MAX: usize = 4096;
 
 const USER_OBJ: u16 = 0x01;
@@ -23,7 +23,7 @@ const GROUP_OBJ: u16 = 0x04;
 const GROUP: u16 = 0x08;
 const MASK: u16 = 0x10;
 const OTHER: u16 = 0x20;
-/// What stands for the id in entries that name nobody.
+/// The id in entries that name no user or group.
 const NOBODY: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,12 +33,12 @@ struct Entry {
     id: u32,
 }
 
-/// A list that the kernel accepts.
+/// An access control list that the kernel accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Acl(Vec<Entry>);
 
 impl Acl {
-    /// Reads a list; none if it is empty. The error says what is wrong with it.
+    /// Parses the value of an attribute; `None` if the list is empty. The error says what is wrong with the list.
     pub fn parse(value: &[u8]) -> Result<Option<Self>, &'static str> {
         if value.len() > MAX {
             return Err("it has more than 4096 bytes");
@@ -70,7 +70,7 @@ impl Acl {
         }
     }
 
-    /// The list as the kernel gives it back.
+    /// Returns the list as the kernel returns it.
     pub fn encode(&self) -> Box<[u8]> {
         let mut value = Vec::with_capacity(HEADER + ENTRY * self.0.len());
         value.extend_from_slice(&VERSION);
@@ -82,18 +82,18 @@ impl Acl {
         value.into()
     }
 
-    /// Whether mode bits say as much.
+    /// Whether the list says no more than the mode bits say.
     pub fn is_minimal(&self) -> bool {
         self.0.len() == 3
     }
 
-    /// The permission bits a file with this list has.
+    /// Returns the permission bits of a file with this list.
     pub fn mode(&self) -> u16 {
         let group = self.find(MASK).or(self.find(GROUP_OBJ)).unwrap_or(0);
         self.find(USER_OBJ).unwrap_or(0) << 6 | group << 3 | self.find(OTHER).unwrap_or(0)
     }
 
-    /// Does to the list what chmod(2) does.
+    /// Changes the list as chmod(2) would.
     pub fn chmod(&mut self, mode: u16) {
         let class = if self.find(MASK).is_some() { MASK } else { GROUP_OBJ };
         for entry in &mut self.0 {
@@ -113,7 +113,7 @@ impl Acl {
 }
 
 impl Entry {
-    /// From exactly [`ENTRY`] bytes.
+    /// Decodes an entry from exactly [`ENTRY`] bytes.
     fn decode(bytes: &[u8]) -> Self {
         Self {
             tag: u16::from_le_bytes([bytes[0], bytes[1]]),
@@ -123,8 +123,8 @@ impl Entry {
     }
 }
 
-/// Whether the entries are the owner's, those of named users, the group's, those of named groups, a mask (which named ones need),
-/// everybody else's (kernel: `posix_acl_valid`).
+/// Whether the entries are complete and in the kernel's order (`posix_acl_valid`): owner, named users, group, named
+/// groups, mask, others. The mask is required if a user or group is named.
 fn is_ordered(list: &[Entry]) -> bool {
     let tags: Vec<u16> = list.iter().map(|entry| entry.tag).collect();
     let Some(rest) = tags.strip_prefix(&[USER_OBJ]) else {
@@ -169,7 +169,8 @@ mod tests {
             (acl.encode().to_vec(), acl.mode(), acl.is_minimal()),
             (full, 0o641, false)
         );
-        // Ids where none belongs are forgotten, order and repetition of names do not matter.
+        // The parser clears the id of an entry that must not have one. Order and repetition of named users do not
+        // matter.
         let odd = list(&[
             (1, 7, 5),
             (2, 1, 9),

@@ -1,4 +1,4 @@
-//! Extended attributes that many files have in common, each kept once.
+//! Extended attributes of many files, each different attribute stored once.
 
 use std::hash::BuildHasher as _;
 
@@ -7,14 +7,15 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 /// Name and value of an extended attribute.
 pub type Attribute = (Box<[u8]>, Box<[u8]>);
 
-/// Number of an attribute among those of one [`Attributes`].
+/// Number of an attribute within one [`Attributes`].
 pub type AttributeId = u32;
 
-/// What an attribute takes beside its bytes: its place among them, and in the hash table.
+/// Memory in bytes that an attribute takes in addition to its own bytes: its [`Place`] and its entry in the hash
+/// table.
 const OVERHEAD: usize = size_of::<Place>() + 16;
 
-/// Different attributes, numbered from 0 in the order in which they came. Their bytes stand back to back in one string, so that
-/// they go back to the system when they are dropped.
+/// Different attributes, numbered from 0 in the order in which they were added. All names and values lie back to back
+/// in one buffer, so the allocator returns the memory to the system when the value is dropped.
 #[derive(Debug, Default)]
 pub struct Attributes {
     text: Vec<u8>,
@@ -41,14 +42,15 @@ impl Place {
 }
 
 impl Attributes {
-    /// The number of an attribute, and whether it is a new one.
+    /// Returns the number of an attribute, and whether it is new.
     pub fn intern(&mut self, name: &[u8], value: &[u8]) -> (AttributeId, bool) {
         let hash = self.hasher.hash_one((name, value));
         let same = |id: &AttributeId| self.get(*id) == (name, value);
         if let Some(id) = self.index.find(hash, same) {
             return (*id, false);
         }
-        // Each takes memory, so there are fewer than 32 bits number; and a tar has no longer ones.
+        // Every attribute takes memory, so there are fewer than 2^32. Names and values from a tar are shorter than
+        // 2^32 bytes.
         let id = self.places.len() as AttributeId;
         self.places.push(Place {
             start: self.text.len(),
@@ -67,7 +69,8 @@ impl Attributes {
         self.index.insert_unique(hash(&id), id, hash);
     }
 
-    /// Keeps only those that `used` says, which has a value for each; the new numbers.
+    /// Keeps only the attributes that `used` marks; `used` has one value for each attribute. Returns the new number
+    /// of each kept attribute, by its old number.
     pub fn retain(&mut self, used: &[bool]) -> Vec<AttributeId> {
         let mut numbers = Vec::with_capacity(used.len());
         let mut next = 0;
@@ -78,7 +81,7 @@ impl Attributes {
         let Self { text, places, .. } = self;
         let mut used = used.iter();
         let mut end = 0;
-        // The bytes stand in the order of numbers, so they only move towards the front.
+        // The bytes lie in the order of the numbers, so they only move towards the front.
         places.retain_mut(|place| {
             if !used.next().copied().unwrap_or(false) {
                 return false;
@@ -97,7 +100,7 @@ impl Attributes {
         numbers
     }
 
-    /// Name and value.
+    /// Returns name and value of an attribute.
     ///
     /// # Panics
     /// If no attribute has this number.
@@ -105,17 +108,17 @@ impl Attributes {
         self.places[id as usize].of(&self.text)
     }
 
-    /// How many there are.
+    /// Returns the number of attributes.
     pub fn len(&self) -> usize {
         self.places.len()
     }
 
-    /// Whether there is none.
+    /// Whether there are no attributes.
     pub fn is_empty(&self) -> bool {
         self.places.is_empty()
     }
 
-    /// Memory they take, roughly.
+    /// Returns roughly how many bytes of memory the attributes take.
     pub fn bytes(&self) -> usize {
         self.text.len() + self.places.len() * OVERHEAD
     }

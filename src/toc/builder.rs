@@ -1,6 +1,8 @@
-//! Makes entries of what a tar's headers say: names, whiteouts, the attribute filter, device addresses, limits, warnings.
+//! Makes table entries from what a tar's headers say: names, whiteouts, attribute filter, device addresses, limits,
+//! warnings.
 //!
-//! Nothing here knows blocks, so that other descriptions of a layer can be turned into the same [`Toc`].
+//! The builder knows nothing about tar blocks. Other descriptions of a layer could use it to make the same
+//! [`Toc`](super::Toc).
 
 use std::ops::Range;
 
@@ -11,38 +13,39 @@ use super::sparse::{self, Fragment, Placed};
 use super::{DEVICE_BLOCK, DataLayout, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs};
 use crate::memory::Charge;
 
-/// Warnings kept in full; the others are only counted.
+/// Most warnings that the builder keeps in full; it only counts the others.
 const MAX_WARNINGS: usize = 32;
 
-/// `linkpath` of a symbolic link: `PATH_MAX` less the NUL, what the kernel accepts.
+/// Longest target of a symbolic link in bytes: `PATH_MAX` without the NUL, the longest that the kernel accepts.
 pub(super) const SYMLINK_MAX: usize = 4095;
 
-/// What all kinds of entries have.
+/// What entries of every kind have.
 #[derive(Debug)]
 pub(super) struct Item {
-    /// Offset of the header, for messages.
+    /// Tar offset of the header, for messages.
     pub offset: u64,
-    /// As in the tar.
+    /// Name as the tar has it.
     pub name: Vec<u8>,
     pub meta: Metadata,
-    /// Filtered.
+    /// Extended attributes that the filter keeps.
     pub xattrs: Xattrs,
 }
 
 /// The content of a regular file.
 #[derive(Debug)]
 pub(super) struct Content {
-    /// Offset in the tar.
+    /// Offset of the first byte in the tar.
     pub tar: u64,
-    /// Bytes in the tar.
+    /// Bytes that the tar stores.
     pub stored: u64,
-    /// Logical size.
+    /// Logical size in bytes, holes included.
     pub size: u64,
-    /// Pieces, of a sparse file.
+    /// Fragments of a sparse file; `None` for other files.
     pub map: Option<Vec<Fragment>>,
 }
 
-/// The table being made: entries are packed as they come, so that only what is looked at again takes room.
+/// The table under construction. The builder packs each entry at once, so an entry takes little memory. Extents stay
+/// unpacked, because the reader looks at them again.
 #[derive(Debug)]
 pub(super) struct Builder {
     limits: Limits,
@@ -51,7 +54,7 @@ pub(super) struct Builder {
     device_size: u64,
     warnings: Vec<String>,
     charge: Charge,
-    /// Pieces and chunks of sparse files, which count as entries.
+    /// Fragments and chunks of sparse files, which count towards the limit of entries.
     pieces: usize,
     suppressed: usize,
 }
@@ -90,7 +93,7 @@ impl Builder {
         self.add(item, EntryKind::Directory)
     }
 
-    /// Any kind that is neither a directory nor has content or a target.
+    /// Adds an entry that is no directory and has neither content nor a target.
     pub fn special(&mut self, item: Item, kind: EntryKind) -> Result<(), TocError> {
         self.add(item, kind)
     }
@@ -108,7 +111,7 @@ impl Builder {
                 value: shown(target),
             });
         }
-        // lstat(2) of any symbolic link; tars have all sorts of things there.
+        // lstat(2) shows this mode for every symbolic link. Tars have various modes there.
         item.meta.mode = 0o777;
         self.add(item, EntryKind::Symlink(target.into()))
     }
@@ -150,7 +153,8 @@ impl Builder {
         }
     }
 
-    /// Adds a regular file; the extents that its stored bytes fill, an empty range if they are to be skipped.
+    /// Adds a regular file. Returns the range of extents that the stored bytes fill; the range is empty if the reader
+    /// has to skip the bytes.
     pub fn regular(&mut self, item: Item, content: Content) -> Result<Range<usize>, TocError> {
         let first = self.extents.len();
         let path = canonical_name(&item)?;
@@ -223,7 +227,7 @@ impl Builder {
         Ok(sparse::place_flat(size, tar, device))
     }
 
-    /// Checks that there is memory for the map of a sparse file, of so many pieces, and for what is made of it.
+    /// Charges for a sparse map of `pieces` fragments, and for the extents and chunks that the builder makes from it.
     pub fn check_map(&mut self, pieces: usize, name: &[u8]) -> Result<(), TocError> {
         let bytes = pieces * (size_of::<Fragment>() + size_of::<Extent>() + size_of::<(u32, u64)>());
         self.cover(bytes, name)
@@ -234,7 +238,7 @@ impl Builder {
         self.check_count(&item.name)
     }
 
-    /// Checks the limits after something was added for the entry called `name`.
+    /// Checks the limits after an addition for the entry called `name`.
     fn check_count(&mut self, name: &[u8]) -> Result<(), TocError> {
         let limit = self.limits.entries;
         if self.packer.len() + self.pieces > limit {
@@ -246,7 +250,7 @@ impl Builder {
         self.cover(0, name)
     }
 
-    /// Takes the memory of all that was added, and `more`.
+    /// Charges for everything that was added, and for `more` bytes.
     fn cover(&mut self, more: usize, name: &[u8]) -> Result<(), TocError> {
         let extents = self.extents.len() * size_of::<Extent>();
         let bytes = (self.packer.bytes() + extents + more) as u64;
@@ -261,7 +265,7 @@ impl Builder {
         self.check_count(&entry.path)
     }
 
-    /// An entry whose name alone says what it is.
+    /// Adds a whiteout or opaque marker: an entry whose kind follows from its name alone.
     fn mark(&mut self, item: &Item, place: Place<'_>) -> Result<(), TocError> {
         let (path, kind) = match place {
             Place::Whiteout(path) => (path, EntryKind::Whiteout),

@@ -1,4 +1,4 @@
-//! The table of contents as a file.
+//! The table of contents in packed form, in memory and as a file.
 //!
 //! ```text
 //!  0  magic "ocifsTOC"
@@ -6,28 +6,31 @@
 //! 12  number of entries u32, of extents u32, of warnings u32
 //! 24  device size u64
 //! 32  length of the body u64
-//! 40  body, one zstd frame, and zeros where it would be shorter than 1/64 of what it holds
-//!     BLAKE3 of all before, 32 bytes
+//! 40  body: one zstd frame, then zeros until the body has at least 1/64 of the unpacked length
+//!     BLAKE3 of all bytes before, 32 bytes
 //!
 //! body    = entry* extent* warning*
-//! entry   = kind u8, shared, bytes (path: `shared` bytes of the path before, then these),
+//! entry   = kind u8, shared, bytes (path: the first `shared` bytes of the previous path, then these bytes),
 //!           mode, uid, gid, signed (mtime), nanoseconds, number of xattrs, xattr*, then by kind:
-//!           0 directory, 7 fifo, 8 whiteout, 9 opaque: nothing        3 symlink, 4 hardlink: bytes
+//!           0 directory, 7 fifo, 8 whiteout, 9 opaque: nothing        3 symlink, 4 hard link: bytes (target)
 //!           5 character device, 6 block device: major, minor
-//!           1 regular, 10 hidden:  size, and unless that is 0: signed (device offset, from where the file before ends)
+//!           1 regular, 10 hidden:  size, and unless it is 0: signed (device offset, from the end of the previous file)
 //!           2 regular, 11 hidden, in chunks:  size, chunk bits u8, number of chunks,
-//!                        (chunks left out, signed (device offset, from where the chunk before ends))*
-//! xattr   = 0, bytes (name), bytes (value): it gets the next number, from 1 on; or the number of one that came before
-//! extent  = tar offset from the end of the extent before, device offset likewise, length
+//!                        (chunks left out, signed (device offset, from the end of the previous chunk))*
+//! xattr   = 0, bytes (name), bytes (value): a new attribute, which gets the next number, from 1 on;
+//!           or the number of an earlier attribute
+//! extent  = tar offset from the end of the previous extent, device offset likewise, length
 //! warning = bytes
 //! bytes   = length, that many bytes
 //! ```
-//! The numbers of the head are little-endian; those of the body are LEB128, `signed` ones in zigzag. What is usual takes one byte:
-//! a file's device offset is where the one before ended.
+//! The numbers of the head are little-endian. The numbers of the body are LEB128, and `signed` numbers are zigzag
+//! encoded. The usual case takes one byte: a file begins in the device where the previous file ended.
 //!
-//! Decoding believes nothing: it reads as a stream, allocates what it has read, and checks every invariant of
-//! [`Toc`](super::Toc), because a table may come from a registry. The zeros (no real layer needs any) let it refuse whatever unfolds to more than 64 times its
-//! size, so that a few bytes cannot become gigabytes of entries.
+//! A table may come from a registry, so the decoder trusts nothing. The decoder reads the body as a stream, so its
+//! memory grows with what it has read, not with what the head claims. The decoder checks every invariant of
+//! [`Toc`](super::Toc). The decoder refuses a body that unpacks to more than 64 times its length, so that a few bytes
+//! cannot become gigabytes of entries. The zeros at the end of the body keep a table that compresses very well within
+//! this ratio; tables of real layers need none.
 
 use std::io::{self, Write};
 
@@ -44,10 +47,10 @@ const VERSION: u32 = 3;
 const HEAD: usize = 40;
 const HASH: usize = 32;
 const WHAT: &str = "table of contents";
-/// Most that a byte of the body may unfold to; tables of real layers stay below 10.
+/// Most bytes that one byte of the body may unpack to. Tables of real layers stay below 10.
 const RATIO_MAX: u64 = 64;
 
-/// A layer's table of contents as bytes: what [`super::Toc`] has as values, in a twentieth of the memory.
+/// A layer's table of contents as bytes: a [`super::Toc`] in a twentieth of the memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PackedToc {
     head: [u8; HEAD],
@@ -64,27 +67,27 @@ impl std::fmt::Debug for PackedToc {
 }
 
 impl PackedToc {
-    /// Number of entries.
+    /// Returns the number of entries.
     pub fn len(&self) -> usize {
         self.count(12) as usize
     }
 
-    /// Whether there are none.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Length of the data device in bytes, a multiple of [`DEVICE_BLOCK`].
+    /// Returns the length of the data device in bytes, a multiple of [`DEVICE_BLOCK`].
     pub fn device_size(&self) -> u64 {
         u64::from(self.count(24)) | u64::from(self.count(28)) << 32
     }
 
-    /// Memory it takes.
+    /// Returns the memory that the table takes, in bytes.
     pub fn bytes(&self) -> usize {
         HEAD + self.body.len()
     }
 
-    /// Writes the table as [`PackedToc::open`] reads it.
+    /// Writes the table in the form that [`PackedToc::open`] reads.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let hash = blake3::Hasher::new().update(&self.head).update(&self.body).finalize();
         out.write_all(&self.head)?;
@@ -116,7 +119,7 @@ mod tag {
     pub const HIDDEN_CHUNKED: u8 = 11;
 }
 
-/// Where the next device offset is expected, after a file or chunk.
+/// Returns the expected device offset of the next file or chunk, after one of `size` bytes at `device`.
 fn after(device: u64, size: u64) -> u64 {
     device.wrapping_add(size.checked_next_multiple_of(DEVICE_BLOCK).unwrap_or(size))
 }
@@ -206,7 +209,7 @@ mod tests {
 
     #[test]
     fn bombs_are_small() {
-        // Every nine zeros are an entry, and they compress to nothing.
+        // Nine zeros encode an entry, and zeros compress to almost nothing.
         let mut bomb = compressed(&[0; 9 * 100_000]);
         assert!(unpack(&bomb, [100_000, 0, 0], 0).is_err());
         assert!(unpack(&bomb, [10_000_001, 0, 0], 0).is_err());

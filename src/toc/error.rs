@@ -1,15 +1,15 @@
-//! What can be wrong with a tar or with a stored table of contents.
+//! Errors of reading a tar or a stored table of contents.
 
 use crate::memory::OverLimit;
 
-/// Why a tar or a stored table of contents cannot be used. Trying again with the same bytes never helps.
+/// Why a tar or a stored table of contents cannot be used. A retry with the same bytes never helps.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TocError {
     /// The first block is no tar header.
     #[error("not a tar: it begins with {seen}")]
     NotTar {
-        /// The first bytes, and what they look like.
+        /// The first bytes, and the format that they look like.
         seen: String,
     },
     /// A later block that must be a header has no valid checksum.
@@ -17,10 +17,10 @@ pub enum TocError {
     BadHeader {
         /// Offset of the block in the tar.
         offset: u64,
-        /// The entry before it.
+        /// Name of the previous entry.
         after: String,
     },
-    /// A header field or pax record that does not parse or is out of range.
+    /// A header field or pax record that does not parse, or whose value is out of range.
     #[error("tar entry {entry} (header at offset {offset}) has an unusable {field}: {value}")]
     BadField {
         /// Name of the entry.
@@ -29,7 +29,7 @@ pub enum TocError {
         offset: u64,
         /// Header field or pax keyword.
         field: &'static str,
-        /// What stands there.
+        /// The bytes of the field or record.
         value: String,
     },
     /// A pax header that does not consist of records.
@@ -37,7 +37,7 @@ pub enum TocError {
     BadPax {
         /// Offset of the header block.
         offset: u64,
-        /// What is wrong.
+        /// What is wrong with the header.
         reason: &'static str,
     },
     /// A name, or the target of a hard link, that no file system could hold.
@@ -47,31 +47,31 @@ pub enum TocError {
         entry: String,
         /// Offset of its header block.
         offset: u64,
-        /// The name or the link target.
+        /// Whether the name or the link target is bad.
         what: &'static str,
         /// What is wrong with it.
         problem: NameProblem,
     },
-    /// The map of a sparse file contradicts itself or the data.
+    /// A sparse file whose map contradicts itself or the data.
     #[error("sparse tar entry {entry} (header at offset {offset}) has a bad map: {reason}")]
     BadSparse {
         /// Name of the entry.
         entry: String,
         /// Offset of its header block.
         offset: u64,
-        /// What is wrong.
+        /// What is wrong with the map.
         reason: &'static str,
     },
-    /// A pax header or GNU long name that is larger than any real one.
+    /// A pax header or GNU long name that is longer than [`Limits::payload`](super::Limits::payload).
     #[error("the {what} at tar offset {offset} has {size} bytes, more than the {limit} that are accepted")]
     HeaderTooLarge {
         /// Kind of header.
         what: &'static str,
-        /// Offset of its block.
+        /// Offset of the header block.
         offset: u64,
         /// Declared length.
         size: u64,
-        /// The limit.
+        /// The limit in bytes.
         limit: u64,
     },
     /// A file that does not fit in the layer's data device.
@@ -79,23 +79,23 @@ pub enum TocError {
     TooLarge {
         /// Name of the entry.
         entry: String,
-        /// Its logical size.
+        /// Logical size of the file in bytes.
         size: u64,
-        /// The limit for the whole layer.
+        /// The limit for the whole layer in bytes.
         limit: u64,
     },
-    /// More entries, or pieces of sparse files, than the limit.
+    /// More entries and pieces of sparse files than the limit.
     #[error("at tar entry {entry}, the layer has more than {limit} entries and pieces of sparse files")]
     TooManyEntries {
-        /// Name of the entry that passed the limit.
+        /// Name of the entry that exceeded the limit.
         entry: String,
         /// The limit.
         limit: usize,
     },
-    /// The names, attributes and places of the entries take more memory than the image may.
+    /// The names, attributes and extents of the entries take more memory than is allowed.
     #[error("up to tar entry {entry}, what the image says of its files takes {source}")]
     TooMuchMemory {
-        /// Name of the entry that passed the limit.
+        /// Name of the entry that exceeded the limit.
         entry: String,
         /// The limit.
         source: OverLimit,
@@ -103,29 +103,29 @@ pub enum TocError {
     /// The table cannot be compressed.
     #[error("the table of contents cannot be compressed: {reason}")]
     Pack {
-        /// What the compressor says.
+        /// What the compressor reports.
         reason: String,
     },
-    /// The bytes end too early.
+    /// The tar ends too early.
     #[error("truncated tar: it ends at offset {offset} within {within}")]
     Truncated {
-        /// Length of what was read.
+        /// Bytes that were read.
         offset: u64,
         /// What is incomplete.
         within: String,
     },
-    /// Bytes that are no stored table, or are one of a version this program does not know.
+    /// Bytes that are no stored table, or a stored table of an unknown version.
     #[error("not a {what} this version of ocifs can read")]
     Format {
-        /// Table of contents or extent table.
+        /// Which table: the table of contents or the extent table.
         what: &'static str,
     },
     /// A stored table that does not match its checksum or breaks an invariant.
     #[error("corrupt {what}: {reason}")]
     Corrupt {
-        /// Table of contents or extent table.
+        /// Which table: the table of contents or the extent table.
         what: &'static str,
-        /// What is wrong.
+        /// What is wrong with the table.
         reason: &'static str,
     },
 }
@@ -134,18 +134,18 @@ pub enum TocError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameProblem {
-    /// A NUL byte, which only pax can smuggle in.
+    /// The name contains a NUL byte. Only pax records can contain one.
     #[error("contains a NUL byte")]
     Nul,
-    /// A component over `NAME_MAX`.
+    /// The name has a component longer than `NAME_MAX`.
     #[error("has a component longer than 255 bytes")]
     ComponentTooLong,
-    /// Over `PATH_MAX`.
+    /// The name is longer than `PATH_MAX`.
     #[error("is longer than 4096 bytes")]
     PathTooLong,
 }
 
-/// Bytes of a tar as they can stand in a message: escaped, and shortened if long.
+/// Formats bytes of a tar for a message: escaped, and shortened to 200 bytes.
 pub(super) fn shown(bytes: &[u8]) -> String {
     const MAX: usize = 200;
     let head = &bytes[..bytes.len().min(MAX)];
@@ -156,7 +156,7 @@ pub(super) fn shown(bytes: &[u8]) -> String {
     }
 }
 
-/// Says what bytes that are no tar look like.
+/// Describes bytes that are no tar, with the format they look like.
 pub(super) fn describe(bytes: &[u8]) -> String {
     let magics: [(&[u8], &str); 9] = [
         (&[0x1f, 0x8b], "gzip"),

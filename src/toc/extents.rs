@@ -1,4 +1,4 @@
-//! Where a layer's content lies, in a form that is used in place.
+//! The extent table: where a layer's content lies, in a form that is used without decoding.
 //!
 //! ```text
 //!  0  magic "ocifsEXT"
@@ -6,10 +6,11 @@
 //! 16  number of extents u64
 //! 24  device size u64
 //! 32  extents, 24 bytes each: tar offset u64, device offset u64, length u64
-//!     BLAKE3 of all before, 32 bytes
+//!     BLAKE3 of all bytes before, 32 bytes
 //! ```
-//! All numbers are little-endian. Extents ascend in the tar and in the device and do not overlap in either; opening checks that
-//! once, lookups then read the records by binary search straight from the bytes (a memory map will do).
+//! All numbers are little-endian. Extents ascend both in the tar and in the device, and do not overlap in either.
+//! [`ExtentTable::open`] checks the order once. Lookups then find records by binary search in the bytes themselves,
+//! which can be a memory map.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -23,22 +24,22 @@ const RECORD: usize = 24;
 const HASH: usize = 32;
 const WHAT: &str = "extent table";
 
-/// The extents of one layer, in tar and device order.
+/// The extents of one layer, in tar order, which is also device order.
 #[derive(Debug, Clone)]
 pub struct ExtentTable<B = Vec<u8>> {
-    /// The encoded table, checked.
+    /// The encoded table, already checked.
     bytes: B,
 }
 
 impl Toc {
-    /// The extents alone, for run time.
+    /// Returns the extents alone, as the mount uses them.
     pub fn extent_table(&self) -> ExtentTable {
         ExtentTable::new(&self.extents, self.device_size)
     }
 }
 
 impl ExtentTable {
-    /// A table of these extents, which must be in order, in a device of this size.
+    /// Makes a table of `extents`, which must be in order, in a device of `device_size` bytes.
     pub(super) fn new(extents: &[Extent], device_size: u64) -> Self {
         let mut bytes = Vec::with_capacity(HEAD + extents.len() * RECORD + HASH);
         bytes.extend_from_slice(MAGIC);
@@ -58,7 +59,7 @@ impl ExtentTable {
 }
 
 impl<B: AsRef<[u8]>> ExtentTable<B> {
-    /// Checks the bytes of [`ExtentTable::encode`] (whole: hash and order) and uses them in place.
+    /// Uses the bytes of [`ExtentTable::encode`] in place. Checks all of them first: hash and order.
     pub fn open(bytes: B) -> Result<Self, TocError> {
         let all = bytes.as_ref();
         let head = all.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
@@ -80,28 +81,28 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         Ok(table)
     }
 
-    /// The encoded table.
+    /// Returns the encoded table.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.as_ref()
     }
 
-    /// Writes the table as [`ExtentTable::open`] reads it.
+    /// Writes the table in the form that [`ExtentTable::open`] reads.
     pub fn encode(&self, out: &mut impl Write) -> io::Result<()> {
         out.write_all(self.bytes.as_ref())
     }
 
-    /// Length of the data device in bytes.
+    /// Returns the length of the data device in bytes.
     pub fn device_size(&self) -> u64 {
         number(self.bytes.as_ref(), 24)
     }
 
-    /// Where the last content ends in the tar.
+    /// Returns the tar offset at which the last content ends.
     pub fn tar_end(&self) -> u64 {
         let last = self.len().checked_sub(1).map(|last| self.extent(last));
         last.map_or(0, |extent| extent.tar + extent.len)
     }
 
-    /// Number of extents.
+    /// Returns the number of extents.
     pub fn len(&self) -> usize {
         (self.bytes.as_ref().len() - HEAD - HASH) / RECORD
     }
@@ -111,28 +112,30 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         self.len() == 0
     }
 
-    /// All extents in order.
+    /// Returns all extents in order.
     pub fn iter(&self) -> impl Iterator<Item = Extent> {
         (0..self.len()).map(|index| self.extent(index))
     }
 
-    /// The content within a range of the tar: the extents that touch it, clipped to it, in order. What lies between them is
-    /// headers and padding.
+    /// Returns the content within a range of the tar: the extents that touch the range, clipped to it, in order.
+    /// Bytes of the range outside these extents are headers and padding.
     pub fn pieces_in_tar(&self, range: Range<u64>) -> impl Iterator<Item = Extent> {
         self.pieces(range, |extent| extent.tar)
     }
 
-    /// What fills a range of the data device: the extents that touch it, clipped to it, in order. What lies between them reads
-    /// as zeros.
+    /// Returns the content within a range of the data device: the extents that touch the range, clipped to it, in
+    /// order. Bytes of the range outside these extents read as zeros.
     pub fn pieces_in_device(&self, range: Range<u64>) -> impl Iterator<Item = Extent> {
         self.pieces(range, |extent| extent.device)
     }
 
-    /// From the first byte of content in a range of the data device to the end of the last; none if all of it reads as zeros.
+    /// Returns the part of a device range from its first byte of content to its last; `None` if the whole range reads
+    /// as zeros.
     pub fn content_in_device(&self, range: Range<u64>) -> Option<Range<u64>> {
         let start = |extent: &Extent| extent.device;
         let first = self.first_behind(range.start, start);
-        // The last extent that begins before the end of the range is, or comes right before, the first that ends behind it.
+        // `last` is the first extent that ends behind the range's last byte. The last extent that begins within the
+        // range is that one or the one before it.
         let last = match range.end.checked_sub(1) {
             Some(last) => self.first_behind(last, start),
             None => return None,
@@ -148,14 +151,15 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         (content.start < content.end).then_some(content)
     }
 
-    /// The whole extent around a device address, if there is content: mostly that of one file.
+    /// Returns the whole extent around a device address, mostly the content of one file; `None` if the address is not
+    /// content.
     pub fn around_device(&self, device: u64) -> Option<Extent> {
         let index = self.first_behind(device, |extent| extent.device);
         let extent = (index < self.len()).then(|| self.extent(index));
         extent.filter(|extent| extent.device <= device)
     }
 
-    /// The first extent that ends behind `offset`.
+    /// Returns the index of the first extent that ends behind `offset`.
     fn first_behind(&self, offset: u64, start: impl Fn(&Extent) -> u64) -> usize {
         let (mut low, mut high) = (0, self.len());
         while low < high {

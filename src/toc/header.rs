@@ -12,10 +12,10 @@ use std::ops::Range;
 use super::BLOCK;
 use super::sparse::{Fragment, push_fragment};
 
-/// A block of a tar.
+/// One block of a tar.
 pub(super) type Block = [u8; BLOCK];
 
-/// A numeric header field, with the name messages give it.
+/// A numeric header field, with its name in messages.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Field {
     pub name: &'static str,
@@ -40,7 +40,7 @@ impl Field {
     pub const REAL_SIZE: Self = Self::new("realsize", 483, 12);
 }
 
-/// A block whose checksum is right.
+/// A header block with a valid checksum.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Header<'a>(&'a Block);
 
@@ -53,11 +53,12 @@ enum Flavour {
 }
 
 impl<'a> Header<'a> {
-    /// The block as a header, if its checksum says it is one. Old tars summed signed chars, so either sum is right.
+    /// Returns the block as a header if its checksum is valid. Old writers summed signed bytes, so both the signed
+    /// and the unsigned sum are valid.
     pub fn new(block: &'a Block) -> Option<Self> {
         const CHECKSUM: Range<usize> = 148..156;
         let stored = number(&block[CHECKSUM])?;
-        // The field itself counts as spaces. Sums over the whole block are sums a compiler can vectorise.
+        // The checksum field itself counts as spaces. Summing the whole block lets the compiler vectorise the loop.
         let sum = |bytes: &[u8]| bytes.iter().map(|&b| i32::from(b)).sum::<i32>();
         let unsigned = sum(block) - sum(&block[CHECKSUM]) + CHECKSUM.len() as i32 * i32::from(b' ');
         let is_sum = |sum: i32| i64::from(sum) == stored;
@@ -85,22 +86,22 @@ impl<'a> Header<'a> {
         self.0[156]
     }
 
-    /// The bytes of a field, for messages.
+    /// Returns the bytes of a field, for messages.
     pub fn raw(&self, field: Field) -> &'a [u8] {
         &self.0[field.at.0..field.at.1]
     }
 
-    /// The value of a field; an empty one is 0.
+    /// Returns the value of a field, 0 for an empty one; `None` if it does not parse.
     pub fn number(&self, field: Field) -> Option<i64> {
         number(self.raw(field))
     }
 
-    /// Link target, up to the first NUL.
+    /// Returns the link target, up to the first NUL.
     pub fn link(&self) -> &'a [u8] {
         text(&self.0[157..257])
     }
 
-    /// Name with the prefix, if the layout has one.
+    /// Returns the name, with the prefix if the layout has one.
     pub fn name(&self) -> Vec<u8> {
         let name = text(&self.0[..100]);
         let prefix = match self.flavour() {
@@ -116,7 +117,8 @@ impl<'a> Header<'a> {
         }
     }
 
-    /// Go before 1.8 wrote long names in the ustar way under the GNU magic, where the times of access and change belong.
+    /// Returns the prefix that Go before 1.8 wrote in the ustar way under the GNU magic. The GNU layout has the times
+    /// of access and change in its place.
     fn misplaced_prefix(&self) -> &'a [u8] {
         if self.type_flag() == b'S' || number(&self.0[345..357]).and(number(&self.0[357..369])).is_some() {
             return b"";
@@ -125,7 +127,8 @@ impl<'a> Header<'a> {
         if prefix.is_ascii() { prefix } else { b"" }
     }
 
-    /// The first pairs of an old GNU sparse map, and whether blocks with more follow. `None` if a number does not parse.
+    /// Returns the first pairs of an old GNU sparse map, and whether blocks with more pairs follow. `None` if a
+    /// number does not parse.
     pub fn sparse_map(&self) -> Option<(Vec<Fragment>, bool)> {
         let mut map = Vec::new();
         sparse_pairs(&self.0[386..482], &mut map)?;
@@ -133,7 +136,8 @@ impl<'a> Header<'a> {
     }
 }
 
-/// Adds the pairs of a continuation block of an old GNU sparse map; whether another one follows. `None` if a number does not parse.
+/// Adds the pairs of a continuation block of an old GNU sparse map. Returns whether another block follows; `None` if
+/// a number does not parse.
 pub(super) fn sparse_continuation(block: &Block, map: &mut Vec<Fragment>) -> Option<bool> {
     sparse_pairs(&block[..504], map)?;
     Some(block[504] != 0)
@@ -151,12 +155,13 @@ fn sparse_pairs(bytes: &[u8], map: &mut Vec<Fragment>) -> Option<()> {
     Some(())
 }
 
-/// A field up to the first NUL.
+/// Returns a field up to its first NUL.
 pub(super) fn text(field: &[u8]) -> &[u8] {
     field.split(|&b| b == 0).next().unwrap_or_default()
 }
 
-/// Octal digits between optional blanks and NULs, or (first bit set) a big-endian two's complement number.
+/// Parses octal digits between optional blanks and NULs. If the first bit is set, the field is a big-endian two's
+/// complement number.
 fn number(field: &[u8]) -> Option<i64> {
     match field {
         [first, ..] if first & 0x80 != 0 => base256(*first, &field[1..]),
@@ -165,7 +170,7 @@ fn number(field: &[u8]) -> Option<i64> {
 }
 
 fn base256(first: u8, rest: &[u8]) -> Option<i64> {
-    // The first bit is the marker, so the sign is the second one: shift it to the top and back.
+    // The first bit is the marker, so the second bit is the sign: shift the sign to the top and back.
     let first = i64::from((first << 1) as i8 >> 1);
     rest.iter().try_fold(first, |value, &byte| {
         value.checked_mul(256)?.checked_add(i64::from(byte))

@@ -1,6 +1,6 @@
-//! Numbers as tar writes them in text.
+//! Numbers that a tar contains as text.
 
-/// Decimal digits only; at most `i64::MAX`, as sizes and offsets of files are.
+/// Parses decimal digits, nothing else. The value is at most `i64::MAX`, like sizes and offsets of files.
 pub(super) fn decimal(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() {
         return None;

@@ -1,19 +1,20 @@
-//! Names: canonical form, and what a name with the whiteout prefix means.
+//! Names of entries: their canonical form, and the meaning of names with the whiteout prefix.
 //!
-//! Names are bytes, never text. Absolute names are rooted, `..` cannot leave the root: every engine that unpacks layers puts
-//! `a/../../b` at `/b`.
+//! Names are bytes, never text. An absolute name begins at the root, and `..` cannot leave the root. Every engine
+//! that unpacks layers puts `a/../../b` at `/b`.
 
 use super::error::NameProblem;
 
-/// `NAME_MAX` of Linux.
+/// Longest component in bytes (`NAME_MAX` of Linux).
 const COMPONENT_MAX: usize = 255;
-/// `PATH_MAX` of Linux; no system call could name a longer path.
+/// Longest path in bytes (`PATH_MAX` of Linux). No system call can name a longer path.
 const PATH_MAX: usize = 4096;
 
-/// What the name of a marker begins with (OCI image specification, "Whiteouts").
+/// Prefix of whiteout and opaque markers (OCI image specification, "Whiteouts").
 const WHITEOUT: &[u8] = b".wh.";
 
-/// Brings a name from a tar into the form of [`TocEntry::path`](super::TocEntry::path); the root is empty.
+/// Converts a name from a tar to the form of [`TocEntry::path`](super::TocEntry::path). The root becomes the empty
+/// path.
 pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
     if raw.contains(&0) {
         return Err(NameProblem::Nul);
@@ -31,7 +32,8 @@ pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
             }
         }
     }
-    // Only what is left names anything. A marker stands for a name without its prefix.
+    // Check lengths only after `..` has removed components. A marker's length counts without its prefix, because it
+    // stands for the name behind the prefix.
     if path
         .split(|&b| b == b'/')
         .any(|component| unmarked(component).len() > COMPONENT_MAX)
@@ -44,18 +46,18 @@ pub(super) fn canonical(raw: &[u8]) -> Result<Box<[u8]>, NameProblem> {
     Ok(path.into())
 }
 
-/// A name without the prefix of markers.
+/// Returns a name without the whiteout prefix.
 fn unmarked(component: &[u8]) -> &[u8] {
     component.strip_prefix(WHITEOUT).unwrap_or(component)
 }
 
-/// Bytes of a path, a marker's without its prefix.
+/// Returns the length of a path in bytes, without the whiteout prefix of its last component.
 fn length(path: &[u8]) -> usize {
     let base = path.rsplit(|&b| b == b'/').next().unwrap_or_default();
     path.len() - (base.len() - unmarked(base).len())
 }
 
-/// Whether `path` is what [`canonical`] returns for it.
+/// Whether [`canonical`] leaves `path` as it is.
 pub(super) fn is_canonical(path: &[u8]) -> bool {
     path.is_empty()
         || length(path) <= PATH_MAX
@@ -64,23 +66,23 @@ pub(super) fn is_canonical(path: &[u8]) -> bool {
                 .all(|c| !matches!(c, b"" | b"." | b"..") && unmarked(c).len() <= COMPONENT_MAX && !c.contains(&0))
 }
 
-/// Whether `path` is a canonical one that the tree can show.
+/// Whether `path` is canonical and the tree can show it.
 pub(super) fn is_visible(path: &[u8]) -> bool {
     is_canonical(path) && path.len() <= PATH_MAX && path.split(|&b| b == b'/').all(|c| c.len() <= COMPONENT_MAX)
 }
 
-/// What an entry's name makes of it.
+/// What an entry's name says about the entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place<'a> {
     /// An ordinary name.
     Visible,
-    /// Hides this path of the lower layers.
+    /// A whiteout: hides this path of the lower layers.
     Whiteout(Box<[u8]>),
-    /// Makes this directory opaque.
+    /// An opaque marker: makes this directory opaque.
     Opaque(&'a [u8]),
     /// AUFS bookkeeping (`.wh..wh.plnk/`, `.wh..wh.aufs`, `.wh..wh.orph/`).
     Bookkeeping,
-    /// Reserved or meaningless: `.wh.`, `.wh..`, `.wh...`, or something below a whiteout.
+    /// A reserved or meaningless name: `.wh.`, `.wh..`, `.wh...`, or a name below a whiteout.
     Meaningless,
 }
 
@@ -147,12 +149,12 @@ mod tests {
         let long = [b"abc/".repeat(1024), b"a".to_vec()].concat();
         assert_eq!(canonical(&long), Err(NameProblem::PathTooLong));
         assert!(canonical(&long[1..]).is_ok());
-        // What `..` takes away names nothing.
+        // A component that `..` removes names nothing, so its length does not matter.
         assert_eq!(
             canonical(&[&[b'x'; 300][..], b"/../ok"].concat()).unwrap(),
             b"ok"[..].into()
         );
-        // A marker is as long as what it hides, and its prefix.
+        // A marker is as long as the name it hides plus the prefix.
         let hidden = [b'a'; 255];
         let marker = canonical(&[b"d/.wh.", &hidden[..]].concat()).unwrap();
         assert_eq!(classify(&marker), Place::Whiteout([b"d/", &hidden[..]].concat().into()));

@@ -1,14 +1,16 @@
-//! The records of a pax extended header (POSIX.1-2017, pax, "pax Extended Header"): `LEN SP KEY=VALUE LF`, LEN counting itself.
+//! The records of a pax extended header (POSIX.1-2017, pax, "pax Extended Header"): `LEN SP KEY=VALUE LF`, where LEN
+//! includes itself.
 //!
-//! An empty value takes the record back: the header's own field is in force, and an attribute is not there (Go's reader, through
-//! which other engines go, drops it too). A keyword that comes twice has its last value, except
-//! `GNU.sparse.offset` and `.numbytes`, whose repetitions are the map of the oldest pax sparse style.
+//! A record with an empty value has no effect: the header's own field stays in force, and an attribute is not set.
+//! Go's reader, which other engines use, drops such an attribute too. If a keyword occurs twice, the last value
+//! counts. `GNU.sparse.offset` and `GNU.sparse.numbytes` are exceptions: their repetitions are the map of the oldest
+//! pax sparse style.
 
 use super::number::decimal;
 use super::sparse::{Fragment, push_fragment};
 use super::xattr::RawXattrs;
 
-/// What the records say; `None` where they say nothing.
+/// The values of the records; `None` for a keyword without a record.
 #[derive(Debug, Default)]
 pub(super) struct Pax {
     pub path: Option<Box<[u8]>>,
@@ -23,33 +25,33 @@ pub(super) struct Pax {
     pub sparse: SparseRecords,
 }
 
-/// The `GNU.sparse.*` records.
+/// The values of the `GNU.sparse.*` records.
 #[derive(Debug, Default)]
 pub(super) struct SparseRecords {
     /// `GNU.sparse.major` and `.minor`.
     pub version: (Option<u64>, Option<u64>),
-    /// The real name, where `path` is a decoy.
+    /// The real name of the file, where `path` is a decoy.
     pub name: Option<Box<[u8]>>,
-    /// Logical size (`GNU.sparse.size` or `.realsize`).
+    /// Logical size in bytes (`GNU.sparse.size` or `.realsize`).
     pub size: Option<u64>,
-    /// The map of the styles that keep it in the header.
+    /// The map, in the styles that keep it in the header.
     pub map: Option<Vec<Fragment>>,
-    /// A `GNU.sparse.offset` that waits for its `.numbytes`.
+    /// A `GNU.sparse.offset` without its `GNU.sparse.numbytes` so far.
     offset: Option<u64>,
 }
 
 impl SparseRecords {
-    /// The map stands at the start of the data (version 1.0).
+    /// Whether the map is at the start of the data (version 1.0).
     pub fn map_in_data(&self) -> bool {
         self.version == (Some(1), Some(0))
     }
 
-    /// The records, if they make the entry a sparse file; else none of them counts, its name neither. What does is Go's rule, by
-    /// which the engines go.
+    /// Returns the records if they make the entry a sparse file, else no records: then not even the name counts. The
+    /// rule is the one of Go's reader, which other engines use.
     pub fn of_sparse_file(self) -> Self {
         let counts = match self.version {
             (Some(1), Some(0)) | (Some(0), Some(0 | 1)) => true,
-            // The first versions do not state theirs.
+            // The first versions do not state their version.
             (None, None) => self.map.is_some(),
             _ => false,
         };
@@ -57,25 +59,25 @@ impl SparseRecords {
     }
 }
 
-/// Why records cannot be used.
+/// Why the records of a header cannot be used.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum PaxProblem {
-    /// The header is no sequence of records.
+    /// The header is not a sequence of records.
     Structure(&'static str),
-    /// One record's value does not parse.
+    /// The value of a record does not parse.
     Value {
         /// The keyword.
         field: &'static str,
-        /// What stands there.
+        /// The value.
         value: Vec<u8>,
     },
 }
 
 impl Pax {
-    /// Reads the payload of an `x` header.
+    /// Parses the payload of an `x` header.
     pub fn parse(mut payload: &[u8]) -> Result<Self, PaxProblem> {
         let mut pax = Self::default();
-        // Some writers count the padding into the size.
+        // Some writers count the padding as part of the size.
         while payload.iter().any(|&b| b != 0) {
             let (key, value, rest) = split_record(payload).map_err(PaxProblem::Structure)?;
             pax.record(key, value)?;
@@ -91,7 +93,7 @@ impl Pax {
         if value.is_empty() {
             return Ok(());
         }
-        // The names of attributes are used as they are: GNU tar writes `=` as `%3D`, but the engines do not decode it.
+        // Use names of attributes as they are. GNU tar writes `=` as `%3D`, but the engines do not decode it.
         if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
             self.xattrs.insert(name.into(), value.into());
             return Ok(());
@@ -148,9 +150,9 @@ impl SparseRecords {
 
 type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
 
-/// Keyword, value, and what follows.
+/// Splits the first record into keyword and value; also returns the bytes that follow the record.
 fn split_record(bytes: &[u8]) -> Result<Record<'_>, &'static str> {
-    // A length of more than 7 digits cannot be, payloads being capped below that.
+    // A length has at most 7 digits, because payloads are limited to 1 MiB.
     let space = bytes
         .iter()
         .take(8)
@@ -182,12 +184,13 @@ fn parse<T>(field: &'static str, value: &[u8], with: impl FnOnce(&[u8]) -> Optio
     })
 }
 
-/// Decimal digits behind an optional sign, as Go's reader takes them.
+/// Parses decimal digits behind an optional sign, as Go's reader does.
 fn signed_decimal(text: &[u8]) -> Option<i64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// `-12.345678901` as seconds and nanoseconds towards the past; digits beyond the ninth are cut off.
+/// Parses a time such as `-12.345678901` into seconds and nanoseconds. The nanoseconds of the result count upwards,
+/// also from negative seconds. Digits after the ninth are cut off.
 fn time(text: &[u8]) -> Option<(i64, u32)> {
     let mut parts = text.splitn(2, |&b| b == b'.');
     let whole = parts.next()?;
@@ -209,7 +212,7 @@ fn time(text: &[u8]) -> Option<(i64, u32)> {
     Some((seconds, nanos))
 }
 
-/// `offset,len,offset,len...`
+/// Parses a map of the form `offset,len,offset,len...`.
 fn sparse_map(text: &[u8]) -> Option<Vec<Fragment>> {
     let mut map = Vec::new();
     let mut numbers = text.split(|&b| b == b',');

@@ -1,4 +1,4 @@
-//! The push parser of tars.
+//! The push parser of tars: the caller feeds bytes, the parser calls back with content.
 //!
 //! ```text
 //!            x X L K                           S with more blocks
@@ -11,8 +11,12 @@
 //!      header after it   v      regular / unknown        |
 //!                      Ended                             +--> Pad --> Header
 //! ```
-//! Bytes may come in any split. Content is handed on as the slices that came in, never copied. The only things kept are the
-//! block being read, the payload of extended headers (at most 1 MiB each) and the packed table.
+//! The caller may split the bytes anywhere. The parser passes content on as slices of the caller's bytes and never
+//! copies it. The parser keeps only:
+//! - the block that it is reading,
+//! - extended headers until their entry comes, at most 1 MiB of payload each,
+//! - the map of a sparse file that it is reading,
+//! - the tables.
 
 use std::ops::Range;
 
@@ -27,14 +31,17 @@ use crate::memory::Charge;
 
 mod entry;
 
-/// What a tar may cost beside memory. [`Toc::decode`](super::Toc::decode) reads only tables within the default limits.
+/// Limits of what a tar may cost, except memory. [`Toc::decode`](super::Toc::decode) accepts only tables within the
+/// default limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Entries, and pieces of sparse files, of one layer. An entry takes at least 512 bytes of tar.
+    /// Most entries of one layer, plus fragments and chunks of its sparse files. An entry takes at least 512 bytes of
+    /// tar.
     pub entries: usize,
-    /// Length of the data device in bytes. A virtual disk of EROFS blocks ends at 16 TiB for all layers together.
+    /// Longest data device in bytes. A virtual disk of EROFS blocks can hold 16 TiB for all layers together.
     pub device_size: u64,
-    /// Bytes of one pax header or GNU long name; Go's reader, through which all layers go elsewhere, has the same limit.
+    /// Longest pax header or GNU long name in bytes. Go's reader, which other engines use for all layers, has the
+    /// same limit.
     pub payload: u64,
 }
 
@@ -50,12 +57,13 @@ impl Default for Limits {
 
 /// Makes the table of contents of a tar from its bytes.
 ///
-/// Feed all bytes of the uncompressed layer in order, those after the end of the archive too; then [`TarReader::finish`].
+/// Feed all bytes of the uncompressed layer in order, also the bytes after the end of the archive. Call
+/// [`TarReader::finish`] after the last byte.
 #[derive(Debug)]
 pub struct TarReader {
     builder: Builder,
     state: State,
-    /// Bytes consumed.
+    /// Bytes consumed so far.
     pos: u64,
     block: Block,
     filled: usize,
@@ -64,7 +72,7 @@ pub struct TarReader {
     name: Vec<u8>,
 }
 
-/// Extended headers that wait for the entry they describe.
+/// Extended headers of the entry that comes next.
 #[derive(Debug, Default)]
 struct Pending {
     /// Offset of the last pax header.
@@ -90,15 +98,15 @@ enum State {
     OldMap(Box<Sparse>),
     /// Reading a sparse map from the data.
     DataMap(Box<Sparse>, MapParser),
-    /// Delivering content: extents left to fill, and bytes of the first one that are done.
+    /// Delivering content: the extents left to fill, and the bytes of the first one that are done.
     Data { extents: Range<usize>, done: u64, pad: u64 },
-    /// Passing over data nobody wants.
+    /// Skipping data that belongs to no entry of the table.
     Skip { left: u64, pad: u64 },
-    /// Passing over the rest of a block.
+    /// Skipping the rest of a block.
     Pad(u64),
     /// After the end of the archive.
     Ended,
-    /// After an error, which stays.
+    /// After an error. The state never changes again.
     Failed(TocError),
 }
 
@@ -117,24 +125,24 @@ enum PayloadKind {
     LongLink,
 }
 
-/// A sparse file whose map is not complete yet.
+/// A sparse file whose map is incomplete.
 #[derive(Debug)]
 struct Sparse {
     item: Item,
-    /// Logical size.
+    /// Logical size in bytes.
     size: u64,
-    /// Stored bytes that were not read yet.
+    /// Stored bytes that are not read yet.
     stored: u64,
     map: Vec<Fragment>,
 }
 
 impl TarReader {
-    /// A reader at the first byte of a tar.
+    /// Makes a reader that expects the first byte of a tar.
     pub fn new(limits: Limits) -> Self {
         Self::charged(limits, Charge::default())
     }
 
-    /// One whose tables are charged for.
+    /// Makes a reader that charges its tables to `charge`.
     pub fn charged(limits: Limits, charge: Charge) -> Self {
         Self {
             builder: Builder::new(limits, charge),
@@ -147,8 +155,8 @@ impl TarReader {
         }
     }
 
-    /// Takes the next bytes, any number of them. `content` is called, in ascending order of device offsets, with every run of
-    /// content bytes and its offset in the data device. An error is final: it comes again from every later call.
+    /// Takes the next bytes, any number of them. Calls `content` with every run of content bytes and its offset in
+    /// the data device, in ascending order of these offsets. An error is final: every later call returns it again.
     pub fn push(&mut self, mut bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<(), TocError> {
         while !bytes.is_empty() {
             let used = self
@@ -159,7 +167,7 @@ impl TarReader {
         Ok(())
     }
 
-    /// The tables, after the last byte. Bytes that are missing are an error, except padding and the end marker.
+    /// Returns the tables after the last byte. Missing bytes are an error, except padding and the end marker.
     pub fn finish(mut self) -> Result<Tables, TocError> {
         let within = match self.state {
             State::Failed(error) => return Err(error),
@@ -188,9 +196,10 @@ impl TarReader {
         self.builder.finish()
     }
 
-    /// Consumes at least one of `bytes`, which is not empty, but not more than belong to the state; how many.
+    /// Consumes at least one byte of `bytes`, which is not empty, and no more than belong to the current state.
+    /// Returns how many.
     ///
-    /// The state is taken out, so every arm has to say what comes next.
+    /// The function takes the state out first, so every arm has to set the next state.
     fn step(&mut self, bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<usize, TocError> {
         let used = match std::mem::replace(&mut self.state, State::Ended) {
             State::Header { after_zeros } => {
@@ -237,7 +246,7 @@ impl TarReader {
         bytes: &[u8],
         content: &mut dyn FnMut(u64, &[u8]),
     ) -> usize {
-        // The range is never empty: the state ends with the last extent.
+        // The range is never empty, because the state ends with the last extent.
         let extent = self.builder.extents()[extents.start];
         let taken = clip(bytes, extent.len - done);
         content(extent.device + done, taken);
@@ -266,8 +275,8 @@ impl TarReader {
         Ok(taken.len())
     }
 
-    /// Adds to the block; the block when it is full. Unlike the other states, blocks move the position here, as what they say
-    /// begins behind them.
+    /// Adds bytes to the block and returns the block once it is full. Advances the position itself, unlike the other
+    /// states, because the data that a header describes begins behind the block.
     fn collect_block(&mut self, bytes: &[u8]) -> (usize, Option<Block>) {
         let taken = clip(bytes, (BLOCK - self.filled) as u64);
         self.block[self.filled..self.filled + taken.len()].copy_from_slice(taken);
@@ -280,7 +289,7 @@ impl TarReader {
         (taken.len(), Some(self.block))
     }
 
-    /// A whole block where a header must be. The state is `Ended` unless set.
+    /// Handles a whole block where a header must be. The state is `Ended` unless this function sets another one.
     fn header_block(&mut self, block: &Block, after_zeros: bool) -> Result<(), TocError> {
         let offset = self.pos - BLOCK as u64;
         if block.iter().all(|&b| b == 0) {
@@ -307,7 +316,7 @@ impl TarReader {
             b'x' | b'X' => self.begin_payload(header, offset, PayloadKind::Pax),
             b'L' => self.begin_payload(header, offset, PayloadKind::LongName),
             b'K' => self.begin_payload(header, offset, PayloadKind::LongLink),
-            // Global pax headers: git archive writes a comment there; no engine applies them.
+            // A global pax header. git archive writes a comment there, and no engine applies the records.
             b'g' => {
                 let size = self.size(&header, offset, None)?;
                 self.skip(size);
@@ -375,12 +384,12 @@ impl TarReader {
     }
 }
 
-/// The first `max` of `bytes`.
+/// Returns the first `max` bytes of `bytes`.
 fn clip(bytes: &[u8], max: u64) -> &[u8] {
     &bytes[..usize::try_from(max).map_or(bytes.len(), |max| max.min(bytes.len()))]
 }
 
-/// Bytes from the end of `size` bytes to the end of their last block.
+/// Returns the number of bytes from the end of `size` bytes to the end of their last block.
 fn pad(size: u64) -> u64 {
     let block = BLOCK as u64;
     (block - size % block) % block

@@ -1,35 +1,36 @@
-//! Sparse files: the map of fragments that are stored, and where they go in the data device.
+//! Sparse files: the map of stored fragments, and their places in the data device.
 //!
-//! A tar stores the fragments of a sparse file back to back. In the data device the file is cut into equal chunks (the EROFS
-//! chunk layout), and only chunks that hold data get room, one after the other: so fragments in neighbouring chunks stay
-//! neighbours, and the room between fragments of one chunk is a hole of the device.
+//! A tar stores the fragments of a sparse file back to back. The data device holds the file in equal chunks (the
+//! EROFS chunk layout). Only chunks with data get room in the device, one after the other. Fragments in neighbouring
+//! chunks therefore stay neighbours. The bytes between two fragments of one chunk are a hole of the device.
 
 use super::number::decimal;
 use super::{BLOCK, DEVICE_BLOCK, DataLayout, Extent, FileData};
 
-/// A stored piece of a sparse file.
+/// A stored fragment of a sparse file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fragment {
     /// Offset in the file.
     pub offset: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
-/// Appends to a map, joining with the last fragment where the two touch, and leaving out nothing-at-all.
+/// Appends a fragment to a map. Joins it with the last fragment if the two touch, unless the last one is empty.
 ///
-/// Order is not checked here, [`check_map`] does.
+/// [`check_map`] checks the order and drops empty fragments.
 pub(super) fn push_fragment(map: &mut Vec<Fragment>, fragment: Fragment) {
     match map.last_mut() {
         Some(last) if last.len > 0 && last.offset.checked_add(last.len) == Some(fragment.offset) => {
-            // Saturation cannot hide anything: the sum is then beyond every logical size.
+            // Saturation hides no error: the sum is then larger than every valid logical size.
             last.len = last.len.saturating_add(fragment.len);
         }
         _ => map.push(fragment),
     }
 }
 
-/// Checks that the fragments ascend, do not overlap, lie within the file and are exactly what is stored; drops empty ones.
+/// Checks that the fragments ascend, do not overlap, lie within the file and add up to `stored` bytes. Drops empty
+/// fragments.
 pub(super) fn check_map(map: &mut Vec<Fragment>, size: u64, stored: u64) -> Result<(), &'static str> {
     let (mut end, mut sum) = (0u64, 0u64);
     for fragment in map.iter() {
@@ -41,7 +42,7 @@ pub(super) fn check_map(map: &mut Vec<Fragment>, size: u64, stored: u64) -> Resu
             .checked_add(fragment.len)
             .filter(|&end| end <= size)
             .ok_or("a piece ends after the file")?;
-        // Pieces do not overlap and end within the file, so the sum is at most its size.
+        // Fragments do not overlap and end within the file, so the sum is at most the file's size.
         sum += fragment.len;
     }
     if sum != stored {
@@ -51,12 +52,12 @@ pub(super) fn check_map(map: &mut Vec<Fragment>, size: u64, stored: u64) -> Resu
     Ok(())
 }
 
-/// Parser of the map at the start of the data (pax sparse 1.0): a count, then offset and length of each piece, one decimal
-/// number a line, padded to a block.
+/// Parses the map at the start of the data (pax sparse 1.0): a count, then offset and length of each fragment. Each
+/// decimal number has a line of its own. The map is padded to a block.
 #[derive(Debug, Default)]
 pub(super) struct MapParser {
     digits: Vec<u8>,
-    /// Numbers still to come; `None` before the count is known.
+    /// Numbers that are still to come; `None` until the count is known.
     left: Option<u64>,
     offset: Option<u64>,
     consumed: u64,
@@ -64,8 +65,8 @@ pub(super) struct MapParser {
 }
 
 impl MapParser {
-    /// Reads from `bytes` until the padding after the map is consumed; how many bytes were. The map is complete when
-    /// [`Self::is_complete`] says so.
+    /// Consumes `bytes` until the map and its padding are complete, and returns how many bytes it consumed.
+    /// [`Self::is_complete`] says whether the map is complete.
     pub fn push(&mut self, bytes: &[u8], max_pieces: usize) -> Result<usize, &'static str> {
         let mut used = 0;
         while used < bytes.len() && !self.is_complete() {
@@ -78,17 +79,17 @@ impl MapParser {
         Ok(used)
     }
 
-    /// Whether the map and its padding were read.
+    /// Whether the map and its padding are complete.
     pub fn is_complete(&self) -> bool {
         self.left == Some(0) && self.consumed.is_multiple_of(BLOCK as u64)
     }
 
-    /// How many pieces were read.
+    /// Returns the number of fragments read so far.
     pub fn pieces(&self) -> usize {
         self.map.len()
     }
 
-    /// The pieces read.
+    /// Returns the fragments read so far.
     pub fn into_map(self) -> Vec<Fragment> {
         self.map
     }
@@ -96,7 +97,7 @@ impl MapParser {
     fn byte(&mut self, byte: u8, max_pieces: usize) -> Result<(), &'static str> {
         const NO_NUMBER: &str = "there is no number where one must be";
         if byte != b'\n' {
-            // 19 digits make every i64, and leading zeros are nobody's habit.
+            // 19 digits hold every i64, and no writer adds leading zeros.
             if self.digits.len() == 19 {
                 return Err(NO_NUMBER);
             }
@@ -125,13 +126,14 @@ impl MapParser {
 #[derive(Debug)]
 pub(super) struct Placed {
     pub data: FileData,
-    /// In order.
+    /// Extents of the file, in order.
     pub extents: Vec<Extent>,
-    /// First free device offset behind it, a multiple of [`DEVICE_BLOCK`].
+    /// First free device offset behind the file, a multiple of [`DEVICE_BLOCK`].
     pub end: u64,
 }
 
-/// Places a whole file of `size` bytes that begin at `tar`. The caller has checked that `device + size` is within the limit.
+/// Places a file of `size` bytes whose content begins at tar offset `tar`. The caller has checked that `device +
+/// size` is within the limit.
 pub(super) fn place_flat(size: u64, tar: u64, device: u64) -> Placed {
     let end = device + size.next_multiple_of(DEVICE_BLOCK);
     let (device, extents) = if size > 0 {
@@ -149,7 +151,7 @@ pub(super) fn place_flat(size: u64, tar: u64, device: u64) -> Placed {
     }
 }
 
-/// Places a sparse file by its checked map; `None` if it would end after `limit`. `size` is at most `limit`.
+/// Places a sparse file by its checked map; `None` if the file would end after `limit`. `size` is at most `limit`.
 pub(super) fn place_sparse(size: u64, map: &[Fragment], tar: u64, device: u64, limit: u64) -> Option<Placed> {
     let chunk_bits = chunk_bits(size, map.len());
     let chunk = DEVICE_BLOCK << chunk_bits;
@@ -159,7 +161,7 @@ pub(super) fn place_sparse(size: u64, map: &[Fragment], tar: u64, device: u64, l
     let (mut tar, mut end) = (tar, device);
     for fragment in map {
         let last = (fragment.offset + fragment.len - 1) / chunk;
-        // At most one chunk is shared with the fragment before.
+        // The fragment shares at most one chunk with the fragment before.
         let known = chunks.last().map_or(0, |&(number, _)| u64::from(number) + 1);
         for number in known.max(fragment.offset / chunk)..=last {
             chunks.push((u32::try_from(number).ok()?, end));
@@ -168,8 +170,8 @@ pub(super) fn place_sparse(size: u64, map: &[Fragment], tar: u64, device: u64, l
                 return None;
             }
         }
-        // Chunks without a gap in the file have none in the device: the fragment is one piece there too. Its last chunk is the
-        // newest one, or (nothing was added) the one it shares.
+        // The chunks of a fragment follow each other in the file and in the device, so the fragment is one run in the
+        // device too. The last chunk of the fragment is always the newest one, also if the loop added no chunk.
         let &(number, start) = chunks.last()?;
         let device = start + fragment.offset - u64::from(number) * chunk;
         extents.push(Extent {
@@ -189,10 +191,11 @@ pub(super) fn place_sparse(size: u64, map: &[Fragment], tar: u64, device: u64, l
     })
 }
 
-/// The smallest chunk size that keeps both the list of chunks and the array EROFS has for all chunks, holes too, small.
+/// Returns the smallest chunk size that keeps two lists small: the list of stored chunks, and the EROFS array of all
+/// chunks, holes included.
 ///
-/// The array's length is bound to the number of pieces in the tar, or a tar of a few bytes could demand gigabytes of metadata;
-/// larger chunks cost nothing but addresses.
+/// The number of fragments in the tar limits the length of the array. Otherwise a tar of a few bytes could demand
+/// gigabytes of metadata. Larger chunks cost only device addresses.
 fn chunk_bits(size: u64, pieces: usize) -> u8 {
     let max_chunks = (pieces as u64).saturating_mul(64).clamp(1024, 65536);
     let mut bits = 0;

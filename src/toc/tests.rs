@@ -1,6 +1,6 @@
-//! The reader on tars made by hand, block by block: what real writers do not write.
+//! Tests of the reader on tars made by hand, block by block: what real writers do not write.
 //!
-//! Tars of real writers are in the integration tests.
+//! The integration tests use tars of real writers.
 
 use super::*;
 use crate::memory::Allowance;
@@ -9,7 +9,7 @@ mod metadata;
 mod properties;
 mod sparse;
 
-/// A ustar header with a right checksum; `set` overwrites bytes at offsets.
+/// Makes a ustar header with a valid checksum; `set` overwrites bytes at offsets.
 pub(super) fn header(name: &str, flag: u8, size: u64, set: &[(usize, &[u8])]) -> Vec<u8> {
     let mut block = vec![0; 512];
     let size = format!("{size:011o}\0");
@@ -34,7 +34,7 @@ pub(super) fn header(name: &str, flag: u8, size: u64, set: &[(usize, &[u8])]) ->
 
 pub(super) const GNU: (usize, &[u8]) = (257, b"ustar  \0");
 
-/// Data padded to blocks.
+/// Pads data to whole blocks.
 pub(super) fn padded(data: &[u8]) -> Vec<u8> {
     let mut data = data.to_vec();
     data.resize(data.len().next_multiple_of(512), 0);
@@ -62,7 +62,7 @@ pub(super) fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
 /// Runs of content with their device offsets.
 type Delivered = Vec<(u64, Vec<u8>)>;
 
-/// Reads a tar; the table and what the device holds where content was delivered.
+/// Reads a tar in pieces of the lengths that `split` returns. Returns the table and the delivered content.
 pub(super) fn read_split(tar: &[u8], mut split: impl FnMut() -> usize) -> Result<(Toc, Delivered), TocError> {
     let mut reader = TarReader::new(Limits::default());
     let mut delivered = Delivered::new();
@@ -183,7 +183,7 @@ fn every_truncation_is_seen() {
         vec![0; 1024],
     ];
     let tar = parts.concat();
-    // Content complete, padding or the end marker missing.
+    // Accepted lengths: the content is complete, and only padding or the end marker is missing.
     let (file, dir, last) = (1024 + 512 + 600, 1024 + 512 + 1024 + 512, tar.len() - 1024 - 511);
     let fine =
         |len: usize| len == 0 || (file..=file + 424).contains(&len) || len == dir || (last..=tar.len()).contains(&len);
@@ -360,7 +360,7 @@ fn limits() {
         text.contains("`file`") && text.contains("1 MiB") && text.contains("--memory"),
         "{text}"
     );
-    // Four blocks far apart: four pieces in four chunks, and the entry.
+    // Four blocks far apart take four fragments, four chunks and one entry: more than the limit of 8.
     let pieces: Vec<(u64, u64)> = (0..4).map(|i| (i << 20, 512)).collect();
     for tar in sparse::sparse_styles(4 << 20, &pieces) {
         let mut reader = TarReader::new(Limits {

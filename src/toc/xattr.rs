@@ -1,8 +1,9 @@
-//! Which extended attributes of a tar survive.
+//! The filter that decides which extended attributes of a tar are kept.
 //!
-//! A layer must not be able to speak to overlayfs (`trusted.overlay.*`, `user.overlay.*`), and labels of the machine that built
-//! the image (`security.selinux`) mean nothing here. Of the rest, what EROFS can store is kept, as far as a file system would take
-//! it: [`select`] looks at names and sizes, [`fit`] at what belongs to which type of file.
+//! A layer must not be able to control overlayfs (`trusted.overlay.*`, `user.overlay.*`). Labels of the machine that
+//! built the image (`security.selinux`) mean nothing on the host. The filter drops both. Of the rest it keeps what
+//! EROFS can store and a file system would accept. [`select`] checks names and sizes. [`fit`] checks which attributes
+//! belong to which type of file.
 
 use std::collections::BTreeMap;
 
@@ -13,17 +14,18 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use super::acl::{self, Acl};
 use super::{Metadata, Xattrs};
 
-/// `XATTR_NAME_MAX` of Linux.
+/// Longest name in bytes (`XATTR_NAME_MAX` of Linux).
 const NAME_MAX: usize = 255;
-/// `XATTR_SIZE_MAX` is 65536, but the size field of an EROFS xattr entry has 16 bits.
+/// Longest value in bytes. `XATTR_SIZE_MAX` is 65536, but the size field of an EROFS xattr entry has 16 bits.
 const VALUE_MAX: usize = 65535;
-/// All entries of one EROFS inode, each with 4 bytes of header and padded to 4: the 16-bit `xattr_icount` counts words.
+/// Most bytes that all entries of one EROFS inode take, each with 4 bytes of header and padded to 4. The 16-bit
+/// `xattr_icount` counts words of 4 bytes.
 const TOTAL_MAX: usize = 65534 * 4;
 
-/// Attributes as found in pax records: name and value.
+/// Attributes of pax records: value by name.
 pub(super) type RawXattrs = BTreeMap<Box<[u8]>, Box<[u8]>>;
 
-/// Base64 with or without padding: libarchive pads nothing, other writers of its keyword do.
+/// Base64 with or without padding. libarchive writes no padding, but other writers of its keyword do.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new()
@@ -31,13 +33,13 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_allow_trailing_bits(true),
 );
 
-/// What becomes of an attribute.
+/// What the filter does with an attribute.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Keep,
-    /// By policy, without a word.
+    /// Drop it by policy, without a warning.
     Drop,
-    /// Neither the kernel nor EROFS has a place for the name.
+    /// Drop it with a warning: neither the kernel nor EROFS has a place for the name.
     Unstorable,
 }
 
@@ -58,15 +60,17 @@ fn is_acl(name: &[u8]) -> bool {
     name == acl::ACCESS || name == acl::DEFAULT
 }
 
-/// Merges the two pax spellings and applies the filter. `dropped` hears of attributes that are lost against the image's intent.
+/// Merges the two pax spellings and applies the filter. Calls `dropped` for each attribute that the image should have
+/// but loses.
 ///
-/// A `LIBARCHIVE.xattr.NAME` record (name percent-encoded, value base64) counts only if no `SCHILY.xattr.NAME` exists; bsdtar
-/// writes both. Access control lists never count in that spelling: no engine enforces them.
+/// A `LIBARCHIVE.xattr.NAME` record has a percent-encoded name and a base64 value. The record counts only if there is
+/// no `SCHILY.xattr.NAME` record, because bsdtar writes both. Access control lists never count in the libarchive
+/// spelling, because no engine enforces them there.
 pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl FnMut(&[u8], &'static str)) -> Xattrs {
     let mut found = schily;
     for (raw, value) in libarchive {
         let name = percent_decode(&raw);
-        // libarchive encodes the name under both keywords, and the engines take SCHILY's as it is.
+        // libarchive encodes the name under both keywords, but the engines use the SCHILY name as it is.
         let ignored = verdict(&name) == Verdict::Drop || is_acl(&name);
         if found.contains_key(&raw) || found.contains_key(&name) || ignored {
             continue;
@@ -96,19 +100,19 @@ pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl
         .collect()
 }
 
-/// What has the attributes.
+/// The type of file that has the attributes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Holder {
-    /// A regular file, or a hard link, which is most often one to a regular file.
+    /// A regular file, or a hard link, which mostly points at a regular file.
     File,
     Directory,
     Symlink,
-    /// A device or pipe.
+    /// A device or named pipe.
     Special,
 }
 
-/// Takes away what setxattr(2) would not let a file of this type have, and gives `meta` the mode that the access control list
-/// stands for. `dropped` hears of what is lost against the image's intent.
+/// Removes the attributes that setxattr(2) would refuse on a file of this type. Gives `meta` the mode that the access
+/// control list stands for. Calls `dropped` for each attribute that the image should have but loses.
 pub(super) fn fit(
     xattrs: &mut Xattrs,
     holder: Holder,
@@ -141,7 +145,7 @@ pub(super) fn fit(
     });
 }
 
-/// What chmod(2) makes of the attribute, if it is an access control list.
+/// Returns the attribute's value after chmod(2) with `mode`; `None` if the attribute is no access control list.
 pub(crate) fn chmod(name: &[u8], value: &[u8], mode: u16) -> Option<Box<[u8]>> {
     if name != acl::ACCESS {
         return None;
@@ -151,13 +155,13 @@ pub(crate) fn chmod(name: &[u8], value: &[u8], mode: u16) -> Option<Box<[u8]>> {
     Some(acl.encode())
 }
 
-/// Whether the kernel understands the value of `security.capability` (linux/capability.h, `vfs_ns_cap_data`).
+/// Whether the kernel understands a value of `security.capability` (linux/capability.h, `vfs_ns_cap_data`).
 fn is_capability(value: &[u8]) -> bool {
     let revision = value.first_chunk().map(|magic| u32::from_le_bytes(*magic) >> 24);
     matches!((revision, value.len()), (Some(1), 12) | (Some(2), 20) | (Some(3), 24))
 }
 
-/// Whether the kernel takes the value of the attribute, on the file it belongs to.
+/// Whether the kernel accepts the attribute's value on a file of the right type.
 pub(super) fn is_sound(name: &[u8], value: &[u8]) -> bool {
     match name {
         acl::ACCESS | acl::DEFAULT => matches!(Acl::parse(value), Ok(Some(acl)) if *acl.encode() == *value),
@@ -166,7 +170,7 @@ pub(super) fn is_sound(name: &[u8], value: &[u8]) -> bool {
     }
 }
 
-/// Whether attributes, given in order, are a list that [`select`] and [`fit`] can make.
+/// Checks that attributes, taken one by one, form a list that [`select`] and [`fit`] can make.
 #[derive(Debug, Default)]
 pub(super) struct Check {
     last: Option<Box<[u8]>>,
@@ -174,7 +178,7 @@ pub(super) struct Check {
 }
 
 impl Check {
-    /// Takes the next attribute; false if it cannot stand there.
+    /// Takes the next attribute. Returns false if it cannot come next in such a list.
     pub fn allows(&mut self, name: &[u8], value_len: usize) -> bool {
         let ascending = self.last.as_deref().is_none_or(|last| last < name);
         self.last = Some(name.into());
@@ -183,12 +187,13 @@ impl Check {
     }
 }
 
-/// Upper bound of what the attribute takes in an EROFS inode (which stores the prefix as a number).
+/// Returns an upper bound of the bytes that the attribute takes in an EROFS inode, which stores the prefix as a
+/// number.
 fn entry_size(name: &[u8], value_len: usize) -> usize {
     (4 + name.len() + value_len).next_multiple_of(4)
 }
 
-/// `%41` becomes `A`; a percent sign without two hex digits stands for itself.
+/// Decodes percent encoding: `%41` becomes `A`. A percent sign without two hex digits behind it stays as it is.
 fn percent_decode(raw: &[u8]) -> Box<[u8]> {
     let hex = |b: u8| char::from(b).to_digit(16);
     let mut out = Vec::with_capacity(raw.len());
@@ -211,7 +216,7 @@ fn percent_decode(raw: &[u8]) -> Box<[u8]> {
 mod tests {
     use super::*;
 
-    /// An access control list of owner, group and others.
+    /// An access control list for owner, group and others.
     const LIST: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x04\0\0\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
 
     fn raw(list: &[(&str, &[u8])]) -> RawXattrs {

@@ -1,11 +1,12 @@
-//! The inodes of a merge under way, and walking names among them.
+//! The inodes and names of a merge in progress.
 //!
-//! All trees of a merge (what the layers so far give, what the current layer adds) share one arena, so a hard link across layers
-//! is only an id. Nothing here recurses: paths may be thousands of components deep.
+//! All trees of a merge share one arena: the tree of the layers so far, and the tree of the current layer. A hard
+//! link across layers is therefore only an id. No function recurses, because paths may be thousands of components
+//! deep.
 //!
-//! An image can have millions of inodes, so each is a small record. Names and link targets stand back to back in two long
-//! strings, equal attributes are kept once, and one hash table finds a name in any directory. What loses its last name stays
-//! until [`Arena::compact`] makes room. All of it is charged.
+//! An image can have millions of inodes, so each inode is a small record. Names lie back to back in one long buffer,
+//! and so do link targets. Equal attributes are stored once. One hash table finds names in all directories. An inode
+//! that loses its last name stays until [`Arena::compact`] removes it. The arena charges all its memory.
 
 mod compact;
 mod names;
@@ -25,13 +26,14 @@ use crate::tree::LayerIdx;
 /// Position of an inode in its [`Arena`].
 pub(super) type Id = u32;
 
-/// In the place of an [`Id`], or of the number of a [`Dirent`]: none.
+/// Stands for "none" in the place of an [`Id`] or of the number of a [`Dirent`].
 pub(super) const NONE: u32 = u32::MAX;
 
-/// Encoded [`DeviceNumber::WHITEOUT`](crate::toc::DeviceNumber::WHITEOUT).
+/// Encoded form of [`DeviceNumber::WHITEOUT`](crate::toc::DeviceNumber::WHITEOUT).
 pub(super) const WHITEOUT: u32 = 0;
 
-/// A directory no entry describes (image engines agree on these values for parents a layer leaves out).
+/// Metadata of a directory that no entry describes. Image engines agree on these values for parents that a layer
+/// leaves out.
 pub(super) const IMPLIED: Metadata = Metadata {
     mode: 0o755,
     uid: 0,
@@ -40,17 +42,19 @@ pub(super) const IMPLIED: Metadata = Metadata {
     mtime_nsec: 0,
 };
 
-/// Inodes of all layers together: three times the entries of the largest layer. A few paths can imply many directories.
+/// Most inodes of all layers together: about three times the most entries of one layer. Few paths can imply many
+/// directories.
 const MAX_INODES: usize = 32 << 20;
 
-/// Besides its record: its places in the finished tree and in the plan of the image.
+/// Memory in bytes that an inode takes: its record, and its places in the finished tree and in the plan of the EROFS
+/// image.
 const INODE_BYTES: usize = size_of::<Inode>() + 20;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Inode {
     pub meta: Metadata,
     pub xattrs: SetId,
-    /// Number of the entry that made it, in its layer. In a finished tree: the link count.
+    /// Number of the entry that made the inode, within its layer. In a finished tree: the link count.
     pub born: u32,
     pub kind: Kind,
 }
@@ -58,20 +62,21 @@ pub(super) struct Inode {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Directory {
-        /// The first of its names; in a finished tree: the place of its names among all sorted ones.
+        /// Number of the directory's first name. In a finished tree: the position of its names among all sorted
+        /// names.
         first: u32,
-        /// In a finished tree: how many.
+        /// In a finished tree: the number of names.
         len: u32,
-        /// No entry of the current layer describes it.
+        /// Whether no entry of the current layer describes the directory.
         implied: bool,
     },
-    /// A regular file in one piece.
+    /// A regular file whose content is contiguous.
     Flat {
         layer: LayerIdx,
         size: u64,
         device: u64,
     },
-    /// A sparse file, with the number of its map.
+    /// A sparse file, with the number of its chunk list in the arena.
     Sparse {
         layer: LayerIdx,
         map: u32,
@@ -81,27 +86,27 @@ pub(super) enum Kind {
     CharDevice(u32),
     BlockDevice(u32),
     Fifo,
-    /// A hard link whose target was not there yet when it was read; later the inode it stands for.
+    /// A hard link whose target was unknown when the link was read. `bound` later is the inode it stands for.
     Pending {
         target: Text,
         bound: Id,
     },
 }
 
-/// Bytes of a link target.
+/// Place of a link target in the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Text {
     start: u32,
-    /// At most `PATH_MAX`.
+    /// Length in bytes, at most `PATH_MAX`.
     len: u16,
 }
 
-/// Why nothing more can be added.
+/// Why the arena takes nothing more.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Full {
-    /// There are [`MAX_INODES`].
+    /// The arena has [`MAX_INODES`] inodes.
     Inodes,
-    /// Or more bytes of names or targets than 32 bits number.
+    /// The memory is used up, or 32 bits cannot number the bytes of names or link targets.
     Memory(OverLimit),
 }
 
@@ -111,18 +116,18 @@ impl From<OverLimit> for Full {
     }
 }
 
-/// Inodes by [`Id`], and their names.
+/// All inodes by [`Id`], and their names.
 #[derive(Debug, Default)]
 pub(super) struct Arena {
     pub inodes: Vec<Inode>,
     pub names: Names,
     pub sets: Sets,
     targets: Vec<u8>,
-    /// Sparse files.
+    /// Chunk lists of sparse files.
     maps: Vec<FileData>,
     map_bytes: usize,
     charge: Charge,
-    /// Bytes after the last [`Arena::compact`].
+    /// Memory in bytes after the last [`Arena::compact`].
     live: usize,
 }
 
@@ -134,12 +139,12 @@ impl Arena {
         }
     }
 
-    /// Memory that grows with what is added.
+    /// Returns the memory in bytes that grows with every addition.
     fn bytes(&self) -> usize {
         self.inodes.len() * INODE_BYTES + self.names.bytes() + self.sets.bytes() + self.targets.len() + self.map_bytes
     }
 
-    /// Charges for what was added, and for `more`.
+    /// Charges for all of the arena, and for `more` bytes.
     pub fn cover(&mut self, more: usize) -> Result<(), Full> {
         Ok(self.charge.cover((self.bytes() + more) as u64)?)
     }
@@ -148,7 +153,7 @@ impl Arena {
         if self.inodes.len() == MAX_INODES {
             return Err(Full::Inodes);
         }
-        // There are fewer than fit.
+        // The number fits, because there are at most `MAX_INODES` inodes.
         let id = self.inodes.len() as Id;
         self.inodes.push(inode);
         self.cover(0)?;
@@ -180,12 +185,12 @@ impl Arena {
         matches!(self.get(id).kind, Kind::Directory { .. })
     }
 
-    /// Whether it hides what lower layers have of its name.
+    /// Whether the inode is a whiteout device, which hides the lower layers' entry of the same name.
     pub fn is_whiteout(&self, id: Id) -> bool {
         matches!(self.get(id).kind, Kind::CharDevice(WHITEOUT))
     }
 
-    /// Keeps a link target of at most `PATH_MAX` bytes.
+    /// Stores a link target of at most `PATH_MAX` bytes.
     pub fn text(&mut self, bytes: &[u8]) -> Result<Text, Full> {
         let start = self.targets.len();
         self.targets.extend_from_slice(bytes);
@@ -202,7 +207,7 @@ impl Arena {
         &self.targets[text.start as usize..][..text.len.into()]
     }
 
-    /// A regular file of a layer.
+    /// Returns the kind for a regular file of a layer, and stores the chunk list of a sparse one.
     pub fn regular(&mut self, layer: LayerIdx, data: FileData) -> Kind {
         match data.layout {
             DataLayout::Flat { device } => Kind::Flat {
@@ -215,7 +220,7 @@ impl Arena {
                 self.maps.push(data);
                 Kind::Sparse {
                     layer,
-                    // Fewer than inodes.
+                    // The number fits, because there are fewer lists than inodes.
                     map: (self.maps.len() - 1) as u32,
                 }
             }
@@ -230,12 +235,12 @@ impl Arena {
         size_of::<FileData>() + chunks * size_of::<(u32, u64)>()
     }
 
-    /// The map of a sparse file.
+    /// Returns size and chunk list of a sparse file.
     pub fn map(&self, map: u32) -> &FileData {
         &self.maps[map as usize]
     }
 
-    /// The attributes of a set.
+    /// Returns the attributes of a set.
     pub fn set(&self, set: SetId) -> &[AttributeId] {
         self.sets.get(set)
     }

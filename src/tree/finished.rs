@@ -1,4 +1,4 @@
-//! The merged tree in its final order.
+//! The merged tree, with all nodes in their final order.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -7,14 +7,15 @@ use crate::toc::{AttributeId, Attributes, DataLayout, DeviceNumber, FileData, Me
 use crate::tree::arena::{Arena, Dirent, Id, Inode, Kind, NONE};
 use crate::tree::{LayerIdx, Node, NodeId, NodeKind};
 
-/// The merged tree. It can have millions of nodes, so they are packed; [`Tree::node`] gives one as a value.
+/// The merged tree. A tree can have millions of nodes, so the nodes are packed. [`Tree::node`] returns one node as a
+/// value.
 pub struct Tree {
     arena: Arena,
-    /// Inodes by node.
+    /// Inode of each node.
     order: Vec<Id>,
-    /// Nodes by inode.
+    /// Node of each inode.
     numbers: Vec<u32>,
-    /// Numbers of all names: those of a directory stand together, sorted.
+    /// Numbers of all names. The names of one directory lie together and are sorted.
     sorted: Vec<u32>,
 }
 
@@ -34,11 +35,11 @@ impl PartialEq for Tree {
 
 impl Eq for Tree {}
 
-/// What is at a node.
+/// The content of a node, borrowed from the tree.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum View<'a> {
     Directory(Children<'a>),
-    /// A regular file in one piece.
+    /// A regular file whose content is contiguous.
     Flat {
         layer: LayerIdx,
         size: u64,
@@ -52,7 +53,7 @@ pub(crate) enum View<'a> {
         chunks: &'a [(u32, u64)],
     },
     Symlink(&'a [u8]),
-    /// A device with its encoded number.
+    /// A character device with its encoded number.
     CharDevice(u32),
     BlockDevice(u32),
     Fifo,
@@ -80,11 +81,11 @@ impl<'a> Children<'a> {
 
     pub fn node(&self, index: usize) -> NodeId {
         let id = self.dirent(index).id;
-        // A tree made of values may name nodes that it does not have.
+        // A tree made from values may name nodes that it does not have.
         NodeId(self.tree.numbers.get(id as usize).copied().unwrap_or(id))
     }
 
-    /// How many names come before `name`.
+    /// Returns the number of names that sort before `name`.
     pub fn before(&self, name: &[u8]) -> usize {
         let names = &self.tree.arena.names;
         let number = |number: &u32| names.name(&names.dirents[*number as usize]) < name;
@@ -96,7 +97,8 @@ impl Tree {
     /// The root directory.
     pub const ROOT: NodeId = NodeId(0);
 
-    /// Puts the inodes that `root` leads to in breadth-first order, a directory's children by name.
+    /// Makes the tree of the inodes that `root` leads to. Nodes are in breadth-first order, a directory's children by
+    /// name.
     pub(super) fn of(mut arena: Arena, root: Id) -> Self {
         arena.names.close();
         let mut tree = Self {
@@ -118,15 +120,15 @@ impl Tree {
         tree
     }
 
-    /// Gives the next number to an inode.
+    /// Gives the next node number to an inode.
     fn number(&mut self, id: Id) {
-        // There are fewer nodes than inodes.
+        // The number fits, because there are no more nodes than inodes.
         self.numbers[id as usize] = self.order.len() as u32;
         self.order.push(id);
     }
 
-    /// Sorts the names of a directory, numbers what they lead to, and counts links. Gives the place and number of the names,
-    /// and how many are directories, which `queue` gets.
+    /// Sorts the names of a directory, numbers their inodes and counts links. Appends the subdirectories to `queue`.
+    /// Returns the position and the number of the names, and the number of subdirectories.
     fn sort(&mut self, dir: Id, queue: &mut VecDeque<Id>) -> (u32, u32, u32) {
         let start = self.sorted.len();
         let names = &self.arena.names;
@@ -161,7 +163,7 @@ impl Tree {
         (start as u32, (self.sorted.len() - start) as u32, directories)
     }
 
-    /// A tree of these nodes, the root first. Names stay in their order, right or wrong.
+    /// Makes a tree of these nodes, the root first. Keeps the given order of names without checking it.
     ///
     /// # Panics
     /// If a name has more than 255 bytes, or a link target more than 65535.
@@ -217,17 +219,17 @@ impl Tree {
         }
     }
 
-    /// Number of nodes.
+    /// Returns the number of nodes.
     pub fn len(&self) -> usize {
         self.order.len()
     }
 
-    /// Whether there is not even a root; never so if it was merged.
+    /// Whether the tree has no node, not even a root. A merged tree always has a root.
     pub fn is_empty(&self) -> bool {
         self.order.is_empty()
     }
 
-    /// A node as a value.
+    /// Returns a node as a value.
     ///
     /// # Panics
     /// If there is no such node.
@@ -288,12 +290,12 @@ impl Tree {
         self.inode(node).born
     }
 
-    /// Extended attributes, sorted by name.
+    /// Returns the extended attributes of a node, sorted by name.
     pub(crate) fn xattrs(&self, node: NodeId) -> &[AttributeId] {
         self.arena.set(self.inode(node).xattrs)
     }
 
-    /// All attributes that nodes may have.
+    /// Returns all attributes that nodes of the tree have.
     pub(crate) fn attributes(&self) -> &Attributes {
         &self.arena.sets.attributes
     }

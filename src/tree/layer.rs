@@ -1,5 +1,8 @@
-//! One layer as a tree of its own, read in archive order: what it puts where, what it hides of lower layers, and which inodes its
-//! hard links mean. Hard links that found no target in time are settled when the layer ends, before anything lower is hidden.
+//! Reads one layer into a tree of its own, in archive order.
+//!
+//! The result says which names the layer has, what it hides of lower layers, and which inodes its hard links mean. A
+//! hard link may come before its target; such links are settled at the end of the layer, before anything of a lower
+//! layer is hidden.
 
 mod links;
 
@@ -10,7 +13,7 @@ use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, PackedEntry, Pa
 use crate::tree::arena::{Arena, Full, Id, Inode, Kind, SetId, split};
 use crate::tree::{LayerIdx, TreeError};
 
-/// What a layer hides of lower ones, by path without in-layer symlinks.
+/// What a layer hides of lower layers. Paths contain no symlinks of the layer itself.
 #[derive(Debug)]
 pub(super) enum Hide {
     Whiteout(Vec<u8>),
@@ -18,7 +21,7 @@ pub(super) enum Hide {
 }
 
 impl Hide {
-    /// The directory in which it hides something.
+    /// Returns the directory in which the marker hides something.
     pub fn directory(&self) -> &[u8] {
         match self {
             Self::Whiteout(path) => split(path).0,
@@ -27,42 +30,42 @@ impl Hide {
     }
 }
 
-/// What a layer says.
+/// The result of reading a layer.
 #[derive(Debug)]
 pub(super) struct Reading {
     /// Root of the layer's tree.
     pub root: Id,
-    /// What its markers hide of lower layers.
+    /// What the layer's markers hide of lower layers.
     pub hides: Vec<Hide>,
-    /// Numbers of the names that were given to whiteout devices.
+    /// Numbers of the names that whiteout devices got.
     pub devices: Vec<u32>,
 }
 
-/// What a hidden entry or a path that is hidden takes beside its bytes.
+/// Memory in bytes that a hidden entry or the path of a marker takes in addition to the bytes of the path.
 const PATH_BYTES: usize = 64;
 
-/// One layer being read into a tree of its own.
+/// A layer that is being read into a tree of its own.
 #[derive(Debug)]
 pub(super) struct Upper<'a> {
     arena: &'a mut Arena,
     layer: LayerIdx,
     toc: &'a PackedToc,
     root: Id,
-    /// Inodes of this layer have ids from here on.
+    /// First id of this layer's inodes; lower layers have smaller ids.
     first: Id,
     hides: Vec<Hide>,
     hidden: HashMap<Box<[u8]>, Id>,
-    /// In archive order.
+    /// Hard links in archive order.
     links: Vec<Link>,
     /// See [`Reading::devices`].
     devices: Vec<u32>,
-    /// Memory of hides, hidden entries, links and devices.
+    /// Memory in bytes of hides, hidden entries, links and devices.
     bytes: usize,
-    /// The arena's numbers of the table's attributes.
+    /// The arena's numbers of the table's attributes, by the table's numbers.
     attributes: Vec<AttributeId>,
-    /// Those of the entry.
+    /// The arena's numbers of the current entry's attributes.
     xattrs: Vec<AttributeId>,
-    /// The directory the last entry went into, and its path: most go where the one before went.
+    /// The directory of the last entry, with its path. Most entries are in the same directory as the entry before.
     last: (Vec<u8>, Id),
 }
 
@@ -171,7 +174,7 @@ impl<'a> Upper<'a> {
         self.cover(bytes, entry.path)
     }
 
-    /// Charges for `bytes` that do not lie in the arena.
+    /// Charges for `bytes` more that are not in the arena.
     fn cover(&mut self, bytes: usize, path: &[u8]) -> Result<(), TreeError> {
         self.bytes += bytes;
         let attributes = size_of_val(&*self.attributes);
@@ -231,18 +234,18 @@ impl<'a> Upper<'a> {
         self.arena.push(inode).map_err(|why| self.full(why, entry.path))
     }
 
-    /// Gives the last name of `path` in `dir` to an inode.
+    /// Binds the last component of `path` in `dir` to an inode. Returns the number of the name.
     fn bind(&mut self, dir: Id, id: Id, path: &[u8]) -> Result<u32, TreeError> {
         let bound = self.arena.bind(dir, split(path).1, id);
         let (dirent, old) = bound.map_err(|why| self.full(why, path))?;
         if old.is_some_and(|old| self.arena.is_directory(old)) {
-            // It may have been on the way to the last directory.
+            // The replaced directory may be part of the last entry's path.
             self.last = (Vec::new(), self.root);
         }
         Ok(dirent)
     }
 
-    /// The directory an entry goes into.
+    /// Returns the directory that an entry goes into, and makes it if necessary.
     fn parent(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<Id, TreeError> {
         let (parent, _) = split(entry.path);
         if self.last.0 == parent {
@@ -273,7 +276,7 @@ impl<'a> Upper<'a> {
         }
     }
 
-    /// `path` without symlinks of this layer in its parents.
+    /// Returns `path` without symlinks of this layer in its parents.
     fn canonical(&self, path: &[u8]) -> Result<Vec<u8>, TreeError> {
         let (parent, name) = split(path);
         let mut canonical = self.follow(parent, path)?;
@@ -284,7 +287,7 @@ impl<'a> Upper<'a> {
         Ok(canonical)
     }
 
-    /// What `target` names in this layer at this moment.
+    /// Returns the inode at `target` in this layer, as far as the layer was read.
     fn find(&self, target: &[u8]) -> Result<Option<Id>, TreeError> {
         match self.arena.lookup(self.root, target) {
             Ok(found) => Ok(found.or_else(|| self.hidden.get(target).copied())),
@@ -292,7 +295,7 @@ impl<'a> Upper<'a> {
         }
     }
 
-    /// Path of an entry, for messages: read once more.
+    /// Returns the path of an entry for a message. Reads the table again to find it.
     fn path_of(&self, number: u32) -> Box<[u8]> {
         let Ok(mut entries) = self.toc.entries() else {
             return Box::default();

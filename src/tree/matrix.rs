@@ -1,4 +1,5 @@
-//! The corner cases on which image engines differ, one test each: a base layer, a second layer over it, what must be seen.
+//! The corner cases on which image engines differ, one test each. A test lays a second layer over a base layer and
+//! checks the tree.
 
 mod links;
 
@@ -31,7 +32,7 @@ fn data(tag: u64) -> FileData {
     }
 }
 
-/// A regular file; `tag` tells contents apart (it is the size).
+/// A regular file. `tag` distinguishes contents; it is the size.
 fn file(path: &str, tag: u64) -> TocEntry {
     entry(path, EntryKind::Regular(data(tag)))
 }
@@ -104,7 +105,7 @@ fn merge(layers: Vec<Vec<TocEntry>>) -> Result<Tree, TreeError> {
     Ok(merger.finish())
 }
 
-/// Path to `what MODE UID nLINKS`; `what` is `dir`, `fLAYER:TAG`, `-> TARGET`, ...
+/// Maps each path to `what MODE UID nLINKS`, where `what` is `dir`, `fLAYER:TAG`, `-> TARGET` and so on.
 #[derive(Debug)]
 struct View(BTreeMap<String, (NodeId, String)>, Tree);
 
@@ -383,7 +384,7 @@ fn markers_make_no_directories() {
     .children("d", "b");
 }
 
-/// Lower symlinks of all kinds, and directories behind them.
+/// A layer with symlinks of all kinds, and directories behind them.
 fn symlinked() -> Vec<TocEntry> {
     vec![
         dir("usr/lib"),
@@ -402,7 +403,7 @@ fn symlinked() -> Vec<TocEntry> {
 
 #[test]
 fn a_marker_below_a_lower_symlink_puts_a_directory_in_its_place() {
-    // What podman 4.3 and containerd 1.6 show of such images (umoci follows the symlink instead).
+    // podman 4.3 and containerd 1.6 show such images in this way. umoci follows the symlink instead.
     for name in ["lib", "abs", "chain", "out", "gone", "loop"] {
         for marker in [whiteout(&format!("{name}/foo")), opaque(name)] {
             View::of(merge(vec![symlinked(), vec![marker]]).unwrap())
@@ -429,7 +430,7 @@ fn a_marker_below_a_symlink_that_goes_away_makes_no_directory() {
         .is("lib", "-> other 777 1 n1")
         .children("usr/lib", "foo sub up");
     over(vec![whiteout("lib/foo"), file("lib", 50)]).is("lib", "f1:50 644 1 n1");
-    // One of the same layer is followed.
+    // A symlink of the same layer is followed.
     over(vec![symlink("lib", "other"), whiteout("lib/foo")])
         .is("lib", "-> other 777 1 n1")
         .children("other", "");

@@ -1,8 +1,8 @@
-//! Applies layers one after another: see [`Merger`].
+//! Applies layers one after another; see [`Merger`].
 //!
-//! A layer is first read into a tree of its own (the *upper*, see [`Upper`]), its whiteouts are taken out of what lower layers
-//! gave (the *lower*), and the upper is laid over the lower. Since whiteouts never touch the upper, their place in the archive
-//! does not matter.
+//! The merger reads each layer into a tree of its own, the *upper* ([`Upper`]). The merger then removes from the
+//! *lower*, the tree of the layers below, what the layer's whiteouts hide. Last, the merger lays the upper over the
+//! lower. Whiteouts never touch the upper, so their place in the archive does not matter.
 
 use crate::memory::Charge;
 use crate::toc::PackedToc;
@@ -12,22 +12,26 @@ use crate::tree::{LayerIdx, Tree, TreeError};
 
 /// Merges layers into a [`Tree`].
 ///
-/// The image-spec leaves cases open on which engines differ. Here:
+/// The image-spec leaves cases open, and engines differ in them. The merger follows these rules:
 ///
-/// - Whiteouts and opaque markers hide what *lower* layers have, wherever they stand in the archive. They make no directories,
-///   except in the place of a symlink (see below).
-/// - A character device 0:0 is a whiteout as overlayfs has it: like any other entry it takes its name from earlier entries of its
-///   layer and loses it to later ones. A hard link to it, or to a path that a whiteout of the same layer hides, is one too.
-/// - Inside a layer the last entry of a path wins; a directory again keeps its children; a change between directory and anything
-///   else drops what was below.
-/// - A directory over a lower directory keeps the lower children and replaces owner, mode, time and attributes. A parent that has
-///   no entry keeps what the lower layer says, or is 0755 0:0 at time 0.
-/// - The root is 0755 0:0 at time 0, whatever layers say of it.
-/// - A parent that is a symlink of the same layer is followed; a symlink of a lower layer is replaced by a directory, which is
-///   what overlay engines show. That goes for the parents of markers too: `lib/.wh.foo` over a lower `lib -> usr/lib` leaves an
-///   empty directory `lib`, and `usr/lib` as it is.
-/// - A hard link binds to what its target names in its own layer so far, else at the layer's end, else in lower layers (even in a
-///   directory that this layer makes opaque). Metadata of the link entry applies to the shared inode if it is the later one; attributes are added.
+/// - Whiteouts and opaque markers hide what *lower* layers have. The place of a marker in the archive does not
+///   matter. Markers make no directories, except in the place of a symlink (see below).
+/// - A character device 0:0 is a whiteout, as in overlayfs. Like any other entry it replaces earlier entries of its
+///   layer with the same name, and later ones replace it. A hard link to such a device is a whiteout too. So is a
+///   hard link to a path that a whiteout of the same layer hides.
+/// - Inside a layer the last entry of a path wins. A second directory entry keeps the children. A change between a
+///   directory and anything else drops what was below.
+/// - A directory over a lower directory keeps the lower children and replaces owner, mode, time and attributes. A
+///   parent without an entry keeps the lower layer's values; if there are none, it is 0755 0:0 at time 0.
+/// - The root is 0755 0:0 at time 0, whatever the layers say.
+/// - The merger follows a parent that is a symlink of the same layer. The merger replaces a symlink of a lower layer
+///   by a directory, as overlay engines show it. Both rules also apply to the parents of markers: `lib/.wh.foo` over
+///   a lower `lib -> usr/lib` leaves an empty directory `lib`, and leaves `usr/lib` unchanged.
+/// - A hard link binds to what its target names in its own layer so far. If the target does not exist yet, the link
+///   binds to what the target names at the layer's end. If the layer does not have the target at all, the link binds
+///   to the target in lower layers, even in a directory that this layer makes opaque.
+/// - The metadata of a hard link entry applies to the shared inode if the link is the later entry. The attributes of
+///   the link entry are added to the attributes of the inode.
 ///
 /// ```
 /// use ocifs::toc::Toc;
@@ -51,19 +55,20 @@ impl Default for Merger {
 }
 
 impl Merger {
-    /// A merge of no layers yet: an empty root.
+    /// Starts a merge without layers: an empty root.
     pub fn new() -> Self {
         Self::charged(Charge::default()).expect("an empty tree fits in any memory")
     }
 
-    /// The same, with its memory charged for.
+    /// Starts a merge that charges its memory to `charge`.
     pub fn charged(charge: Charge) -> Result<Self, TreeError> {
         let mut arena = Arena::new(charge);
         let root = arena.implied_directory(0).map_err(|why| full(LayerIdx(0), why, b""))?;
         Ok(Self { arena, root })
     }
 
-    /// Lays the next layer over those before it; base first. An error leaves the merge half done and of no use.
+    /// Lays the next layer over the layers before it; the base layer comes first. After an error the merge is
+    /// incomplete and useless.
     pub fn add(&mut self, layer: LayerIdx, toc: &PackedToc) -> Result<(), TreeError> {
         let Reading { root, hides, devices } = Upper::read(&mut self.arena, self.root, layer, toc)?;
         for hide in &hides {
@@ -75,7 +80,7 @@ impl Merger {
         }
         drop(hides);
         self.overlay(root);
-        // Those in directories that lower layers do not have.
+        // Remove whiteout devices in directories that lower layers do not have.
         for number in devices {
             let id = self.arena.names.dirents[number as usize].id;
             if id != NONE && self.arena.is_whiteout(id) {
@@ -87,13 +92,13 @@ impl Merger {
         Ok(())
     }
 
-    /// Makes room, whether or not that is worth the work.
+    /// Compacts the arena in any case.
     #[cfg(test)]
     pub(super) fn compact(&mut self) {
         self.root = self.arena.compact(self.root).expect("less memory than before");
     }
 
-    /// The tree all layers added so far make.
+    /// Returns the tree of all layers added so far.
     pub fn finish(self) -> Tree {
         Tree::of(self.arena, self.root)
     }
@@ -115,7 +120,8 @@ impl Merger {
         }
     }
 
-    /// Puts a directory where a marker of the upper layer speaks of one and the lower layers have a symlink.
+    /// Makes a directory in the upper layer where one of its markers names a directory and the lower layers have a
+    /// symlink.
     fn displace(&mut self, upper: Id, dir: &[u8]) -> Result<(), Full> {
         let obstacle = self.arena.obstacle(self.root, dir);
         let is_symlink = obstacle.is_some_and(|id| self.arena.symlink(id).is_some());
@@ -125,7 +131,7 @@ impl Merger {
         Ok(())
     }
 
-    /// Lays the tree at `upper` over the merged one. Nothing is added, names only move.
+    /// Lays the tree at `upper` over the merged one. Adds no names, only moves them.
     fn overlay(&mut self, upper: Id) {
         let mut todo = vec![(upper, self.root)];
         while let Some((upper, lower)) = todo.pop() {
@@ -162,7 +168,7 @@ impl Merger {
 }
 
 impl Arena {
-    /// Gives the directory `below` the metadata of the directory `above`, unless no entry describes that.
+    /// Gives the directory `below` the metadata of the directory `above`, unless no entry describes `above`.
     fn describe(&mut self, above: Id, below: Id) {
         let above = *self.get(above);
         if matches!(above.kind, Kind::Directory { implied: true, .. }) {

@@ -1,4 +1,5 @@
-//! A second merge, written for obviousness instead of speed, to compare the real one with: flat maps from path to inode.
+//! A second merge, written to be obvious instead of fast: flat maps from path to inode. Tests compare the real merge
+//! with it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,9 +18,9 @@ enum Content {
     File(u32, u64),
     Symlink(Vec<u8>),
     Fifo,
-    /// A character device 0:0, or a hard link to what the layer deletes.
+    /// A character device 0:0, or a hard link to a path that the layer deletes.
     Whiteout,
-    /// A hard link (to this path) that waits for the end of the layer.
+    /// A hard link to this path that waits for the end of the layer.
     Waiting(Path),
 }
 
@@ -55,7 +56,7 @@ impl Model {
         matches!(self.objects[id].content, Content::Directory { .. })
     }
 
-    /// Rewrites the first symlink among the components until none is left.
+    /// Replaces the first symlink among the components until none is left.
     fn follow(&self, names: &BTreeMap<Path, usize>, dir: &[Vec<u8>]) -> Result<Path, Refused> {
         let mut dir = dir.to_vec();
         'again: for _ in 0..=40 {
@@ -269,7 +270,7 @@ impl Model {
         Ok(())
     }
 
-    /// One line a path: type, metadata, link count, attributes and the first name of the inode.
+    /// Returns one line for each path: type, metadata, link count, attributes and the first name of the inode.
     fn rows(&self) -> Vec<String> {
         let show = |path: &Path| path.join(&b'/').escape_ascii().to_string();
         let row = |(path, id): (&Path, &usize)| {
@@ -431,7 +432,7 @@ fn compare(layers: Vec<Vec<TocEntry>>) -> Result<bool, TestCaseError> {
         if got.is_err() {
             return Ok(false);
         }
-        // Whether room was made must not show.
+        // Compaction must not change the result.
         if number % 2 == 0 {
             merger.compact();
         }

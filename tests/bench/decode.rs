@@ -1,7 +1,7 @@
-//! How fast a gzip layer is decoded and indexed: `cargo bench --bench decode -- LAYER.gz [ROUNDS]`.
+//! Measures how fast a gzip layer is decoded and indexed: `cargo bench --bench decode -- LAYER.gz [ROUNDS]`.
 //!
-//! Prints MB of output per second of CPU time, medians over interleaved rounds, so that a busy machine slows all contenders
-//! alike.
+//! Prints MB of output per second of CPU time. The values are medians over interleaved rounds, so that a busy machine
+//! slows all contenders alike.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -73,7 +73,7 @@ fn zlib_rs_raw(gz: &[u8]) -> u64 {
     }
 }
 
-/// Takes events and does nothing with them.
+/// A sink that discards all events.
 struct Discard;
 
 impl DecodeSink for Discard {
@@ -114,7 +114,7 @@ fn build(gz: &[u8]) -> SpanIndex {
     builder.finish(identity).unwrap()
 }
 
-/// A way to decode a layer; returns the size of its tar.
+/// Name and function of a way to decode a layer. The function returns the size of the tar.
 type Contender = (&'static str, fn(&[u8]) -> u64);
 
 const CONTENDERS: [Contender; 5] = [
@@ -167,7 +167,8 @@ fn main() {
     );
 }
 
-/// CPU time to decode and verify one span, window included; the median over spans all over the layer.
+/// Returns the CPU time to decode and verify one span, with its window. The value is the median over spans from all
+/// over the layer.
 fn span_read(index: &SpanIndex, gz: &[u8]) -> Duration {
     let mut times: Vec<Duration> = index
         .spans()

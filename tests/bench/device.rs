@@ -1,7 +1,8 @@
-//! What checking costs: reads of a layer's data device, where every block is compared with its checksum, against plain reads
-//! of the same bytes of the same file. `cargo bench --bench device`
+//! Measures the cost of checksums: `cargo bench --bench device`. It compares reads of a layer's data device, which
+//! check every block, with plain reads of the same bytes of the same file.
 //!
-//! Medians of several rounds that take turns, cold (the file's pages dropped before each round) and from the page cache.
+//! Prints medians of interleaved rounds: cold (the file's pages are dropped before each round) and from the page
+//! cache.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
@@ -21,7 +22,7 @@ const FILE: usize = 512 << 10;
 const SPAN: usize = 1 << 20;
 const ROUNDS: usize = 9;
 
-/// A layer of many files, all of it on its device.
+/// Makes a layer of many files whose data device is complete.
 fn layer(store: &Store) -> (IndexedSpans, LayerDir) {
     let mut tar = tar::Builder::new(Vec::new());
     let content: Vec<u8> = (0..FILE).map(|i| (i * 7 + i / 251) as u8).collect();
@@ -87,7 +88,7 @@ fn main() {
                 if cold {
                     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
                 }
-                // As a mount does, before it reads.
+                // A mount also opens the device before it reads.
                 let device = DataDevice::open(&store, &dir, &spans).unwrap();
                 let start = Instant::now();
                 offsets.iter().for_each(|&offset| read(&device, offset, &mut buffer));

@@ -1,4 +1,4 @@
-//! A registry over OCI layouts that misbehaves on request, to be run by hand: the one that the tests use.
+//! Serves OCI layouts with the tests' registry, which misbehaves on request. It is run by hand.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../it/common"]
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use common::registry::{Guard, NAMES, Rule, TestRegistry, Tokens};
 
-/// How often the control file is looked at and the log printed.
+/// Time between two checks of the control file and the log.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Serve OCI layouts as a registry that misbehaves on request.
@@ -82,7 +82,7 @@ fn main() {
             registry.clear_faults();
         }
         for Rule { times, part, fault } in rules {
-            // What is behind a redirect is the same blob.
+            // A redirect leads to the same blob, so it gets the same fault.
             if let Some(storage) = &storage {
                 storage.fault(&part.replace("/blobs/", "/storage/"), times, fault.clone());
             }
@@ -117,7 +117,8 @@ fn main() {
     }
 }
 
-/// The rules in a control file; none if there is no file, and none of a file with a mistake, which is told.
+/// Returns the rules of a control file. Returns none if there is no file, or if the file has a mistake, which is
+/// reported.
 fn read_control(path: &Path, changed: Option<SystemTime>) -> Vec<Rule> {
     if changed.is_none() {
         return Vec::new();
@@ -134,7 +135,7 @@ fn read_control(path: &Path, changed: Option<SystemTime>) -> Vec<Rule> {
         })
 }
 
-/// Puts all of a layout into the repository of the directory's name.
+/// Adds all of a layout to the repository named like its directory.
 fn load(registry: &TestRegistry, layout: &Path) {
     let repository = std::fs::canonicalize(layout).unwrap();
     let repository = repository.file_name().unwrap().to_str().unwrap().to_lowercase();

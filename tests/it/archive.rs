@@ -1,4 +1,5 @@
-//! Docker archives in the shapes of all their writers, real and rebuilt: the layers must come out as they went in.
+//! Docker archives in the shapes of all their writers, written by real tools and by hand. Reading one must give back
+//! the layers that went in.
 
 use std::fs;
 use std::path::Path;
@@ -61,7 +62,8 @@ async fn open(path: &Path, image: Option<&str>) -> Result<DockerArchive, String>
         .map_err(|error| error.to_string())
 }
 
-/// Opens the only image and compares its layers with the tars it was made from. Returns the layers' media types.
+/// Opens the only image of an archive and compares its layers with the tars that it was made from. Returns the
+/// layers' media types.
 async fn assert_holds(path: &Path, tars: &[Vec<u8>]) -> Vec<String> {
     let source = open(path, None).await.unwrap();
     let (image, got) = read_back(&source).await;
@@ -112,7 +114,7 @@ async fn archives_written_by_skopeo_hold_what_they_were_copied_from() {
         "{error}"
     );
 
-    // Compressed as a whole; the other tools' own compressors, so that theirs is what is read.
+    // Archives that are compressed as a whole. The real compressors write them, so that the test reads their output.
     let info = fs::metadata(&path).unwrap();
     for (program, args, extension) in [("gzip", &["-k"][..], "gz"), ("zstd", &["-q", "-k", "--long=27"], "zst")] {
         let mut args = args.to_vec();
@@ -133,7 +135,7 @@ async fn archives_written_by_skopeo_hold_what_they_were_copied_from() {
             "{error}"
         );
     }
-    // A truncated compressed archive is not taken for a short one.
+    // A truncated compressed archive is an error, not a short archive.
     let packed = fs::read(dir.join("out.tar.gz")).unwrap();
     fs::write(dir.join("cut.tar.gz"), &packed[..packed.len() / 2]).unwrap();
     assert!(matches!(
@@ -160,10 +162,10 @@ async fn an_archive_written_by_buildah_reads_as_skopeo_reads_it() {
     buildah(&["push", "-q", "img", "docker-archive:b.tar:bapp:1"]);
     run(dir, "skopeo", &["copy", "-q", "docker-archive:b.tar:bapp:1", "oci:l:x"]);
 
-    // The oracle is skopeo's own reading of the archive: the same layers, compressed anew.
+    // skopeo's own reading of the archive is the oracle. It writes the same layers, compressed anew.
     let of_layout = ocifs::layout::OciLayout::open(dir.join("l"), Some("x")).await.unwrap();
     let (_, want) = read_back(&of_layout).await;
-    // buildah adds the name in its store.
+    // buildah also writes the name that the image has in buildah's store.
     for name in ["bapp:1", "localhost/img"] {
         let source = open(&dir.join("b.tar"), Some(name)).await.unwrap();
         let (_, got) = read_back(&source).await;
@@ -201,7 +203,7 @@ async fn docker_up_to_24_links_repeated_layers() {
     assert_eq!(assert_holds(&path, &tars).await, [OCI_LAYER; 3]);
 }
 
-/// An embedded OCI layout; `layers` as stored.
+/// Writes an archive with an embedded OCI layout. `layers` are stored as they are given.
 fn with_layout(path: &Path, tars: &[Vec<u8>], layers: &[Vec<u8>], manifest_first: bool) {
     let config = config_of(tars);
     let blob = |bytes: &[u8]| format!("blobs/sha256/{}", Digest::of(bytes).hex());
@@ -213,7 +215,7 @@ fn with_layout(path: &Path, tars: &[Vec<u8>], layers: &[Vec<u8>], manifest_first
         &names,
     )])];
     members.push(file("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#));
-    // Early docker 25 listed wrong layers here, so it must not matter.
+    // Early docker 25 listed wrong layers in `index.json`, so its content must not matter.
     members.push(file("index.json", r#"{"manifests":[{"digest":"nonsense"}]}"#));
     members.push(file(blob(&config), config));
     let mut seen = vec![];
@@ -266,7 +268,7 @@ async fn other_tools_name_members_as_they_like() {
     write(&path, &members);
     assert_eq!(assert_holds(&path, &tars).await, [OCI_LAYER_GZIP; 3]);
 
-    // No layers at all is an image, too, and so is one with an empty tar.
+    // An image without layers is valid, and so is an image with an empty tar.
     write(
         &path,
         &[
@@ -310,7 +312,7 @@ async fn images_are_chosen_by_tag_or_position() {
         ("ghcr.io/o/app:1", 1),
         ("@2", 2),
         ("@0", 0),
-        // The last of equals.
+        // The last of several images with one name wins.
         ("app:1", 3),
     ] {
         let source = open(&path, Some(name)).await.unwrap();
@@ -382,7 +384,7 @@ async fn broken_archives_say_what_is_wrong() {
         assert!(error.contains(words), "{error} / {words}");
     }
 
-    // What the archive says is neither repeated without end nor obeyed by a terminal.
+    // An error message quotes a bounded part of the archive's text, without control characters.
     let long = format!("\u{1b}{}", "x".repeat(1 << 20));
     for members in [
         layers(&[&long]),
@@ -440,7 +442,8 @@ proptest::proptest! {
         ];
         write(&path, &members);
         let mut bytes = fs::read(&path).unwrap();
-        // The end of the archive is of no use, nor is nothing at all.
+        // Cuts the archive, but keeps at least its first 512 bytes. An empty file and the zeros at the end are not
+        // worth testing.
         bytes.truncate(512 + keep % (bytes.len() - 512));
         for (at, byte) in edits {
             let at = at % bytes.len();

@@ -1,4 +1,4 @@
-//! The store's limit: eviction, `cache` commands, and reads that go on meanwhile.
+//! The limit of the store: eviction, the `cache` commands, and reads that run at the same time.
 #![allow(unused_imports)]
 
 use std::collections::BTreeMap;
@@ -36,7 +36,7 @@ fn image() -> (TestRegistry, String) {
     (registry, image)
 }
 
-/// Reads all files, in an order that `turn` determines, past the page cache.
+/// Reads all files, past the page cache. `turn` determines the order.
 fn read_all(mount: &Mounted, turn: u64) {
     for step in 0..FILES {
         let i = (step * 7 + turn * 5) % FILES;
@@ -49,7 +49,7 @@ fn read_all(mount: &Mounted, turn: u64) {
     }
 }
 
-/// Bytes on disk of all that the limit is about: data devices, trees and drafts.
+/// Returns the bytes on disk that count against the limit: data devices, trees and drafts.
 fn counted(store: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let files = |name: &str| std::fs::read_dir(store.join(name)).into_iter().flatten().flatten();
@@ -59,7 +59,7 @@ fn counted(store: &Path) -> u64 {
     usage(store) + sizes.map(|m| m.blocks() * 512).sum::<u64>()
 }
 
-/// Bytes of all data devices on disk.
+/// Returns the bytes on disk of all data devices.
 fn usage(store: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt as _;
     let layers = std::fs::read_dir(store.join("layers")).into_iter().flatten();
@@ -67,7 +67,7 @@ fn usage(store: &Path) -> u64 {
     data.map(|m| m.map_or(0, |m| m.blocks() * 512)).sum()
 }
 
-/// All files of a store but the data devices: indexes, trees and documents.
+/// Returns all files of a store but the data devices: indexes, trees and documents.
 fn made(store: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
     let mut directories: Vec<_> = ["layers", "trees", "documents"].map(|name| store.join(name)).into();
@@ -118,7 +118,7 @@ fn the_cache_stays_near_its_limit_while_two_mounts_read() {
     assert!(most <= limit + (1 << 20), "{most}");
 }
 
-/// A small image that unpacks to many times the limit, by several processes at once.
+/// Opens a small image that unpacks to many times the limit, in several processes at once.
 #[test]
 fn no_image_takes_more_than_the_limit_at_any_time() {
     let registry = TestRegistry::start();
@@ -148,7 +148,7 @@ fn no_image_takes_more_than_the_limit_at_any_time() {
         done.store(true, Ordering::SeqCst);
         watching.join().unwrap()
     });
-    // Each process may be a step beyond.
+    // Each process may exceed the limit by one step.
     assert!(most <= limit + (4 << 20), "{most}");
     assert!(counted(ocifs.store()) <= limit + (1 << 20));
     assert!(most > limit / 2, "{most}");
@@ -201,7 +201,7 @@ fn reads_go_on_whatever_the_cache_commands_delete() {
         );
     }
     ocifs.ok(["cache", "drop"]);
-    // Of each of the two layers the map of what is there stays.
+    // The map of present spans of each of the two layers stays.
     assert!(usage(ocifs.store()) <= 2 * (16 << 10), "{}", usage(ocifs.store()));
     assert!(made(ocifs.store()) == kept, "indexes, trees and documents stay");
 
@@ -209,7 +209,7 @@ fn reads_go_on_whatever_the_cache_commands_delete() {
     assert_eq!(ocifs.ok(["cache", "list", "--json"]).text().trim(), "[]");
     assert_eq!(made(ocifs.store()).into_keys().collect::<Vec<_>>(), [] as [PathBuf; 0]);
     read_all(&mount, 3);
-    // Somebody else starts afresh from the empty store.
+    // Another mount starts from the empty store.
     let other = ocifs.mount(&image);
     assert_eq!(other.status()["layers"][0]["index_source"], "streamed");
     read_all(&other, 1);
@@ -232,7 +232,7 @@ fn small_files_are_evicted_to_the_last_block() {
         assert!(mount.read(&format!("s{i}")) == content(i), "s{i}");
     }
     ocifs.ok(["cache", "drop"]);
-    // What stays are the records of what is there, and room for checksums.
+    // The map of present spans stays, with room for checksums.
     assert!(usage(ocifs.store()) <= 16 << 10, "{}", usage(ocifs.store()));
 }
 
@@ -243,7 +243,7 @@ fn records_that_do_not_fit_are_an_error_and_are_begun_again() {
     let mut reader = TarReader::new(Limits::default());
     reader.push(&tar, &mut |_, _| ()).unwrap();
     let extents = reader.finish().unwrap().extents;
-    // Spans of a byte, so that there is a lot to record.
+    // Spans of one byte, so that there are many records.
     let count = tar.len() as u32;
     let tmpfs = Tmpfs::new("24k");
     let store = Store::open(tmpfs.path()).unwrap();
@@ -294,7 +294,7 @@ fn damaged_indexes_are_made_again() {
         let layers = std::fs::read_dir(ocifs.store().join("layers")).unwrap();
         layers.map(|layer| layer.unwrap().path().join(name)).collect()
     };
-    // What is damaged, and whether the layers have to be streamed again.
+    // The damaged file, and whether the layers have to be streamed again.
     for (name, streamed) in [
         ("spans", true),
         ("toc", true),
@@ -302,14 +302,15 @@ fn damaged_indexes_are_made_again() {
         ("data", false),
         ("tree", false),
     ] {
-        // Or intact data would hide that a bad index is believed. (Data that is damaged has to be there.)
+        // Drops the cached data. Otherwise intact data would hide that a bad index is used. Damaged data has to stay.
         if name != "data" {
             ocifs.ok(["cache", "drop"]);
         }
         registry.clear_log();
         for path in files(name).into_iter().filter(|path| path.exists()) {
             let mut bytes = std::fs::read(&path).unwrap();
-            // Content of the device that goes bad is the disk's matter; a device that lost its end is not one.
+            // A truncated data device is discarded when it is opened. Wrong bytes in a data device are found when
+            // they are read; another test does that.
             match name {
                 "data" => bytes.truncate(bytes.len() - 1),
                 _ => {
@@ -322,12 +323,12 @@ fn damaged_indexes_are_made_again() {
         for tree in std::fs::read_dir(ocifs.store().join("trees")).unwrap() {
             std::fs::write(tree.unwrap().path(), b"no tree").unwrap();
         }
-        // Nothing before it is read.
+        // Without prefetching, the mount fetches nothing before it is read.
         let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
         let status = mount.status();
         let layers = status["layers"].as_array().unwrap();
         assert_eq!(layers.len(), 2);
-        // Requests for a layer, without a range and with one.
+        // Returns the number of requests for a layer, without a range and with one.
         let requests = |layer: &serde_json::Value| {
             let digest = layer["digest"].as_str().unwrap();
             let log = registry.log();

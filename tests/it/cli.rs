@@ -1,4 +1,4 @@
-//! What commands print, and images written out again.
+//! Output of commands, and export of images.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,7 +45,8 @@ fn image() -> (TestRegistry, String, String) {
     (registry, image, digest.to_string())
 }
 
-/// Everything that can be seen of a tree: one line a path, inode numbers as the first path that has them.
+/// Returns everything that can be seen of a tree, one line for each path. An inode number stands as the first path
+/// that has it.
 fn dump(root: &Path) -> Vec<String> {
     let script = r"
 import hashlib, os, sys
@@ -72,7 +73,7 @@ for directory, names, files in os.walk(root):
     lines
 }
 
-/// Paths below a directory and their inode numbers.
+/// Returns the paths below a directory and their inode numbers.
 fn inodes(root: &Path) -> BTreeMap<PathBuf, u64> {
     let mut found = BTreeMap::new();
     let mut directories = vec![root.to_owned()];
@@ -188,7 +189,7 @@ fn ls_and_cat_look_into_an_image() {
     assert!(error.contains("/etc") && error.contains("directory"), "{error}");
     let said = ocifs.run(["cat", &image]);
     assert_eq!(said.code, Some(2), "wrong arguments");
-    // Who reads no further is no reason to complain.
+    // A reader that stops early is not an error.
     let script = format!("\"$@\" cat {image} data data data data | head -c 10");
     let command = ocifs.command([""; 0]);
     let mut pipe = Command::new("bash");
@@ -257,7 +258,7 @@ fn an_exported_disk_is_the_mount() {
     tool("umount", [&root]);
     let (tree, numbers) = kernel.unwrap();
     assert_eq!(tree, dump(mount.path()));
-    // Inode numbers too: both are the tree's. (The root of FUSE always has number 1.)
+    // The inode numbers are equal too: both come from the tree. (The root of FUSE always has number 1.)
     assert_eq!(numbers, inodes(mount.path()));
     assert!(ocifs.ok(["export", "--format", "erofs", &image]).stdout == fs::read(&disk).unwrap());
 }

@@ -1,4 +1,4 @@
-//! Commands that look after mounts, whatever state these are in.
+//! Commands that manage mounts, in every state of a mount.
 
 use std::path::Path;
 

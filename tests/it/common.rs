@@ -1,4 +1,4 @@
-//! What several test modules share.
+//! Helpers that several test modules share.
 
 pub mod closed_port;
 pub mod docker_registry;

@@ -1,4 +1,4 @@
-//! Layers are told apart by what they are, not by what they are called.
+//! The content of a layer decides its compression, not its media type.
 
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::oci_layout;
@@ -16,7 +16,8 @@ const LABELS: [&str; 6] = [
 
 const SIZE: usize = 300_000;
 
-/// Every compression under every label, a layer and a file each; names and seeds of the files.
+/// Makes a layer with one file for every compression under every media type. Returns the layers, and the files' names
+/// and seeds.
 fn layers() -> (Vec<Blob>, Vec<(String, u64)>) {
     type Make = fn(&[u8]) -> Blob;
     let kinds: [(&str, Make); 3] = [

@@ -1,5 +1,5 @@
-//! Damage to the store: whatever happens to any of its files, before a mount or under one, every byte, name and mode that is
-//! served is right, and everything can be read in the end.
+//! Damage to the store. Any of its files may be damaged, before a mount or under one. Every byte, name and mode that
+//! the mount serves must be right. In the end everything must be readable.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -11,7 +11,7 @@ use crate::common::registry::TestRegistry;
 
 const FILES: u64 = 6;
 
-/// An image of two layers: large files, small ones, a symlink.
+/// An image of two layers with large files, small files and a symbolic link.
 struct Scene {
     registry: TestRegistry,
     image: String,
@@ -30,7 +30,7 @@ impl Scene {
         }
     }
 
-    /// One whose store has everything of the image, of one start of it, and what it means.
+    /// Returns a scene whose store has all of the image, a profile of one start, and the meaning of the tag.
     fn full() -> Self {
         let scene = Self::new();
         drop(scene.ocifs.mount(&scene.image));
@@ -64,7 +64,7 @@ fn large_size(i: u64) -> usize {
     300_000 + 1000 * i as usize
 }
 
-/// Reads all files past the page cache and compares content, modes and links.
+/// Reads all files past the page cache. Compares content, modes and links.
 fn check(mount: &Mounted, what: &str) {
     for layer in 0..2 {
         for i in 0..FILES {
@@ -95,7 +95,7 @@ fn check(mount: &Mounted, what: &str) {
     );
 }
 
-/// All files below a directory of the store.
+/// Returns all files below a directory of the store.
 fn files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).unwrap() {
@@ -109,19 +109,19 @@ fn files(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// What can happen to a file.
+/// A kind of damage to a file.
 #[derive(Debug, Clone, Copy)]
 enum Damage {
-    /// One bit flipped, at this share of the file.
+    /// Flips one bit at this fraction of the file.
     Flip(f64),
-    /// A page of zeros, at this share of the file.
+    /// Writes a page of zeros at this fraction of the file.
     Zeros(f64),
-    /// Cut to this share.
+    /// Cuts the file to this fraction.
     Cut(f64),
     Removed,
-    /// The content that it had before, or that another file of its kind has, written over it in place.
+    /// Overwrites the file in place with its earlier content, or with that of another file of its kind.
     Older,
-    /// The same, put in its place by rename.
+    /// Replaces the file by rename, with the content that [`Damage::Older`] writes.
     Replaced,
 }
 
@@ -168,14 +168,14 @@ impl Damage {
     }
 }
 
-/// Files of the store that mounts use. What belongs to nobody while it lies there (locks, drafts) is left out.
+/// Returns the files of the store that mounts use. Locks and drafts are left out.
 fn victims(store: &Path) -> Vec<PathBuf> {
     let all = ["documents", "layers", "trees", "profiles"].map(|name| files(&store.join(name)));
     let all = all.into_iter().flatten();
     all.filter(|path| path.file_name().unwrap() != "lock").collect()
 }
 
-/// For each file the content it has in `old`, or that of another file of the same name or kind.
+/// Returns the content of the file in `old`, or that of another file of the same name or kind.
 fn older(path: &Path, store: &Path, old: &Path) -> Vec<u8> {
     let same = old.join(path.strip_prefix(store).unwrap());
     if let Ok(bytes) = fs::read(&same)
@@ -194,12 +194,12 @@ fn older(path: &Path, store: &Path, old: &Path) -> Vec<u8> {
     others.next().map(|other| fs::read(other).unwrap()).unwrap_or_default()
 }
 
-/// Every file of the store with every damage, each before a mount and under one that goes on.
+/// Damages every file of the store in every way under a mount, and then mounts again.
 #[test]
 fn no_damage_to_any_file_is_served_and_all_of_it_heals() {
     let scene = Scene::full();
     let store = scene.ocifs.store().to_owned();
-    // The store as it was with less in it, and of another image.
+    // An earlier store that has less, from another registry.
     let other = Scene::new();
     let old = tempfile::tempdir().unwrap();
     {
@@ -230,7 +230,7 @@ fn no_damage_to_any_file_is_served_and_all_of_it_heals() {
             let mount = scene.mount();
             check(&mount, &format!("{what} before a mount"));
             drop(mount);
-            // Whatever was damaged is as it was, for the next round.
+            // The pull repairs the store for the next round.
             scene.ocifs.ok(["pull", &scene.image]);
         }
     }
@@ -245,24 +245,24 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What else can lie at a file's place.
+/// Something that lies in the place of a file of the store.
 #[derive(Debug, Clone, Copy)]
 enum Intruder {
     Fifo,
     Socket,
     Directory,
-    /// A symbolic link to a device without end.
+    /// A symbolic link to an endless device.
     Endless,
     /// A symbolic link that leads nowhere.
     Dangling,
-    /// A file of three gigabytes of holes.
+    /// A sparse file of 3 GiB without data.
     Sparse,
     Unreadable,
 }
 
 impl Intruder {
     fn put(self, path: &Path) {
-        // A mount removes what nobody needs.
+        // A mount may have removed the file.
         if !path.exists() {
             fs::write(path, b"").unwrap();
         }
@@ -286,7 +286,8 @@ impl Intruder {
     }
 }
 
-/// Anything at the place of any file of the store keeps nothing waiting, takes no memory, and gives way.
+/// An intruder in the place of any file of the store blocks no read and fails no read. It is replaced when the file
+/// is written again.
 #[test]
 fn nothing_that_lies_in_a_files_place_is_in_the_way() {
     let intruders = [
@@ -318,7 +319,7 @@ fn nothing_that_lies_in_a_files_place_is_in_the_way() {
     for path in names {
         for intruder in intruders {
             let what = format!("{intruder:?} at {}", path.strip_prefix(&store).unwrap().display());
-            // What nobody has used since lies there still.
+            // An intruder that nothing has replaced is still there.
             match fs::symlink_metadata(&path) {
                 Ok(found) if found.is_dir() => fs::remove_dir_all(&path).unwrap(),
                 Ok(found) if !found.is_file() => fs::remove_file(&path).unwrap(),
@@ -334,7 +335,7 @@ fn nothing_that_lies_in_a_files_place_is_in_the_way() {
                 mount.forget("f1-2");
                 assert!(mount.read("f1-2") == noise(12, large_size(2)), "{what}");
             }
-            // The image, and the check, go past it.
+            // Reading the image and checking the store both work in spite of the intruder.
             let said = scene.ocifs.ok(["cat", &scene.image, "f0-3"]);
             assert!(said.stdout == noise(3, large_size(3)), "{what}");
             let said = scene.ocifs.run(["cache", "verify"]);
@@ -345,8 +346,8 @@ fn nothing_that_lies_in_a_files_place_is_in_the_way() {
     }
 }
 
-/// Two builds of one program: other content in files of the same sizes. The device of one in the place of the other, under a
-/// mount that has checked it when it was opened.
+/// Two layers have files of the same names and sizes with different content. The test writes one layer's data device
+/// over the other's, under a mount that checked the device when it opened it.
 #[test]
 fn another_layers_content_is_never_served() {
     let registry = TestRegistry::start();
@@ -378,7 +379,7 @@ fn another_layers_content_is_never_served() {
         assert!(mount.read(&format!("f{i}")) == noise(10 + i, 300_000), "f{i}");
     }
     drop(mount);
-    // What a tag means is not what another one means.
+    // The record of one tag does not stand for another tag.
     drop(registry);
     let names = files(&ocifs.store().join("documents/of"));
     assert_eq!(names.len(), 2);

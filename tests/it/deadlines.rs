@@ -1,5 +1,5 @@
-//! From the first byte that a program asks for to the answer it takes no longer than the timeout and a second, whatever the
-//! kernel repeats, and whether or not the image is ready.
+//! A read gets its answer within the timeout and a second. The time counts from the first byte that the program asks
+//! for, however often the kernel repeats the request. That holds before and after the image is ready.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -10,11 +10,11 @@ use crate::common::reader::{Reader, WAYS};
 use crate::common::registry::{Fault, TestRegistry};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// What is promised beside the timeout, and what a machine that does other things takes for a process to end.
+/// The second that a read may take beyond the timeout, plus the time that a busy machine needs to end a process.
 const SLACK: Duration = Duration::from_millis(1_500);
 const FILE: usize = 512 << 10;
 
-/// An image with a file for each way to read, known to the store, whose data is not.
+/// Mounts an image with a file for each way to read. The store knows the image and has none of its data.
 fn scene() -> (TestRegistry, Blob, Ocifs, Mounted) {
     let registry = TestRegistry::start();
     let tar = WAYS.iter().zip(1..).fold(Tar::new(), |tar, (way, seed)| {
@@ -32,7 +32,7 @@ fn scene() -> (TestRegistry, Blob, Ocifs, Mounted) {
     (registry, layer, ocifs, mount)
 }
 
-/// All readers end, without the bytes, when they should.
+/// Asserts that all readers end at the timeout and get no bytes.
 fn end_in_time(readers: Vec<Reader>) {
     for (i, reader) in readers.into_iter().enumerate() {
         let ended = reader.end();
@@ -74,7 +74,7 @@ fn many_readers_of_one_file_end_together() {
 fn more_readers_than_fuse_takes_at_once_by_itself_end_with_the_timeout() {
     let (registry, layer, _ocifs, mount) = scene();
     registry.hold(&layer.path());
-    // A place of its own for each, within the one file that is as large as that.
+    // Each reader reads at an offset of its own.
     let paths: Vec<PathBuf> = WAYS.iter().map(|way| mount.join(way)).collect();
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -90,7 +90,7 @@ fn more_readers_than_fuse_takes_at_once_by_itself_end_with_the_timeout() {
     assert!(start.elapsed() <= TIMEOUT + SLACK, "{:?}", start.elapsed());
 }
 
-/// An image of one layer that nobody knows yet, mounted while it comes like this.
+/// Mounts an image of one layer that no store knows, from a registry with these faults.
 fn first_contact(faults: &[Fault], options: &[&str]) -> (TestRegistry, Blob, Ocifs, Mounted) {
     let (registry, layer, image) = unknown_image(faults);
     let ocifs = Ocifs::with(&["--timeout", "3s"]);
@@ -109,7 +109,7 @@ fn unknown_image(faults: &[Fault]) -> (TestRegistry, Blob, String) {
     (registry, layer, image)
 }
 
-/// 2 kB a second.
+/// Returns a fault that sends 2 kB a second.
 fn trickle() -> Fault {
     Fault::Slow(200, Duration::from_millis(100))
 }
@@ -118,7 +118,7 @@ fn trickle() -> Fault {
 fn a_first_pass_that_trickles_fails_reads_until_it_comes_on() {
     let (registry, layer, _ocifs, mount) = first_contact(&[trickle()], &[]);
     let start = Instant::now();
-    // The open waits: there is no tree to look the name up in.
+    // The open waits, because there is no tree to look the name up in.
     std::fs::read(mount.join("f")).unwrap_err();
     assert!(start.elapsed() <= TIMEOUT + SLACK, "{:?}", start.elapsed());
     let status = mount.status();
@@ -126,11 +126,11 @@ fn a_first_pass_that_trickles_fails_reads_until_it_comes_on() {
     assert!(status["stalled_seconds"].as_f64() >= Some(2.0), "{status}");
     let said = _ocifs.ok(["status", mount.path().to_str().unwrap()]);
     assert!(said.text().contains("stalled, reads fail"), "{said:?}");
-    // While it is, reads fail at once.
+    // While the mount is stalled, reads fail at once.
     let start = Instant::now();
     std::fs::read_dir(mount.path()).unwrap_err();
     assert!(start.elapsed() < TIMEOUT / 2, "{:?}", start.elapsed());
-    // The registry recovers; the connection that trickles does not, and is not waited for.
+    // The registry recovers, but the slow connection does not. The mount does not wait for it.
     registry.clear_faults();
     eventually("it is ready", || mount.status()["state"] == "ready");
     assert!(mount.read("f") == noise(1, 1 << 20));
@@ -139,7 +139,7 @@ fn a_first_pass_that_trickles_fails_reads_until_it_comes_on() {
 
 #[test]
 fn a_first_pass_that_gets_on_is_waited_for_however_often_it_stalls() {
-    // Each connection gives 200 kB and hangs. What is resumed in time makes a useful rate.
+    // Each connection sends 200 kB and hangs. Resuming each in time makes a useful rate.
     let (registry, layer, _ocifs, mount) = first_contact(&[Fault::Stall(200_000)], &[]);
     assert!(mount.read("f") == noise(1, 1 << 20));
     assert!(registry.count(&layer.path()) >= 3);
@@ -204,7 +204,7 @@ fn another_process_that_stalls_with_the_layer_is_not_waited_for_beyond_the_timeo
 fn what_waits_after_a_stall_can_be_killed() {
     let (registry, layer, _ocifs, mount) = first_contact(&[trickle()], &[]);
     eventually("it has stalled", || mount.status()["state"] == "stalled");
-    // It comes on, for a while.
+    // The layer arrives again, slowly.
     registry.clear_faults();
     registry.fault(
         &layer.path(),

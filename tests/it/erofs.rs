@@ -35,7 +35,7 @@ fn image_of(sample: &Sample) -> Vec<u8> {
     image
 }
 
-/// The virtual disk as a file: metadata, then all devices.
+/// Writes the virtual disk to a file: metadata, then all devices.
 fn disk_of(sample: &Sample, dir: &TempDir) -> PathBuf {
     let path = dir.path().join("disk.erofs");
     let mut file = fs::File::create(&path).unwrap();
@@ -50,7 +50,7 @@ fn nodes(tree: &Tree) -> impl Iterator<Item = Node> {
     (0..tree.len() as u32).map(|number| tree.node(NodeId(number)))
 }
 
-/// Every path of the tree with its node, the root as the empty path.
+/// Returns every path of the tree with its node. The root is the empty path.
 fn paths(tree: &Tree) -> Vec<(Vec<u8>, NodeId)> {
     let mut paths = vec![(Vec::new(), Tree::ROOT)];
     let mut at = 0;
@@ -77,7 +77,7 @@ fn assert_fsck_is_clean(disk: &Path) {
     assert!(text.lines().any(|line| line.contains("No error")), "{text}");
 }
 
-/// Whole content of a regular file, put together from its mappings.
+/// Returns the content of a regular file, read through its mappings.
 fn read_mapped(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid) -> Vec<u8> {
     let mut content = Vec::new();
     while let Some(mapping) = reader.map(nid, content.len() as u64).unwrap() {
@@ -92,7 +92,7 @@ fn read_mapped(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid) -> Vec<u8> {
     content
 }
 
-/// Compares a node with what the reader says of it; gives its subdirectories and other children.
+/// Compares a node with what the reader returns for it.
 fn assert_same_node(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid, id: NodeId) {
     let node = sample.tree.node(id);
     let inode = reader.inode(nid).unwrap();
@@ -110,7 +110,7 @@ fn assert_same_node(reader: &Reader<Vec<u8>>, sample: &Sample, nid: Nid, id: Nod
         .unwrap()
         .map(|xattr| xattr.map(|xattr| (xattr.name().into(), xattr.value.into())).unwrap())
         .collect();
-    // Those that inodes share come first.
+    // The reader returns shared attributes first.
     xattrs.sort();
     assert_eq!(xattrs, node.xattrs);
     for (name, value) in &node.xattrs {
@@ -168,7 +168,7 @@ fn assert_round_trip(sample: &Sample) {
     assert_eq!(nids.values().collect::<BTreeSet<_>>().len(), sample.tree.len());
 }
 
-/// Listed entries are the children and the dots, in order, and each position can be resumed from.
+/// Asserts that the listing has the children, `.` and `..`, in order, and can resume at each position.
 fn assert_listing(reader: &Reader<Vec<u8>>, nid: Nid, children: &[(Box<[u8]>, NodeId)]) {
     let mut wanted: Vec<&[u8]> = children.iter().map(|(name, _)| &name[..]).collect();
     wanted.extend([&b"."[..], b".."]);

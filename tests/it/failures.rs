@@ -1,4 +1,4 @@
-//! What goes wrong outside: bytes that are not the right ones, registries that misbehave.
+//! Outside failures: wrong bytes, and registries that misbehave.
 
 use std::time::{Duration, Instant};
 
@@ -10,11 +10,12 @@ use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
 
 const FILE: usize = 256 << 10;
 
-/// An indexed image of two layers with nothing of its content in the store, mounted.
+/// An image of two layers. The store has their indexes once it is mounted, and none of their data.
 struct Scene {
     registry: TestRegistry,
     image: String,
-    /// Has `a0`..`a11`: more than a client reads past, rather than asking for the whole layer.
+    /// The layer with the files `a0`..`a11`. It is longer than a client reads past instead of asking for the whole
+    /// layer.
     layer: Blob,
     ocifs: Ocifs,
 }
@@ -40,7 +41,7 @@ impl Scene {
         }
     }
 
-    /// With nothing in memory either, and nothing fetched before it is read.
+    /// Mounts the image with no data in the store or in memory, and without prefetching.
     fn mount(&self) -> Mounted {
         drop(self.ocifs.mount(&self.image));
         self.ocifs.ok(["cache", "drop"]);
@@ -51,7 +52,7 @@ impl Scene {
         mount
     }
 
-    /// The next `times` answers for the layer go wrong.
+    /// Applies a fault to the next `times` answers for the layer.
     fn fault(&self, times: usize, fault: Fault) {
         self.registry.fault(&self.layer.path(), times, fault);
     }
@@ -60,7 +61,7 @@ impl Scene {
         self.registry.count(&self.layer.path())
     }
 
-    /// Whether the layer was asked for without a range, and all of it sent.
+    /// Returns whether the registry got a request for the layer without a range and sent all of it.
     fn sent_whole(&self) -> bool {
         let log = self.registry.log();
         let mut of_layer = log.iter().filter(|l| l.target.contains(&self.layer.path()));
@@ -68,7 +69,7 @@ impl Scene {
     }
 }
 
-/// Whether file `a<i>` has its content.
+/// Returns whether file `a<i>` has its content.
 fn good(mount: &Mounted, i: u64) -> bool {
     mount.read(&format!("a{i}")) == noise(100 + i, FILE)
 }
@@ -95,7 +96,7 @@ fn bytes_that_stay_wrong_are_an_error_and_hurt_nobody_else() {
     for i in 0..8 {
         assert!(good(&mount, i));
     }
-    // Nothing wrong was kept either.
+    // The store has no wrong bytes either.
     drop(mount);
     let mount = scene.ocifs.mount(&scene.image);
     for i in 0..8 {
@@ -106,7 +107,7 @@ fn bytes_that_stay_wrong_are_an_error_and_hurt_nobody_else() {
 #[test]
 fn answers_that_break_off_or_come_short_are_resumed() {
     let scene = Scene::new(&[]);
-    // The fault, how many answers have it, and how many requests it takes then.
+    // The fault, how many answers have it, and the least number of requests.
     for (fault, times, requests) in [
         (Fault::Truncate(1000), 2, 3),
         (Fault::Short(1000), 2, 3),
@@ -131,7 +132,7 @@ fn a_registry_without_ranges_is_served_from_the_whole_layer() {
     assert!(good(&mount, 11));
     assert!(scene.sent_whole());
     assert!(mount.read("b0") == noise(200, FILE));
-    // Near the beginning of the layer, what was not asked for is read past.
+    // Near the beginning of the layer, the reader skips the bytes that it did not ask for.
     drop(mount);
     let mount = scene.mount();
     assert!(good(&mount, 0));
@@ -173,7 +174,7 @@ fn parts_with_wrong_bytes_are_taken_from_the_whole_layer_from_then_on() {
     let scene = Scene::new(&[]);
     for fault in [Fault::OtherBytes, Fault::WholeAsPart, Fault::Compress("gzip")] {
         let mount = scene.mount();
-        // Answers without a range are as they should be.
+        // Answers to requests without a range are right.
         let path = scene.layer.path();
         scene.registry.fault_ranges(&path, fault.clone());
         assert!(good(&mount, 11), "{fault:?}");
@@ -233,7 +234,7 @@ fn documents_are_decoded_within_their_limits() {
         Fault::Compress("gzip"),
         Fault::Compress("deflate"),
         Fault::Compress("zstd"),
-        // Said and not done.
+        // The label without the encoding.
         label(),
     ] {
         let registry = TestRegistry::start();
@@ -245,7 +246,7 @@ fn documents_are_decoded_within_their_limits() {
         assert_eq!(said.code, Some(0), "{fault:?}: {}", said.stderr);
         assert!(said.stdout == noise(1, FILE), "{fault:?}");
     }
-    // A few kilobytes that unpack to a gigabyte.
+    // A small compressed document that unpacks to a gigabyte.
     let registry = TestRegistry::start();
     registry.add_manifest(
         "bomb",
@@ -270,7 +271,7 @@ fn documents_are_decoded_within_their_limits() {
 fn refused_requests_for_a_layer_do_not_hurt_the_others() {
     let scene = Scene::new(&[]);
     let mount = scene.mount();
-    // To requests without a range too: there is no way to the bytes.
+    // Requests without a range fail too, so there is no way to get the bytes.
     scene.fault(usize::MAX, Fault::status(416));
     assert_eq!(mount.read_error("a3"), Errno::EIO as i32);
     assert!(mount.read("b0") == noise(200, FILE));
@@ -278,7 +279,7 @@ fn refused_requests_for_a_layer_do_not_hurt_the_others() {
     assert!(good(&mount, 3));
 }
 
-/// Answers to ranges that make no sense, from a server that sends the whole blob well.
+/// A server answers ranges wrongly and sends the whole blob correctly.
 #[test]
 fn odd_answers_to_ranges_cost_the_whole_layer_and_no_read() {
     let status = |code: u16, headers: &[(&str, &str)]| Fault::Status {
@@ -448,7 +449,7 @@ fn a_stall_ends_with_the_timeout() {
     assert!([Errno::ETIMEDOUT as i32, Errno::EIO as i32].contains(&error), "{error}");
     assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
     scene.registry.clear_faults();
-    // A flight that the kernel's readahead began before may have to time out first.
+    // A flight that the kernel's readahead started before may have to time out first.
     eventually("the file can be read again", || std::fs::read(mount.join("a2")).is_ok());
     assert!(good(&mount, 2));
 }
@@ -462,7 +463,7 @@ fn a_registry_that_is_gone_is_an_error_until_it_is_back() {
     assert!(mount.read_error("a7") != 0);
     assert!(good(&mount, 0), "what is here stays");
     scene.registry.clear_faults();
-    // For a moment the kernel may still repeat what failed.
+    // The kernel may repeat the failed request for a moment.
     eventually("the file can be read again", || std::fs::read(mount.join("a7")).is_ok());
     assert!(good(&mount, 7));
 }

@@ -1,7 +1,7 @@
-//! The seeds of the fuzz targets: a few small inputs of each kind, from which libFuzzer starts.
+//! Seeds of the fuzz targets: a few small inputs of each kind, from which libFuzzer starts.
 //!
-//! `cargo test --test it write_the_seeds -- --ignored` writes them anew to tests/fuzz/seeds/TARGET. What a target makes of
-//! its input is said in tests/fuzz/fuzz_targets.
+//! `cargo test --test it write_the_seeds -- --ignored` writes them anew to tests/fuzz/seeds/TARGET. Each target in
+//! tests/fuzz/fuzz_targets documents how it reads its input.
 
 use std::fs;
 use std::io::Write as _;
@@ -17,10 +17,11 @@ use ocifs::tree::{LayerIdx, Merger};
 use crate::common::layers::{Blob, Tar, config, manifest, noise};
 use crate::common::registry::{INDEX, image};
 
-/// Largest seed: what is copied into the repository should be small, and libFuzzer mutates short inputs best.
+/// Largest seed, in bytes. Seeds are part of the repository, so they should be small. libFuzzer mutates short inputs
+/// best.
 const MOST: u64 = 16 << 10;
 
-/// Bytes of the two data devices that the target `erofs` says its images point into.
+/// Sizes in bytes of the two data devices to which the target `erofs` lets its images point.
 const DEVICES: [u64; 2] = [3 * 4096, 5 * 4096];
 
 fn pax_tar() -> Vec<u8> {
@@ -117,14 +118,14 @@ fn tree() -> Vec<u8> {
     bytes
 }
 
-/// Target, name and bytes of each.
+/// Returns target, name and bytes of each seed.
 fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let mut seeds = Vec::new();
     let mut seed =
         |target: &'static str, name: &'static str, parts: &[&[u8]]| seeds.push((target, name, parts.concat()));
     let tars = [("pax", pax_tar()), ("gnu", gnu_tar())];
     for (name, tar) in &tars {
-        // The first byte says what the rest is.
+        // The first byte chooses the kind of the input.
         seed("tar", name, &[&[7], tar.as_slice()]);
     }
     let toc = toc(&tars[0].1);
@@ -134,13 +135,14 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     seed("tar", "table", &[&[200], &table]);
     seed("tar", "extents", &[&[255], &extents]);
 
-    // How the input is cut comes first.
+    // The first eight bytes choose how the input is cut.
     for (name, split, level) in [("stored", 0, 0), ("fast", 0x0123_4567_89ab_cde1u64, 1), ("best", 0, 9)] {
         let stream = deflate(&noise(1, 2000), level);
         seed("inflate", name, &[&split.to_le_bytes(), &stream]);
     }
 
-    // A number that chooses the kind of blob, the blob, four more fields, and at the very end the blob's length.
+    // The parts are a number that chooses the kind of blob, the blob, four more fields, and at the end the blob's
+    // length.
     let small = Tar::new().file("f", noise(1, 3000)).finish();
     for (name, kind, blob) in [
         ("gzip", 0x6000_0000u32, Blob::gzip(&small)),
@@ -151,7 +153,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         seed("gzip_index", name, &parts);
     }
 
-    // Several spans with windows. The target adds the checksum.
+    // Files with several spans and windows. The target adds the checksum.
     let large = Tar::new().file("f", noise(1, 160 << 10)).finish();
     for (name, compression, blob) in [
         ("gzip", Compression::Gzip, Blob::gzip(&large)),

@@ -1,4 +1,5 @@
-//! What `--help` says. After a change: `UPDATE_GOLDEN=1 cargo test --test it -- help`, and look at the difference.
+//! The output of `--help`, compared with help.txt. After a change run `UPDATE_GOLDEN=1 cargo test --test it -- help`
+//! and review the difference.
 
 use std::fs;
 use std::path::Path;
@@ -27,7 +28,7 @@ const COMMANDS: &[&[&str]] = &[
     &["cache", "drop"],
 ];
 
-/// The help of a command: `-h` for the short one.
+/// Returns the help of a command. The option is `--help`, or `-h` for the short one.
 fn help(command: &[&str], option: &str) -> String {
     let mut program = Command::new(env!("CARGO_BIN_EXE_ocifs"));
     isolate(&mut program, Path::new("/"));

@@ -16,7 +16,7 @@ use ocifs::index::{
 };
 use ocifs::oci::{DiffId, Digest};
 
-/// Some megabytes of what layers are made of: programs, texts, tables.
+/// Some megabytes of typical layer content: programs, texts, tables.
 static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut content = Vec::new();
     for (dir, limit) in [("/usr/bin", 4 << 20), ("/usr/share", 7 << 20), ("/usr/lib", 9 << 20)] {
@@ -48,7 +48,7 @@ fn random(length: usize, seed: u64) -> Vec<u8> {
     std::iter::repeat_with(|| rng.u8(..)).take(length).collect()
 }
 
-/// Output of a program fed with `input`.
+/// Runs a program with `input` on its standard input. Returns its output.
 fn filter(program: &str, args: &[&str], input: &[u8]) -> Vec<u8> {
     let mut child = Command::new(program)
         .args(args)
@@ -69,7 +69,7 @@ fn gzip(level: &str, input: &[u8]) -> Vec<u8> {
     filter("gzip", &[level, "-nc"], input)
 }
 
-/// A gzip stream as zlib makes it with the flags and strategies other programs do not offer.
+/// Compresses with zlib, with flags and strategies that other programs do not offer. Returns a gzip stream.
 fn zlib(strategy: &str, flush: &str, input: &[u8]) -> Vec<u8> {
     let script = format!(
         "import sys,zlib\n\
@@ -82,7 +82,7 @@ fn zlib(strategy: &str, flush: &str, input: &[u8]) -> Vec<u8> {
     filter("python3", &["-c", &script], input)
 }
 
-/// What a pass over a blob said.
+/// Output of a pass over a blob.
 #[derive(Default)]
 struct Pass {
     tar: Vec<u8>,
@@ -121,7 +121,7 @@ impl DecodeSink for Both<'_> {
     }
 }
 
-/// How the input is cut into pushes.
+/// Cuts the input into random pieces.
 fn pieces(blob: &[u8], least: usize, most: usize, seed: u64) -> impl Iterator<Item = &[u8]> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut rest = blob;
@@ -160,7 +160,7 @@ fn file(index: &SpanIndex) -> Vec<u8> {
     bytes
 }
 
-/// Decodes spans from nothing but their range of the blob.
+/// Decodes spans from their range of the blob alone.
 fn read(index: &SpanIndex, blob: &[u8], first: SpanId, last: SpanId, most: usize) -> Result<Vec<u8>, IndexError> {
     let range = index.blob_range(first, last);
     let mut decoder = index.decoder(first, last)?;
@@ -180,7 +180,8 @@ fn read(index: &SpanIndex, blob: &[u8], first: SpanId, last: SpanId, most: usize
     Ok(out)
 }
 
-/// The whole check of one blob: the pass gives `tar`; every restart, alone and followed by others, gives its part of it.
+/// Checks one blob. The pass must give `tar`. Every restart, alone and with following spans, must give its part of
+/// `tar`.
 fn check(blob: &[u8], tar: &[u8]) -> SpanIndex {
     let (pass_result, index, end) = pass(blob, 64 << 10, 1000, 100_000).unwrap();
     assert!(pass_result.tar == tar, "the pass decodes something else");
@@ -252,7 +253,7 @@ fn zstd_of_every_kind() {
         &tar[..3 << 20],
     );
 
-    // Frames with content size, and skippable frames between them as pzstd writes them.
+    // Frames with a content size, with skippable frames between them, as pzstd writes them.
     let mut blob = Vec::new();
     for chunk in tar.chunks(700_000) {
         let frame = zstd::bulk::compress(chunk, 3).unwrap();
@@ -270,9 +271,9 @@ fn zstd_of_every_kind() {
 #[test]
 fn zstd_windows_above_the_limit_are_refused() {
     let blob = filter("zstd", &["--ultra", "--long=28", "-c"], &CONTENT[..1 << 20]);
-    // A window takes no more memory than what is in the frame.
+    // A window takes no more memory than the frame's content.
     check(&blob, &CONTENT[..1 << 20]);
-    // A frame of one block of zeros, but with a window of 4 GiB.
+    // A frame of one block of zeros whose window is 4 GiB.
     let blob = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 22 << 3, 0x03, 0x00, 0x10, 0x00];
     let error = pass(&blob, SPACING, 1, 10_000).map(drop).unwrap_err();
     assert!(matches!(error, IndexError::ZstdWindow { .. }), "{error}");
@@ -304,7 +305,7 @@ fn sniffing() {
     assert_eq!(sniff(&block), Ok(Compression::Tar));
     assert!(sniff(&block[..511]).is_err());
     let mut signed = block.clone();
-    // Two bytes above 127 in the name count 256 less each.
+    // Each of the two bytes above 127 in the name counts 256 less as a signed byte.
     let sum = header.cksum().unwrap() - 512;
     signed[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     assert_eq!(sniff(&signed), Ok(Compression::Tar));
@@ -314,7 +315,7 @@ fn sniffing() {
     assert!(error.contains("425a6839"), "{error}");
 }
 
-/// gzip(1) itself is the oracle for the streams it makes; flate2 for the same, through another reader.
+/// The programs that make a stream are its oracle. This test compares with another decoder, flate2.
 #[test]
 fn flate2_agrees() {
     let blob = gzip("-6", &CONTENT);

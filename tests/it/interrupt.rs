@@ -1,4 +1,4 @@
-//! Ctrl-C, whatever a command waits for.
+//! Ctrl-C ends every command, at every point where it waits.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -39,13 +39,13 @@ impl Scene {
         }
     }
 
-    /// Parts of the targets of requests that a command may be interrupted at.
+    /// Returns parts of the targets of the requests at which the test interrupts a command.
     fn requests(&self) -> [String; 3] {
         ["/manifests/".to_owned(), self.config.clone(), self.layer.path()]
     }
 }
 
-/// The program, with nothing but a signal to end its waiting.
+/// Returns the program without a timeout, so that only a signal ends its waiting.
 fn patient() -> Ocifs {
     Ocifs::with(&["--timeout", "never"])
 }
@@ -62,7 +62,7 @@ fn start(ocifs: &Ocifs, arguments: &[&str]) -> Child {
         .unwrap()
 }
 
-/// A directory to mount on, cleared when dropped, whatever a test found.
+/// A directory to mount on. Dropping it takes down whatever is mounted there.
 struct Place(TempDir);
 
 impl Place {
@@ -83,7 +83,7 @@ impl Drop for Place {
     }
 }
 
-/// Bytes on the disk of everything below a directory.
+/// Returns the bytes on disk of everything below a directory.
 fn usage(directory: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(directory) else { return 0 };
     let sizes = entries.flatten().map(|entry| match entry.metadata() {
@@ -94,7 +94,7 @@ fn usage(directory: &Path) -> u64 {
     sizes.sum()
 }
 
-/// The three commands that wait for a registry, with `path` to mount on.
+/// Returns the three commands that wait for a registry. They mount on `path`.
 fn commands<'a>(image: &'a str, path: &'a str) -> [Vec<&'a str>; 3] {
     [
         vec!["mount", "--wait", "ready", image, path],
@@ -103,7 +103,7 @@ fn commands<'a>(image: &'a str, path: &'a str) -> [Vec<&'a str>; 3] {
     ]
 }
 
-/// Runs a command to its end (that of a mount: until it is ready and taken down again) and looks at what it brought.
+/// Runs a command to its end and checks the content of the image. A mount is taken down once it is ready.
 fn succeeds(ocifs: &Ocifs, arguments: &[&str], image: &str, path: &Path) {
     let mount = arguments[0] == "mount";
     let mut child = start(ocifs, arguments);
@@ -122,11 +122,12 @@ fn succeeds(ocifs: &Ocifs, arguments: &[&str], image: &str, path: &Path) {
     assert!(ocifs.ok(["cat", image, "f"]).stdout == noise(5, SIZE), "{arguments:?}");
 }
 
-/// Interrupts a command, all of its processes as a terminal does, and looks for what must not be left.
+/// Interrupts all processes of a command, as a terminal does. Asserts that no mount and no registration is left.
 fn interrupt(mut child: Child, path: &Path, what: &str) {
     killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
     let status = wait(&mut child, &format!("{what} after SIGINT"));
-    // A mount in the foreground that stands ends well by a signal; whoever still waited for something does not.
+    // A signal ends a finished mount in the foreground with success, so any status is accepted there. A command that
+    // still waits ends with 130.
     let expected = if what.contains("--foreground") {
         status.code()
     } else {

@@ -1,4 +1,4 @@
-//! What the kernel keeps: an immutable tree is asked for once.
+//! The kernel's caches: the kernel asks only once for anything in the immutable tree.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,7 +14,7 @@ use crate::common::registry::TestRegistry;
 
 const BIG: usize = 3 << 20;
 
-/// A registry and a mount of files, many of them in one directory, and a link.
+/// Mounts an image with many files in one directory, a large file and a symbolic link.
 fn mounted() -> (TestRegistry, Ocifs, Mounted) {
     let tar = (0..300).fold(Tar::new().dir("many/"), |tar, i| tar.file(format!("many/{i:03}"), ""));
     let tar = tar
@@ -27,7 +27,7 @@ fn mounted() -> (TestRegistry, Ocifs, Mounted) {
     (registry, ocifs, mount)
 }
 
-/// The process behind a mount, stopped until this is dropped.
+/// The process behind a mount, stopped until this value is dropped.
 struct Stopped(u32);
 
 impl Stopped {
@@ -51,7 +51,7 @@ impl Drop for Stopped {
     }
 }
 
-/// Everything that can be asked once and for all, asked by programs that must end.
+/// Reads all that the kernel can cache, with programs that must end. Returns their output.
 fn ask(mount: &Mounted) -> Vec<Vec<u8>> {
     let script = r#"cd "$1"
 case $2 in

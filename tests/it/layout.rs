@@ -1,5 +1,5 @@
-//! OCI layouts: what umoci, skopeo and buildah write, and what nobody should. Also the helpers with which the tests of image
-//! sources make images and read them back.
+//! OCI layouts: valid ones of umoci, skopeo and buildah, and invalid ones. Also has helpers with which the tests of
+//! image sources make images and read them back.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -23,7 +23,7 @@ pub(crate) fn run(dir: &Path, program: &str, args: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// A layer's tar with one file.
+/// Returns the tar of a layer with one file.
 pub(crate) fn tar_of(name: &str, content: &[u8]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
@@ -56,7 +56,7 @@ fn unpacked(bytes: &[u8]) -> Vec<u8> {
     tar
 }
 
-/// Three layers, the first and the last alike, none a multiple of anything.
+/// Returns the tars of three layers. The first and the last are equal. The second has a file of 700,001 bytes.
 pub(crate) fn three_tars() -> Vec<Vec<u8>> {
     let large: Vec<u8> = (0..700_001_u32)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
@@ -68,7 +68,7 @@ pub(crate) fn three_tars() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The config of an image with these layers.
+/// Returns the config of an image with these layers.
 pub(crate) fn config_of(tars: &[Vec<u8>]) -> Vec<u8> {
     let diff_ids: Vec<String> = tars.iter().map(|tar| Digest::of(tar).to_string()).collect();
     let config = json!({
@@ -78,7 +78,7 @@ pub(crate) fn config_of(tars: &[Vec<u8>]) -> Vec<u8> {
     serde_json::to_vec(&config).unwrap()
 }
 
-/// A layout written by hand.
+/// A layout that the test writes itself.
 pub(crate) struct Layout(pub PathBuf);
 
 impl Layout {
@@ -98,7 +98,7 @@ impl Layout {
         json!({"mediaType": media_type, "digest": digest.to_string(), "size": bytes.len()})
     }
 
-    /// Writes an image; `layers` are tars as they are to be stored.
+    /// Writes an image. `layers` are tars as they are stored.
     pub(crate) fn image(&self, tars: &[Vec<u8>], layers: &[(&str, Vec<u8>)]) -> Value {
         let config = self.blob(OCI_CONFIG, &config_of(tars));
         let layers: Vec<Value> = layers
@@ -120,7 +120,7 @@ fn named(mut entry: Value, name: &str) -> Value {
     entry
 }
 
-/// Resolves the image for linux/amd64 and reads its layers whole, checking every digest on the way.
+/// Resolves the image for linux/amd64 and reads all its layers. Checks every digest.
 pub(crate) async fn read_back(source: &dyn ImageSource) -> (ResolvedImage, Vec<Vec<u8>>) {
     let image = resolve(source, Some(&"linux/amd64".parse().unwrap())).await.unwrap();
     let mut tars = Vec::new();
@@ -276,7 +276,7 @@ async fn every_kind_of_layer_and_linked_blobs_are_read() {
         (OCI_LAYER_ZSTD, zstd(&tars[2])),
     ];
     let entry = layout.image(&tars, &layers);
-    // Blobs may be links to a store elsewhere.
+    // A blob may be a symbolic link to another directory.
     let large = layout.path(&Digest::of(&layers[1].1));
     fs::rename(&large, dir.path().join("elsewhere")).unwrap();
     std::os::unix::fs::symlink("../../../elsewhere", &large).unwrap();
@@ -286,7 +286,7 @@ async fn every_kind_of_layer_and_linked_blobs_are_read() {
         let source = open(&layout.0, image).await.unwrap();
         assert_eq!(read_back(&source).await.1, tars, "{image:?}");
     }
-    // Hand-made indexes often give no size.
+    // Hand-made indexes often have a wrong size.
     let mut unsized_entry = entry;
     unsized_entry["size"] = json!(-1);
     layout.index(&[unsized_entry]);

@@ -1,5 +1,5 @@
-//! Mounts whose life takes an unusual course: processes that are stopped, killed or cut off, namespaces that end, directories
-//! that change, stores and registries that fail for a while.
+//! Mounts with an unusual life. Their processes are stopped, killed or cut off, their namespaces end, their
+//! directories change, or their store or registry fails for a while.
 
 mod directories;
 mod log;
@@ -17,10 +17,10 @@ use crate::common::layers::{Blob, Tar};
 use crate::common::oci_layout;
 use crate::common::ocifs::{Mounted, Ocifs, Said, bounded, program};
 
-/// How long a command may take that asks a process which cannot answer.
+/// Time that a command may take if it asks a process that cannot answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// The program, and an image with a file `hello`.
+/// Returns the program, and an image with a file `hello`.
 fn setup() -> (Ocifs, String) {
     let ocifs = Ocifs::new();
     let tar = Tar::new().file("hello", b"hello, world\n").dir("empty/");
@@ -28,7 +28,7 @@ fn setup() -> (Ocifs, String) {
     (ocifs, image)
 }
 
-/// Runs a command that has to be quick.
+/// Runs a command that must end within [`ANSWER`].
 fn quick(command: &mut Command) -> Said {
     let started = Instant::now();
     let said = bounded(command);
@@ -37,17 +37,17 @@ fn quick(command: &mut Command) -> Said {
     said
 }
 
-/// `umount` of a mount, which has to be quick.
+/// Runs `umount`, which must end within [`ANSWER`].
 fn umount(mount: &Mounted, options: &[&str]) -> Said {
     quick(plain().arg("umount").args(options).arg(mount.path()))
 }
 
-/// The program without a store, for commands that need none.
+/// Returns the program without a store, for commands that need none.
 fn plain() -> Command {
     program(Path::new("/nonexistent"))
 }
 
-/// The rows of `list --json` for a mount point.
+/// Returns the rows of `list --json` for a mount point.
 fn rows(path: &Path) -> Vec<Value> {
     let said = quick(plain().args(["list", "--json"]));
     assert_eq!(said.code, Some(0), "{said:?}");
@@ -57,7 +57,7 @@ fn rows(path: &Path) -> Vec<Value> {
         .collect()
 }
 
-/// The only row.
+/// Returns the only row of `list --json` for a mount point.
 fn row(path: &Path) -> Value {
     let rows = rows(path);
     assert_eq!(rows.len(), 1, "{rows:?}");

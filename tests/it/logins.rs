@@ -1,4 +1,4 @@
-//! How the program gets into a registry: authorities, logins, plain HTTP, and where it takes its settings from.
+//! Access to registries: authorities, logins and plain HTTP, and the sources of settings.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -17,12 +17,13 @@ use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 200_000;
 
-/// Runs `body` where `registry.test` is this machine: registries there are not known to be on loopback.
+/// Runs `body` where `registry.test` is this machine. Under that name, ocifs does not treat a registry as one on
+/// loopback.
 fn elsewhere(body: impl FnOnce() + Send) {
     with_hosts("127.0.0.1 localhost registry.test\n", CloneFlags::empty(), body);
 }
 
-/// The name that a registry of this machine has there.
+/// Returns the name under which [`elsewhere`] reaches a registry of this machine.
 fn named(host: &str) -> String {
     host.replace("127.0.0.1", "registry.test")
 }
@@ -31,7 +32,7 @@ fn layer() -> Blob {
     Blob::gzip(&Tar::new().file("f", noise(4, SIZE)).finish())
 }
 
-/// A registry with TLS of an own authority that wants the password of `me`, and an image in it.
+/// A registry with an image. It has a certificate of its own authority and requires the password of `me`.
 struct Private {
     registry: DockerRegistry,
     directory: tempfile::TempDir,
@@ -70,12 +71,12 @@ impl Private {
         format!("{}/org/app:1", self.host())
     }
 
-    /// The program that trusts the registry's authority.
+    /// Returns the program with the registry's authority trusted.
     fn ocifs(&self) -> Ocifs {
         Ocifs::with(&["--ca", self.authority.to_str().unwrap()])
     }
 
-    /// A file for a login, in a directory of its own.
+    /// Writes a file below the directory of this registry.
     fn file(&self, path: &str, content: &str) -> PathBuf {
         let path = self.directory.path().join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -83,13 +84,13 @@ impl Private {
         path
     }
 
-    /// A credential file in which docker and podman agree.
+    /// Returns a credential file that docker and podman both understand.
     fn auths(&self, login: &str) -> String {
         let encoded = base64::engine::general_purpose::STANDARD.encode(login);
         serde_json::json!({"auths": {self.host(): {"auth": encoded}}}).to_string()
     }
 
-    /// Everything that needs the login: documents, the layer, ranges of it.
+    /// Reads everything that needs the login: documents, the layer, and ranges of the layer.
     fn check(&self, ocifs: &Ocifs) {
         let mount = ocifs.mount(&self.image());
         ocifs.ok(["cache", "drop"]);
@@ -150,7 +151,7 @@ fn a_missing_login_says_where_it_was_looked_for() {
             error.contains(home.to_str().unwrap()) && error.contains("auth.json"),
             "{error}"
         );
-        // A file without an entry, and a wrong password.
+        // A file without an entry for the registry, and a file with a wrong password.
         let other = private.file(
             "other/config.json",
             r#"{"auths": {"elsewhere.test": {"auth": "bWU6aHVudGVyMg=="}}}"#,
@@ -221,7 +222,7 @@ fn settings_come_from_arguments_before_environment_before_file() {
         format!("store = \"{}\"\ntimeout = \"20s\"\n", store("file").display()),
     )
     .unwrap();
-    // Which of the three stores a pull made, and whose data then serves a mount without a request.
+    // Pulls, and returns which of the three stores exists then. The data in it must serve a read without a request.
     let pull = |arguments: &[&str], environment: bool| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
         command.env("HOME", directory.path()).env_remove("OCIFS_STORE");

@@ -1,5 +1,5 @@
-//! What a process takes: decoded data in memory when there is no store to keep it, tables of images that say a lot, windows of
-//! decoders, open files.
+//! Resources of a process: decoded data in memory without a store, tables of large images, windows of decoders, and
+//! open files.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -18,7 +18,7 @@ const BIG: usize = 8 << 20;
 const LIMIT: u64 = 1 << 20;
 const BLOCK: usize = 4096;
 
-/// A page of a file, asked of the process and not of the page cache.
+/// Reads one page of a file from the process, past the page cache.
 fn read_direct(file: &File, offset: u64) -> Vec<u8> {
     let mut buffer = [0_u8; 2 * BLOCK];
     let aligned = buffer.as_ptr().align_offset(BLOCK);
@@ -68,7 +68,7 @@ fn memory_keeps_what_was_read_last_and_no_more_than_it_may() {
             "the last span again: {}",
             layer.media_type
         );
-        // What was read first had to go for that.
+        // The first span was evicted for it.
         assert!(read_direct(&file, 0) == content[..BLOCK]);
         assert_ne!(registry.count(&layer.path()), 0, "{}", layer.media_type);
         let mut before = 0;
@@ -89,10 +89,10 @@ fn memory_keeps_what_was_read_last_and_no_more_than_it_may() {
     }
 }
 
-/// What README promises beside `--memory`.
+/// MiB that README.md promises as the limit beyond `--memory`.
 const CONSTANT: u64 = 256;
 
-/// The most memory a process has had so far, in MiB.
+/// Returns the peak memory of a process so far, in MiB.
 fn peak(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
@@ -103,7 +103,7 @@ fn peak_of(mount: &Mounted) -> u64 {
     peak(mount.pid).unwrap()
 }
 
-/// Runs a command that must fail: what it says, and the most memory it was seen with.
+/// Runs a command that must fail. Returns its standard error and its peak memory in MiB.
 fn fails_within(ocifs: &Ocifs, arguments: &[&str]) -> (String, u64) {
     let mut child = ocifs
         .command(arguments)
@@ -140,7 +140,7 @@ fn equal_attributes_of_many_files_are_kept_once() {
     let ocifs = Ocifs::new();
     for _ in 0..2 {
         let mount = ocifs.mount(&image);
-        // The values alone are 170 MiB.
+        // The values of all files are 170 MiB.
         assert!(peak_of(&mount) < 120, "{} MiB", peak_of(&mount));
         for name in ["f0", "f1777", "f2999"] {
             let path = mount.join(name);
@@ -163,7 +163,7 @@ fn an_image_that_says_too_much_is_refused() {
     let three: Vec<_> = [0, 1500, 3000].map(|from| Blob::gzip(&tar(from).finish())).into();
     let directory = tempfile::tempdir().unwrap();
     let ocifs = Ocifs::with(&["--memory", "1MiB"]);
-    // No layer says too much, but together they do. They are read side by side, so which one is refused is chance.
+    // No layer is too large alone, but together they are. They are read in parallel, so the refused layer varies.
     let image = oci_layout::write(&directory.path().join("three"), &three);
     let (error, most) = fails_within(&ocifs, &["ls", &image]);
     let wanted = ["layer ", "f", "193 MiB", "--memory"];
@@ -171,14 +171,14 @@ fn an_image_that_says_too_much_is_refused() {
     assert!(most <= 1 + CONSTANT, "{most} MiB");
     let enough = Ocifs::with(&["--memory", "128MiB"]);
     assert_eq!(enough.ok(["ls", &image]).text().lines().count(), 4500);
-    // Without a store the tables stay in memory, packed.
+    // Without a store the tables stay in memory, in packed form.
     let file = tempfile::NamedTempFile::new().unwrap();
     let homeless = Ocifs::at(&file.path().join("store"));
     let image = oci_layout::write(&directory.path().join("one"), &one);
     assert_eq!(homeless.ok(["ls", &image]).text().lines().count(), 1500);
 }
 
-/// One frame that says nothing of its size, with a window of 2 GiB.
+/// Compresses a tar as one frame without a content size and with a window of 2 GiB.
 fn long_zstd(tar: &[u8]) -> Blob {
     let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
     encoder.long_distance_matching(true).unwrap();
@@ -241,7 +241,7 @@ fn readers_of_large_windows_take_no_more_together() {
     assert!(peak_of(&mount) <= 1 + CONSTANT, "{} MiB", peak_of(&mount));
 }
 
-/// The command with at most so many open files.
+/// Returns the command with a limit of open files.
 fn with_files(limit: u32, direct: &Command, ocifs: &Ocifs) -> Command {
     let mut command = Command::new("prlimit");
     isolate(&mut command, ocifs.home());
@@ -256,7 +256,7 @@ fn with_files(limit: u32, direct: &Command, ocifs: &Ocifs) -> Command {
     command
 }
 
-/// Mounts an image of layers that have a file each, named and filled by its number, twice: everything must be there.
+/// Mounts an image twice and reads all its files. Each layer has one file, named and filled by its number.
 fn assert_readable_with_files(image: &str, layers: usize, files: u32) {
     let ocifs = Ocifs::new();
     for _ in 0..2 {

@@ -1,4 +1,4 @@
-//! A mount from beginning to end: what it needs, how it ends, and who may share it.
+//! The whole life of a mount: what it needs, how it ends, and who may share it.
 
 mod mountpoint;
 mod store;
@@ -16,7 +16,7 @@ use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{Mounted, Ocifs, alive, eventually, mounted_type, mountpoint, send, tool, wait};
 use crate::common::registry::{Fault, TestRegistry};
 
-/// A layer of files `f0`.. of 512 KiB each, of which `seed` determines the content.
+/// Returns a layer with files `f0`.. of 512 KiB each. `seed` determines their content.
 fn big_layer(seed: u64, files: u64) -> Blob {
     let tar = (0..files).fold(Tar::new().file("small", b"small\n"), |tar, i| {
         tar.file(format!("f{i}"), noise(seed + i, 512 << 10))
@@ -28,7 +28,7 @@ fn hello() -> Blob {
     Blob::gzip(&Tar::new().file("hello", b"hello, world\n").finish())
 }
 
-/// A registry with a small image, and its reference.
+/// Returns a registry with a small image, the image's reference, and its layer.
 fn hello_image() -> (TestRegistry, String, Blob) {
     let registry = TestRegistry::start();
     let layer = hello();
@@ -41,9 +41,9 @@ fn targets(registry: &TestRegistry) -> Vec<String> {
     registry.log().into_iter().map(|l| l.target).collect()
 }
 
-/// Starts `stat` on a file of a mount that answers nothing yet; returns when it waits inside the kernel.
+/// Starts `stat` on a file of a mount that does not answer yet. Returns once `stat` waits inside the kernel.
 fn waiting_stat(mount: &Mounted) -> Child {
-    // A shell that started the tests in the background has them ignore SIGINT, and this would inherit it.
+    // A shell that starts the tests in the background makes them ignore SIGINT, and `stat` would inherit that.
     let mut child = Command::new("env")
         .args(["--default-signal=INT", "stat", "--format", "%s"])
         .arg(mount.join("hello"))
@@ -57,7 +57,7 @@ fn waiting_stat(mount: &Mounted) -> Child {
         let command = read("cmdline");
         let state = String::from_utf8_lossy(&read("stat")).into_owned();
         let sleeping = state.rsplit_once(") ").is_some_and(|(_, s)| s.starts_with(['S', 'D']));
-        // statx(2) and newfstatat(2) of x86-64 and arm64.
+        // Numbers of statx(2) and newfstatat(2) on x86-64 and arm64.
         let call = String::from_utf8_lossy(&read("syscall")).into_owned();
         let call = call.split(' ').next().unwrap_or_default();
         command.windows(stat.len()).any(|w| w == stat) && sleeping && ["332", "262", "291", "79"].contains(&call)
@@ -242,11 +242,11 @@ fn umount_by_other_programs_ends_the_process() {
     let mount = ocifs.mount(&image);
     tool("umount", [mount.path()]);
     mount.assert_gone();
-    // The same while nothing is answered yet.
+    // Unmounting also ends a process whose mount does not answer yet.
     let other = Ocifs::new();
     registry.hold(&layer.path());
     let mount = other.mount_with(&image, &[]);
-    // umount(8) looks at the file system first, unless it is told not to.
+    // umount(8) accesses the file system first, except with `--lazy`.
     tool("umount", [Path::new("--lazy"), mount.path()]);
     mount.assert_gone();
 }

@@ -1,4 +1,4 @@
-//! What is given as image and is none, and platforms that an image does not have.
+//! Arguments that are not images, and platforms that an image does not have.
 
 use std::fs;
 use std::path::Path;
@@ -13,11 +13,11 @@ fn layer() -> Blob {
     Blob::gzip(&Tar::new().file("hello", b"hello, world\n").finish())
 }
 
-/// The error of a command about an image, in a directory of its own.
+/// Runs a command about an image in a directory of its own. Returns its error.
 fn error(directory: &Path, image: &str) -> String {
     let ocifs = Ocifs::with(&["--timeout", "1s"]);
     let mut command = ocifs.command(["ls", image]);
-    // No host in the world is asked.
+    // A proxy that refuses connections keeps the command from the network.
     let closed = ClosedPort::new();
     let nowhere = format!("http://{}", closed.address());
     command
@@ -112,7 +112,7 @@ fn a_platform_that_the_image_does_not_have_is_an_error() {
             assert!(error.contains("linux/s390x"), "{tag} {wrong}: {error}");
         }
     }
-    // Without a wish the only image there is will do, and so will one that says nothing of its platform.
+    // Without `--platform`, the only image is used. With it, an image that does not name its platform is used too.
     let image = format!("{}/app:s390x", registry.host());
     assert!(ocifs.ok(["ls", &image]).stderr.contains("another platform"));
     assert_eq!(ocifs.ok(["-q", "ls", &image]).stderr, "");

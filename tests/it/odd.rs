@@ -1,5 +1,5 @@
-//! Odd images: whiteouts in all forms, access control lists, numbers out of range, layers of strange kinds. What must be seen is
-//! what image engines make of them, or what the kernel's own file systems do.
+//! Odd images: whiteouts in all forms, access control lists, numbers out of range, layers of unusual kinds. The mount
+//! must show what image engines or the kernel's own file systems show.
 
 mod foreign;
 mod names;
@@ -11,7 +11,7 @@ use crate::common::layers::Blob;
 use crate::common::oci_layout;
 use crate::common::ocifs::Ocifs;
 
-/// The program, and an image of these tars.
+/// Returns the program, and an image of these tars.
 fn image(tars: Vec<Vec<u8>>) -> (Ocifs, String) {
     let ocifs = Ocifs::new();
     let layers: Vec<Blob> = tars.iter().map(|tar| Blob::gzip(tar)).collect();

@@ -1,4 +1,4 @@
-//! Tags whose registry cannot be asked, or is not to be.
+//! Tags whose registry cannot be asked or must not be asked.
 
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ fn layer(seed: u64) -> Blob {
     Blob::gzip(&Tar::new().file("f", noise(seed, SIZE)).finish())
 }
 
-/// A registry with an image whose tag was pulled.
+/// Returns a registry with an image whose tag was pulled, the program, and the image's name.
 fn pulled() -> (TestRegistry, Ocifs, String) {
     let registry = TestRegistry::start();
     push(&registry, "app", "1", &[layer(1)]);
@@ -83,7 +83,7 @@ fn a_registry_that_fails_or_is_silent_is_as_good_as_gone() {
     }
 }
 
-/// Such as the login page of a hotel's network, or a proxy with nothing to say.
+/// Answers that are no manifest: the login page of a hotel's network, or the empty answer of a proxy.
 #[test]
 fn an_answer_that_is_no_manifest_is_no_answer() {
     let page = Fault::Status {
@@ -103,7 +103,7 @@ fn an_answer_that_is_no_manifest_is_no_answer() {
         assert!(said.stdout == noise(1, SIZE));
         warned(&said.stderr, "no manifest");
         drop(registry);
-        // And what the tag means was not forgotten over it.
+        // The store still knows what the tag means.
         assert!(ocifs.ok(["cat", &image, "f"]).stdout == noise(1, SIZE));
         assert!(ocifs.ok(["cat", "--pull", "never", &image, "f"]).stdout == noise(1, SIZE));
     }
@@ -116,7 +116,7 @@ fn a_registry_that_says_no_is_believed() {
         registry.fault("/v2/", usize::MAX, Fault::status(code));
         ocifs.fails(["cat", &image, "f"]);
     }
-    // Nor does a tag help that was never seen.
+    // A tag that was never seen is an error.
     let (registry, ocifs, image) = pulled();
     drop(registry);
     let error = ocifs.fails(["cat", &image.replace(":1", ":2"), "f"]);
@@ -145,7 +145,7 @@ fn when_to_ask_can_be_chosen() {
     let other = image.replace(":1", ":2");
     let cat = |when: &str, image: &str| ocifs.run(["cat", "--pull", when, image, "f"]);
     registry.clear_log();
-    // What is known is used without a request and without a warning.
+    // A known tag is used without a request and without a warning.
     for when in ["missing", "never"] {
         let said = cat(when, &image);
         assert!(

@@ -1,10 +1,10 @@
-//! Layers side by side, and layers that images share.
+//! Layers that are read in parallel, and layers that images share.
 
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{Mounted, Ocifs, eventually};
 use crate::common::registry::TestRegistry;
 
-/// Files of the layers, smallest first: name and size.
+/// Name and size of the file of each layer, smallest first.
 const FILES: [(&str, usize); 3] = [("small", 1000), ("middle", 100_000), ("large", 2 << 20)];
 
 fn layers() -> Vec<Blob> {
@@ -18,7 +18,7 @@ fn check_files(mount: &Mounted) {
     }
 }
 
-/// `index_source` of every layer, base first.
+/// Returns `index_source` of every layer, base first.
 fn sources(mount: &Mounted) -> Vec<String> {
     let status = mount.status();
     let layers = status["layers"].as_array().unwrap();

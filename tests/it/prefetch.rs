@@ -1,4 +1,4 @@
-//! What is fetched before it is read: learned starts, programs and their libraries, the rest of the image.
+//! Prefetching: learned starts, programs and their libraries, the rest of the image.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use crate::common::registry::{Fault, TestRegistry};
 
 const FILE: usize = 1 << 20;
 
-/// Layers of files `PREFIX0`... of 1 MiB each, two or so spans every one.
+/// Returns a layer of files `PREFIX0`... of 1 MiB each. Each file has about two spans.
 fn layer(prefix: &str, seed: u64, files: u64) -> Blob {
     let add = |tar: Tar, i| tar.file(format!("{prefix}{i}"), noise(seed + i, FILE));
     Blob::gzip(&(0..files).fold(Tar::new(), add).finish())
@@ -30,7 +30,7 @@ impl Scene {
         Self::of(vec![layer("a", 100, 8), layer("b", 200, 8)])
     }
 
-    /// An image whose index is in the store, and nothing else of it.
+    /// Returns a scene whose store has the index of the image, and none of its data.
     fn of(layers: Vec<Blob>) -> Self {
         let registry = TestRegistry::start();
         push(&registry, "app", "1", &layers);
@@ -59,7 +59,7 @@ impl Scene {
         self.layers.iter().map(|layer| self.registry.count(&layer.path())).sum()
     }
 
-    /// A start that reads these files in this order, and ends.
+    /// Runs a start that reads these files in this order and then ends.
     fn start(&self, files: &[&str]) {
         let mount = self.mount("profile");
         for file in files {
@@ -90,7 +90,7 @@ fn a_start_is_learned_and_comes_before_it_is_read_the_next_time() {
     assert_eq!(mount.status()["prefetch"]["runs"], 1);
     assert!(mount.read("b6") == noise(206, FILE) && mount.read("a2") == noise(102, FILE));
     assert_eq!(scene.layer_requests(), before, "all of it was there");
-    // Little more than that: a file begins and ends within spans.
+    // Little more than the files was fetched: a file begins and ends within spans.
     assert!(here < 8 * u64::try_from(FILE).unwrap() / 2, "{here}");
 }
 
@@ -147,11 +147,11 @@ fn a_profile_moves_to_another_machine() {
     let other = Ocifs::new();
     let said = other.ok(["profile", "import", &scene.image, path]);
     assert!(said.stderr.contains("taken over"), "{said:?}");
-    // It is known there before anything of the image is.
+    // The other store knows the profile before it has anything of the image.
     let mount = other.mount(&scene.image);
     assert_eq!(mount.status()["prefetch"]["runs"], 1);
     drop(mount);
-    // One that is about other layers is of no use, and is not taken.
+    // A profile of other layers is refused.
     let stranger = layer("x", 900, 1);
     push(&scene.registry, "stranger", "1", &[stranger]);
     let error = other.fails([
@@ -236,12 +236,12 @@ fn all_of_the_image_comes_in_the_background_and_then_no_registry_is_needed() {
         }
     }
     assert_eq!(scene.layer_requests(), requests);
-    // Each byte once, but for those in which one request ends and the next begins.
+    // Each byte was fetched once, except for bytes that two adjacent requests share.
     let (fetched, size) = (status["fetched"].as_u64().unwrap(), status["size"].as_u64().unwrap());
     assert!(fetched <= size + 64, "{fetched} of {size}");
 }
 
-/// That all of an image is asked for where it has no room: what could be kept came once, and the rest is read as ever.
+/// Asserts that `--prefetch all` without room for the image fetches no byte twice. The rest is read on demand.
 fn completes_without_room(scene: &Scene) {
     let mount = scene.mount("all");
     eventually("as much as can be is here", || prefetched(&mount));
@@ -266,7 +266,7 @@ fn an_image_larger_than_the_cache_may_be_comes_once() {
 fn what_a_full_disk_cannot_hold_is_not_fetched_for_it() {
     let tmpfs = Tmpfs::new("4m");
     let mut scene = Scene::new();
-    // Nor can memory.
+    // Memory cannot hold the image either.
     scene.ocifs = Ocifs::at(&tmpfs.path().join("store"))
         .options(&["--memory", "1MiB"])
         .learns(&scene.image);
@@ -288,7 +288,7 @@ fn a_start_that_cannot_be_replayed_is_read_like_any_other() {
     let mut start = vec![0; 2 * FILE];
     std::io::Read::read_exact(&mut std::fs::File::open(mount.join("big")).unwrap(), &mut start).unwrap();
     assert!(start == noise(1, 8 * FILE)[..2 * FILE]);
-    // Of what was foreseen nothing would come ahead of its reader.
+    // Readahead works: the profile does not hold it back after the replay failed.
     eventually("more comes than was read", || {
         let status = mount.status();
         status["local"].as_u64() > status["used"].as_u64()
@@ -302,7 +302,7 @@ fn what_runs_on_the_side_ends_with_a_lazy_unmount() {
     mount.read("a2");
     let held = std::fs::File::open(mount.join("a0")).unwrap();
     scene.ocifs.ok(["umount", "--lazy", mount.path().to_str().unwrap()]);
-    // It was learning.
+    // The mount learned its start.
     let shown = scene.ocifs.ok(["profile", "show", "--json", &scene.image]).json();
     assert_eq!(shown[0]["runs"], 1, "{shown}");
     let mut content = Vec::new();
@@ -318,7 +318,7 @@ fn a_reader_does_not_wait_for_what_is_fetched_in_the_background() {
     let scene = Scene::new();
     scene.registry.hold(&scene.layers[0].path());
     let mount = scene.mount("all");
-    // As much as may be under way at once, none of which gets an answer.
+    // Waits until as many bytes are in flight as may be. None gets an answer.
     let asked = || mount.status()["in_flight"]["bytes"].as_u64().unwrap();
     let mut before = 0;
     eventually("no more is asked for", || {
@@ -330,7 +330,7 @@ fn a_reader_does_not_wait_for_what_is_fetched_in_the_background() {
     let requests = || scene.registry.count(&scene.layers[0].path());
     let held = requests();
     assert!(mount.read("b3") == noise(203, FILE));
-    // None of them was given up for that, or while the reader waited.
+    // No background request was given up, not even while the reader waited.
     assert!(asked() > 0 && mount.status()["in_flight"]["waiting"].as_u64() > Some(0));
     assert_eq!(requests(), held);
     scene.registry.release();
@@ -373,11 +373,11 @@ fn two_processes_with_one_store_fetch_each_span_once() {
     });
     let fetched: u64 = mounts.iter().map(|m| m.status()["fetched"].as_u64().unwrap()).sum();
     let whole = u64::try_from(scene.layers[0].bytes.len()).unwrap();
-    // Spans meet within a byte of the compressed stream, which both fetch then.
+    // Adjacent spans may share a byte of the compressed stream. Both processes fetch such a byte.
     assert!(fetched <= whole + 64, "{fetched} of {whole}");
 }
 
-/// A file of this machine as a member of a tar.
+/// Adds a file of this machine to a tar.
 fn copy(tar: Tar, path: &Path) -> Tar {
     let name = path.to_str().unwrap().trim_start_matches('/');
     let content = std::fs::read(path).unwrap();
@@ -391,7 +391,7 @@ fn the_libraries_of_a_program_come_with_its_first_bytes() {
     let paths = said.text().split_whitespace().filter(|word| word.starts_with('/'));
     let libraries: Vec<&Path> = paths.map(Path::new).collect();
     assert!(libraries.len() >= 2, "{said:?}");
-    // Far from each other, so that nothing comes by chance.
+    // The libraries are far from each other, so that no request fetches one by chance.
     let mut tar = copy(Tar::new(), Path::new("/bin/bash"));
     for (i, library) in (0u64..).zip(&libraries) {
         tar = copy(tar.file(format!("filler{i}"), noise(i, 8 << 20)), library);
@@ -428,7 +428,7 @@ fn the_libraries_of_a_program_come_with_its_first_bytes() {
     }
     drop(mount);
     ocifs.ok(["cache", "drop"]);
-    // As a start that nobody knows.
+    // Mounts with a profile that has no starts.
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--profile", "new"]);
     begin(&mount);
     come(&mount);

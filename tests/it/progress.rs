@@ -1,4 +1,4 @@
-//! How far a layer is: in the status of a mount, and on a terminal.
+//! The progress of a layer, in the status of a mount and on a terminal.
 
 use std::process::Command;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{Ocifs, bounded, eventually, isolate, mountpoint};
 use crate::common::registry::{Fault, TestRegistry};
 
-/// An image of one layer that takes seconds to come.
+/// Returns an image of one layer that takes seconds to arrive.
 fn slow_image() -> (TestRegistry, String) {
     let registry = TestRegistry::start();
     let layer = Blob::gzip(&Tar::new().file("f", noise(1, 2 << 20)).finish());
@@ -55,7 +55,7 @@ fn a_mount_in_preparation_says_how_fast_and_how_long() {
     );
 }
 
-/// What a command shows on a terminal.
+/// Returns what a command shows on a terminal.
 fn on_terminal(ocifs: &Ocifs, arguments: &[&str], variables: &[(&str, &str)]) -> String {
     let command = ocifs.command(arguments);
     let words = [command.get_program()].into_iter().chain(command.get_args());
@@ -75,7 +75,7 @@ fn on_terminal(ocifs: &Ocifs, arguments: &[&str], variables: &[(&str, &str)]) ->
 #[test]
 fn nobody_gets_colours_or_a_bar_who_does_not_want_them() {
     let (_registry, image) = slow_image();
-    // A warning about a store that cannot be made.
+    // The command warns about a store that cannot be made.
     let shown = |options: &[&str], variables: &[(&str, &str)]| {
         let ocifs = Ocifs::at(std::path::Path::new("/dev/null/store"));
         on_terminal(&ocifs, &[options, &["ls", &image]].concat(), variables)

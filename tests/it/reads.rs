@@ -20,7 +20,7 @@ const BIG: usize = 3 << 20;
 /// What setcap(8) writes for cap_net_raw=ep: VFS_CAP_REVISION_2 with the effective flag.
 const CAPABILITY: &[u8] = b"\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
 
-/// One image with a bit of everything, mounted with nothing in the store but indexes.
+/// An image with a file of every kind, mounted with only indexes in the store.
 struct Scene {
     _registry: TestRegistry,
     ocifs: Ocifs,
@@ -184,7 +184,7 @@ fn attributes_are_those_of_the_tar_and_the_same_after_a_remount() {
         (stat("ancient").mtime(), stat("ancient").mtime_nsec()),
         (-2, 750_000_000)
     );
-    // The device node works: root's mounts have devices.
+    // The device node works, because root's mounts have devices.
     assert_eq!(fs::read(scene.mount.join("dev-null")).unwrap(), b"");
     let Scene {
         ocifs, image, mount, ..
@@ -192,7 +192,7 @@ fn attributes_are_those_of_the_tar_and_the_same_after_a_remount() {
     let again = ocifs.mount(image);
     assert_eq!(all(&again), before);
     drop(again);
-    // Another store gives the same numbers too.
+    // A mount with another store has the same numbers.
     let other = Ocifs::new().mount(image);
     assert_eq!(all(&other), before);
     assert_eq!(all(mount), before);
@@ -208,7 +208,8 @@ fn large_directories_are_listed_and_can_be_rewound() {
         .collect();
     assert!(names(&path) == expected);
     assert_eq!(fs::read_dir(&path).unwrap().count(), 5000);
-    // seekdir to a place told before gives the rest; rewinddir all of it. Python has no binding, so this is C through ctypes.
+    // seekdir to an earlier position gives the rest of the entries, and rewinddir all of them. Python has no binding
+    // for them, so the script calls C through ctypes.
     let script = r"
 import ctypes, os, sys
 c = ctypes.CDLL(None, use_errno=True)
@@ -238,7 +239,7 @@ c.closedir(d)
 print('ok')
 ";
     assert_eq!(python(script, &path), "ok\n");
-    // Every entry can be found again by name, and no other.
+    // Every entry can be found by name, and no other name exists.
     assert!(fs::metadata(path.join("file-2500-with-a-name-of-some-length")).is_ok());
     let absent = fs::metadata(path.join("file-5000-with-a-name-of-some-length")).unwrap_err();
     assert_eq!(absent.raw_os_error(), Some(Errno::ENOENT as i32));
@@ -294,7 +295,7 @@ fn a_sparse_file_reads_zeros_in_its_holes() {
     assert!(bytes[..4096] == content[..4096]);
     assert!(bytes[5 << 20..][..4096] == content[4096..]);
     assert_eq!(bytes.iter().filter(|b| **b != 0).count(), 8192);
-    // Across both edges of the second run.
+    // The read crosses both edges of the second run.
     let file = File::open(scene.mount.join("sparse")).unwrap();
     let mut part = vec![1; 6000];
     file.read_exact_at(&mut part, (5 << 20) - 1000).unwrap();
@@ -324,7 +325,7 @@ fn every_way_of_reading_gives_the_same_bytes() {
             let mut bytes = vec![0; BIG];
             let pieces = BIG.div_ceil(30_000);
             for i in 0..pieces {
-                // 37 is coprime to the number of pieces, so each has its turn.
+                // 37 is coprime to the number of pieces, so the loop reads each piece once.
                 let start = (i * 37 % pieces) * 30_000;
                 let end = (start + 30_000).min(BIG);
                 file.read_exact_at(&mut bytes[start..end], start as u64).unwrap();

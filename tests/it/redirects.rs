@@ -1,4 +1,4 @@
-//! Where registries may lead, depending on where they are themselves.
+//! Where registries may redirect to, depending on their own address.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::common::registry::{Guard, TestRegistry, Tokens};
 const SIZE: usize = 100_000;
 const PUBLIC: &str = "8.8.8.8:0";
 
-/// Runs `body` where this machine has all of these addresses and no others, and names of its own.
+/// Runs `body` where this machine has only these addresses, with names for some of them.
 fn in_a_network_of_its_own(body: impl FnOnce() + Send) {
     let hosts = "169.254.169.254 metadata.test\n10.0.0.7 private.test\n8.8.4.4 public.test\n";
     with_hosts(hosts, CloneFlags::CLONE_NEWNET, || {
@@ -111,7 +111,7 @@ fn a_public_registry_names_no_private_token_server() {
     });
 }
 
-/// A login of the user for the host that a redirect leads to, in each form that configuration files have.
+/// The user has a login for the host of a redirect, in each form that configuration files have.
 #[test]
 fn a_host_without_tls_is_shown_no_login_whatever_it_asks_for() {
     use base64::Engine as _;

@@ -1,4 +1,5 @@
-//! What cannot be mounted, and how that is said: names that do not exist, images that are none, broken and hostile layers.
+//! Images that cannot be mounted, and the errors: names that do not exist, images that are none, broken and hostile
+//! layers.
 
 use std::io::Write as _;
 
@@ -84,7 +85,7 @@ fn unreachable_and_unwilling_registries_are_named() {
     registry.guard(Guard::Basic("me".into(), "secret".into()));
     let docker = ocifs.home().join(".docker");
     std::fs::create_dir(&docker).unwrap();
-    // Somebody else's login: the machine may have files of its own without one for this registry.
+    // A file without a login for this registry, so that files of this machine do not matter.
     std::fs::write(docker.join("config.json"), r#"{"auths": {}}"#).unwrap();
     let error = ocifs.mount_fails(&image, &[]);
     assert!(
@@ -109,7 +110,7 @@ fn unreachable_and_unwilling_registries_are_named() {
     assert!(!error.contains("wrong"), "{error}");
     login("secret");
     assert_eq!(ocifs.mount(&image).read("x"), b"x");
-    // Known to the registry, but not allowed.
+    // The login is right but has no access to this repository.
     let challenge = Fault::Status {
         code: 401,
         headers: vec![("WWW-Authenticate".to_owned(), "Basic realm=\"test\"".to_owned())],
@@ -124,8 +125,8 @@ fn unreachable_and_unwilling_registries_are_named() {
     );
 }
 
-/// An image whose only layer is these bytes, mounted without success: the error. The same name then gets a good layer, which
-/// must mount although a bad one was there before.
+/// Mounts an image whose only layer is these bytes, without success. Returns the error. The same tag then gets a good
+/// layer, which must mount in spite of the earlier failure.
 fn bad_layer(bytes: Vec<u8>, media_type: &'static str, diff_id: Digest) -> String {
     let registry = TestRegistry::start();
     let blob = Blob {
@@ -138,7 +139,7 @@ fn bad_layer(bytes: Vec<u8>, media_type: &'static str, diff_id: Digest) -> Strin
     let ocifs = Ocifs::new();
     let error = ocifs.mount_fails(&image, &[]);
     assert!(error.contains(&blob.digest().to_string()), "which layer: {error}");
-    // Whoever does not wait gets a mount that fails every operation and says why.
+    // A mount without `--wait` fails every operation and reports the reason.
     let mount = ocifs.mount_with(&image, &[]);
     assert_eq!(mount.read_error("x"), Errno::EIO as i32);
     let status = mount.status();
@@ -221,7 +222,7 @@ fn documents_and_blobs_that_do_not_match_their_digests_are_refused() {
         "{error}"
     );
     registry.clear_faults();
-    // A byte of the gzip header that decoders ignore, so that only the digest can tell.
+    // Decoders ignore this byte of the gzip header, so only the digest shows the damage.
     registry.fault(&layer.path(), usize::MAX, Fault::Corrupt(4));
     let error = ocifs.mount_fails(&image, &[]);
     assert!(
@@ -337,11 +338,11 @@ fn hostile_tars_end_in_an_error_or_a_sound_tree() {
         .finish();
     let error = mount("cycle", cycle).unwrap_err();
     assert!(error.contains("leads back to itself"), "{error}");
-    // GNU.sparse of an exbibyte with a byte at its start.
+    // A GNU.sparse file of an exbibyte with one byte at its start.
     let sparse = Tar::new().sparse("exbibyte", 1 << 60, &[(0, b"!")]).finish();
     let error = mount("sparse", sparse).unwrap_err();
     assert!(error.contains("exbibyte") && error.contains("does not fit"), "{error}");
-    // One of a tebibyte is none of a hostile size.
+    // A sparse file of a tebibyte is valid.
     let sparse = Tar::new().sparse("tebibyte", 1 << 40, &[(0, b"!")]).finish();
     let listing = mount("large", sparse).unwrap();
     assert!(listing.contains("1099511627776"), "{listing}");

@@ -18,7 +18,7 @@ use ocifs::registry::{Anonymous, CredentialSource, RegistryBlob, RegistryClient,
 use crate::common::ocifs::PATIENCE;
 use crate::common::registry::TestRegistry;
 
-/// Settings without credentials, patient enough for a loaded machine.
+/// Returns settings without credentials, with timeouts that are long enough for a busy machine.
 fn config() -> RegistryConfig {
     RegistryConfig {
         credentials: Arc::new(Anonymous),
@@ -28,7 +28,7 @@ fn config() -> RegistryConfig {
     }
 }
 
-/// A client that takes a third of a second of silence for a stall.
+/// Returns a client that counts 300 ms of silence as a stall.
 fn impatient() -> RegistryClient {
     let stall_timeout = Duration::from_millis(300);
     RegistryClient::new(RegistryConfig {
@@ -69,7 +69,7 @@ fn descriptor(digest: &Digest, size: usize) -> Descriptor {
     }
 }
 
-/// A blob of `size` bytes that differ at every offset nearby, and a handle on it.
+/// Returns a blob of `size` bytes that differ at every nearby offset, and a handle on it.
 fn blob(client: &RegistryClient, registry: &TestRegistry, size: usize) -> (Vec<u8>, RegistryBlob) {
     let bytes: Vec<u8> = (0..size as u32)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
@@ -85,7 +85,7 @@ async fn read(blob: &RegistryBlob, range: std::ops::Range<u64>) -> Result<Vec<u8
     Ok(blob.read(range).await?.try_collect::<Vec<_>>().await?.concat())
 }
 
-/// Polls until `done`, at most for [`PATIENCE`], and lets other tasks go on meanwhile.
+/// Polls until `done` returns true and lets other tasks run meanwhile. Panics after [`PATIENCE`].
 async fn until(what: &str, mut done: impl FnMut() -> bool) {
     let polling = async {
         while !done() {
@@ -96,7 +96,7 @@ async fn until(what: &str, mut done: impl FnMut() -> bool) {
     assert!(ended.is_ok(), "never happened: {what}");
 }
 
-/// The `Range` headers of the blob requests, in order; empty for none.
+/// Returns the `Range` headers of the blob requests, in order; empty for a request without one.
 fn ranges(registry: &TestRegistry) -> Vec<String> {
     let log = registry.log();
     let blobs = log.iter().filter(|logged| logged.target.contains("sha256:"));

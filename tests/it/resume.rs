@@ -1,4 +1,4 @@
-//! Fetching that was interrupted goes on where it stopped.
+//! An interrupted fetch resumes where it stopped.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -13,7 +13,7 @@ use crate::common::ocifs::{Ocifs, Said, Tmpfs, eventually, send, wait};
 use crate::common::registry::{Fault, TestRegistry};
 
 const SIZE: usize = 8 << 20;
-/// Bytes that may get lost between the socket and the disk.
+/// Bytes that may be lost between the socket and the disk.
 const SLACK: u64 = 512 << 10;
 
 struct Scene {
@@ -41,12 +41,12 @@ impl Scene {
         self.layer.bytes.len() as u64
     }
 
-    /// The offset of the first byte that the next answer for the layer does not have.
+    /// Returns the offset at which the next answer for the layer ends.
     fn cut(&self) -> usize {
         self.layer.bytes.len() * 7 / 10
     }
 
-    /// Bytes of the layer that were sent since the log was cleared.
+    /// Returns the bytes of the layer that were sent since the log was cleared.
     fn sent(&self) -> u64 {
         let log = self.registry.log();
         let layer = self.layer.path();
@@ -54,7 +54,7 @@ impl Scene {
         of_layer.map(|logged| logged.sent as u64).sum()
     }
 
-    /// Starts a pull of which the layer stalls after 70 %, and waits until what came is on the disk.
+    /// Starts a pull whose layer stalls after 70 %. Returns once the fetched part is on disk.
     fn stalled(&self, ocifs: &Ocifs) -> Child {
         self.registry.fault(&self.layer.path(), 1, Fault::Stall(self.cut()));
         let pull = start(ocifs, &["pull", &self.image]);
@@ -64,7 +64,7 @@ impl Scene {
         pull
     }
 
-    /// A pull that was killed after 70 % of the layer.
+    /// Runs a pull and kills it after 70 % of the layer.
     fn killed(&self, ocifs: &Ocifs) {
         let mut pull = self.stalled(ocifs);
         send(pull.id(), Signal::SIGKILL);
@@ -73,7 +73,7 @@ impl Scene {
         self.registry.clear_log();
     }
 
-    /// Only what was missing has come since, and all of it is right.
+    /// Asserts that only the missing part was sent since, and that the content is right.
     fn assert_resumed(&self, ocifs: &Ocifs) {
         let rest = self.size() - self.cut() as u64;
         let sent = self.sent();
@@ -102,18 +102,18 @@ fn partials(store: &Path) -> Vec<PathBuf> {
     paths.filter(|path| path.exists()).collect()
 }
 
-/// Bytes kept of layers that did not come whole.
+/// Returns the bytes that the store keeps of unfinished layers.
 fn partial(store: &Path) -> u64 {
     let sizes = partials(store).into_iter();
     sizes.map(|path| fs::metadata(path).map_or(0, |m| m.len())).sum()
 }
 
-/// Files in the middle of being written.
+/// Returns the number of files that are being written.
 fn drafts(store: &Path) -> usize {
     fs::read_dir(store.join("tmp")).unwrap().count()
 }
 
-/// Bytes on the disk of everything below a directory.
+/// Returns the bytes on disk of everything below a directory.
 fn usage(directory: &Path) -> u64 {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let sizes = entries.map(|entry| match entry.metadata() {
@@ -184,7 +184,7 @@ fn a_large_layer_that_comes_in_stripes_goes_on_as_well() {
 fn a_lost_network_costs_what_had_not_come() {
     let scene = Scene::new(SIZE);
     let ocifs = Ocifs::with(&["--timeout", "2s"]);
-    // The first answer breaks off, and every other one at once.
+    // The first answer breaks off after 70 %, and every other answer at once.
     scene
         .registry
         .fault(&scene.layer.path(), 1, Fault::Truncate(scene.cut()));
@@ -213,7 +213,7 @@ fn a_server_without_ranges_sends_all_and_the_layer_is_right() {
 
 #[test]
 fn what_was_kept_and_is_wrong_is_thrown_away() {
-    // Damaged at the start, in the middle, too long, and nothing but zeros as after a power cut.
+    // The kept bytes are damaged at the start, damaged in the middle, too long, or all zeros as after a power cut.
     type Damage = fn(&mut Vec<u8>);
     let damages: [Damage; 4] = [
         |bytes| bytes[3] ^= 0x10,
@@ -232,7 +232,7 @@ fn what_was_kept_and_is_wrong_is_thrown_away() {
         let mut bytes = fs::read(&path).unwrap();
         damage(&mut bytes);
         fs::write(&path, bytes).unwrap();
-        // And what comes next is wrong as well, once.
+        // The next answer is also wrong, once.
         scene.registry.fault(&scene.layer.path(), 1, Fault::Corrupt(100_000));
         ocifs.ok(["pull", &scene.image]);
         scene.registry.clear_faults();
@@ -293,7 +293,7 @@ fn what_is_coming_in_is_counted_and_left_alone() {
 #[test]
 fn what_is_kept_stays_within_the_cache_size() {
     let scene = Scene::new(SIZE);
-    // Less than the compressed bytes and the content together; the content goes first.
+    // The limit is smaller than the compressed bytes and the content together. The content has precedence.
     let limit = 6 << 20;
     let ocifs = Ocifs::with(&["--cache-size", "6MiB"]);
     scene.registry.fault(&scene.layer.path(), 1, Fault::Stall(scene.cut()));
@@ -306,7 +306,7 @@ fn what_is_kept_stays_within_the_cache_size() {
     });
     send(pull.id(), Signal::SIGKILL);
     wait(&mut pull, "a killed pull");
-    // With room for the compressed bytes alone they are kept.
+    // With enough room the compressed bytes are kept.
     let ocifs = Ocifs::with(&["--cache-size", "64MiB"]);
     scene.killed(&ocifs);
     ocifs.ok(["cache", "prune", "--to", "16MiB"]);

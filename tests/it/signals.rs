@@ -1,4 +1,4 @@
-//! A reader that waits for a registry ends with a signal, however it reads, also where reads wait for ever.
+//! A signal ends a reader that waits for a registry, however it reads, and even without a timeout.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
@@ -12,7 +12,7 @@ use crate::common::reader::{Reader, WAYS};
 use crate::common::registry::TestRegistry;
 
 const FILE: usize = 256 << 10;
-/// How long a reader may take to end after its signal.
+/// Time that a reader may take to end after its signal.
 const SOON: Duration = Duration::from_secs(2);
 
 struct Scene {
@@ -22,7 +22,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A mount that waits for ever, of a registry that does not answer. It has files `f0`...
+    /// Mounts an image without a timeout, from a registry that stops answering. The image has files `f0`...
     fn new() -> Self {
         let registry = TestRegistry::start();
         let tar = (0..40).fold(Tar::new(), |tar, i| {
@@ -47,7 +47,7 @@ impl Scene {
         self.mount.status()["reads"]["waiting"].as_u64().unwrap()
     }
 
-    /// Starts a reader of a file that nobody else reads, and waits until it waits.
+    /// Starts a reader of a file that no other process reads. Returns once the reader waits.
     fn reader(&self, start: impl FnOnce(&std::path::Path) -> Reader, file: usize) -> Reader {
         eventually("nothing else waits", || self.waiting() == 0);
         let reader = start(&self.mount.join(format!("f{file}")));
@@ -85,7 +85,7 @@ fn a_program_that_handles_signals_gets_them_while_it_reads() {
     let start = Instant::now();
     let ended = reader.end();
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
-    // Python says "KeyboardInterrupt" and ends by the same signal.
+    // Python reports "KeyboardInterrupt" and ends by the same signal.
     assert!(!ended.read && !ended.status.success(), "{ended:?}");
     let reader = scene.reader(|path| Reader::start("alarm", path), 1);
     let ended = reader.end();
@@ -100,7 +100,7 @@ fn signals_that_end_nothing_let_a_reader_wait() {
     for signal in [Signal::SIGWINCH, Signal::SIGURG, Signal::SIGSTOP, Signal::SIGCONT] {
         send(reader.pid(), signal);
     }
-    // Long enough for several looks at it.
+    // The process checks for signals several times within this pause.
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(scene.waiting(), 1);
     scene.registry.release();
@@ -113,7 +113,7 @@ fn a_reader_in_another_pid_namespace_ends_too() {
     let scene = Scene::new();
     let start = |path: &std::path::Path| {
         let mut command = Command::new("unshare");
-        // The first process of a namespace ignores signals without a handler, so the reader is its child.
+        // The first process of a PID namespace ignores signals without a handler, so the reader is its child.
         command.args(["--pid", "--fork", "sh", "-c", "python3 \"$@\"; exit $?", "sh"]);
         Reader::start_by(command, "random", path)
     };

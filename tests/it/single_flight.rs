@@ -1,7 +1,8 @@
-//! Single flight under every kind of schedule: the table of flights as it is, with a model checker in place of its locks.
+//! Single flight under many schedules. The test runs the real table of flights, with the locks of a model checker.
 //!
-//! Readers want overlapping spans, some give up, and some flights are lost half-way. Whatever the order of events, no span is
-//! fetched by two flights at the same time or after it came, nobody waits for ever, and the table is empty at the end.
+//! Readers want overlapping spans, some give up, and some flights are lost half-way. For every order of events, four
+//! things must hold. No two flights fetch a span at the same time. No flight fetches a span that is present. No
+//! reader waits for ever. The table is empty at the end.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -28,7 +29,7 @@ enum Landed {
     Lost,
 }
 
-/// As much of a layer as has to do with flights.
+/// The part of a layer that concerns flights.
 #[derive(Default)]
 struct Layer {
     flights: Arc<Flights<Landed>>,
@@ -41,7 +42,8 @@ impl Layer {
         self.present.lock().unwrap().contains(&span)
     }
 
-    /// Looks and claims in one critical section, then waits; looks again if a flight was lost.
+    /// Looks for the spans and claims the missing ones in one critical section. Then waits, and looks again if a
+    /// flight was lost.
     async fn read(self: Arc<Self>, spans: Range<u32>) {
         for span in spans.clone() {
             loop {
@@ -70,7 +72,7 @@ impl Layer {
         }
     }
 
-    /// Fetches what it claimed, or ends somewhere on the way.
+    /// Fetches the claimed spans, or ends somewhere on the way.
     async fn fly(self: Arc<Self>, mut claim: Claim<Landed>) {
         let spans: Vec<u32> = claim.spans().collect();
         for span in spans {
@@ -78,7 +80,7 @@ impl Layer {
             future::yield_now().await;
             if shuttle::rand::thread_rng().gen_bool(0.1) {
                 drop(fetching);
-                // What is left lands with the claim.
+                // Dropping the claim lands the remaining spans.
                 return;
             }
             claim.announce(span, Landed::Bytes);
@@ -90,7 +92,7 @@ impl Layer {
     }
 }
 
-/// A span that is being fetched.
+/// A span that a flight is fetching.
 struct Fetching(Arc<Layer>, u32);
 
 impl Fetching {
@@ -125,13 +127,13 @@ fn scenario() {
             if gives_up {
                 reader.abort();
             }
-            // An aborted one says so; whatever it had claimed is flown or landed.
+            // An aborted reader returns an error. Its flight fetches or lands the spans that it claimed.
             let read = reader.await;
             assert!(gives_up || read.is_ok());
         }
-        // Once more, by one who does not give up: what was lost with the last flight comes, too.
+        // A last reader does not give up. It fetches what the last flight lost.
         layer.clone().read(0..SPANS).await;
-        // Flights that have announced their span have still to land it.
+        // Flights that have announced a span still have to land it.
         while (0..SPANS).any(|span| layer.flights.board().is_flying(span)) {
             future::yield_now().await;
         }

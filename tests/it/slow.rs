@@ -1,4 +1,4 @@
-//! One thing that is slow holds up nothing else: a connection, a host, another process.
+//! A slow connection, host or process delays nothing else.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::common::registry::{Fault, TestRegistry};
 
 const FILE: usize = 512 << 10;
 
-/// An image of two layers with files `a0`.. and `b0`.., of which the store has no data.
+/// Pushes an image of two layers with files `a0`.. and `b0`... Returns its name and its layers.
 fn image(registry: &TestRegistry) -> (String, [Blob; 2]) {
     let layers = [('a', 100), ('b', 200)].map(|(prefix, seed)| {
         let tar = (0..16).fold(Tar::new(), |tar, i| {
@@ -51,7 +51,7 @@ fn a_slow_connection_is_overtaken_by_another_one() {
             start.elapsed()
         );
         assert_eq!(registry.faults_left(), 0, "{fault:?}");
-        // Readahead may have got the bad connection instead.
+        // Readahead may have used the bad connection instead.
         eventually("there was a second request", || hedges(&mount) >= 1);
         eventually("no second request is under way", || {
             mount.status()["in_flight"]["hedges"] == 0
@@ -64,7 +64,7 @@ fn a_slow_link_is_not_asked_twice() {
     let registry = TestRegistry::start();
     let (image, layers) = image(&registry);
     let ocifs = Ocifs::new().learns(&image);
-    // All of it at 400 kB/s: slow, and steady.
+    // All answers arrive at 400 kB/s: slow but steady.
     for layer in &layers {
         registry.fault(&layer.path(), usize::MAX, Fault::Slow(4_000, Duration::from_millis(10)));
     }
@@ -94,7 +94,7 @@ fn readers_that_wait_for_another_process_keep_nobody_from_the_link() {
         };
         read_all(&first);
         eventually("it has as many requests under way as it may", || demand(&first) == 8);
-        // They have their locks before they ask.
+        // The readers of the first mount have their locks before they send requests.
         eventually("the layer is asked for", || registry.count(&layer.path()) >= 8);
         read_all(&second);
         eventually("all of them wait", || {

@@ -1,4 +1,4 @@
-//! What `ocifs status` says about laziness: the link, waits, and what of each layer was fetched and used.
+//! What `ocifs status` shows: the link, waits, and what was fetched and used of each layer.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ fn laziness_can_be_seen() {
         (&0.into(), &0.into(), &0.into())
     );
 
-    // A read that waits is seen while it does.
+    // The status counts a read while it waits.
     registry.hold(&layers[0].path());
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| mount.read("a"));
@@ -41,9 +41,9 @@ fn laziness_can_be_seen() {
 
     let seen = status();
     let number = |value: &serde_json::Value| value.as_f64().unwrap_or_else(|| panic!("{value} in {seen}"));
-    // A new connection takes two round trips to its first answer, only one of which is slow here.
+    // A new connection takes two round trips to its first answer. Only one of them is delayed here.
     assert!(number(&seen["link"]["rtt"]) >= RTT.as_secs_f64() / 2.0);
-    // There may be too little to measure that.
+    // There may be too few bytes to measure the bandwidth.
     let bandwidth = seen["link"].get("bandwidth").expect("it is said");
     assert!(bandwidth.is_null() || number(bandwidth) > 0.0);
     let reads = &seen["reads"];
@@ -62,7 +62,7 @@ fn laziness_can_be_seen() {
         (&0.into(), &0.into(), &0.into())
     );
 
-    // The same for people.
+    // The status without `--json` shows the same values as text.
     let said = ocifs.ok(["status", mount.path().to_str().unwrap()]);
     let text = said.text();
     for line in [

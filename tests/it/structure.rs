@@ -1,10 +1,11 @@
-//! The module table of the crate documentation is true.
+//! Checks the source against the module table of the crate documentation. Also checks that the files of a directory
+//! do not use each other in a circle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Module -> level, from the table in src/lib.rs.
+/// Returns the level of each module, from the table in src/lib.rs.
 fn levels() -> BTreeMap<String, usize> {
     let text = fs::read_to_string("src/lib.rs").unwrap();
     let rows = text.lines().filter_map(|line| line.strip_prefix("//! | "));
@@ -31,7 +32,7 @@ fn sources(path: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Modules named as `crate::MODULE` in code, outside comments.
+/// Returns the modules that the code names as `crate::MODULE`, outside comments.
 fn used(code: &str) -> Vec<String> {
     let code = code.lines().filter(|line| !line.trim_start().starts_with("//"));
     let word = |rest: &str| {
@@ -90,10 +91,10 @@ fn only_the_front_end_knows_fuser_and_only_the_registry_knows_http() {
     }
 }
 
-/// A path such as `crate::index::format`.
+/// A path like `crate::index::format`, without `crate`.
 type Module = Vec<String>;
 
-/// Paths that a file uses, absolute ones. `module` is that of the file.
+/// Returns the paths that a file uses, as absolute paths. `module` is the module of the file.
 fn paths(code: &str, module: &Module) -> BTreeSet<Module> {
     let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
     let code: Vec<&str> = lines.take_while(|line| *line != "#[cfg(test)]").collect();
@@ -101,7 +102,7 @@ fn paths(code: &str, module: &Module) -> BTreeSet<Module> {
     let mut found = BTreeSet::new();
     for start in ["crate::", "super::", "self::"] {
         for (at, _) in code.match_indices(start) {
-            // Not in the middle of a path.
+            // Skips a match in the middle of a path.
             if !code[..at].ends_with("::") {
                 flatten(&code[at..], &mut Vec::new(), &mut found);
             }
@@ -124,7 +125,7 @@ fn paths(code: &str, module: &Module) -> BTreeSet<Module> {
     found.iter().map(absolute).collect()
 }
 
-/// Reads one path, or a tree of them in braces, from the beginning of `text`; how much of it that is.
+/// Reads one path, or a tree of paths in braces, from the start of `text`. Returns the length that it read.
 fn flatten(text: &str, before: &mut Module, found: &mut BTreeSet<Module>) -> usize {
     let word = text.len() - text.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_').len();
     let depth = before.len();
@@ -149,7 +150,7 @@ fn flatten(text: &str, before: &mut Module, found: &mut BTreeSet<Module>) -> usi
     at
 }
 
-/// Which file of a directory a name is from that the module above passes on: name -> file.
+/// Returns the names that a module re-exports, each with the file that it comes from.
 fn passed_on(code: &str) -> BTreeMap<String, String> {
     let mut names = BTreeMap::new();
     for statement in code.split(';') {
@@ -164,7 +165,7 @@ fn passed_on(code: &str) -> BTreeMap<String, String> {
     names
 }
 
-/// Circles among the files of one directory; a file and the directory of its name are one.
+/// Returns the circles among the files of one directory. A file and the directory of its name count as one.
 fn circles(directory: &Path, module: &Module) -> Vec<String> {
     let above = fs::read_to_string(directory.with_extension("rs")).unwrap_or_default();
     let passed_on = passed_on(&above);
@@ -194,7 +195,7 @@ fn circles(directory: &Path, module: &Module) -> Vec<String> {
     }
     let mut found = Vec::new();
     for name in &names {
-        // What can be reached from it.
+        // Collects all files that can be reached from this one.
         let (mut reached, mut next) = (BTreeSet::new(), vec![name]);
         while let Some(at) = next.pop() {
             next.extend(uses.get(at).into_iter().flatten().filter(|used| reached.insert((*used).clone())));
@@ -223,7 +224,7 @@ fn no_files_of_a_directory_use_each_other_in_a_circle() {
         }
     }
     assert!(found.is_empty(), "{found:#?}");
-    // The reader of paths reads them.
+    // Checks the path reader itself.
     let module = vec!["a".to_owned(), "b".to_owned()];
     let code = "use super::{c::D, e};\nuse crate::x::{self, y::{Z, w}};\nlet f = super::g::h(self::i);\n";
     let read: Vec<String> = paths(code, &module).iter().map(|path| path.join("/")).collect();

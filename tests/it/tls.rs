@@ -1,4 +1,4 @@
-//! Certificates as people make them, and registries on this machine with and without TLS.
+//! Certificates as users make them, and registries on this machine with and without TLS.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ fn layer() -> Blob {
     Blob::gzip(&Tar::new().file("f", noise(4, SIZE)).finish())
 }
 
-/// What a server shows, and the file to trust it by.
+/// The certificate and key of a server, and the file by which a client trusts it.
 struct Certificate {
     certificate: PathBuf,
     key: PathBuf,
@@ -29,7 +29,7 @@ struct Certificate {
 }
 
 impl Certificate {
-    /// A certificate that signs itself, as the documentation of registries makes it.
+    /// Makes a self-signed certificate, as the documentation of registries does.
     fn self_signed(directory: &Path, key: &[&str], more: &[&str]) -> Self {
         let at = |name: &str| directory.join(name);
         let mut arguments = vec!["req", "-x509", "-nodes", "-subj", "/CN=localhost", "-newkey"];
@@ -48,7 +48,7 @@ impl Certificate {
         }
     }
 
-    /// A certificate signed by an authority; `sign` are options of the signature.
+    /// Makes a certificate signed by an authority. `sign` are options of the signature.
     fn signed(directory: &Path, authority_key: &[&str], key: &[&str], sign: &[&str]) -> Self {
         let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
         let (authority, authority_key_file) = (path("ca.pem"), path("ca-key.pem"));
@@ -101,7 +101,7 @@ impl Certificate {
         }
     }
 
-    /// A registry that shows it, with an image that the file `f` is read from.
+    /// Starts a registry with this certificate and reads the file `f` of an image in it.
     fn read(&self) -> Said {
         let setup = Setup {
             tls: Some((self.certificate.clone(), self.key.clone())),
@@ -117,7 +117,7 @@ impl Certificate {
     }
 }
 
-/// A server's certificate that was made to be trusted by itself vouches for no other one, as for OpenSSL and Go.
+/// A trusted server certificate that is not an authority vouches for no other certificate, as in OpenSSL and Go.
 #[test]
 fn a_trusted_certificate_that_is_no_authority_vouches_for_nobody() {
     let rsa = ["rsa:2048"];
@@ -170,7 +170,7 @@ fn a_certificate_that_signs_itself_is_trusted_when_it_is_given() {
 #[test]
 fn a_certificate_that_signs_itself_needs_good_dates_names_and_trust() {
     let directory = tempfile::tempdir().unwrap();
-    // `openssl x509` can date a certificate back, `openssl req` cannot.
+    // `openssl req` cannot make an expired certificate, so `openssl ca` makes it below.
     let refused = |what: &str, certificate: &Certificate, why: &str| {
         let said = certificate.read();
         assert_eq!(said.code, Some(1), "{what}: {said:?}");
@@ -188,7 +188,7 @@ fn a_certificate_that_signs_itself_needs_good_dates_names_and_trust() {
     let said = good.read();
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.stderr.contains("TLS with"), "{said:?}");
-    // Yesterday was its last day.
+    // The certificate ended yesterday.
     let old = directory.path().join("old.pem");
     let clock = ["-1 day", "-2 days"].map(|ago| tool("date", ["-u", "+%Y%m%d%H%M%SZ", "-d", ago]));
     let [end, start] = clock.map(|date| String::from_utf8(date).unwrap().trim().to_owned());
@@ -275,7 +275,7 @@ fn curves_and_signatures_that_others_accept_are_accepted() {
     }
 }
 
-/// The documents and blobs of an image, as a server of static files needs them.
+/// Writes the documents and blobs of an image for a server of static files. Returns the directory.
 fn site(directory: &Path) -> PathBuf {
     let image = directory.join("image");
     oci_layout::write(&image, &[layer()]);
@@ -298,7 +298,7 @@ fn site(directory: &Path) -> PathBuf {
     directory.join("site")
 }
 
-/// A process that serves on a port of its choice; killed when dropped.
+/// A server process on a port of its choice. Dropping it kills the process.
 struct Process(Child);
 
 impl Process {
@@ -327,7 +327,7 @@ fn keys_are_exchanged_over_every_curve_that_others_know() {
     let directory = tempfile::tempdir().unwrap();
     let certificate = Certificate::self_signed(directory.path(), &["rsa:2048"], &["-addext", NAMES]);
     let site = site(directory.path());
-    // This server hands out no file with a colon in its name, so the manifest brings the config along.
+    // This server does not send files with a colon in their name, so the manifest embeds the config.
     let app = site.join("v2/app");
     let mut manifest: serde_json::Value = serde_json::from_slice(&fs::read(app.join("manifests/1")).unwrap()).unwrap();
     let config = fs::read(app.join("blobs").join(manifest["config"]["digest"].as_str().unwrap())).unwrap();
@@ -359,7 +359,8 @@ fn keys_are_exchanged_over_every_curve_that_others_know() {
     }
 }
 
-/// A server on loopback that takes connections and says nothing; and how many it took.
+/// Starts a server on loopback that accepts connections and never answers. Returns its address and the number of
+/// connections.
 fn silent_server() -> (String, Arc<AtomicUsize>) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap().to_string();
@@ -389,7 +390,7 @@ fn loopback_is_tried_with_tls_first_and_can_be_forced() {
     assert!(said.stderr.contains("TLS with"), "{said:?}");
     assert_eq!(registry.log().len(), 0, "nothing went there in the clear");
 
-    // A server that has TLS is not spoken to without, whatever is wrong with its certificate.
+    // A server with TLS never gets plain HTTP, whatever is wrong with its certificate.
     let directory = tempfile::tempdir().unwrap();
     let certificate = Certificate::self_signed(directory.path(), &["rsa:2048"], &["-addext", NAMES]);
     let registry = DockerRegistry::start(&Setup {
@@ -420,7 +421,7 @@ fn servers_that_read_lines_are_found_to_be_plain() {
         .args(["-m", "http.server", "--bind", "127.0.0.1", "0"])
         .current_dir(site(directory.path()));
     let (_server, host) = Process::start(&mut command);
-    // Well before a connection would be given up.
+    // The timeout is well below the time after which a connection is given up.
     let ocifs = Ocifs::with(&["--timeout", "3s"]);
     accepted("python's server", &ocifs.run(["cat", &format!("{host}/app:1"), "f"]));
 }

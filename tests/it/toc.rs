@@ -1,7 +1,7 @@
-//! The table of contents of tars that real programs wrote, against what GNU tar makes of the same tars on a real file system.
+//! The TOC of tars that real programs wrote, compared with the files that GNU tar extracts from the same tars.
 //!
-//! Needs root (owners, devices, capabilities) and `tar`, `getfattr`, `setfattr`, `setcap`; `bsdtar` and `python3` where a test says
-//! so.
+//! Needs root (owners, devices, capabilities) and `tar`, `getfattr`, `setfattr`, `setcap`. Some tests need `bsdtar`
+//! or `python3`.
 
 mod real_tree;
 
@@ -21,7 +21,7 @@ use real_tree::{Features, GNU, PAX, USTAR, V7, getfattr, make_tree, walk};
 
 type Bytes = Box<[u8]>;
 
-/// Panics where a program is missing; `package` is Debian's that has it.
+/// Panics if a program is missing. `package` is the Debian package that has it.
 fn need(program: &str, package: &str) {
     let found = Command::new(program)
         .arg("--version")
@@ -33,7 +33,7 @@ fn need(program: &str, package: &str) {
     }
 }
 
-/// What all of these tests need.
+/// Checks for the programs that all of these tests need.
 fn need_basics() {
     assert!(
         nix::unistd::geteuid().is_root(),
@@ -56,7 +56,7 @@ fn run(command: &mut Command) -> Vec<u8> {
     output.stdout
 }
 
-/// Reads a tar in pieces of random size; the table survives its encoding on the way.
+/// Reads a tar in pieces of random size. Also checks that the TOC survives its encoding.
 fn read(tar: &[u8], seed: u64) -> Toc {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut reader = TarReader::new(Limits::default());
@@ -73,7 +73,7 @@ fn read(tar: &[u8], seed: u64) -> Toc {
     toc
 }
 
-/// What the data device holds, by way of the extents.
+/// Returns bytes of the data device, read through the extents.
 fn device_bytes(tar: &[u8], table: &ExtentTable, device: u64, len: u64) -> Vec<u8> {
     let mut bytes = vec![0; len as usize];
     for piece in table.pieces_in_device(device..device + len) {
@@ -101,7 +101,7 @@ fn content(tar: &[u8], table: &ExtentTable, data: &FileData) -> Vec<u8> {
     }
 }
 
-/// Extracts the tar with GNU tar and compares everything.
+/// Extracts the tar with GNU tar and compares names, metadata and content.
 fn check_against_gnu_tar(tar: &[u8], toc: &Toc, label: &str) {
     let scratch = tempfile::tempdir().unwrap();
     let (file, out) = (scratch.path().join("tar"), scratch.path().join("out"));
@@ -144,7 +144,7 @@ fn check_against_gnu_tar(tar: &[u8], toc: &Toc, label: &str) {
         let meta = entry.meta;
         assert_eq!(u32::from(meta.mode), stat.mode() & 0o7777, "{at}");
         assert_eq!((meta.uid, meta.gid), (stat.uid(), stat.gid()), "{at}");
-        // Extracting a hard link to something else changes nothing but its ctime, so mtimes stay comparable.
+        // Extracting a hard link changes only the ctime of its inode, so mtimes stay comparable.
         assert_eq!(
             (meta.mtime, i64::from(meta.mtime_nsec)),
             (stat.mtime(), stat.mtime_nsec()),
@@ -178,7 +178,7 @@ fn check_against_gnu_tar(tar: &[u8], toc: &Toc, label: &str) {
     }
 }
 
-/// Compares with GNU tar for a few trees; how many files had a sparse map.
+/// Compares with GNU tar for a few trees. Returns how many files had a sparse map.
 fn check_writer(
     features: Features,
     seeds: std::ops::Range<u64>,
@@ -248,7 +248,7 @@ fn gnu_tar_gnu() {
 
 #[test]
 fn gnu_tar_incremental() {
-    // Dump directories, and the times of access in the headers where other formats have the prefix.
+    // Covers dump directories, and access times in headers where other formats have the prefix.
     gnu_tar(GNU, &["--format=gnu", "--incremental", "--sparse"]);
 }
 
@@ -308,7 +308,7 @@ with tarfile.open(fileobj=sys.stdout.buffer, mode='w|', format=getattr(tarfile, 
     }
 }
 
-/// libarchive writes every attribute twice; the base64 spelling alone must do too.
+/// libarchive writes every attribute in two spellings. The base64 spelling alone must be enough.
 #[test]
 fn both_spellings_of_attributes() {
     need_basics();

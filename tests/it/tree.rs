@@ -1,5 +1,5 @@
-//! The merge against the kernel's overlay file system, on layers that both can express: every parent has an entry, no path occurs
-//! twice, and no whiteout meets a new entry of its own layer.
+//! Compares the merge with the kernel's overlay file system, on layers that both can express. In such layers every
+//! parent has an entry, no path occurs twice, and no whiteout meets a new entry of its own layer.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
@@ -17,7 +17,7 @@ use proptest::sample::select;
 use proptest::test_runner::TestRunner;
 use tempfile::TempDir;
 
-/// Path to entry; a file's content is its size in bytes of one letter, that of its layer.
+/// Entries by path. A file's content is one letter, that of its layer, repeated to its size.
 type Layer = BTreeMap<String, TocEntry>;
 
 fn path() -> impl Strategy<Value = Vec<&'static str>> {
@@ -58,7 +58,7 @@ fn entry(path: &str, kind: EntryKind, mode: u16, uid: u32) -> TocEntry {
     }
 }
 
-/// Keeps what an overlay layer can express; opaque markers stand beside the entries, as paths.
+/// Generates a layer that overlay can express, and the paths of its opaque directories.
 fn layer() -> impl Strategy<Value = (Layer, Vec<String>)> {
     vec((path(), kind(), 0..0o7777u16, 0..9u32), 0..12).prop_map(|items| {
         let mut layer = Layer::new();
@@ -97,9 +97,9 @@ fn layer() -> impl Strategy<Value = (Layer, Vec<String>)> {
     })
 }
 
-/// Puts a layer into a directory the way overlay wants it.
+/// Writes a layer into a directory in the form that overlay needs.
 fn unpack(layer: &Layer, opaques: &[String], number: usize, root: &Path) {
-    // Links last, so that their targets are there; directories' times after their content.
+    // Hard links come last, so that their targets exist.
     let links = layer
         .values()
         .filter(|entry| matches!(entry.kind, EntryKind::Hardlink(_)));
@@ -152,7 +152,7 @@ fn content(layer: usize, size: u64) -> String {
     char::from(b'A' + layer as u8).to_string().repeat(size as usize)
 }
 
-/// One line a path, from the merged tree.
+/// Returns one line for each path of the merged tree.
 fn rows_of_tree(tree: &Tree) -> Vec<String> {
     let mut rows = Vec::new();
     let mut todo = vec![(String::new(), Tree::ROOT)];
@@ -180,14 +180,14 @@ fn rows_of_tree(tree: &Tree) -> Vec<String> {
     rows
 }
 
-/// The same from a mounted overlay.
+/// Returns one line for each path of a mounted overlay, in the form of [`rows_of_tree`].
 fn rows_of_mount(root: &Path) -> Vec<String> {
     let mut rows = Vec::new();
     let mut todo = vec![(String::new(), root.to_owned())];
     while let Some((path, file)) = todo.pop() {
         let stat = match fs::symlink_metadata(&file) {
             Ok(stat) => stat,
-            // A whiteout in a directory that only one layer has is listed, yet not there.
+            // Overlay lists a whiteout in a directory that only one layer has, but the file does not exist.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => panic!("{file:?}: {error}"),
         };
@@ -217,13 +217,13 @@ fn rows_of_mount(root: &Path) -> Vec<String> {
     rows
 }
 
-/// An overlay of directories, unmounted when dropped.
+/// An overlay of directories. Dropping it unmounts it.
 struct Overlay(TempDir);
 
 impl Overlay {
     fn new(layers: &[(Layer, Vec<String>)]) -> Self {
         let dir = TempDir::new().unwrap();
-        // An overlay without an upper directory wants two layers at least, so there is an empty one below.
+        // An overlay without an upper directory needs at least two layers, so an empty one lies below.
         let mut lowers = vec!["empty".to_owned()];
         fs::create_dir(dir.path().join("empty")).unwrap();
         for (number, (layer, opaques)) in layers.iter().enumerate() {
@@ -274,7 +274,8 @@ fn merge_agrees_with_overlayfs() {
             for (number, (layer, opaques)) in layers.iter().enumerate() {
                 let mut entries: Vec<_> = layer.values().cloned().collect();
                 for entry in &mut entries {
-                    // A link's own metadata would apply to the shared inode; give it that of the target, as tar does.
+                    // The metadata of a hard link would apply to the shared inode, so the link gets that of its
+                    // target, as in tar.
                     if let EntryKind::Hardlink(target) = &entry.kind {
                         entry.meta = layer[std::str::from_utf8(target).unwrap()].meta;
                     }

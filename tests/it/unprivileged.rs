@@ -1,7 +1,7 @@
-//! Mounts of ordinary users (through fusermount3 and fuse-overlayfs) and of root of a user namespace.
+//! Mounts of ordinary users (through fusermount3 and fuse-overlayfs), and of root of a user namespace.
 //!
-//! Each test is a script run as a user made up for it, in a mount namespace where that user exists and may open /dev/fuse, as
-//! distributions have it.
+//! Each test runs a script as a user that it makes up. The script runs in a mount namespace where the user exists and
+//! may open /dev/fuse, as on distributions.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -15,14 +15,15 @@ use crate::common::namespace::LEAVE_OTHERS;
 use crate::common::oci_layout;
 use crate::common::ocifs::{alive, bounded, eventually};
 
-/// An id that no user has: nobody's minus some.
+/// A user id that no user has, a little below nobody's.
 const UID: u32 = 64_321;
 
-/// An access control list that lets its owner and user 1 read.
+/// An access control list that lets the owner and user 1 read.
 const ACL: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\x01\0\0\0\
     \x04\0\0\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
 
-/// Prepares the namespace, then becomes the user. Arguments: the user's id, its directory, the program, the script.
+/// A script that prepares the namespace and then becomes the user. Its arguments are the user's id, the user's
+/// directory, the program and the script.
 const SETUP: &str = r#"
 set -eu
 umask 022
@@ -45,7 +46,7 @@ exec setpriv --reuid "$uid" --regid "$uid" --clear-groups env -i HOME="$dir/home
     PATH="$dir/system:/usr/sbin:/usr/bin:/sbin:/bin" IMAGE="oci:$dir/image" DIR="$dir" bash -euc "$HELPERS$4"
 "#;
 
-/// What the scripts share. `$pids` are the processes that have to end.
+/// Shell functions that the scripts share. `$pids` are the processes that have to end.
 const HELPERS: &str = r#"
 pid() { ocifs status --json "$1" | sed -n 's/^ *"pid": \([0-9]*\),/\1/p'; }
 line() { grep " $PWD/$1 " /proc/self/mountinfo; }
@@ -107,7 +108,7 @@ impl User {
         self.directory.path().join("home")
     }
 
-    /// Runs a script that must succeed: what it printed.
+    /// Runs a script that must succeed. Returns its output.
     fn run(&self, script: &str) -> String {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "bash", "-c"]);
@@ -117,7 +118,7 @@ impl User {
         command.env("HELPERS", HELPERS).env("FUSE_CONF", self.fuse_conf);
         let said = bounded(&mut command);
         assert_eq!(said.code, Some(0), "{}\n{}", said.text(), said.stderr);
-        // The scripts end with everything unmounted, so nothing can be left running.
+        // The scripts unmount everything at their end, so no process can be left.
         for pid in said.text().lines().filter_map(|line| line.strip_prefix("pid ")) {
             let pid = pid.parse().unwrap();
             eventually("the process ends", || !alive(pid));
@@ -131,7 +132,7 @@ impl User {
     }
 }
 
-/// Lets everybody read a tree, whatever the umask was when it was made.
+/// Makes a tree readable for everyone, whatever umask it was made with.
 fn make_readable(path: &Path) {
     let mode = if path.is_dir() { 0o755 } else { 0o644 };
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();

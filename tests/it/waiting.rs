@@ -12,7 +12,7 @@ use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 256 << 10;
 
-/// A mount of an indexed image without any data, whose layer is not answered any more.
+/// A mount of an indexed image without data, whose registry stops answering for the layer.
 struct Scene {
     registry: TestRegistry,
     layer: Blob,
@@ -40,7 +40,7 @@ impl Scene {
         }
     }
 
-    /// A process whose read waits for the registry.
+    /// Starts a process whose read waits for the registry.
     fn reader(&self) -> Child {
         let before = self.registry.count(&self.layer.path());
         let reader = Command::new("env")
@@ -104,7 +104,7 @@ fn a_lazy_unmount_with_a_waiting_read_is_gone_when_its_reader_is() {
     send(reader.id(), Signal::SIGINT);
     let status = wait(&mut reader, "the reader after a signal");
     assert_eq!(status.signal(), Some(Signal::SIGINT as i32));
-    // Nobody answered, and nobody has to.
+    // The mount ends although the registry has not answered.
     scene.mount.assert_gone();
 }
 

@@ -1,4 +1,4 @@
-//! Writable mounts: what can be changed, where the changes go, and that nothing is left of them, whatever ends the mount.
+//! Writable mounts: what can be changed, where the changes go, and that nothing is left, whatever ends the mount.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -17,7 +17,7 @@ use crate::common::ocifs::{Mounted, Ocifs, alive, bounded, eventually, mounted_t
 
 const REGULAR: tar::EntryType = tar::EntryType::Regular;
 
-/// The program and an image of one layer.
+/// Returns the program and an image of one layer.
 fn setup() -> (Ocifs, String) {
     let note: &[(&str, &[u8])] = &[("SCHILY.xattr.user.note", b"hello")];
     let mut owned = header(b"etc/secret", REGULAR, 0o640, 7);
@@ -47,8 +47,8 @@ fn uppers(ocifs: &Ocifs) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// Nothing is left: no mount, no process, no registration, no changes. Other programs make mount namespaces, which hold on to
-/// the mounts of this one as long as they live.
+/// Waits until nothing is left: no mount, no process, no registration, no changes. Mount namespaces of other programs
+/// hold copies of this mount as long as they live.
 fn assert_all_gone(ocifs: &Ocifs, mount: &Mounted) {
     eventually("the process ends", || !alive(mount.pid));
     mount.assert_gone();
@@ -60,7 +60,7 @@ fn ok(said: crate::common::ocifs::Said) {
     assert_eq!(said.code, Some(0), "{said:?}");
 }
 
-/// The line of a mount in mountinfo.
+/// Returns the line of a mount in mountinfo.
 fn mount_line(path: &Path) -> String {
     let table = fs::read("/proc/self/mountinfo").unwrap();
     let table = String::from_utf8_lossy(&table).into_owned();
@@ -77,7 +77,7 @@ fn changes_are_private_and_one_umount_takes_everything_down() {
     fs::write(mount.join("new"), "new\n").unwrap();
     fs::write(mount.join("etc/hosts"), "changed\n").unwrap();
 
-    // The image's own mount is nobody's business, and what is changed neither.
+    // The image's own mount is hidden, and other users cannot read the changes.
     assert_eq!(mounted_type(&mount.registration().join("lower")), None);
     let [scratch] = uppers(&ocifs).try_into().unwrap();
     assert_eq!(fs::read(scratch.join("upper/new")).unwrap(), b"new\n");
@@ -127,7 +127,7 @@ fn files_of_the_image_change_like_any_others() {
     fs::remove_file(&one).unwrap();
     assert_eq!(fs::read(&two).unwrap(), b"linked\n");
 
-    // Overlay does not rename directories of a lower layer; programs copy them then, as between file systems.
+    // Overlay does not rename directories of a lower layer. Programs then copy them, as between file systems.
     let renamed = fs::rename(mount.join("data/deep"), mount.join("moved")).unwrap_err();
     assert_eq!(renamed.raw_os_error(), Some(Errno::EXDEV as i32));
     tool("mv", [mount.join("data/deep"), mount.join("moved")]);
@@ -142,7 +142,7 @@ fn files_of_the_image_change_like_any_others() {
     let attribute = |name: &str| tool("getfattr", ["--only-values", "--absolute-names", "-n", name, noted]);
     assert_eq!(attribute("user.note"), b"hello");
     tool("setfattr", ["-n", "user.note", "-v", "changed", noted]);
-    // What setcap writes: revision 2, cap_net_raw permitted and effective.
+    // The value that setcap writes: revision 2, cap_net_raw permitted and effective.
     let capability = "0x0100000200200000000000000000000000000000";
     tool("setfattr", ["-n", "security.capability", "-v", capability, noted]);
     assert_eq!(attribute("user.note"), b"changed");
@@ -296,7 +296,7 @@ fn upper_directories_that_cannot_be_used_are_refused() {
         "{error}"
     );
 
-    // What was mounted there before is not ours to take down.
+    // The command does not take down an earlier mount on the directory.
     let there = mountpoint();
     tool("mount", ["-t", "tmpfs", "tmpfs", there.path().to_str().unwrap()]);
     let mut arguments = vec!["mount"];
@@ -317,7 +317,7 @@ fn upper_directories_that_cannot_be_used_are_refused() {
 fn private_changes_find_a_place_where_the_store_has_none() {
     let (outer, image) = setup();
     let other = outer.mount_with(&image, &["--writable"]);
-    // A store on an overlay, as in a container.
+    // The store lies on an overlay, as in a container.
     let ocifs = Ocifs::at(&other.join("store"));
     let mount = ocifs.mount_with(&image, &["--writable"]);
     let [scratch] = uppers(&ocifs).try_into().unwrap();
@@ -328,7 +328,7 @@ fn private_changes_find_a_place_where_the_store_has_none() {
     assert_all_gone(&ocifs, &mount);
     assert_eq!(mounted_type(&scratch), None);
 
-    // A store that cannot be written at all.
+    // The store cannot be written at all.
     let ocifs = Ocifs::at(Path::new("/proc/no-store"));
     let mount = ocifs.mount_with(&image, &["--writable"]);
     fs::write(mount.join("new"), "new\n").unwrap();
@@ -397,7 +397,7 @@ fn mount_options_reach_the_kernel() {
 fn a_chroot_can_be_worked_in() {
     let (ocifs, image) = setup();
     let mount = ocifs.mount_with(&image, &["--writable"]);
-    // What a shell of this machine needs, brought in as an installation would.
+    // Copies a shell of this machine and its libraries, as an installation would.
     let shell = fs::canonicalize("/bin/sh").unwrap();
     let libraries = String::from_utf8(tool("ldd", [&shell])).unwrap();
     let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/'));

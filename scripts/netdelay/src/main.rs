@@ -1,11 +1,11 @@
 //! `netdelay TAP_A TAP_B ONE_WAY_MS MBIT_PER_S`: a network link in user space.
 //!
-//! Two TAP devices are made, and every Ethernet frame written to one comes out of the other as late as it would from a
-//! real link: it waits its turn in a queue, is sent at the link's rate, and travels for the one-way delay. A frame that
-//! would wait longer than [`QUEUE_LIMIT`] is dropped, which is how TCP learns the rate. So handshakes, slow start and TLS
-//! see a true round trip, without the kernel's `netem`, which not every kernel has.
+//! The program makes two TAP devices. Every Ethernet frame that is written to one comes out of the other as late as
+//! on a real link. The frame waits in a queue, is sent at the link's rate, and travels for the one-way delay. A frame
+//! that would wait longer than [`QUEUE_LIMIT`] is dropped: that is how TCP learns the rate. So handshakes, slow start
+//! and TLS see a true round trip. The kernel's `netem` does the same, but not every kernel has it.
 //!
-//! A line "ready" on stdout says that both devices exist. They go away with the process.
+//! A line "ready" on stdout says that both devices exist. They disappear with the process.
 
 mod tap;
 
@@ -18,14 +18,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
 
-/// The longest that a frame queues for the link: a router's buffer of 200 ms, enough for one flow to fill any link that
-/// is emulated here.
+/// Longest time that a frame waits in the queue: a router's buffer of 200 ms. One flow can fill any emulated link
+/// with it. A shorter queue would drop frames before the link is full; a longer one would delay frames more than a
+/// real router.
 const QUEUE_LIMIT: Duration = Duration::from_millis(200);
 
-/// Larger than any frame: the kernel hands over one frame for each read, up to 64 KiB with offloads.
+/// Size of the read buffer in bytes, larger than any frame. The kernel returns one frame for each read, up to 64 KiB
+/// with offloads.
 const MAX_FRAME: usize = 70_000;
 
-/// What one direction of the link does to frames.
+/// Properties of one direction of the link.
 #[derive(Clone, Copy, Debug)]
 struct Link {
     delay: Duration,
@@ -38,7 +40,7 @@ impl Link {
     }
 }
 
-/// When a link's transmitter falls idle, and so when the next frame may start.
+/// The transmitter of a link, and the time from which it is idle.
 #[derive(Debug)]
 struct Transmitter {
     link: Link,
@@ -46,7 +48,7 @@ struct Transmitter {
 }
 
 impl Transmitter {
-    /// When a frame that arrives now comes out at the far end, or `None` if the queue is full.
+    /// Returns when a frame that arrives at `now` comes out at the far end, or `None` if the queue is full.
     fn schedule(&mut self, now: Instant, bytes: usize) -> Option<Instant> {
         let start = self.idle_at.max(now);
         if start - now > QUEUE_LIMIT {
@@ -57,10 +59,10 @@ impl Transmitter {
     }
 }
 
-/// A frame and when it is to be delivered.
+/// Delivery time of a frame, and the frame.
 type InFlight = (Instant, Vec<u8>);
 
-/// Takes frames from a device for as long as it exists.
+/// Reads frames from a device as long as the device exists.
 fn accept(mut from: &File, link: Link, queue: Sender<InFlight>) -> Result<()> {
     let mut transmitter = Transmitter {
         link,
@@ -77,22 +79,22 @@ fn accept(mut from: &File, link: Link, queue: Sender<InFlight>) -> Result<()> {
     }
 }
 
-/// Delivers frames to a device, each at its time. They are due in the order in which they were queued.
+/// Delivers frames to a device, each at its time. Frames are due in the order of the queue.
 fn deliver(mut to: &File, queue: Receiver<InFlight>) {
     for (due, frame) in queue {
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        // A device that is down refuses frames (EIO), as an unplugged cable would.
+        // A device that is down refuses frames (EIO), like an unplugged cable.
         let _lost = to.write(&frame);
     }
 }
 
-/// Starts one direction of the link; what ends it is reported.
+/// Starts one direction of the link. Reports the error that ends it.
 fn connect(from: Arc<File>, to: Arc<File>, link: Link, failures: Sender<Error>) {
     let (sender, receiver) = channel();
     thread::spawn(move || deliver(&to, receiver));
     thread::spawn(move || {
         if let Err(error) = accept(&from, link, sender) {
-            // Nobody listens any more when the other direction has failed before.
+            // If the other direction has failed already, the receiver is gone.
             let _reported = failures.send(error);
         }
     });
@@ -117,7 +119,7 @@ fn main() -> Result<()> {
     let (failures, failure) = channel();
     connect(right.clone(), left.clone(), link, failures.clone());
     connect(left, right, link, failures);
-    // Half a link is of no use: the first failure ends both.
+    // The first failure ends both directions, because half a link is useless.
     Err(failure.recv().context("both directions of the link have ended")?)
 }
 

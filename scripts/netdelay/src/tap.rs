@@ -11,7 +11,7 @@ const TAP_WITHOUT_HEADER: u16 = 0x0002 | 0x1000;
 /// `IFNAMSIZ`: the longest interface name with its NUL.
 const NAME_SIZE: usize = 16;
 
-/// The part of `struct ifreq` that `TUNSETIFF` reads, and padding to its size of 40 bytes.
+/// The part of `struct ifreq` that `TUNSETIFF` reads, padded to its size of 40 bytes.
 #[repr(C)]
 #[derive(Debug)]
 struct InterfaceRequest {
@@ -20,7 +20,7 @@ struct InterfaceRequest {
     padding: [u8; 22],
 }
 
-// The number is declared in the header with the size of an int, though the argument is a struct ifreq.
+// The header declares the request number with the size of an int, although the argument is a struct ifreq.
 nix::ioctl_write_ptr_bad!(
     set_interface,
     nix::request_code_write!(b'T', 202, size_of::<i32>()),

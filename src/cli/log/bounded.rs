@@ -1,15 +1,16 @@
-//! A log file that does not grow without end.
+//! A log file with a size limit.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt as _;
 
-/// How large the file gets, and how much of its end is left when it gets there.
+/// Largest size of the file in bytes. A larger limit keeps more of the past and takes more disk.
 const LIMIT: u64 = 4 << 20;
+/// Bytes at the end of the file that stay when it is shortened. A larger value keeps more but shortens more often.
 const KEEP: u64 = 2 << 20;
 
-/// A file opened for reading and appending. When it reaches its limit, its older half goes. That happens in place: the file
-/// may have been renamed since it was opened.
+/// A file opened for reading and appending. When it exceeds its limit, its older half is removed. The file is
+/// shortened in place, because it may have been renamed since it was opened.
 #[derive(Debug)]
 pub(super) struct Bounded {
     file: File,
@@ -26,7 +27,7 @@ impl Bounded {
         }
     }
 
-    /// Keeps whole lines of the end.
+    /// Shortens the file to the last `keep` bytes, without the partial line at their start.
     fn shorten(&mut self, length: u64) -> io::Result<()> {
         let keep = self.keep.min(length);
         let mut end = vec![0; usize::try_from(keep).unwrap_or(usize::MAX)];

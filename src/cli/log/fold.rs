@@ -1,8 +1,9 @@
-//! Warnings and errors that repeat are logged once, and then once a minute with a count.
+//! Folds repeated warnings and errors: the first is logged at once, then one line a minute gives the count.
 //!
-//! A program that keeps reading what cannot be had, or a registry that fails every request, must not fill the log with one
-//! sentence. Messages are the same if they come from the same place in the code with the same values; if one place says very
-//! many different things within a minute, they count as the same too.
+//! Without folding, a program that keeps reading a broken file would fill the log with one message. So would a
+//! registry that fails every request. Two messages are equal if they come from the same place in the code with the
+//! same values. If one place logs more than [`VARIANTS`] different messages within a minute, the further ones count
+//! as equal.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -15,42 +16,43 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-/// How often a message is said.
+/// Time between two log lines of the same message. A shorter one fills the log; with a longer one, counts come late.
 const WINDOW: Duration = Duration::from_secs(60);
-/// How many different messages of one place are told apart.
+/// Different messages of one place that are logged one by one. A larger number lets one place fill more of the log
+/// and takes more memory. With a smaller number, messages that differ are folded together.
 const VARIANTS: usize = 20;
-/// Target of the messages that give a count.
+/// Log target of the messages that give a count. They are never folded.
 const REPEATED: &str = "ocifs::repeated";
 
-/// A layer that lets the first of a kind pass.
+/// A logging layer that lets the first of several equal messages pass.
 #[derive(Debug, Default)]
 pub(super) struct Fold(Arc<Shared>);
 
-/// Says at the end what was folded until then.
+/// Logs the remaining counts when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Folded(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
     table: Mutex<Table>,
-    /// Woken when there is something to say.
+    /// Wakes the counting thread when a message was folded.
     wake: Condvar,
 }
 
-/// What was said lately.
+/// The messages of the last minute.
 #[derive(Debug, Default)]
 struct Table {
     said: HashMap<Key, Said>,
-    /// Kinds for each place.
+    /// Number of different messages in `said` for each place.
     variants: HashMap<Identifier, usize>,
-    /// Whether a thread is there that gives the counts.
+    /// Whether the thread that logs the counts is running.
     thread: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     place: Identifier,
-    /// None for everything that the place says beyond [`VARIANTS`].
+    /// The message; none for all messages of the place beyond [`VARIANTS`].
     text: Option<String>,
 }
 
@@ -59,11 +61,11 @@ struct Said {
     level: Level,
     text: String,
     since: Instant,
-    /// How often it was not said.
+    /// How many messages were folded since `since`.
     count: u64,
 }
 
-/// A message to be said with a count.
+/// A message that is logged with a count.
 #[derive(Debug, PartialEq, Eq)]
 struct Repeated {
     level: Level,
@@ -72,7 +74,7 @@ struct Repeated {
 }
 
 impl Table {
-    /// Whether a message is to be said now.
+    /// Returns whether to log the message. If not, counts it.
     fn admit(&mut self, place: Identifier, level: Level, text: String, now: Instant) -> bool {
         let mut key = Key {
             place: place.clone(),
@@ -101,7 +103,8 @@ impl Table {
         true
     }
 
-    /// What is to be said by `now`, and when to look again.
+    /// Returns the counts to log at `now`, and when to look again. Forgets messages that did not repeat for
+    /// [`WINDOW`].
     fn due(&mut self, now: Instant) -> (Vec<Repeated>, Option<Instant>) {
         let (mut due, mut next) = (Vec::new(), None::<Instant>);
         let variants = &mut self.variants;
@@ -148,7 +151,7 @@ impl Shared {
         self.table.lock().expect("no panic while locked")
     }
 
-    /// Gives the counts, each at the end of its window.
+    /// Logs the counts, each at the end of its window. Returns only if the lock is poisoned.
     fn run(&self) {
         let mut table = self.lock();
         loop {
@@ -200,7 +203,7 @@ impl<S: Subscriber> Layer<S> for Fold {
         if !admitted && !table.thread {
             let shared = self.0.clone();
             let thread = std::thread::Builder::new().name("log".to_owned());
-            // Without the thread, the counts come at the end.
+            // If the thread cannot start, the counts are logged when [`Folded`] is dropped.
             table.thread = thread.spawn(move || shared.run()).is_ok();
         }
         drop(table);
@@ -272,10 +275,10 @@ mod tests {
         };
         let (due, next) = table.due(start + WINDOW);
         assert_eq!((due, next), (vec![repeated], None));
-        // While it goes on, there is one line a minute.
+        // While the message repeats, one line a minute is logged.
         assert!(!admit(&mut table, "a", 70));
         assert_eq!(table.due(start + 2 * WINDOW).0[0].count, 1);
-        // After a minute of silence it is new.
+        // After a minute without the message, its next occurrence is logged at once.
         assert_eq!(table.due(start + 4 * WINDOW).0, []);
         assert!(table.said.is_empty() && table.variants.is_empty());
         assert!(admit(&mut table, "a", 300));

@@ -31,7 +31,7 @@ async fn demand_goes_at_once_however_much_else_is_under_way() {
     assert_eq!((under_way.len(), queued.len()), (4, 16), "two megabytes fill this link");
     let demand = enter(&lanes, Priority::Demand, 500_000).now_or_never();
     assert!(demand.is_some());
-    // Now a reader waits: what ends is not replaced until little is left.
+    // A reader waits. While it does, the lane does not replace requests that end until few bytes are left in flight.
     under_way.pop();
     under_way.pop();
     assert_eq!(lanes.load().others, 2);
@@ -54,7 +54,7 @@ async fn higher_priorities_overtake_and_nothing_is_lost_with_who_gives_up() {
     assert!((&mut background).now_or_never().is_none());
     let pass = profile.now_or_never().expect("it was next");
     drop(pass);
-    // It has its pass, and goes away without having taken it.
+    // `background` has got its pass, and goes away without having taken it.
     assert_eq!(lanes.load().others, 1);
     drop(background);
     assert_eq!(lanes.load(), Load::default());
@@ -99,7 +99,7 @@ async fn what_nobody_may_ever_want_rests_beside_demand() {
         lanes.rest(Priority::Background, LinkId::LOCAL).await;
         let pass = enter(&lanes, Priority::Background, 100_000).await;
         let start = Instant::now();
-        // So long the request takes.
+        // The request takes this long.
         tokio::time::sleep(Duration::from_millis(50)).await;
         drop(pass);
         start
@@ -134,7 +134,7 @@ async fn others_send_when_their_bytes_will_come_behind_those_of_demand() {
     assert_eq!(lanes.load().others, 1, "its place is kept meanwhile");
     ahead.await;
     assert!(start.elapsed() >= policy().transfer(100_000));
-    // However much demand asks for.
+    // The wait is bounded, however many bytes demand requests.
     let demands: Vec<_> = (0..DEMAND - 1)
         .map(|_| enter(&lanes, Priority::Demand, 10_000_000).now_or_never().unwrap())
         .collect();
@@ -151,13 +151,13 @@ async fn each_link_has_its_own_sizes_and_places() {
         bandwidth: Some(1e6),
         ..Link::LOCAL
     });
-    // All places of one link are taken, and demand waits there.
+    // Demand takes all places of one link, and one more demand request waits there.
     let _stuck: Vec<_> = (0..DEMAND)
         .map(|_| lanes.enter(Priority::Demand, 1, slow).now_or_never().unwrap())
         .collect();
     assert!(lanes.enter(Priority::Demand, 1, slow).now_or_never().is_none());
     let _other = enter(&lanes, Priority::Demand, 1).now_or_never().expect("another link");
-    // What fits on the fast link is told by that one, whoever came last.
+    // The fast link decides what fits on it, even if a request for another link lined up last.
     let far = Policy::of(Link {
         id: LinkId(2),
         rtt: Some(Duration::from_millis(80)),

@@ -1,4 +1,4 @@
-//! Finding what the programs of a merged tree name: their interpreters and libraries, as ld.so(8) looks for them.
+//! Resolves the names in the programs of a merged tree: interpreters and libraries, found like ld.so(8) finds them.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -8,12 +8,12 @@ use crate::erofs::{ErofsError, FileType, Mapping, Nid, Reader, Walker};
 use crate::layer;
 use crate::program::Program;
 
-/// Directory entries that are looked up to find what all programs of an image name, which takes a second at most: what would
-/// take more is not looked for, lest an image made for it keeps the mount from getting ready. Real images take some thousands.
+/// Limit of the directory lookups for all programs of an image. Real images need some thousands. The limit takes at
+/// most a second. Without it, a malicious image could delay the mount for ever.
 const MOST_LOOKUPS: usize = 500_000;
 /// Deepest directories in which programs are looked for.
 const MOST_DEPTH: usize = 64;
-/// Where the loader looks when nothing else is said (ld.so(8)), but for the directories of architectures.
+/// Directories where the loader looks by default (ld.so(8)), without the directories of architectures.
 const LIBRARY_DIRECTORIES: [&[u8]; 7] = [
     b"/lib",
     b"/usr/lib",
@@ -25,7 +25,8 @@ const LIBRARY_DIRECTORIES: [&[u8]; 7] = [
 ];
 const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
 
-/// Puts together what all programs and libraries that the tree shows need. `layers` has what is known of each layer's.
+/// Finds the needs of all programs and libraries in the tree. `layers` has the programs of each layer, if they are
+/// known.
 pub(super) fn link(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<Record>, ErofsError> {
     let found = find(tree, layers)?;
     Ok(Linker::new(tree, &found).link(&found))
@@ -39,12 +40,12 @@ struct Found {
     program: Program,
 }
 
-/// Finds what programs name.
+/// Resolves the names in programs.
 struct Linker<'a> {
     walker: Walker<'a, Vec<u8>>,
     positions: HashMap<u64, u32>,
     directories: Vec<Nid>,
-    /// Libraries in the usual places, by name.
+    /// Results of lookups in the default directories, by library name.
     libraries: HashMap<Vec<u8>, Option<Nid>>,
 }
 
@@ -56,7 +57,7 @@ impl<'a> Linker<'a> {
             let Ok(directory) = walker.resolve(tree.root(), path) else {
                 continue;
             };
-            // Those of architectures, such as x86_64-linux-gnu.
+            // Directories of architectures, such as x86_64-linux-gnu.
             let entries = tree.entries(directory, 0).into_iter().flatten().flatten();
             let of_machines = entries.filter(|entry| entry.name.windows(7).any(|part| part == b"-linux-"));
             directories.extend(of_machines.map(|entry| entry.nid));
@@ -72,7 +73,7 @@ impl<'a> Linker<'a> {
 
     fn link(&mut self, found: &[Found]) -> Vec<Record> {
         let mut records: Vec<Record> = found.iter().map(|found| self.record(found)).collect();
-        // What the loader itself reads.
+        // The cache file that the loader itself reads.
         let tree = self.walker.tree();
         if let Ok(cache) = self.walker.resolve(tree.root(), LOADER_CACHE)
             && let Ok(inode) = tree.inode(cache)
@@ -81,7 +82,7 @@ impl<'a> Linker<'a> {
             let position = records.len() as u32;
             let loaded = |found: &Found| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
             for (record, _) in records.iter_mut().zip(found).filter(|(_, found)| loaded(found)) {
-                // Right behind the loader, which reads it first.
+                // Right behind the loader, which reads the cache first.
                 record.needs.insert(record.needs.len().min(1), position);
             }
             records.push(Record {
@@ -115,7 +116,8 @@ impl<'a> Linker<'a> {
         }
     }
 
-    /// What a program names in DT_NEEDED: mostly a soname, looked for as ld.so(8) does.
+    /// Finds a library that a program names in DT_NEEDED. The name is mostly a soname, which is searched like
+    /// ld.so(8) does.
     fn by_soname(&mut self, of: &Found, name: &[u8]) -> Option<Nid> {
         if name.contains(&b'/') {
             return self.find(of.directory, name);
@@ -127,7 +129,7 @@ impl<'a> Linker<'a> {
             {
                 Some(rest) => {
                     let path = join(rest.as_bytes(), name);
-                    // Relative to the program's directory, whatever it begins with.
+                    // The path is relative to the program's directory, even if it begins with a slash.
                     let names = path.iter().position(|&byte| byte != b'/').unwrap_or(path.len());
                     self.walker.resolve(of.directory, &path[names..]).ok()
                 }
@@ -151,7 +153,7 @@ impl<'a> Linker<'a> {
     }
 }
 
-/// All programs and libraries that the tree shows.
+/// Finds all programs and libraries in the tree.
 fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<Found>, ErofsError> {
     let mut found = Vec::new();
     let mut directories = vec![(tree.root(), 0)];
@@ -183,7 +185,7 @@ fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Ve
     Ok(found)
 }
 
-/// Where a range of a file is.
+/// Addresses of a range of a file.
 fn places(tree: &Reader<Vec<u8>>, ino: Nid, range: Range<u64>) -> Vec<(u32, u64, u64)> {
     let (mut at, mut found) = (range.start, Vec::new());
     while at < range.end

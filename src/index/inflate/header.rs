@@ -1,4 +1,4 @@
-//! The header of a dynamic block: the codes' lengths, themselves compressed (RFC 1951, 3.2.7).
+//! The header of a dynamic block: the code lengths, which are themselves compressed (RFC 1951, 3.2.7).
 
 use super::tables::Precode;
 use super::{DeflateError, Inflate, Phase};
@@ -6,7 +6,7 @@ use super::{DeflateError, Inflate, Phase};
 /// Order of the code lengths of the precode (RFC 1951, 3.2.7).
 const PRECODE_ORDER: [u8; 19] = [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15];
 
-/// A dynamic block header that is being read.
+/// The header of a dynamic block that is being read.
 #[derive(Debug)]
 pub(super) struct Header {
     litlen: usize,
@@ -28,7 +28,8 @@ impl Header {
     }
 }
 
-// Each phase goes as far as the input does, and says whether it got to its end.
+// Each function reads one part of the header as far as the input goes. The result says whether the function completed
+// the part.
 impl Inflate {
     pub(super) fn counts(&mut self, input: &mut &[u8]) -> Result<bool, DeflateError> {
         if !self.need(input, 14) {
@@ -40,7 +41,7 @@ impl Inflate {
         if self.header.litlen > 286 || self.header.dist > 30 {
             return Err(DeflateError::TooManyCodes);
         }
-        // The first 19 places serve for the precode's lengths until these are turned into a table.
+        // The first 19 places hold the code lengths of the precode until the precode's table is built.
         self.header.lengths.fill(0);
         self.phase = Phase::PrecodeLengths { have: 0 };
         Ok(true)

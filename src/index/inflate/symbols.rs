@@ -1,4 +1,4 @@
-//! The two loops that turn symbols into output.
+//! The two loops that decode symbols into output.
 
 use super::tables::{
     DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, Tables,
@@ -6,16 +6,16 @@ use super::tables::{
 use super::track::Tracker;
 use super::{BUFFER, DeflateError, HISTORY, Inflate, MASK, SLACK, STOP};
 
-/// Input bytes one round of the fast loop may read.
+/// Input bytes that one round of the fast loop may read.
 const ROUND: usize = 16;
 
-/// Bits of the longest distance: a code of 15 and 13 extra bits.
+/// Bits of the longest distance: a code of 15 bits and 13 extra bits.
 const DIST_MAX: u32 = 28;
 
 type Buffer = [u8; BUFFER + SLACK];
 
 impl Inflate {
-    /// Decodes symbols until the block, the room for output or the input ends; `false` if it is the input.
+    /// Decodes symbols until the block, the room for output or the input ends. Returns `false` if the input ended.
     pub(super) fn symbols(&mut self, input: &mut &[u8]) -> Result<bool, DeflateError> {
         let before = self.pos;
         let ended = if self.tracker.is_some() {
@@ -34,7 +34,7 @@ impl Inflate {
         self.careful(input)
     }
 
-    /// Decodes while there is plenty of input and room; whether the block ended.
+    /// Decodes while there is plenty of input and room. Returns whether the block ended.
     fn fast<const TRACK: bool>(&mut self, input: &mut &[u8]) -> Result<bool, DeflateError> {
         let data = *input;
         let mut unused = None;
@@ -58,7 +58,7 @@ impl Inflate {
         Ok(ended)
     }
 
-    /// Decodes one literal, match or end of block, if all its bits are there.
+    /// Decodes one literal, match or end of block if all its bits are available. Returns whether they were.
     fn careful(&mut self, input: &mut &[u8]) -> Result<bool, DeflateError> {
         self.top_up(input);
         let (entry, skipped) = resolve(&self.tables.litlen, LITLEN_BITS, self.bits);
@@ -103,7 +103,7 @@ impl Inflate {
     }
 }
 
-/// Where the fast loop writes.
+/// The output of the fast loop.
 struct Output<'a> {
     buf: &'a mut Buffer,
     pos: usize,
@@ -118,7 +118,7 @@ impl Output<'_> {
     }
 }
 
-/// The fast loop; whether the block ended.
+/// The fast loop. Returns whether the block ended.
 #[inline(always)]
 fn run<const TRACK: bool>(
     data: &[u8],
@@ -137,7 +137,7 @@ fn run<const TRACK: bool>(
     reader.refill(data);
     let mut entry = litlen[reader.peek(LITLEN_BITS)];
     while reader.at <= in_stop && output.pos <= stop {
-        // At least 56 bits are there, and `entry` is the next symbol.
+        // At least 56 bits are available, and `entry` is the next symbol.
         let mut saved = reader.consume(entry);
         if entry & LITERAL != 0 {
             output.literal(entry);
@@ -189,8 +189,8 @@ fn run<const TRACK: bool>(
     Ok(false)
 }
 
-/// Reads a distance. At least 14 bits are there: enough to look at the table, not to consume what it says. Leaves enough for
-/// a look at the next symbol.
+/// Reads a distance. At least 14 bits are available: enough to look at the table, but not to consume the whole
+/// distance. Leaves enough bits to look at the next symbol.
 #[inline(always)]
 fn distance(data: &[u8], dist: &[u32; DIST_SIZE], reader: &mut Bits) -> Result<usize, DeflateError> {
     let mut entry = dist[reader.peek(DIST_BITS)];
@@ -211,8 +211,9 @@ fn distance(data: &[u8], dist: &[u32; DIST_SIZE], reader: &mut Bits) -> Result<u
     Ok(value(entry, saved))
 }
 
-/// The bit reader of the fast loop. Bits of `bits` above `count` are those of `data[at..]`, so that reading them again is
-/// harmless; of `count` only the low byte means anything, which saves masking the entries that are subtracted from it.
+/// The bit reader of the fast loop. The bits of `bits` above `count` are already those of `data[at..]`, so reading
+/// them again is harmless. Only the low byte of `count` has a meaning, so the reader can subtract whole entries from
+/// it without masking them.
 struct Bits {
     bits: u64,
     count: u32,
@@ -235,7 +236,7 @@ impl Bits {
         self.bits as usize & ((1 << width) - 1)
     }
 
-    /// Removes the bits of `entry`; returns the bits as they were before.
+    /// Removes the bits of `entry`. Returns the bits as they were before.
     #[inline(always)]
     fn consume(&mut self, entry: u32) -> u64 {
         let saved = self.bits;
@@ -245,7 +246,7 @@ impl Bits {
     }
 }
 
-/// The length or distance of `entry`, whose code and extra bits are the lowest of `bits`.
+/// Returns the length or distance of `entry`. The lowest bits of `bits` are the code and the extra bits.
 #[inline(always)]
 fn value(entry: u32, bits: u64) -> usize {
     let extra = (bits & ((1 << (entry & 63)) - 1)) >> ((entry >> 8) & 15);
@@ -257,7 +258,7 @@ fn subtable_index(entry: u32, bits: u64) -> usize {
     (entry >> 16) as usize + (bits as usize & ((1 << ((entry >> 8) & 15)) - 1))
 }
 
-/// The final entry for the next bits, and how many bits the look-up of a subtable took.
+/// Returns the final entry for the next bits, and how many bits the look-up of a subtable took.
 fn resolve(table: &[u32], width: u32, bits: u64) -> (u32, u32) {
     let entry = table[bits as usize & ((1 << width) - 1)];
     if entry & LITERAL == 0 && entry & SUBTABLE != 0 {
@@ -276,8 +277,8 @@ fn note(tracker: &mut Option<Tracker>, src: usize, length: usize) {
     }
 }
 
-/// Copies a match, writing up to 15 bytes more than `length`. Positions are masked, which never changes them but tells the
-/// compiler that they lie inside the buffer.
+/// Copies a match. Writes up to 15 bytes more than `length`. Masking never changes a position, but it tells the
+/// compiler that the position is inside the buffer.
 #[inline(always)]
 fn copy_match(buf: &mut Buffer, pos: usize, distance: usize, length: usize) {
     let end = pos + length;
@@ -304,7 +305,8 @@ fn copy_match(buf: &mut Buffer, pos: usize, distance: usize, length: usize) {
             dst += 8;
         }
     } else {
-        // Short patterns: once a few periods are written, longer steps of whole periods are safe.
+        // A pattern shorter than 8 bytes: copy 16 bytes one by one. After that copy 8 bytes at a time from a distance
+        // of whole periods.
         while dst < end && dst < pos + 16 {
             buf[dst & MASK] = buf[src & MASK];
             src += 1;

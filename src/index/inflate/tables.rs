@@ -1,8 +1,8 @@
 //! Huffman decoding tables of one deflate block.
 //!
-//! A table is an array of 32-bit entries indexed by the next bits of the stream. A code longer than the main table's index is
-//! resolved by a second look-up in a subtable behind the main part. An entry says all that is to be known about a symbol, so
-//! that decoding it costs one look-up, one shift and one subtraction:
+//! A table is an array of 32-bit entries, indexed by the next bits of the stream. A code may be longer than the index
+//! of the main table. A second look-up in a subtable behind the main part then resolves the code. An entry holds
+//! everything about a symbol, so decoding a symbol costs one look-up, one shift and one subtraction:
 //!
 //! ```text
 //! bit 31       LITERAL
@@ -12,7 +12,8 @@
 //! bits 0..8    bits to consume: code and extra bits
 //! ```
 //!
-//! Invariant: every index a decoder can form by masking lies inside the arrays, whatever the stream says.
+//! # Invariants
+//! - Every index that a decoder can form by masking is inside the arrays, whatever the stream contains.
 
 use super::DeflateError;
 
@@ -22,25 +23,28 @@ pub(super) const SUBTABLE: u32 = 1 << 14;
 pub(super) const END_OF_BLOCK: u32 = 1 << 13;
 pub(super) const INVALID: u32 = 1 << 12;
 
-/// Index width of the literal/length table: covers nearly all codes of real data and fits the first-level cache.
+/// Index width of the literal/length table in bits. The table covers nearly all codes of real data and fits the
+/// first-level cache. A wider index would take more of the cache; a narrower one would send more codes to subtables.
 pub(super) const LITLEN_BITS: u32 = 11;
-/// Index width of the distance table.
+/// Index width of the distance table in bits.
 pub(super) const DIST_BITS: u32 = 8;
-/// Entries of the literal/length table: 288 symbols need at most 2342 (zlib's `enough`), rounded up for masking.
+/// Entries of the literal/length table. 288 symbols need at most 2342 entries (zlib's `enough`); the number is
+/// rounded up for masking.
 pub(super) const LITLEN_SIZE: usize = 4096;
-/// Entries of the distance table: 32 symbols need at most 402, rounded up for masking.
+/// Entries of the distance table. 32 symbols need at most 402 entries; the number is rounded up for masking.
 pub(super) const DIST_SIZE: usize = 512;
 
 const MAX_CODE: usize = 15;
 
-/// Longest code of the code-length alphabet (RFC 1951, 3.2.7), whose table has no subtables.
+/// Longest code of the code-length alphabet in bits (RFC 1951, 3.2.7). The table of this alphabet has no subtables.
 const PRECODE_BITS: u32 = 7;
 
 const LITLEN_SYMBOLS: [u32; 288] = litlen_symbols();
 const DIST_SYMBOLS: [u32; 32] = dist_symbols();
 const PRECODE_SYMBOLS: [u32; 19] = precode_symbols();
 
-/// RFC 1951, 3.2.5. Symbols 286 and 287 take part in the fixed code but never occur.
+/// Entries of the literal/length symbols (RFC 1951, 3.2.5). Symbols 286 and 287 are part of the fixed code but never
+/// occur.
 const fn litlen_symbols() -> [u32; 288] {
     let mut symbols = [EXCEPTIONAL | INVALID; 288];
     let mut symbol = 0;
@@ -61,7 +65,7 @@ const fn litlen_symbols() -> [u32; 288] {
     symbols
 }
 
-/// RFC 1951, 3.2.5. Distance symbols 30 and 31 take part in the fixed code but never occur.
+/// Entries of the distance symbols (RFC 1951, 3.2.5). Symbols 30 and 31 are part of the fixed code but never occur.
 const fn dist_symbols() -> [u32; 32] {
     let mut symbols = [EXCEPTIONAL | INVALID; 32];
     let mut base = 1;
@@ -90,7 +94,7 @@ const fn precode_symbols() -> [u32; 19] {
 pub(super) struct Tables {
     pub(super) litlen: [u32; LITLEN_SIZE],
     pub(super) dist: [u32; DIST_SIZE],
-    /// The tables hold the fixed code, so that a run of fixed blocks builds it once.
+    /// Whether the tables hold the fixed code. A run of fixed blocks then builds it only once.
     fixed: bool,
 }
 
@@ -125,7 +129,7 @@ impl Tables {
     }
 }
 
-/// The table of the code that describes the two other codes of a dynamic block.
+/// The table of the precode, the code that describes the two other codes of a dynamic block.
 #[derive(Debug, Clone)]
 pub(super) struct Precode([u32; 1 << PRECODE_BITS]);
 
@@ -138,7 +142,7 @@ impl Precode {
         build(&mut self.0, PRECODE_BITS, lengths, &PRECODE_SYMBOLS, false)
     }
 
-    /// Symbol and code length for the next bits; zero bits may stand in for unknown ones.
+    /// Returns symbol and code length for the next bits. Zero bits may stand in for bits that are not yet available.
     pub(super) fn lookup(&self, bits: u64) -> (u32, u32) {
         let entry = self.0[bits as usize & ((1 << PRECODE_BITS) - 1)];
         (entry >> 16, entry & 0xff)
@@ -147,9 +151,11 @@ impl Precode {
 
 /// Fills `table` for the canonical Huffman code with these code lengths.
 ///
-/// Accepts what zlib accepts: a complete code; where `lone` is set also one single code of one bit, or no code at all (an
-/// error only if it is used). The table is grown by doubling: entries of codes of up to n bits fill the first 2^n places, which
-/// are then copied behind themselves before the codes of n + 1 bits are put in.
+/// Accepts what zlib accepts: a complete code. If `lone` is set, also accepts one single code of one bit, or no code
+/// at all. A stream that uses a missing code is an error only then.
+///
+/// The table grows by doubling. Entries of codes of up to n bits fill the first 2^n places. The function copies these
+/// places behind themselves before it adds the codes of n + 1 bits.
 fn build(table: &mut [u32], width: u32, lengths: &[u8], symbols: &[u32], lone: bool) -> Result<(), DeflateError> {
     let mut counts = [0u16; MAX_CODE + 1];
     for &length in lengths {
@@ -183,7 +189,7 @@ fn build(table: &mut [u32], width: u32, lengths: &[u8], symbols: &[u32], lone: b
         *place += 1;
     }
     if free > 0 {
-        // The lone code is `0`; `1` stays invalid.
+        // The lone code is `0`; the bit `1` stays invalid.
         if let [symbol] = sorted[..used] {
             let entry = entry(symbols, symbol, 1);
             table[..1 << width]
@@ -211,7 +217,7 @@ fn build(table: &mut [u32], width: u32, lengths: &[u8], symbols: &[u32], lone: b
     Ok(())
 }
 
-/// Places the codes longer than the main table's index. `code` is the first of them, bit-reversed.
+/// Places the codes that are longer than the index of the main table. `code` is the first of them, bit-reversed.
 fn build_subtables(
     table: &mut [u32],
     width: u32,
@@ -232,7 +238,7 @@ fn build_subtables(
             let Some(symbol) = sorted.next() else { return };
             if code & main_mask != prefix {
                 prefix = code & main_mask;
-                // Widen until the codes that follow fill the subtable.
+                // Widen the subtable until the codes that follow fill it.
                 sub_width = length - width as usize;
                 let mut space = remaining;
                 while space < 1 << sub_width && sub_width + (width as usize) < MAX_CODE {
@@ -258,7 +264,7 @@ fn entry(symbols: &[u32], symbol: u16, length: u32) -> u32 {
     symbols[usize::from(symbol)] + length + (length << 8)
 }
 
-/// The code after `code` when both are written first bit lowest; `ones` is the last code of this length.
+/// Returns the code after `code`; both have their first bit lowest. `ones` is the last code of this length.
 fn next_code(code: usize, ones: usize) -> usize {
     match (code ^ ones).checked_ilog2() {
         Some(top) => (code & ((1 << top) - 1)) | (1 << top),

@@ -1,25 +1,26 @@
-//! Which bytes of a window a restart really needs.
+//! Records which bytes of a window a restart needs.
 //!
-//! Decoding from a restart needs those of the 32 KiB before it that a later back-reference reads. References reach at most
-//! 32 KiB back, so the first 32 KiB of output after the restart tell all of them. A byte that a reference copied from the
-//! window into the output counts once: from then on the output has it. Of real layers about a tenth of a window is read.
+//! Decoding from a restart needs those bytes of the 32 KiB before it that a later back-reference reads. References
+//! reach at most 32 KiB back, so the first 32 KiB of output after the restart contain all of these references. A
+//! reference may copy a byte of the window into the output. Later references to that copy read the output, not the
+//! window. Of real layers about a tenth of a window is read.
 
 use super::HISTORY;
 
-/// Records the references behind one restart while the decoder runs over the next 32 KiB of output.
+/// Records the references behind one restart while the decoder decodes the next 32 KiB of output.
 #[derive(Debug)]
 pub(super) struct Tracker {
-    /// The 32 KiB before the restart; the last byte is the one right before it.
+    /// The 32 KiB before the restart. The last byte is the one right before the restart.
     window: Vec<u8>,
     /// 0xff for each byte of the window that is read, else 0.
     used: Vec<u8>,
-    /// Where the restart lies in the output buffer.
+    /// Position of the restart in the output buffer.
     pub(super) start: usize,
     any: bool,
 }
 
 impl Tracker {
-    /// Starts at `start` of the output buffer, where `valid..start` is the history a reference may read.
+    /// Begins at position `start` of the output buffer. References may read the history `valid..start`.
     pub(super) fn new(buf: &[u8], valid: usize, start: usize) -> Self {
         let from = start.saturating_sub(HISTORY).max(valid);
         let mut window = vec![0; HISTORY - (start - from)];
@@ -32,7 +33,7 @@ impl Tracker {
         }
     }
 
-    /// Notes that `len` bytes from buffer position `src` are read; `src` lies before the restart.
+    /// Records that a reference reads `len` bytes from buffer position `src`, which lies before the restart.
     #[inline]
     pub(super) fn read(&mut self, src: usize, len: usize) {
         let back = self.start - src;
@@ -42,7 +43,8 @@ impl Tracker {
         self.any = true;
     }
 
-    /// The window with zeros for the bytes nobody reads, without the zeros at its front. Empty if nothing is read.
+    /// Returns the window with zeros in place of bytes that no reference reads. Zeros at its front are left out. The
+    /// window is empty if no byte is read.
     pub(super) fn finish(mut self) -> Vec<u8> {
         if !self.any {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! Why a first pass fails, and what that says about the next one.
+//! Errors of a first pass, and what they mean for the next pass.
 
 use crate::blob::BlobError;
 use crate::index::IndexError;
@@ -6,14 +6,14 @@ use crate::memory::OverLimit;
 use crate::oci::{DiffId, Digest};
 use crate::toc::TocError;
 
-/// Why a layer cannot be indexed.
+/// Why the first pass over a layer failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FirstPassError {
     /// The blob's source gave up.
     #[error(transparent)]
     Blob(#[from] BlobError),
-    /// The bytes hash to something else than the manifest says.
+    /// The bytes have another digest than the manifest says.
     #[error("layer {expected} is corrupt: the bytes received hash to {actual}")]
     BlobDigest {
         /// Digest in the manifest.
@@ -21,7 +21,7 @@ pub enum FirstPassError {
         /// Digest of the bytes.
         actual: Digest,
     },
-    /// The layer decompresses to something else than the config says.
+    /// The layer decompresses to another tar than the config says.
     #[error("layer {layer} is not what the image config promises: its tar hashes to {actual}, diffID is {expected}")]
     DiffId {
         /// Digest of the layer.
@@ -39,17 +39,17 @@ pub enum FirstPassError {
         /// What is wrong.
         source: IndexError,
     },
-    /// The tar inside is broken, or is none.
+    /// The tar in the layer is broken, or the bytes are no tar.
     #[error("layer {layer} cannot be read: {source}")]
     Tar {
         /// Digest of the layer.
         layer: Digest,
         /// What is wrong.
         source: TocError,
-        /// The bytes are those that the manifest and the config promise.
+        /// Whether the bytes are the ones that the manifest and the config promise.
         verified: bool,
     },
-    /// The index takes more memory than the image may.
+    /// The index takes more memory than the image is allowed.
     #[error("layer {layer}: the index of its {size} bytes takes {source}")]
     TooMuchMemory {
         /// Digest of the layer.
@@ -68,12 +68,12 @@ pub enum FirstPassError {
 }
 
 impl FirstPassError {
-    /// Whether a later pass, perhaps with more memory, can go on with the bytes that have come.
+    /// Whether a later pass, perhaps with more memory, can continue with the bytes that have arrived.
     pub fn is_resumable(&self) -> bool {
         !self.is_corruption() && !matches!(self, Self::DiffId { .. } | Self::Tar { .. })
     }
 
-    /// Whether the bytes were not what they should be, and other bytes may come the next time.
+    /// Whether the bytes were wrong, so that another fetch may bring the right ones.
     pub fn is_corruption(&self) -> bool {
         match self {
             Self::Decode {
@@ -82,7 +82,7 @@ impl FirstPassError {
             } => false,
             Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
             Self::Tar { verified, .. } => !verified,
-            // A diffID is compared when the blob is known to be right.
+            // A diffID is compared only after the blob has passed its check.
             Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
         }
     }

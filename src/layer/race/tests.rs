@@ -9,21 +9,21 @@ use crate::oci::Digest;
 
 const SIZE: usize = 400_000;
 
-/// What becomes of a request.
+/// How the blob answers a request.
 #[derive(Debug, Clone, Copy)]
 enum Answer {
-    /// All of it at once.
+    /// All bytes at once.
     Good,
-    /// So many bytes, and then nothing more.
+    /// So many bytes, then none.
     Stalls(usize),
     /// So many bytes each tenth of a second.
     Slow(usize),
-    /// No answer.
+    /// No answer at all.
     Silent,
     Fails,
 }
 
-/// A blob whose requests are answered by plan, the last answer for ever.
+/// A blob that answers its requests as planned. The last answer repeats for ever.
 #[derive(Debug)]
 struct Planned {
     digest: Digest,
@@ -123,7 +123,7 @@ fn origin(blob: &Arc<Planned>) -> Origin {
     }
 }
 
-/// Reads a range, which must come right, and how long that took by the clock of the test.
+/// Reads a range and checks its bytes. Returns how long that took by the clock of the test.
 async fn read(origin: &Origin, blob: &Planned, range: Range<u64>) -> Duration {
     let start = tokio::time::Instant::now();
     let stream = origin.read(range.clone()).await.unwrap();
@@ -135,7 +135,7 @@ async fn read(origin: &Origin, blob: &Planned, range: Range<u64>) -> Duration {
 
 #[tokio::test]
 async fn what_comes_well_is_asked_for_once() {
-    // Also if it takes a while: 50 kB in each tenth of a second.
+    // One request is enough even if it takes a while: 50 kB in each tenth of a second.
     for answer in [Answer::Good, Answer::Slow(50_000)] {
         let blob = Planned::new(&[answer]);
         let origin = origin(&blob);
@@ -165,7 +165,7 @@ async fn what_stalls_comes_over_another_connection() {
             "{answer:?}: {rest:?}"
         );
         assert_eq!(origin.stats.hedges(), 1);
-        // It was of use, so there may be more.
+        // The second request was useful, so there may be another one.
         assert!(origin.lanes.hedge(LinkId(1)).is_some());
     }
 }
@@ -176,7 +176,7 @@ async fn a_second_connection_that_stalls_too_is_replaced() {
     let origin = origin(&blob);
     read(&origin, &blob, 0..SIZE as u64).await;
     assert_eq!(blob.asked().last().unwrap().0.start, 110_000);
-    // One that brings next to nothing is no better than the first, and the next try waits a while.
+    // A second connection that brings almost nothing is no better than the first, and the next attempt comes later.
     let blob = Planned::new(&[Answer::Stalls(10_000), Answer::Slow(50), Answer::Good]);
     let origin = self::origin(&blob);
     read(&origin, &blob, 0..SIZE as u64).await;
@@ -209,7 +209,7 @@ async fn a_patient_reading_asks_until_it_has_the_bytes() {
         ..origin(&blob)
     };
     read(&origin, &blob, 10..SIZE as u64).await;
-    // The pauses in between are longer than a connection may bring nothing.
+    // The delays between the attempts are longer than a connection may bring nothing.
     assert_eq!(blob.asked().len(), 4);
     assert_eq!(origin.stats.hedges(), 0);
     assert_eq!(origin.stats.trouble(), None, "it is over");

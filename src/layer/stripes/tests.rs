@@ -17,14 +17,14 @@ fn origin(blob: &Arc<Far>, stats: &Arc<LayerStats>) -> Origin {
     }
 }
 
-/// Bytes far away, in pieces; how many readings were under way at once.
+/// A blob over a slow way, which comes in pieces. Counts the readings that are open, and their largest number.
 #[derive(Debug)]
 struct Far {
     digest: Digest,
     bytes: Bytes,
-    /// Offset from which on it has no ranges.
+    /// From this offset on the blob does not support ranges.
     ranges_until: u64,
-    /// All readings share 8 kB a second.
+    /// If set, all readings share 8 kB a second.
     modem: Option<Arc<tokio::sync::Mutex<()>>>,
     open: Arc<AtomicUsize>,
     most: Arc<AtomicUsize>,
@@ -202,7 +202,7 @@ async fn a_small_blob_is_one_request() {
     assert_eq!(read_all(&blob).await, (blob.bytes.to_vec(), 1));
 }
 
-/// All of a blob in stripes.
+/// Stripes over a whole blob.
 fn stripes_of(blob: &Arc<Far>) -> Stripes {
     let stats = Arc::new(LayerStats::new(blob.size()));
     Stripes::new(
@@ -222,7 +222,8 @@ async fn a_stripe_that_ends_early_without_an_error_is_asked_for_again() {
     let mut bytes = Vec::new();
     while let Some(chunk) = stripes.next().await.unwrap() {
         bytes.extend_from_slice(&chunk);
-        // What receives the stripes ahead dies, as it would by a panic, now and at the very end.
+        // The tasks that receive the stripes ahead end early, like after a panic, at the beginning and at the very
+        // end.
         if bytes.len() < 200_000 || stripes.asked == stripes.end {
             stripes.tasks.abort_all();
         }
@@ -246,13 +247,13 @@ async fn a_slow_link_is_left_to_the_first_stripe() {
         came += stream.next().await.unwrap().unwrap().len();
     }
     assert!(came < 50_000, "{came}");
-    // Now it has all of the link: 8 kB a second.
+    // The first stripe has the whole link: 8 kB a second.
     let (start, mut rest) = (Instant::now(), 0);
     while rest < 16_000 {
         rest += stream.next().await.unwrap().unwrap().len();
     }
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
-    // Nothing is fetched ahead any more; there may be one second request for the first stripe.
+    // Nothing is fetched ahead. There may be one second request for the first stripe.
     assert!(blob.open.load(Ordering::SeqCst) <= 2);
 }
 

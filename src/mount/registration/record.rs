@@ -1,4 +1,4 @@
-//! What is written down about a mount.
+//! The record of a mount in the run directory.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -11,26 +11,28 @@ use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay;
 use crate::mount::process::process_start;
 
-/// What is known about a mount without asking its process.
+/// The facts about a mount that other processes know without asking its process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountRecord {
-    /// Serving process.
+    /// Id of the process behind the mount.
     pub pid: u32,
-    /// When that process started, in clock ticks since boot (/proc/PID/stat field 22); tells it from a later one.
+    /// When that process started, in clock ticks since boot (/proc/PID/stat field 22). The start time tells the
+    /// process from a later one with the same id.
     pub started: u64,
-    /// The image as given.
+    /// The image as the user wrote it.
     pub image: String,
-    /// Digest of its manifest.
+    /// Digest of the image's manifest.
     pub digest: String,
-    /// Where the user sees it.
+    /// The mount point that the user gave.
     #[serde(with = "path_bytes")]
     pub mountpoint: PathBuf,
-    /// Where the image itself is mounted: the mount point, or, until there is an overlay, a directory of its own.
+    /// Where the image itself is mounted. This is the mount point, or, for a writable mount until the overlay
+    /// stands, a directory of its own.
     #[serde(with = "path_bytes")]
     pub lower: PathBuf,
-    /// Whether an overlay lies on top.
+    /// Whether the mount is writable: an overlay lies on top of the image.
     pub writable: bool,
-    /// Private upper directory to delete at the end.
+    /// The private upper directory to delete at the end.
     #[serde(with = "optional_path_bytes")]
     pub scratch: Option<PathBuf>,
     /// The mount that the user sees, once it stands.
@@ -38,39 +40,39 @@ pub struct MountRecord {
     pub standing: Option<Standing>,
 }
 
-/// A mount as the kernel knows it, wherever its directory is moved. Neither of the two alone is enough: the ids and device
-/// numbers of what is gone are given away again.
+/// The identity of a mount in the kernel, which stays the same wherever its directory is moved. It takes both
+/// fields, because the kernel reuses ids and device numbers of mounts that are gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Standing {
-    /// Id of the mount in the namespace of its process.
+    /// Id of the mount in the mount namespace of its process.
     pub id: u64,
     /// Device number of the file system, major:minor.
     pub device: String,
 }
 
 impl MountRecord {
-    /// The mount point in base64, if it is not UTF-8.
+    /// Returns the mount point in base64 if it is not UTF-8.
     pub(in crate::mount) fn mountpoint_base64(&self) -> Option<String> {
         let bytes = self.mountpoint.as_os_str().as_bytes();
         let is_text = self.mountpoint.to_str().is_some();
         (!is_text).then(|| base64::engine::general_purpose::STANDARD.encode(bytes))
     }
 
-    /// Whether the process that serves the mount is alive.
+    /// Whether the process behind the mount is alive.
     pub fn is_alive(&self) -> bool {
         process_start(self.pid) == Some(self.started)
     }
 
-    /// Whether anything of it is mounted in this namespace.
+    /// Whether any mount of this record exists in this mount namespace.
     pub(in crate::mount) fn is_mounted(&self) -> io::Result<bool> {
         Ok(self.mounts()?.next().is_some())
     }
 
-    /// What of it is mounted in this namespace, the uppermost first.
+    /// Returns the mounts of this record in this mount namespace, the topmost first.
     pub(in crate::mount) fn mounts(&self) -> io::Result<impl Iterator<Item = MountEntry>> {
         let mut table = mountinfo::table()?;
         table.retain(|mount| match &self.standing {
-            // In another namespace the mount has another id.
+            // A copy of the mount in another mount namespace has another id.
             Some(standing) => {
                 mount.is(standing) || (mount.device == standing.device && mount.mountpoint == self.mountpoint)
             }
@@ -82,17 +84,19 @@ impl MountRecord {
         Ok(table.into_iter().rev())
     }
 
-    /// Whether the mount point is gone from the namespace of its process, which goes on because others use the mount.
+    /// Whether the mount is gone from the mount namespace of its process. The process then goes on because the
+    /// mount still has users.
     pub(in crate::mount) fn is_detached(&self) -> bool {
         let Some(standing) = &self.standing else {
             return false;
         };
-        // If it may not be looked at, nothing is known.
+        // If this process may not read the mount table of that process, it cannot tell.
         mountinfo::table_of(self.pid).is_ok_and(|table| !table.iter().any(|mount| mount.is(standing)))
     }
 }
 
-/// JSON text is Unicode and a path need not be: such a one is written as an array of its bytes.
+/// Serializes a path. JSON text is Unicode, and a path need not be. A path that is not UTF-8 becomes an array of
+/// its bytes.
 mod path_bytes {
     use std::ffi::OsString;
     use std::os::unix::ffi::OsStringExt as _;
@@ -121,7 +125,7 @@ mod path_bytes {
     }
 }
 
-/// The same for a path that may be missing.
+/// Serializes a path that may be missing, in the format of [`path_bytes`].
 mod optional_path_bytes {
     use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! What the process behind a mount says about it.
+//! The status of a mount, as the process behind it reports it.
 
 use super::Mount;
 use crate::layer;
@@ -29,7 +29,7 @@ impl Mount {
             unconfirmed: self.unconfirmed.clone(),
             mountpoint: record.mountpoint.display().to_string(),
             mountpoint_base64: record.mountpoint_base64(),
-            // Whoever asks knows better where it is by now.
+            // The client fills this in, because another process may have moved the log.
             log: None,
             state: match (&self.image, &self.failure) {
                 (Some(_), _) => MountState::Ready,
@@ -64,7 +64,7 @@ impl Mount {
         }
     }
 
-    /// What does not work at the moment.
+    /// Returns what does not work at the moment.
     fn problem(&self) -> Option<String> {
         let reading = self.content.as_ref().and_then(|content| content.problem());
         let problems: Vec<String> = [self.context.health.store_problem(), reading]

@@ -1,4 +1,4 @@
-//! From an image that is being prepared to one that is served, or not.
+//! The transition from an image that is being prepared to one that is served, or that failed.
 
 use std::io;
 use std::panic::AssertUnwindSafe;
@@ -15,8 +15,9 @@ use crate::fuse::{self, Stage};
 use crate::image::{Image, ImageError};
 
 impl Mount {
-    /// Looks whether the image comes on, and tells waiting requests if that has changed. Whether requests are to be taken from
-    /// the kernel, because they have to be answered now.
+    /// Checks whether the preparation of the image makes progress, and tells the waiting requests if that has
+    /// changed. Returns whether the caller has to start the session, because requests have to fail and the kernel
+    /// still holds them. Fails if the preparation stalls and the mount requires a ready image.
     pub(super) fn look(&mut self) -> Result<bool, MountError> {
         let was = self.stall.is_stalled();
         self.stall.look(self.preparation.activity(), Instant::now());
@@ -40,7 +41,8 @@ impl Mount {
         Ok(self.session.is_some())
     }
 
-    /// From now on requests get the image, or the error that kept it from being prepared.
+    /// Makes the image available to requests. If the preparation failed, requests get its error instead. Fails with
+    /// that error if the mount requires a ready image.
     pub(super) fn prepared(&mut self, prepared: Result<Arc<Image>, ImageError>) -> Result<(), MountError> {
         let stage = match prepared {
             Ok(image) => {
@@ -67,7 +69,8 @@ impl Mount {
         Ok(())
     }
 
-    /// Begins to take requests from the kernel, if that was not begun before.
+    /// Starts the session, which takes requests from the kernel. Does nothing if the session was started before.
+    /// Sends the result of the session to `ended`.
     pub(super) fn start_session(&mut self, ended: &mpsc::Sender<io::Result<()>>) -> Result<(), MountError> {
         let Some(fuse) = self.session.take() else { return Ok(()) };
         let (access, runtime) = (self.config.options.access(), Handle::current());
@@ -76,7 +79,7 @@ impl Mount {
             let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, served, runtime));
             let result = std::panic::catch_unwind(serving);
             let result = result.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
-            // Nobody waits for the end any more if the process is going down.
+            // If the process is going down, the receiver is gone.
             let _ = ended.blocking_send(result);
         };
         let thread = std::thread::Builder::new().name("fuse".to_owned());

@@ -1,16 +1,18 @@
-//! What an answer brings of a blob: judged by its headers as far as they make sense.
+//! Finds which bytes of a blob a response holds, judged by its headers as far as they make sense.
 //!
-//! | answer to a range | taken as |
+//! | response to a request for a range | taken as |
 //! |---|---|
-//! | a `Content-Range` that fits the length and begins at or before the range | what it says, cut to the range |
-//! | one that fits the length and names other bytes | wrong |
-//! | none, or one that contradicts the length, and as many bytes as were asked for | the range asked for |
-//! | none, and as many bytes as the blob has | the whole blob |
-//! | none, and fewer bytes than asked for, or an unknown number | the beginning of the range |
-//! | `multipart/byteranges` | its first part, by that part's headers |
+//! | a `Content-Range` that fits the length and contains the start of the range | what it says, cut to the range |
+//! | a `Content-Range` that fits the length and names other bytes, or begins more than 1 MiB before the range | wrong |
+//! | no `Content-Range` or one that contradicts the length, and as many bytes as requested | the requested range |
+//! | no `Content-Range`, and as many bytes as the blob has | the whole blob |
+//! | no `Content-Range`, and fewer bytes than requested or an unknown number | the beginning of the range |
+//! | `multipart/byteranges` | its first part, judged by that part's headers |
+//! | any other | wrong |
 //!
-//! Only the first of these *proves* that the bytes are the ones asked for, and only if the total is right and nothing is said
-//! of an encoding. Whoever reads has to check the rest, and says so through [`BlobSource::judged`] if it was wrong.
+//! Only the first row *proves* that the bytes are the requested ones. It proves it only if the total is right and the
+//! response names no encoding. The reader has to check all other bytes. If they were wrong, the reader says so
+//! through [`BlobSource::judged`].
 //!
 //! [`BlobSource::judged`]: crate::blob::BlobSource::judged
 
@@ -24,24 +26,26 @@ use crate::registry::content_range::ContentRange;
 use crate::registry::encoding::{Coding, Decoder, Encoding, first_bytes};
 use crate::registry::transport::Reply;
 
-/// Bytes worth receiving for nothing to reach an offset: about a round trip's worth.
+/// Most bytes to receive and discard in order to reach an offset: about as many as arrive in a round trip. A larger
+/// value wastes bandwidth. With a smaller one, more reads fail on servers without ranges.
 pub(super) const MAX_SKIP: u64 = 1 << 20;
-/// Longest head of a part in a multipart answer. Real ones are two headers.
+/// Longest head of a part in a multipart response, in bytes. Real heads have two headers.
 const MAX_PART_HEAD: usize = 8 << 10;
 
-/// Where the bytes of an answer lie in the blob.
+/// Where the bytes of a response lie in the blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
-    /// `skip` bytes that nobody wants, then `take` that were asked for.
+    /// The response holds `skip` unwanted bytes, then `take` requested ones. `proven` is whether its headers prove
+    /// the place.
     Part { skip: u64, take: u64, proven: bool },
-    /// The blob from its beginning to its end.
+    /// The response holds the whole blob.
     Whole,
-    /// Other bytes than were asked for.
+    /// The response holds other bytes than the requested ones.
     Elsewhere,
 }
 
-/// Places an answer with status 206 to a request for `wanted` of a blob of `size` bytes. `label` is its `Content-Range`,
-/// `length` the number of its bytes if that was stated.
+/// Finds where the bytes of a response lie in the blob. The response belongs to a request for `wanted` of a blob of
+/// `size` bytes. `label` is its `Content-Range`. `length` is the number of its bytes, if stated.
 pub(super) fn place(label: Option<ContentRange>, length: Option<u64>, wanted: &Range<u64>, size: u64) -> Place {
     let asked = wanted.end - wanted.start;
     let unproven = |take| Place::Part {
@@ -71,13 +75,13 @@ pub(super) fn place(label: Option<ContentRange>, length: Option<u64>, wanted: &R
     }
 }
 
-/// The body of an answer, put back together after a look at its beginning.
+/// The body of a response. A look at its beginning does not consume it.
 #[derive(Debug)]
 pub(super) struct Content {
     reply: Reply,
-    /// Received and not given out.
+    /// Bytes received and not yet given out.
     ready: Bytes,
-    /// Undoes the compression of what is received.
+    /// Decompresses the received bytes, if they are to be decompressed.
     decoder: Option<Decoder>,
 }
 
@@ -94,7 +98,7 @@ impl Content {
         self.reply.host()
     }
 
-    /// The next bytes; `None` at the end.
+    /// Returns the next bytes, or `None` at the end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
         loop {
             if self.ready.is_empty() {
@@ -120,7 +124,8 @@ impl Content {
         }
     }
 
-    /// Receives until `enough` says so, or until `most` bytes or all of them are there: what there is then.
+    /// Receives bytes until `enough` accepts them, until there are `most` of them, or until the body ends. Returns
+    /// the bytes without consuming them.
     async fn look(&mut self, most: usize, enough: impl Fn(&[u8]) -> bool) -> Result<&[u8], BlobError> {
         while self.ready.len() < most && !enough(&self.ready) {
             let Some(chunk) = self.reply.chunk().await? else { break };
@@ -135,7 +140,8 @@ impl Content {
         Ok(&self.ready)
     }
 
-    /// Passes over the head of the first part of a multipart answer: its `Content-Range`, if it has a proper one.
+    /// Skips the head of the first part of a multipart response. Returns the `Content-Range` of that part, if it is
+    /// valid.
     pub(super) async fn enter_part(&mut self) -> Result<Option<ContentRange>, BlobError> {
         let boundary = self.reply.header(CONTENT_TYPE).and_then(boundary);
         let Some(boundary) = boundary else { return Ok(None) };
@@ -149,26 +155,27 @@ impl Content {
         Ok(label)
     }
 
-    /// Whether the bytes have been compressed by `coding` on the way, as far as their beginning tells. `is_compressed` is
-    /// whether the blob is compressed by itself.
+    /// Whether the server compressed the bytes with `coding` for the transfer, as far as their beginning shows.
+    /// `is_compressed` is whether the blob itself is compressed.
     pub(super) async fn looks_encoded(&mut self, coding: Coding, is_compressed: bool) -> Result<bool, BlobError> {
         let head = self.look(coding.head(), |_| false).await?;
         let inner = first_bytes(coding, head);
         Ok(match inner.as_deref() {
-            // Not compressed at all.
+            // The bytes are not compressed with `coding`.
             None => false,
-            // A tar does not begin like this: what is inside is a compressed blob.
+            // These are the magic numbers of gzip and zstd, which no tar begins with. The bytes inside are therefore
+            // a compressed blob.
             Some([0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..]) => true,
             Some(_) => !is_compressed,
         })
     }
 
-    /// Whether compression is undone.
+    /// Whether the bytes are decompressed.
     pub(super) fn is_decoded(&self) -> bool {
         self.decoder.is_some()
     }
 
-    /// Undoes this compression from here on.
+    /// Decompresses all bytes from here on.
     pub(super) fn decode(&mut self, coding: Coding) -> Result<(), BlobError> {
         self.decoder = Some(Decoder::new(coding).map_err(|error| self.broken(&error))?);
         Ok(())
@@ -184,7 +191,7 @@ impl Content {
     }
 }
 
-/// Whether an answer calls itself multipart.
+/// Whether a response declares itself multipart.
 pub(super) fn is_multipart(reply: &Reply) -> bool {
     reply.header(CONTENT_TYPE).is_some_and(|text| {
         text.trim_start()
@@ -193,12 +200,12 @@ pub(super) fn is_multipart(reply: &Reply) -> bool {
     })
 }
 
-/// `Content-Range` of a reply, if it has a valid one.
+/// Returns the `Content-Range` of a response, if it has a valid one.
 pub(super) fn label(reply: &Reply) -> Option<ContentRange> {
     reply.header(CONTENT_RANGE).and_then(ContentRange::parse)
 }
 
-/// What an answer says of its encoding.
+/// Returns the encoding that a response states.
 pub(super) fn encoding(reply: &Reply) -> Encoding {
     Encoding::of(reply.headers())
 }
@@ -210,11 +217,12 @@ fn boundary(content_type: &str) -> Option<String> {
         name.trim().eq_ignore_ascii_case("boundary").then_some(value)
     })?;
     let value = value.trim().trim_matches('"');
-    // RFC 2046 section 5.1.1.
+    // RFC 2046, section 5.1.1, limits the length.
     (1..=70).contains(&value.len()).then(|| value.to_owned())
 }
 
-/// The length of all that is before the content of the first part, and its `Content-Range`; `None` while that is not there.
+/// Returns the length of everything before the content of the first part, and that part's `Content-Range`. Returns
+/// `None` until the head has fully arrived.
 fn part_head(bytes: &[u8], boundary: &str) -> Option<(usize, Option<ContentRange>)> {
     let delimiter = format!("--{boundary}");
     let start = find(bytes, delimiter.as_bytes())?;
@@ -241,7 +249,7 @@ mod tests {
 
     #[test]
     fn places() {
-        // 100..200 of 1000 bytes are asked for.
+        // The request asks for 100..200 of 1000 bytes.
         let at = |label: &str, length: Option<u64>| place(ContentRange::parse(label), length, &(100..200), 1000);
         let part = |skip, take, proven| Place::Part { skip, take, proven };
         for (label, length, want) in [
@@ -249,7 +257,7 @@ mod tests {
             ("bytes 100-199/*", Some(100), part(0, 100, true)),
             ("bytes 100-199/1000", None, part(0, 100, true)),
             ("bytes 100-149/1000", Some(50), part(0, 50, true)),
-            // Wider than asked for, shifted, another total.
+            // Wider than requested, shifted, or with another total.
             ("bytes 0-299/1000", Some(300), part(100, 100, true)),
             ("bytes 0-149/1000", Some(150), part(100, 50, true)),
             ("bytes 0-999/1000", Some(1000), part(100, 100, true)),
@@ -258,7 +266,7 @@ mod tests {
             ("bytes 0-99/1000", Some(100), Place::Elsewhere),
             ("bytes 101-200/1000", Some(100), Place::Elsewhere),
             ("bytes 0-99/1000", None, Place::Elsewhere),
-            // Labels that contradict the length, or are none.
+            // Labels that contradict the length, are invalid or are missing.
             ("bytes 100-200/1000", Some(100), part(0, 100, false)),
             ("bytes=100-199/1000", Some(100), part(0, 100, false)),
             ("", Some(100), part(0, 100, false)),

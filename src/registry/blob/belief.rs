@@ -1,15 +1,17 @@
-//! What is believed of the answers that bring one blob, as far as their headers do not settle it.
+//! What the client believes about the responses that serve one blob, where their headers do not settle it.
 //!
-//! An answer whose headers are odd is used all the same, and whoever reads checks the bytes. If they were wrong, that is
-//! remembered here, and the next answer of the kind is read in another way or not at all.
+//! The client uses a response with odd headers, and the reader checks the bytes. If the bytes were wrong, this module
+//! remembers it. The client then reads the next response of that kind in another way, or requests none.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a blob is believed to be served without ranges when that is new. Content delivery networks do so for objects they
-/// have not cached yet, so it is soon tried again, and says nothing about other blobs of the host.
+/// How long the client believes at first that a blob is served without ranges. Content delivery networks ignore
+/// ranges of objects that they have not cached yet. The client therefore soon tries again, and concludes nothing
+/// about other blobs of the host.
 const NO_RANGES_AT_FIRST: Duration = Duration::from_secs(5);
-/// How long it is believed at most. Each time that it is still so, it is believed for twice as long as before.
+/// Longest time that the client believes that a blob is served without ranges. Each confirmation makes the belief
+/// last twice as long as before.
 const NO_RANGES_AT_MOST: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Default)]
@@ -18,30 +20,31 @@ pub(super) struct Belief(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     no_ranges: Option<NoRanges>,
-    /// A part came whose headers did not say that it is the one asked for.
+    /// A part arrived whose headers did not prove that it is the requested one.
     unproven_part: bool,
-    /// How an answer that calls itself compressed and does not state its length was read the last time.
+    /// Whether the client decoded the last response that calls itself compressed and does not state its length.
     decoded: Option<bool>,
-    /// Read it in the other way from now on.
+    /// Whether the client reads a compressed response without a stated length in the way opposite to what its bytes
+    /// suggest.
     other_way: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct NoRanges {
     until: Instant,
-    /// How long it is believed in all.
+    /// How long the belief lasts in all, up to `until`.
     lasts: Duration,
-    /// The parts that come are wrong ones, so it is no use to ask for any.
+    /// The parts that arrive are wrong ones, so the client requests none.
     wrong: bool,
 }
 
 impl Belief {
-    /// The server sent the whole blob when a part was asked for.
+    /// Records that the server sent the whole blob in response to a request for a part.
     pub(super) fn ranges_were_ignored(&self) {
         self.no_ranges(false);
     }
 
-    /// The server sends parts that are not those asked for.
+    /// Records that the server sends other parts than the requested ones.
     pub(super) fn parts_are_wrong(&self) {
         self.no_ranges(true);
     }
@@ -51,7 +54,7 @@ impl Belief {
         let mut state = self.state();
         let lasts = match &mut state.no_ranges {
             None => NO_RANGES_AT_FIRST,
-            // The request was under way already, and says nothing new.
+            // The request may have been in flight when the belief began, so its response does not prolong it.
             Some(known) if now < known.until => {
                 known.wrong |= wrong;
                 return;
@@ -62,7 +65,7 @@ impl Belief {
         state.no_ranges = until.map(|until| NoRanges { until, lasts, wrong });
     }
 
-    /// A part came; whether its headers prove that it is the one asked for.
+    /// Records that a part arrived. `proven` is whether its headers prove that it is the requested one.
     pub(super) fn part_came(&self, proven: bool) {
         let mut state = self.state();
         match proven {
@@ -71,12 +74,12 @@ impl Belief {
         }
     }
 
-    /// Whether a range that lies far inside the blob can be asked for.
+    /// Whether a request for a range far inside the blob is worth sending.
     pub(super) fn has_ranges(&self) -> bool {
         self.known().is_none()
     }
 
-    /// Whether any range is worth asking for.
+    /// Whether a request for any range is worth sending.
     pub(super) fn may_ask_for_parts(&self) -> bool {
         !self.known().is_some_and(|known| known.wrong)
     }
@@ -85,7 +88,8 @@ impl Belief {
         self.state().no_ranges.filter(|known| Instant::now() < known.until)
     }
 
-    /// How to read an answer that may or may not have been compressed on the way, of which `guess` is what its bytes suggest.
+    /// Decides whether to decode a response that may have been compressed for the transfer. `guess` is what its bytes
+    /// suggest.
     pub(super) fn decode(&self, guess: bool) -> bool {
         let mut state = self.state();
         let decode = guess != state.other_way;
@@ -93,7 +97,7 @@ impl Belief {
         decode
     }
 
-    /// The bytes that came were not the blob's.
+    /// Records that the received bytes were not the blob's.
     pub(super) fn bytes_were_wrong(&self) {
         let unproven_part = {
             let mut state = self.state();
@@ -108,7 +112,7 @@ impl Belief {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every state is a good one.
+        // Every state is valid, so a poisoned lock is safe to use.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! One read of a blob: bytes as they arrive, across as many answers as it takes.
+//! One read of a blob: bytes as they arrive, over as many responses as the read needs.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,50 +12,53 @@ use super::answer::Content;
 use crate::blob::retry::Retry;
 use crate::blob::{BlobError, ByteStream};
 
-/// A stretch of a blob as it arrives.
+/// A run of blob bytes that one response delivers.
 #[derive(Debug)]
 pub(super) struct Body {
     content: Content,
     skip: u64,
     left: u64,
-    /// Whether it was guessed how to read the answer. Then an early end may be the end of bytes read in the wrong way.
+    /// Whether the client guessed how to read the response. An early end may then mean that the guess was wrong.
     is_guessed: bool,
-    /// Bytes that were given out.
+    /// Bytes delivered so far.
     given: u64,
 }
 
-/// The state of one [`BlobSource::read`].
+/// The state of one [`BlobSource::read`](crate::blob::BlobSource::read).
 #[derive(Debug)]
 pub(super) struct Reading {
     core: Arc<Core>,
     rest: Range<u64>,
-    /// Whether the caller wants every byte up to the end, so that starting over without ranges is no waste.
+    /// Whether the caller reads the whole blob, so that a request without a range wastes nothing.
     whole: bool,
-    /// Over connections that other reads do not use.
+    /// Whether the read uses connections that ordinary reads do not use.
     apart: bool,
     body: Option<Body>,
     retry: Retry,
-    /// Bytes since the last progress.
+    /// Bytes delivered since the last progress.
     flowed: u64,
     /// When the caller got the last chunk.
     given: Option<Instant>,
-    /// Whether the caller got anything.
+    /// Whether the caller got any bytes.
     has_given: bool,
-    /// Answers that may still turn out to have been read in the wrong way before anything was given out.
+    /// How many more responses may turn out to have been misread before the caller got any bytes.
     guesses: u32,
-    /// Answers in a row that brought next to nothing of what was asked for.
+    /// Responses in a row that delivered fewer than [`PROGRESS`] bytes of a larger range.
     scanty: u32,
 }
 
-/// Fewer bytes than this are no progress: a server that gives a few with each answer would never be given up.
+/// Fewest bytes that count as progress. If fewer counted, the client would never give up on a server that sends a few
+/// bytes with each response.
 const PROGRESS: u64 = 16 << 10;
-/// Ways to read an answer: as a part or as the whole, decoded or not.
+/// Most responses that a read may misread at its start, one for each way to read a response: as a part, as the whole
+/// blob, or as the whole blob decoded.
 const GUESSES: u32 = 3;
-/// A server that answers this often with less than a page or two of a larger range does not really serve ranges.
+/// Responses in a row with fewer than [`PROGRESS`] bytes of a larger range that show that a server does not really
+/// serve ranges.
 const SCANTY_ANSWERS: u32 = 4;
 
 impl Reading {
-    /// Gets `range` flowing; what fails for good fails here, before a stream exists.
+    /// Sends the first request for `range`. A permanent failure is returned here, before a stream exists.
     pub(super) async fn start(core: Arc<Core>, range: Range<u64>, apart: bool) -> Result<Self, BlobError> {
         let mut reading = Self {
             apart,
@@ -74,7 +77,7 @@ impl Reading {
         Ok(reading)
     }
 
-    /// The bytes in order; the stream ends after the first error.
+    /// Returns the bytes in order. The stream ends after the first error.
     pub(super) fn into_stream(self) -> ByteStream {
         let stream = stream::try_unfold(self, |mut reading| async move {
             let chunk = reading.next().await?;
@@ -83,10 +86,11 @@ impl Reading {
         stream.boxed()
     }
 
-    /// Gets the rest flowing, trying again while that can help.
+    /// Requests the rest of the range. Retries while a retry can help.
     async fn open(&mut self) -> Result<(), BlobError> {
         let (core, what) = (&self.core, self.core.what());
-        // Every other attempt goes over other connections: those that failed may be dead without knowing it.
+        // Every other attempt uses other connections: those that failed may be dead although the client has not
+        // noticed.
         let mut apart = !self.apart;
         let attempt = |wait| {
             apart = !apart;
@@ -98,7 +102,7 @@ impl Reading {
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, BlobError> {
-        // The time the caller took with the last chunk is not ours.
+        // The time that the caller spent on the last chunk does not count towards the deadline.
         if let Some(given) = self.given.take() {
             self.retry.excuse(given.elapsed());
         }
@@ -120,7 +124,7 @@ impl Reading {
                     self.given = Some(Instant::now());
                     return Ok(Some(chunk));
                 }
-                // A shorter range than asked for is legal; the next request asks for the rest.
+                // A response may hold less than the requested range. The next request asks for the rest.
                 Ok(None) => {
                     self.scanty = if body.given < PROGRESS { self.scanty + 1 } else { 0 };
                     self.body = None;
@@ -131,7 +135,7 @@ impl Reading {
                 Err(error @ BlobError::Corrupt { .. }) => {
                     self.core.belief.bytes_were_wrong();
                     self.guesses = self.guesses.saturating_sub(1);
-                    // What was given out before is checked by whoever has it.
+                    // The caller checks the bytes that it already has. The read cannot take them back.
                     if self.has_given || self.guesses == 0 {
                         return Err(error);
                     }
@@ -139,7 +143,8 @@ impl Reading {
                 }
                 Err(error) => {
                     self.body = None;
-                    // Over HTTP/2 the rest would be asked for on the connection that has just stalled.
+                    // Changes the pool of connections. Over HTTP/2, the request for the rest would otherwise use the
+                    // stalled connection.
                     self.apart ^= matches!(error, BlobError::Timeout { .. });
                     let core = &self.core;
                     core.client
@@ -153,7 +158,7 @@ impl Reading {
 }
 
 impl Body {
-    /// `left` bytes after `skip` unwanted ones.
+    /// Makes a body that discards `skip` bytes and then delivers `left` bytes.
     pub(super) fn new(content: Content, skip: u64, left: u64) -> Self {
         Self {
             content,
@@ -164,7 +169,7 @@ impl Body {
         }
     }
 
-    /// The same, of an answer of which it was guessed how to read it.
+    /// Marks the body as one of a response that the client guessed how to read.
     pub(super) fn guessed(self) -> Self {
         Self {
             is_guessed: true,
@@ -172,11 +177,12 @@ impl Body {
         }
     }
 
-    /// The next bytes of the stretch; `None` when all of it was delivered.
+    /// Returns the next bytes of the run, or `None` when all were delivered.
     async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
         while self.left > 0 {
             let Some(mut chunk) = self.content.chunk().await? else {
-                // Some of an unproven part is as good as a shorter part.
+                // An early end of an unproven part, with some bytes delivered, is handled as a lost connection: the
+                // next request asks for the rest.
                 if self.is_guessed && (self.given == 0 || self.skip > 0 || self.content.is_decoded()) {
                     return Err(BlobError::Corrupt {
                         what: format!("a blob from {}", self.content.host()),

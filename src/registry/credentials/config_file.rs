@@ -1,7 +1,8 @@
 //! Docker's `config.json` and the containers tools' `auth.json`: pure parsing and matching.
 //!
-//! Keys are hosts (`quay.io`, `localhost:5000`), URLs (`https://index.docker.io/v1/`) or, in `auth.json`, namespaces
-//! (`quay.io/org/repo`); the longest namespace wins. Order: `credHelpers` of the host, `credsStore`, `auths`.
+//! A key is a host (`quay.io`, `localhost:5000`), a URL (`https://index.docker.io/v1/`) or, in `auth.json`, a
+//! namespace (`quay.io/org/repo`). The longest matching namespace wins. The lookup order is: the host's entry in
+//! `credHelpers`, then `credsStore`, then `auths`.
 
 use base64::Engine as _;
 use serde::Deserialize;
@@ -9,11 +10,11 @@ use serde::de::{Deserializer, IgnoredAny};
 
 use super::{Credential, Keyed, Secret, aliases, helper_key};
 
-/// Why a credential file is of no use.
+/// Why a credential file cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AuthFileError {
-    /// Not the JSON expected. Says where, not what: the text may hold secrets.
+    /// The file is not the expected JSON. The error gives the position but not the text, which may hold secrets.
     #[error("not a credential file (line {line}, column {column})")]
     Malformed {
         /// Line of the first error.
@@ -21,13 +22,13 @@ pub enum AuthFileError {
         /// Column of the first error.
         column: usize,
     },
-    /// An entry with a field of a wrong type.
+    /// An entry has a field of a wrong type.
     #[error("the entry for {key} is not one of a credential file")]
     Entry {
         /// Key of the entry.
         key: String,
     },
-    /// An `auth` value that is not base64 of `user:password`.
+    /// An `auth` value is not base64 of `user:password`.
     #[error("the entry for {key} is not base64 of `user:password`")]
     Auth {
         /// Key of the entry.
@@ -35,21 +36,21 @@ pub enum AuthFileError {
     },
 }
 
-/// What a file says about a repository.
+/// What a credential file holds for a repository.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Found {
-    /// The credential itself.
+    /// The file holds the credential itself.
     Credential(Credential),
-    /// A helper program knows.
+    /// The file names a helper program that has to be asked.
     Helper {
-        /// `ecr-login` for `docker-credential-ecr-login`.
+        /// Name of the helper: `ecr-login` for `docker-credential-ecr-login`.
         name: String,
-        /// What to ask it for.
+        /// Server key to ask the helper for.
         key: String,
-        /// What the file itself holds, should the helper not know.
+        /// The credential in the file itself, used if the helper gives none.
         otherwise: Option<Credential>,
     },
-    /// No entry.
+    /// The file has no entry.
     Nothing,
 }
 
@@ -65,7 +66,7 @@ pub struct AuthFile {
     cred_helpers: Keyed<Slot<String>>,
 }
 
-/// The value of a key. One that is not what it should be says nothing about the others of the file.
+/// The value of a key. A value of a wrong type leaves the other entries of the file valid.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Slot<T> {
@@ -74,7 +75,7 @@ enum Slot<T> {
     Odd(IgnoredAny),
 }
 
-/// Reads JSON `null` as the default: Go writes it for empty maps.
+/// Reads JSON `null` as the default, because Go writes `null` for empty maps.
 fn null_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -97,7 +98,7 @@ struct Entry {
     registrytoken: Option<Text>,
 }
 
-/// A secret while it is parsed.
+/// A secret during parsing. `Debug` does not print it.
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct Text(String);
@@ -121,10 +122,10 @@ impl AuthFile {
             .as_object()
             .is_some_and(|map| map.is_empty() || modern.iter().any(|key| map.contains_key(*key)));
         if is_modern {
-            // Not from `value`, which no longer knows lines and columns.
+            // Parses the text again, because errors of `value` would have no lines and columns.
             return serde_json::from_slice(text).map_err(malformed);
         }
-        // A config.json without credentials holds other settings only, which make no entries either.
+        // A config.json without credentials also gets here. Its other settings give no credential.
         Ok(Self {
             auths: serde_json::from_value(value).unwrap_or_default(),
             ..Self::default()
@@ -176,7 +177,8 @@ impl AuthFile {
     }
 }
 
-/// The entries of a host: the one under its bare name, then those under URLs and API versions, in the order of their keys.
+/// Returns the entries of a host. The entry under its bare name comes first. Entries under URLs and API versions
+/// follow, in the order of their keys.
 fn of_host<'a, T>(keyed: &'a Keyed<T>, host: &'a str) -> impl Iterator<Item = (&'a String, &'a T)> {
     let others = keyed
         .iter()
@@ -184,8 +186,8 @@ fn of_host<'a, T>(keyed: &'a Keyed<T>, host: &'a str) -> impl Iterator<Item = (&
     keyed.get_key_value(host).into_iter().chain(others)
 }
 
-/// The first credential of some entries that mean the same. Entries without one are passed over, broken ones only if another
-/// one has a credential.
+/// Returns the first credential of some entries that mean the same. Skips entries without a credential. Returns the
+/// error of the first broken entry only if no entry has a credential.
 fn first_credential<'a>(
     entries: impl Iterator<Item = (&'a String, &'a Slot<Entry>)>,
 ) -> Result<Option<Credential>, AuthFileError> {
@@ -206,7 +208,7 @@ fn first_credential<'a>(
 }
 
 impl Entry {
-    /// `None` for an empty entry, which only marks that a store knows the host.
+    /// Returns `None` for an empty entry. An empty entry only marks that a credential store has a login for the host.
     fn credential(&self, key: &str) -> Result<Option<Credential>, AuthFileError> {
         let some = |text: &Option<Text>| text.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty());
         if let Some(token) = some(&self.registrytoken) {
@@ -232,7 +234,7 @@ impl Entry {
     }
 }
 
-/// The user name `<token>` says that the password is a refresh token.
+/// Makes a credential of a user name and a password. With the user name `<token>`, the password is a refresh token.
 pub(super) fn login(username: &str, password: &str) -> Credential {
     if username == "<token>" {
         return Credential::IdentityToken(Secret::new(password));
@@ -243,8 +245,8 @@ pub(super) fn login(username: &str, password: &str) -> Credential {
     }
 }
 
-/// The host a key stands for: without scheme and API version. `None` for namespaces, and for URLs of something within the
-/// host, such as the tokens that `docker login` keeps beside the login.
+/// Returns the host that a key stands for, without scheme and API version. Returns `None` for namespaces, and for
+/// URLs below a host, such as the tokens that `docker login` stores beside the login.
 fn host_of(key: &str) -> Option<&str> {
     let place = key.split_once("://").map_or(key, |(_, rest)| rest);
     let (host, path) = place.split_once('/').unwrap_or((place, ""));
@@ -305,12 +307,12 @@ mod tests {
 
     #[test]
     fn of_several_keys_of_a_host_the_login_is_taken() {
-        // What `docker login` in a browser leaves behind.
+        // Entries that `docker login` writes after a login in a browser.
         let web = r#"{"auths":{
             "https://index.docker.io/v1/access-token":{"username":"access","password":"x"},
             "https://index.docker.io/v1/":{"username":"login","password":"x"},
             "https://index.docker.io/v1/refresh-token":{"username":"refresh","password":"x"}}}"#;
-        // A map with a random order would pass by chance.
+        // Repeated, because a map with a random order would pass some of the time.
         for _ in 0..20 {
             assert_eq!(user_of(web, "docker.io", "a/b").as_deref(), Some("login"));
         }

@@ -1,4 +1,4 @@
-//! Credential helper programs: `docker-credential-NAME get`, server key on stdin, JSON on stdout.
+//! Credential helper programs: `docker-credential-NAME get`, with the server key on stdin and JSON on stdout.
 
 use std::ffi::OsStr;
 use std::process::Stdio;
@@ -11,32 +11,32 @@ use tokio::process::Command;
 use super::Credential;
 use super::config_file::login;
 
-/// Longest a helper may take. Cloud helpers ask a metadata service or refresh a session: seconds, not minutes. Less than a
-/// lookup may take by default, so that it is the helper that is blamed.
+/// Timeout of a helper. Cloud helpers ask a metadata service or refresh a session, which takes seconds, not minutes.
+/// The timeout is shorter than that of a lookup by default, so that the error names the helper.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Most that is read of a helper's answer.
+/// Most bytes read of a helper's output.
 const MAX_ANSWER: u64 = 1 << 20;
 
-/// Why a helper gave no answer.
+/// Why a helper gave no credential.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub(super) enum HelperError {
-    /// The name would leave the search path.
+    /// The name has characters that could lead outside the search path.
     #[error("not a helper name")]
     Name,
-    /// It could not be run or spoken to.
+    /// The helper could not be started, or a pipe to it failed.
     #[error("{0}")]
     Io(#[from] std::io::Error),
-    /// It did not end in time.
+    /// The helper did not end in time.
     #[error("no answer within {}s", PATIENCE.as_secs())]
     Timeout,
-    /// It reported an error.
+    /// The helper reported an error.
     #[error("{message}")]
     Refused {
-        /// First line of what it said.
+        /// Exit status and first line of the output.
         message: String,
     },
-    /// Not the JSON the protocol wants. Its text is not shown: it may hold the secret.
+    /// The output is not the JSON of the protocol. The error does not show the output, which may hold the secret.
     #[error("the answer is not the JSON of the helper protocol")]
     Answer,
 }
@@ -50,7 +50,7 @@ struct Answer {
     secret: String,
 }
 
-/// Asks a helper; `None` if it knows nothing of `key`.
+/// Asks a helper for the credential of `key`. Returns `None` if the helper has none.
 pub(super) async fn ask(name: &str, key: &str) -> Result<Option<Credential>, HelperError> {
     if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
         return Err(HelperError::Name);
@@ -61,7 +61,7 @@ pub(super) async fn ask(name: &str, key: &str) -> Result<Option<Credential>, Hel
     }
 }
 
-/// Cancel safe: dropping it kills the program.
+/// Runs a helper program. Cancel safe: dropping the future kills the program.
 async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperError> {
     let mut child = Command::new(program)
         .arg("get")
@@ -72,7 +72,7 @@ async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperErr
         .spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         let written = stdin.write_all(format!("{key}\n").as_bytes()).await;
-        // A helper that needs no input may be gone already; its answer counts.
+        // A helper that needs no input may have ended already. Its output still counts.
         if let Err(error) = written
             && error.kind() != std::io::ErrorKind::BrokenPipe
         {
@@ -105,7 +105,7 @@ async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperErr
 mod tests {
     use super::*;
 
-    /// A helper made of a shell script; what it answers to `key`.
+    /// Runs a shell script as a helper and returns its result for `key`.
     async fn script(body: &str, key: &str) -> Result<Option<Credential>, HelperError> {
         use std::os::unix::fs::PermissionsExt as _;
         let directory = tempfile::tempdir().unwrap();

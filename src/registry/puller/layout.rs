@@ -1,7 +1,8 @@
-//! Writing a pulled image as an OCI image layout.
+//! Writes a pulled image as an OCI image layout.
 //!
-//! A blob is streamed into a `.part` file of its own, hashed on the way, synced, and renamed only when size and digest are
-//! right. A name therefore proves content, whatever died when; an unfinished `.part` file is removed, never continued.
+//! Each blob is streamed into a `.part` file of its own and hashed on the way. The file is synced, and renamed only
+//! if size and digest match. A named blob is therefore complete, wherever an earlier pull was interrupted. A pull
+//! that fails removes its `.part` files. No pull continues one.
 
 use std::collections::HashSet;
 use std::fs::Permissions;
@@ -17,12 +18,12 @@ use super::super::RegistrySource;
 use crate::blob::{BlobError, Document, ImageSource};
 use crate::oci::{Descriptor, Digest, Manifest as OwnManifest};
 
-/// Layers fetched at a time: enough to fill a link past one slow stream.
+/// Layers fetched at a time. Several fill the link while one stream is slow. More would cost connections and buffers.
 const PARALLEL: usize = 4;
-/// Write buffer per layer.
+/// Write buffer per layer, in bytes. A larger one costs memory. A smaller one costs more system calls.
 const BUFFER: usize = 256 * 1024;
 
-/// Writes the blobs of an image, then the files that name it.
+/// Writes the blobs of an image, then the files that name it: `oci-layout` and `index.json`.
 pub(super) async fn write(
     source: &RegistrySource,
     manifest: &Document,
@@ -30,7 +31,7 @@ pub(super) async fn write(
     config: &Document,
     directory: &Path,
 ) -> Result<(), BlobError> {
-    // An image may have the same layer more than once.
+    // An image may list the same layer more than once.
     let mut seen = HashSet::new();
     let fetches: Vec<_> = known
         .layers
@@ -90,9 +91,9 @@ fn blob_path(directory: &Path, digest: &Digest) -> PathBuf {
         .join(digest.hex())
 }
 
-/// A file that is not there until it is whole.
+/// A file that gets its name only when it is complete.
 struct Part {
-    /// Goes when it is dropped, unless it was published.
+    /// Removed when it is dropped, unless it was published.
     part: NamedTempFile,
     out: tokio::io::BufWriter<fs::File>,
     path: PathBuf,
@@ -103,7 +104,8 @@ impl Part {
         let directory = path.parent().unwrap_or(Path::new("."));
         let failed = |error| BlobError::io(path, error);
         fs::create_dir_all(directory).await.map_err(failed)?;
-        // Not in the background: a pull that is given up meanwhile would leave the file behind.
+        // Created on this thread, not in the background: a pull that is cancelled meanwhile would leave the file
+        // behind.
         let part = tempfile::Builder::new()
             .suffix(".part")
             .permissions(Permissions::from_mode(0o666))

@@ -1,21 +1,24 @@
-//! Where a public registry may lead: to public addresses only.
+//! The guard of redirects: a public registry may lead to public addresses only.
 //!
-//! A redirect makes this machine send a request to a place of the registry's choice. Behind a firewall that may be a service
-//! that trusts whoever can reach it, such as the metadata service of a cloud at 169.254.169.254. So what a registry with a
-//! public address leads to has to have one, too. The address that is connected to counts, whatever its name; a registry that
-//! is itself reached at a private address may lead anywhere.
+//! A redirect makes this machine send a request to a place that the registry chooses. Behind a firewall, that place
+//! may be a service that trusts every client that can reach it. An example is the metadata service of a cloud at
+//! 169.254.169.254. If a registry has a public address, the places that it leads to must therefore have public
+//! addresses too.
+//!
+//! The address that the client connects to counts, whatever its name. A registry at a private address may lead
+//! anywhere.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// An address that was not connected to.
+/// An address that the client did not connect to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{0} is not a public address")]
 pub(crate) struct NotPublic(IpAddr);
 
-/// Resolves names to public addresses and no others.
+/// A resolver that returns public addresses only.
 #[derive(Debug)]
 pub(super) struct PublicOnly;
 
@@ -32,7 +35,8 @@ impl Resolve for PublicOnly {
     }
 }
 
-/// Refuses a URL that names an address, for which no resolver is asked, if that is not public.
+/// Refuses a URL whose host is an address that is not public. The HTTP library does not ask the resolver about
+/// addresses.
 pub(super) fn check(url: &Url) -> Result<(), NotPublic> {
     let host = url.host_str().unwrap_or_default();
     let literal = host.trim_start_matches('[').trim_end_matches(']').parse();
@@ -42,7 +46,7 @@ pub(super) fn check(url: &Url) -> Result<(), NotPublic> {
     }
 }
 
-/// Whether an address is reached over the public network (the registries of special addresses at IANA, RFC 6890).
+/// Whether an address is reached over the public network (IANA's registries of special-purpose addresses, RFC 6890).
 pub(super) fn is_public(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => is_public_v4(address),
@@ -71,7 +75,7 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
         is_public_v4(Ipv4Addr::new(a, b, c, d))
     };
     match address.segments() {
-        // IPv4 in several disguises: mapped and compatible, translated by NAT64, 6to4.
+        // Addresses that embed an IPv4 address: mapped and compatible, translated by NAT64, 6to4.
         [0, 0, 0, 0, 0, 0 | 0xffff, high, low] => embedded(high, low),
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => embedded(high, low),
         [0x2002, high, low, ..] => embedded(high, low),

@@ -1,7 +1,8 @@
 //! Connection pools.
 //!
-//! Pools are made when first needed: a plain-HTTP mount never reads the system's certificates. Loopback hosts are never asked
-//! through a proxy. Each TLS configuration names its provider of cryptography; no process-wide provider is installed.
+//! A pool is made when it is first needed, so a plain-HTTP mount never reads the system's certificates. Requests to
+//! loopback hosts never go through a proxy. Each TLS configuration names its cryptography provider. No process-wide
+//! provider is installed.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -18,25 +19,30 @@ use crate::registry::config::RegistryConfig;
 use crate::registry::endpoint::is_loopback;
 use crate::registry::failure;
 
-/// Idle connections are kept this long: the planner pauses between bursts, and load balancers close after 60 s or more.
+/// How long idle connections are kept. The planner pauses between bursts, so a shorter time costs more handshakes.
+/// Load balancers close idle connections after 60 s or more, so a longer time keeps dead connections.
 const POOL_IDLE: Duration = Duration::from_secs(55);
-/// Flow control of HTTP/2: a stream can fill 200 Mbit/s at 160 ms, and a connection several of them.
+/// HTTP/2 flow-control window of a stream, in bytes. A stream can fill 200 Mbit/s at a round trip of 160 ms.
 const H2_STREAM_WINDOW: u32 = 4 << 20;
+/// HTTP/2 flow-control window of a connection, in bytes. It has room for the full windows of four streams.
 const H2_CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Pools by kind of host: loopback or not, with TLS or without, and public or not asked about that. A connection that was made
-/// without asking is never used where it has to be public.
-/// Each is there once more for requests that must not share a connection with others, which all of HTTP/2 would.
+/// Pools by kind of host: loopback or not, with TLS or without, restricted to public addresses or not.
+///
+/// A connection made without the restriction is never used where the address must be public. Each kind has a second
+/// pool, for requests that must not share a connection with ordinary ones. Over HTTP/2, all requests of a pool to the
+/// same host share one connection.
 #[derive(Debug)]
 pub(super) struct Pools {
     settings: Settings,
     authorities: Vec<CertificateDer<'static>>,
-    /// Made once: it reads the system's certificates, and pools that share it resume each other's sessions.
+    /// Made once: making it reads the system's certificates, and pools that share it resume each other's TLS
+    /// sessions.
     tls: OnceLock<Result<rustls::ClientConfig, BlobError>>,
     lanes: [OnceLock<Result<Client, BlobError>>; 16],
 }
 
-/// What pools take from the client's configuration.
+/// The settings that pools take from the client's configuration.
 #[derive(Debug)]
 struct Settings {
     user_agent: String,
@@ -45,7 +51,7 @@ struct Settings {
 }
 
 impl Pools {
-    /// Reads the certificate files, so that a wrong one is reported early.
+    /// Reads the certificate files, so that an invalid file is reported early.
     pub(super) fn new(config: &RegistryConfig) -> Result<Self, BlobError> {
         let mut authorities = Vec::new();
         for path in &config.ca_files {
@@ -63,7 +69,8 @@ impl Pools {
         })
     }
 
-    /// The pool for a URL; `guarded` is one that connects to public addresses only, `apart` one whose connections others do not use.
+    /// Returns the pool for a URL. A `guarded` pool connects to public addresses only. An `apart` pool has
+    /// connections that ordinary requests do not use; all `apart` requests share them.
     pub(super) fn get(&self, url: &Url, guarded: bool, apart: bool) -> Result<&Client, BlobError> {
         if guarded && let Err(refused) = guard::check(url) {
             return Err(failure::not_public(&authority(url), refused));
@@ -78,7 +85,7 @@ impl Pools {
 
     fn make(&self, loopback: bool, tls: bool, guarded: bool) -> Result<Client, BlobError> {
         let settings = &self.settings;
-        // An endless stall timeout still wants dead connections noticed.
+        // Dead connections must be noticed even if the stall timeout is endless.
         let alive = settings.stall_timeout.min(Duration::from_secs(60));
         let mut builder = Client::builder()
             .tls_backend_preconfigured(self.tls_config(tls)?)
@@ -109,7 +116,8 @@ impl Pools {
             .map_err(|error| failure::transport("the HTTP client", error))
     }
 
-    /// The system's authorities and the configured ones. Without TLS an empty set does: it is never used.
+    /// Returns a configuration that trusts the system's certificates and the configured ones. Without TLS, an empty
+    /// set suffices, because it is never used.
     fn tls_config(&self, tls: bool) -> Result<rustls::ClientConfig, BlobError> {
         match tls {
             true => self.tls.get_or_init(|| config(self.trusted())).clone(),
@@ -117,8 +125,8 @@ impl Pools {
         }
     }
 
-    /// A system without certificates is no error by itself: the configured authorities may suffice, and if not, the handshake
-    /// says that the issuer is unknown.
+    /// Returns the system's certificates and the configured ones. A system without certificates is no error. The
+    /// configured ones may suffice, and if not, the handshake reports an unknown issuer.
     fn trusted(&self) -> Vec<CertificateDer<'static>> {
         let native = rustls_native_certs::load_native_certs();
         for error in &native.errors {
@@ -128,7 +136,8 @@ impl Pools {
     }
 }
 
-/// Whether the environment says that no host is asked through a proxy; the HTTP library takes the star for names only.
+/// Whether the environment says that no host is asked through a proxy (`*`). The HTTP library applies the `*` to
+/// names, not to addresses.
 fn no_proxy_for_any() -> bool {
     let said = ["NO_PROXY", "no_proxy"]
         .iter()

@@ -1,10 +1,13 @@
-//! Whether a registry on this machine speaks TLS: found out when it is first asked.
+//! Finds out at the first request whether a registry on this machine has TLS.
 //!
-//! One connection is spent on it: the first message of a TLS handshake is sent, and the first byte of the answer tells. A
-//! TLS server answers with a TLS record, if only to refuse. An HTTP server answers in text: the random field of the message
-//! ends with two line ends, so that a server that reads lines takes it for a complete request. A server that closes
-//! the connection is asked in plain HTTP before it is believed to speak that. Silence decides nothing: a slow server is
-//! waited for.
+//! The client opens one connection for it, sends the first message of a TLS handshake, and looks at the first byte of
+//! the response:
+//! - A TLS server responds with a TLS record, even if only to refuse.
+//! - An HTTP server responds in text. The random field of the message ends with two line ends, so a server that reads
+//!   lines takes the message for a complete request.
+//! - If a server closes the connection, the client sends a plain HTTP request before it concludes that the server has
+//!   no TLS.
+//! - Silence decides nothing: the client waits for a slow server.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,7 +24,7 @@ use crate::blob::BlobError;
 /// First bytes of TLS records: alert and handshake.
 const TLS_RECORDS: [u8; 2] = [0x15, 0x16];
 
-/// What is known of the registries whose scheme was left open.
+/// What is known about the registries whose scheme was left open.
 #[derive(Debug, Default)]
 pub(super) struct Schemes {
     open: Mutex<HashMap<String, Arc<OnceCell<Spoken>>>>,
@@ -34,21 +37,21 @@ enum Spoken {
 }
 
 impl Schemes {
-    /// Leaves the scheme open for this server.
+    /// Leaves the scheme of this server open until the first request.
     pub(super) fn leave_open(&self, base: &Url) {
         self.servers().entry(authority(base)).or_default();
     }
 
-    /// Whether a server whose scheme was left open turned out to speak no TLS.
+    /// Whether a server whose scheme was left open turned out to have no TLS.
     pub(super) fn is_plain(&self, base: &Url) -> bool {
         let servers = self.servers();
         let cell = servers.get(&authority(base));
         cell.and_then(|cell| cell.get()) == Some(&Spoken::Plain)
     }
 
-    /// The URL with the scheme that its server speaks.
+    /// Returns the URL with the scheme that its server speaks. Asks the server first if the scheme is still open.
     ///
-    /// Cancel safe: the next caller asks the server anew.
+    /// Cancel safe: the next caller asks the server again.
     pub(super) async fn settle(&self, mut url: Url) -> Result<Url, BlobError> {
         let cell = self.servers().get(&authority(&url)).cloned();
         let Some(cell) = cell else { return Ok(url) };
@@ -57,14 +60,14 @@ impl Schemes {
             .await
             .map_err(|reason| unreachable(&url, &reason))?;
         if *spoken == Spoken::Plain {
-            // Of the schemes http and https, either can be put in the place of the other.
+            // Changing https to http cannot fail.
             let _ = url.set_scheme("http");
         }
         Ok(url)
     }
 
     fn servers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<OnceCell<Spoken>>>> {
-        // Every state of the map is a good one.
+        // The map is valid in every state, so a poisoned lock is safe to use.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -81,7 +84,7 @@ async fn ask(url: &Url) -> io::Result<Spoken> {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let stream = match (TcpStream::connect((host, url.port().unwrap_or(443))).await, url.port()) {
         (Ok(stream), _) => stream,
-        // No port was named, and there is nobody at the one for HTTPS.
+        // The URL names no port, and no server listens on the port of HTTPS.
         (Err(error), None) => return plain(host, 80).await.map_err(|_| error),
         (Err(error), Some(_)) => return Err(error),
     };
@@ -92,9 +95,10 @@ async fn ask(url: &Url) -> io::Result<Spoken> {
     }
 }
 
-/// A first message of a TLS handshake that will not go on, as old and plain as servers still answer, if only with an alert.
+/// Makes the first message of a TLS handshake that will not continue. It is as plain as possible: TLS 1.2 without
+/// extensions. Servers still respond to it, if only with an alert.
 fn hello() -> Vec<u8> {
-    // Cipher suites of TLS 1.2 and 1.3 that servers have.
+    // Cipher suites of TLS 1.2 and 1.3 that servers commonly have.
     const SUITES: [u16; 8] = [0x1301, 0x1302, 0xc02b, 0xc02c, 0xc02f, 0xc030, 0x009c, 0x002f];
     let version = [3, 3];
     let mut random = [0x6f; 32];
@@ -115,7 +119,7 @@ async fn first_byte(mut stream: TcpStream, message: &[u8]) -> io::Result<Option<
     Ok((stream.read(&mut byte).await? == 1).then_some(byte[0]))
 }
 
-/// Asks in plain HTTP. Servers with TLS answer that with a 400, in plain text.
+/// Sends a plain HTTP request. A server with TLS responds to it with a 400 in plain text.
 async fn plain(host: &str, port: u16) -> io::Result<Spoken> {
     let mut stream = TcpStream::connect((host, port)).await?;
     let request = format!("GET /v2/ HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n");

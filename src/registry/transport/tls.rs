@@ -1,15 +1,17 @@
-//! Whom a TLS connection is trusted to lead to.
+//! Which server certificates a TLS connection trusts.
 //!
-//! Certificates are checked as webpki does it, with one addition. A server's own certificate may be among the trusted ones,
-//! as the documentation of registries has it: `openssl req -x509` makes a self-signed certificate that is marked as an
-//! authority, and the client is given a copy. webpki refuses an authority that acts as a server. OpenSSL and Go accept a
-//! certificate that was trusted itself, and so does this verifier. Its dates, its names and what it may be used for are checked
-//! like any other's. The other way round, a server's certificate that is no authority vouches for no other one: webpki takes
-//! every trusted certificate for an authority, so those that are none are not given to it.
+//! webpki checks certificates, and this verifier makes one addition. A server's own certificate may be among the
+//! trusted ones, as the documentation of registries suggests. There, `openssl req -x509` makes a self-signed
+//! certificate that is marked as an authority, and the client gets a copy. webpki refuses an authority that acts as a
+//! server. OpenSSL and Go accept a certificate that is itself trusted, and so does this verifier. It checks the
+//! dates, the names and the permitted use of that certificate like those of any other.
 //!
-//! Connections are encrypted by ring. Signatures are verified by aws-lc, which knows what OpenSSL and Go accept and ring does
-//! not: the curve P-521, and mixed hashes such as P-384 with SHA-512. aws-lc's random numbers are not used without need: to
-//! collect their seed takes it 25 ms or more, which would show in every mount.
+//! Conversely, a trusted server certificate that is no authority must not vouch for others. webpki takes every
+//! trusted certificate for an authority, so this module withholds trusted certificates that are no authorities.
+//!
+//! ring encrypts connections. aws-lc verifies signatures, because it supports what OpenSSL and Go accept and ring
+//! does not: the curve P-521, and mixed hashes such as P-384 with SHA-512. aws-lc's random numbers are used only
+//! where they are needed. Collecting their seed takes 25 ms or more, which every mount would show.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -31,7 +33,7 @@ use x509_cert::der::Decode as _;
 use x509_cert::der::oid::db::rfc5280;
 use x509_cert::ext::pkix::{BasicConstraints, ExtendedKeyUsage};
 
-/// A configuration that trusts these certificates; nothing of this machine is trusted besides.
+/// Makes a configuration that trusts these certificates, and no others of this machine.
 pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConfig, Error> {
     let provider = provider();
     let versions = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
@@ -39,10 +41,10 @@ pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConf
     roots.add_parsable_certificates(trusted.iter().filter(|certificate| may_sign(certificate)).cloned());
     if roots.is_empty() {
         if trusted.is_empty() {
-            // Every certificate is of an unknown issuer then.
+            // Every certificate then has an unknown issuer.
             return Ok(versions.with_root_certificates(roots).with_no_client_auth());
         }
-        // A verifier needs an authority: this one vouches for nobody, since its key is known to nobody.
+        // A verifier needs an authority. This one vouches for no certificate, because it has no key.
         roots.roots.push(nobody());
     }
     let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
@@ -58,7 +60,8 @@ pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConf
     Ok(builder.with_no_client_auth())
 }
 
-/// The algorithms of ring, those of aws-lc for signatures, and key exchange over P-521 for servers that offer nothing else.
+/// Returns the algorithms of ring, with aws-lc's for signatures. Adds key exchange over P-521, for servers that offer
+/// nothing else.
 fn provider() -> Arc<CryptoProvider> {
     let mut provider = ring::default_provider();
     provider.signature_verification_algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
@@ -119,11 +122,11 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// Whether a trusted certificate may vouch for others: not if it says that it is no authority, or does not say that it is one
-/// (RFC 5280, 4.2.1.9). Those of version 1 cannot say anything.
+/// Whether a trusted certificate may vouch for others. It must say that it is an authority (RFC 5280, 4.2.1.9). A
+/// certificate of version 1 has no way to say so, and may.
 fn may_sign(certificate: &CertificateDer<'_>) -> bool {
     let Ok(certificate) = Certificate::from_der(certificate) else {
-        // What webpki makes of it counts.
+        // webpki decides about a certificate that does not parse here.
         return true;
     };
     let parsed = certificate.tbs_certificate();
@@ -134,7 +137,8 @@ fn may_sign(certificate: &CertificateDer<'_>) -> bool {
     }
 }
 
-/// Whether a certificate may be a server's, as far as it says what it may be used for (RFC 5280, 4.2.1.12).
+/// Whether a certificate may be a server's. One that states its permitted uses must permit this use (RFC 5280,
+/// 4.2.1.12).
 fn may_serve(certificate: &CertificateDer<'_>) -> bool {
     let Ok(certificate) = Certificate::from_der(certificate) else {
         return false;
@@ -158,7 +162,7 @@ fn nobody() -> TrustAnchor<'static> {
     }
 }
 
-/// Whether a certificate was refused for who vouches for it. webpki looks at the dates first, so they are good then.
+/// Whether a certificate was refused because of its issuer. webpki checks the dates first, so they are valid then.
 fn is_about_the_issuer(error: &Error) -> bool {
     let Error::InvalidCertificate(error) = error else {
         return false;
@@ -202,7 +206,7 @@ struct Exchange {
 impl ActiveKeyExchange for Exchange {
     fn complete(self: Box<Self>, peer: &[u8]) -> Result<SharedSecret, Error> {
         let invalid = Error::PeerMisbehaved(PeerMisbehaved::InvalidKeyShare);
-        // TLS knows uncompressed points only (RFC 8446 section 4.2.8.2).
+        // TLS allows uncompressed points only (RFC 8446 section 4.2.8.2).
         if peer.first() != Some(&4) {
             return Err(invalid);
         }

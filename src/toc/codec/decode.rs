@@ -1,4 +1,4 @@
-//! Reading, from bytes nobody vouches for.
+//! Reads packed tables of contents from untrusted bytes.
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read as _, Take, Write};
@@ -10,29 +10,31 @@ use crate::toc::{
     TocEntry, TocError, extents, path, xattr,
 };
 
-/// 8 MiB; the frames written here need 2 MiB, and a hostile frame may not ask for more.
+/// Largest zstd window, as a binary logarithm: 8 MiB. The frames written here need at most 2 MiB. A larger limit
+/// would let a hostile frame take more memory.
 const WINDOW_LOG_MAX: u32 = 23;
-/// More than any warning written here has, names being shortened.
+/// Longest warning in bytes. Warnings written here are shorter, because they contain shortened names.
 const WARNING_MAX: u64 = 8192;
 const PATH_MAX: u64 = 4096;
-/// Bytes unfolded at once.
+/// Bytes that the decoder unpacks at once.
 const BUFFER: usize = 64 << 10;
 
 impl Toc {
-    /// Reads what [`Toc::encode`] wrote. The bytes need not be trusted, the result keeps all invariants of the type; whether it
-    /// describes the layer is another question.
+    /// Reads what [`Toc::encode`] wrote. The bytes may be untrusted: the result keeps all invariants of the type.
+    /// Whether the table describes the layer is not checked.
     pub fn decode(bytes: &[u8]) -> Result<Self, TocError> {
         PackedToc::open(bytes.to_vec())?.unpack()
     }
 
-    /// Writes the table as [`Toc::decode`] reads it.
+    /// Writes the table in the form that [`Toc::decode`] reads.
     pub fn encode(&self, out: &mut impl Write) -> io::Result<()> {
         self.pack().map_err(io::Error::other)?.write(out)
     }
 }
 
 impl PackedToc {
-    /// Takes what [`PackedToc::write`] wrote. Only the checksum is looked at; everything else is checked when it is read.
+    /// Takes what [`PackedToc::write`] wrote. Checks magic, version, length and checksum; the reader of the entries
+    /// checks the rest.
     pub fn open(mut bytes: Vec<u8>) -> Result<Self, TocError> {
         let head = *bytes.first_chunk::<HEAD>().ok_or(TocError::Format { what: WHAT })?;
         if &head[..8] != MAGIC || u32_at(&head, 8) != VERSION {
@@ -51,7 +53,7 @@ impl PackedToc {
         Ok(Self { head, body: bytes })
     }
 
-    /// The entries, one after another, in archive order.
+    /// Returns a reader of the entries, in archive order.
     pub fn entries(&self) -> Result<Entries<'_>, TocError> {
         let limits = Limits::default();
         let counts = [12, 16, 20].map(|at| self.count(at));
@@ -70,7 +72,7 @@ impl PackedToc {
         })
     }
 
-    /// Oddities of the tar that were tolerated.
+    /// Returns the oddities of the tar that the reader tolerated.
     pub fn warnings(&self) -> Result<Vec<String>, TocError> {
         let mut toc = Toc {
             device_size: self.device_size(),
@@ -84,7 +86,7 @@ impl PackedToc {
         Ok(toc.warnings)
     }
 
-    /// All of the table as values.
+    /// Returns the whole table as values.
     pub fn unpack(&self) -> Result<Toc, TocError> {
         let mut toc = Toc {
             device_size: self.device_size(),
@@ -121,7 +123,7 @@ fn corrupt(reason: &'static str) -> TocError {
 type Decoded<T> = Result<T, &'static str>;
 type Unfolded<'a> = BufReader<Take<zstd::Decoder<'a, &'a [u8]>>>;
 
-/// Reads the entries of a [`PackedToc`], see [`PackedToc::entries`].
+/// Reads the entries of a [`PackedToc`]; made by [`PackedToc::entries`].
 pub struct Entries<'a> {
     decoder: Decoder<Unfolded<'a>>,
     left: u32,
@@ -135,30 +137,31 @@ impl fmt::Debug for Entries<'_> {
     }
 }
 
-/// An entry while a table is read.
+/// An entry as [`Entries`] reads it.
 #[derive(Debug)]
 pub struct PackedEntry<'a> {
     /// See [`TocEntry::path`].
     pub path: &'a [u8],
-    /// What it is.
+    /// Type of the entry, and what belongs to the type.
     pub kind: EntryKind,
-    /// Mode, owner, time.
+    /// Mode, owner and time.
     pub meta: Metadata,
     /// Extended attributes, sorted by name.
     pub xattrs: &'a [AttributeRef],
 }
 
-/// An extended attribute while a table is read.
+/// An extended attribute as [`Entries`] reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AttributeRef {
-    /// One that came before: the first that was new has number 0, the next one 1, and so on.
+    /// An attribute that occurred before. The first new attribute of the table has number 0, the next new one 1, and
+    /// so on.
     Known(AttributeId),
-    /// One that did not.
+    /// An attribute that occurs for the first time.
     New(Attribute),
 }
 
 impl Entries<'_> {
-    /// The next entry, if there is one.
+    /// Returns the next entry, or `None` after the last one.
     #[allow(clippy::should_implement_trait)] // It lends.
     pub fn next(&mut self) -> Result<Option<PackedEntry<'_>>, TocError> {
         let Some(left) = self.left.checked_sub(1) else {
@@ -168,7 +171,7 @@ impl Entries<'_> {
         self.decoder.entry().map(Some).map_err(corrupt)
     }
 
-    /// What follows the entries.
+    /// Reads what follows the entries: extents, warnings and padding.
     fn rest(mut self, toc: &mut Toc, extents: u32, warnings: u32) -> Decoded<()> {
         let decoder = &mut self.decoder;
         let (mut tar, mut device) = (0u64, 0u64);
@@ -193,7 +196,7 @@ impl Entries<'_> {
     }
 }
 
-/// What a later entry may refer to, and what has to be known of it to check that.
+/// What the decoder keeps of an attribute to check later entries that refer to it.
 #[derive(Debug)]
 struct Known {
     name: Box<[u8]>,
@@ -206,10 +209,10 @@ pub(super) struct Decoder<R> {
     path: Vec<u8>,
     device: u64,
     device_size: u64,
-    /// Chunks that may still come; as many as entries, in all.
+    /// Chunks that may still come. In all there may be as many chunks as entries.
     pieces: usize,
     attributes: Vec<Known>,
-    /// Of the entry read last.
+    /// Attributes of the entry read last.
     xattrs: Vec<AttributeRef>,
 }
 
@@ -400,7 +403,8 @@ impl<R: BufRead> Decoder<R> {
         })
     }
 
-    /// A device offset with room for `used` bytes; the next one is expected `size` bytes on.
+    /// Reads a device offset and checks that `used` bytes fit behind it. The next offset is expected `size` bytes
+    /// further on.
     fn device(&mut self, size: u64, used: u64) -> Decoded<u64> {
         let device = self.device.wrapping_add_signed(self.signed()?);
         let end = device.checked_add(used);

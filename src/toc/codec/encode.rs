@@ -1,4 +1,4 @@
-//! Writing: entries are packed one by one, as they come.
+//! Writes packed tables of contents: the packer packs each entry as it comes.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -8,13 +8,14 @@ use crate::toc::{
     Attributes, DEVICE_BLOCK, DataLayout, EntryKind, Extent, FileData, Metadata, Toc, TocEntry, TocError,
 };
 
-/// The zstd level, which is the fastest. The usual one makes the table a few per cent smaller and takes three times as long.
+/// Level of zstd, the fastest of the regular ones. The default level makes the table a few per cent smaller and takes
+/// three times as long.
 const LEVEL: i32 = 1;
-/// Bytes collected before they are compressed.
+/// Bytes that the packer collects before it compresses them.
 const COLLECT: usize = 64 << 10;
 
 impl Toc {
-    /// The same table as bytes.
+    /// Returns the table as bytes.
     pub fn pack(&self) -> Result<PackedToc, TocError> {
         let mut packer = Packer::default();
         for entry in &self.entries {
@@ -24,11 +25,11 @@ impl Toc {
     }
 }
 
-/// A table being packed.
+/// A table that is being packed.
 #[derive(Default)]
 pub(in crate::toc) struct Packer {
     encoder: Encoder,
-    /// Begun when there is something to compress.
+    /// The compressor, made when there is something to compress.
     body: Option<zstd::Encoder<'static, Vec<u8>>>,
     entries: usize,
 }
@@ -43,12 +44,12 @@ impl fmt::Debug for Packer {
 }
 
 impl Packer {
-    /// Entries so far.
+    /// Returns the number of entries so far.
     pub fn len(&self) -> usize {
         self.entries
     }
 
-    /// Memory that grows with what is packed.
+    /// Returns the memory in bytes that grows with the packed entries.
     pub fn bytes(&self) -> usize {
         let packed = self.body.as_ref().map_or(0, |body| body.get_ref().len());
         packed + self.encoder.out.len() + self.encoder.attributes.bytes()
@@ -77,7 +78,7 @@ impl Packer {
     }
 
     fn seal(mut self, extents: &[Extent], warnings: &[String], device_size: u64) -> io::Result<PackedToc> {
-        // The numbers of attributes are settled, and their bytes are in the body.
+        // The attributes have their numbers, and their bytes are in the body, so the packer frees them.
         self.encoder.attributes = Attributes::default();
         let (mut tar, mut device) = (0, 0);
         for extent in extents {
@@ -129,7 +130,7 @@ pub(super) struct Encoder {
     path: Vec<u8>,
     device: u64,
     attributes: Attributes,
-    /// Bytes that have left `out`.
+    /// Number of bytes flushed from `out`.
     flushed: u64,
 }
 

@@ -1,4 +1,4 @@
-//! From the headers of an entry to the entry: what the flag means, which of the fields holds, how its content is mapped.
+//! Makes an entry from its headers: what the type flag means, which field counts, how the content is mapped.
 
 use super::{Pending, Sparse, State, TarReader, clip, pad, padding};
 use crate::toc::builder::{Content, Item};
@@ -10,7 +10,7 @@ use crate::toc::xattr::{self, Holder};
 use crate::toc::{DeviceNumber, EntryKind, Metadata};
 
 impl TarReader {
-    /// A header that describes an entry, together with the extended headers before it.
+    /// Handles a header that describes an entry, together with the extended headers before it.
     pub(super) fn entry(&mut self, header: Header<'_>, offset: u64, flag: u8) -> Result<(), TocError> {
         let Pending {
             pax,
@@ -22,7 +22,7 @@ impl TarReader {
         pax.sparse = pax.sparse.of_sparse_file();
         let regular = matches!(flag, b'0' | 0 | b'7');
         let real_name = pax.sparse.name.take().filter(|_| regular);
-        // Go's order, so that all engines agree: GNU.sparse.name, GNU long name, pax path, header.
+        // The order of Go's reader, so that all engines agree: GNU.sparse.name, GNU long name, pax path, header.
         let name = real_name
             .map(Vec::from)
             .or(long_name)
@@ -39,7 +39,7 @@ impl TarReader {
             return Ok(());
         }
         let item = self.item(&header, offset, flag, &mut pax)?;
-        // Types without data keep their size field for other things (hard links: the size of the target).
+        // Types without data use the size field for other things. In a hard link it is the size of the target.
         self.state = padding(0);
         match flag {
             b'1' | b'2' => {
@@ -75,7 +75,8 @@ impl TarReader {
     }
 
     fn pass_over(&mut self, flag: u8, size: u64) {
-        // M: rest of a file of another volume, V: volume label, N: old long names. Nobody misses those.
+        // M: rest of a file that began on another volume, V: volume label, N: old long names. These types need no
+        // warning.
         if !matches!(flag, b'M' | b'V' | b'N') {
             let name = shown(&self.name);
             self.builder
@@ -198,7 +199,7 @@ impl TarReader {
         Ok(taken)
     }
 
-    /// Content of `stored` bytes begins at the current position.
+    /// Begins content of `stored` bytes at the current position.
     fn begin_content(
         &mut self,
         item: Item,
@@ -274,7 +275,7 @@ impl TarReader {
             self.field(header, offset, Field::DEV_MAJOR)?,
             self.field(header, offset, Field::DEV_MINOR)?,
         );
-        // The lowest 12 and 20 bits are those that mknod(2) has room for.
+        // Keep the lowest 12 and 20 bits, for which mknod(2) has room.
         let number = DeviceNumber {
             major: (major & 0xfff) as u32,
             minor: (minor & 0xf_ffff) as u32,
@@ -302,8 +303,8 @@ impl TarReader {
         }
     }
 
-    /// A user or group, as chown(2) would take it from an engine that unpacks the layer: of larger and negative numbers the lowest
-    /// 32 bits, and 4294967295, which means "no change" there, leaves root.
+    /// Returns a user or group as chown(2) takes it from an engine that unpacks the layer. Of larger and negative
+    /// numbers only the lowest 32 bits count. 4294967295 means "no change" to chown(2), which leaves root.
     fn owner(&mut self, header: &Header<'_>, offset: u64, field: Field, pax: Option<i64>) -> Result<u32, TocError> {
         let id = match pax {
             Some(id) => id,

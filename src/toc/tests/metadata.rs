@@ -1,4 +1,4 @@
-//! Names, owners, times, device numbers and attributes, wherever a tar may say them.
+//! Tests of names, owners, times, device numbers and attributes, in every place where a tar can have them.
 
 use super::*;
 
@@ -83,7 +83,7 @@ fn pax_overrides_fields() {
 
 #[test]
 fn owners_and_device_numbers_out_of_range_are_what_engines_make_of_them() {
-    // Checked with podman 4.3, containerd 1.6 and umoci 0.4.
+    // Checked against podman 4.3, containerd 1.6 and umoci 0.4.
     for (id, owner) in [
         ("0", 0),
         ("+5", 5),
@@ -166,7 +166,7 @@ fn attributes_that_a_file_cannot_have_are_dropped() {
         );
         assert_eq!(toc.warnings.len(), 4 - kept.len(), "{:?}", toc.warnings);
     }
-    // Engines enforce what stands in SCHILY.xattr records and nothing else.
+    // Engines enforce only the access control lists of SCHILY.xattr records.
     let others = pax(&[
         (
             "SCHILY.acl.access",

@@ -7,7 +7,7 @@ use proptest::sample::select;
 use super::sparse::sparse_styles;
 use super::*;
 
-/// Parts of a tar that make sense, and some that do not.
+/// Generates parts of a tar, some valid and some not.
 fn part() -> impl Strategy<Value = Vec<u8>> {
     let name = select(vec![
         "a",
@@ -35,7 +35,7 @@ fn part() -> impl Strategy<Value = Vec<u8>> {
     });
     prop_oneof![
         5 => (name, flag, vec(any::<u8>(), 0..3000)).prop_map(|(name, flag, data)| {
-            // A payload of random bytes is no pax header; names are fine.
+            // Random bytes are not a valid pax header, but they can be a name.
             let data = if flag == b'x' { pax_record("SCHILY.xattr.user.r", &data) } else { data };
             let data: &[u8] = if flag == b'S' { b"" } else { &data };
             match flag {
@@ -58,7 +58,7 @@ fn tar() -> impl Strategy<Value = Vec<u8>> {
         .prop_map(|(parts, zeros)| [parts.concat(), vec![0; zeros]].concat())
 }
 
-/// Rough heap size of a table.
+/// Returns the rough heap size of a table.
 fn weight(toc: &Toc) -> usize {
     let xattrs = |e: &TocEntry| e.xattrs.iter().map(|(n, v)| 32 + n.len() + v.len()).sum::<usize>();
     let kind = |kind: &EntryKind| match kind {
@@ -122,7 +122,8 @@ proptest! {
                 let at = at.index(tar.len());
                 tar[at] ^= 1 << bit;
                 if sums {
-                    // Make the block a header again if it was one, or the checksum hides everything behind it.
+                    // Renew the checksum if the block was a header. Otherwise the reader refuses the block and never
+                    // sees the damage behind it.
                     let block = at / 512 * 512;
                     if let Some(block) = tar.get_mut(block..block + 512).filter(|b| b[148..152].is_ascii() && b[154] == 0) {
                         block[148..156].fill(b' ');
@@ -158,7 +159,7 @@ proptest! {
         prop_assert!(ExtentTable::open(table.as_slice()).is_err());
         prop_assert!(Toc::decode(&encoded[..at.index(encoded.len())]).is_err());
         prop_assert!(ExtentTable::open(&table[..at.index(table.len())]).is_err());
-        // A liar knows how to make a checksum.
+        // Anyone can compute a valid checksum, so the decoder has to check what a valid checksum covers.
         for bytes in [&mut encoded, &mut table] {
             let content = bytes.len() - 32;
             let hash = blake3::hash(&bytes[..content]);
@@ -248,7 +249,7 @@ fn kind() -> impl Strategy<Value = EntryKind> {
     ]
 }
 
-/// Any table that keeps the invariants.
+/// Generates any table that keeps the invariants.
 fn toc() -> impl Strategy<Value = Toc> {
     let meta = (
         0u16..0o10000,

@@ -1,10 +1,10 @@
-//! Sparse files in the four styles there are.
+//! Tests of sparse files in all four styles.
 
 use super::*;
 
 const PIECES: [(u64, u64); 3] = [(5000, 100), (7000, 8000), (39_999, 1)];
 
-/// The same sparse file in all four styles: headers, map, data.
+/// Makes the same sparse file in all four styles: headers, map, data.
 pub(super) fn sparse_styles(size: u64, pieces: &[(u64, u64)]) -> Vec<Vec<u8>> {
     let stored: u64 = pieces.iter().map(|p| p.1).sum();
     let data = vec![b'd'; stored as usize];
@@ -115,7 +115,7 @@ fn bad_sparse_maps() {
             assert!(matches!(error, TocError::BadSparse { .. }), "{style}: {error}");
         }
     }
-    // An exbibyte with one byte at its end: refused at once, in every style.
+    // A file of an exbibyte with one byte at its end is refused at once, in every style.
     for tar in sparse_styles((1 << 60) + 1, &[(1 << 60, 1)]).drain(1..) {
         let error = read(&[tar]).unwrap_err();
         assert_eq!(
@@ -127,13 +127,13 @@ fn bad_sparse_maps() {
             )
         );
     }
-    // Terabytes of addresses for few bytes: fine until the device is full.
+    // Few bytes may take terabytes of device addresses, until the device is full.
     let piece = |i: u64| sparse_styles(4 << 40, &[(i << 30, 1), ((4 << 40) - 1, 1)]).remove(2);
     let toc = read(&[piece(0), piece(1)]).unwrap();
     assert_eq!(toc.device_size, 16 << 30);
     let full: Vec<_> = (0..2000).map(piece).collect();
     assert!(matches!(read(&full), Err(TocError::TooLarge { .. })));
-    // What makes no sparse file of an entry does not count, as for the engines.
+    // Records that do not make the entry a sparse file do not count, as in the engines.
     let plain: [&[(&str, &[u8])]; 4] = [
         &[("GNU.sparse.major", b"2"), ("GNU.sparse.minor", b"0")],
         &[("GNU.sparse.major", b"1")],

@@ -1,13 +1,14 @@
-//! Making room: what no name leads to any more goes, and what stays moves together.
+//! Compaction: removes inodes without a name, and moves the others together.
 
 use super::{Arena, Full, Id, Kind, NONE, Text};
 
-/// Below so many bytes nothing is worth the work.
+/// Arenas of fewer bytes are not compacted, because the memory saved is not worth the time.
 const WORTH: usize = 8 << 20;
 
 impl Arena {
-    /// Makes room if that is worth the work. Ids change: only those of the tree at `root` are there afterwards, and the root
-    /// has the one that is returned.
+    /// Compacts the arena if the memory saved is worth the time: the arena is larger than `WORTH` and has doubled
+    /// since the last compaction. If the arena takes more than half of the allowance, growth by a quarter is enough.
+    /// Only inodes of the tree at `root` remain, and their ids change. Returns the new id of the root.
     pub fn compact_if_worth(&mut self, root: Id) -> Result<Id, Full> {
         let bytes = self.bytes();
         let crowded = bytes as u64 > self.charge.limit() / 2 && bytes > self.live + self.live / 4;
@@ -17,7 +18,7 @@ impl Arena {
         Ok(root)
     }
 
-    /// Makes room in any case.
+    /// Compacts the arena in any case; see [`Arena::compact_if_worth`].
     pub fn compact(&mut self, root: Id) -> Result<Id, Full> {
         let ids = self.reachable(root);
         self.names.retain(|dirent| {
@@ -32,7 +33,7 @@ impl Arena {
         let mut at = 0;
         let (mut end, mut map_bytes) = (0, 0);
         let mut maps = Vec::new();
-        // Targets stand in the order of inodes, so they only move towards the front.
+        // Link targets lie in the order of their inodes, so they only move towards the front.
         let Self {
             inodes,
             targets,
@@ -87,7 +88,7 @@ impl Arena {
         Ok(ids[root as usize])
     }
 
-    /// The new number of every inode: none for those that the tree at `root` does not have.
+    /// Returns the new number of every inode, or [`NONE`] for an inode that is not in the tree at `root`.
     fn reachable(&self, root: Id) -> Vec<Id> {
         let mut ids = vec![NONE; self.inodes.len()];
         ids[root as usize] = 0;

@@ -1,4 +1,5 @@
-//! Names in directories: a record for each, the bytes of all in one string, and a hash table over directory and name.
+//! Names in directories: a record for each name, one buffer with the bytes of all names, and a hash table by
+//! directory and name.
 
 use std::hash::BuildHasher as _;
 
@@ -7,20 +8,20 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use super::{Arena, Full, Id, Kind, NONE};
 use crate::memory::OverLimit;
 
-/// One name of one inode.
+/// One name of an inode.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::tree) struct Dirent {
-    /// The directory.
+    /// The directory that the name is in.
     pub dir: Id,
-    /// The inode; none if the name is gone.
+    /// The inode, or [`NONE`] once the name is removed.
     pub id: Id,
-    /// The next name of the directory.
+    /// Number of the directory's next name.
     pub next: u32,
     start: u32,
     len: u8,
 }
 
-/// A record, its place in the hash table, and its place in the finished tree.
+/// Memory in bytes that a name takes: its record, its place in the hash table, and its place in the finished tree.
 const DIRENT_BYTES: usize = size_of::<Dirent>() + 14;
 
 /// All names of an [`Arena`].
@@ -28,7 +29,7 @@ const DIRENT_BYTES: usize = size_of::<Dirent>() + 14;
 pub(in crate::tree) struct Names {
     pub dirents: Vec<Dirent>,
     pub text: Vec<u8>,
-    /// Numbers of dirents that are not gone.
+    /// Numbers of the dirents that are not removed.
     index: HashTable<u32>,
     hasher: DefaultHashBuilder,
 }
@@ -42,7 +43,7 @@ impl Names {
         &self.text[dirent.start as usize..][..dirent.len.into()]
     }
 
-    /// The dirent of `name` in `dir`.
+    /// Returns the number of the dirent of `name` in `dir`.
     pub fn find(&self, dir: Id, name: &[u8]) -> Option<u32> {
         let same = |number: &u32| {
             let dirent = &self.dirents[*number as usize];
@@ -69,17 +70,18 @@ impl Names {
         }
     }
 
-    /// Takes the name with this number, which is not gone yet, out of its directory.
+    /// Removes the name with this number, which must not be removed yet, from its directory.
     pub fn remove(&mut self, number: u32) {
         self.unindex(number);
         self.dirents[number as usize].id = NONE;
     }
 
-    /// Keeps only the names that `keep` wants, as it changes them, in their order.
+    /// Keeps only the names for which `keep` returns true, in their order. `keep` may change the dirents that it
+    /// keeps.
     pub fn retain(&mut self, mut keep: impl FnMut(&mut Dirent) -> bool) {
         let Self { dirents, text, .. } = self;
         let mut end = 0;
-        // The bytes of names stand in the order of dirents, so they only move towards the front.
+        // The bytes of names lie in the order of dirents, so they only move towards the front.
         dirents.retain_mut(|dirent| {
             if !keep(dirent) {
                 return false;
@@ -99,7 +101,7 @@ impl Names {
         }
     }
 
-    /// Adds a name without a look at what is there; its number.
+    /// Adds a name without checking for an existing one. Returns its number.
     pub fn append(&mut self, dir: Id, name: &[u8], id: Id) -> u32 {
         let number = self.dirents.len() as u32;
         self.dirents.push(Dirent {
@@ -113,7 +115,7 @@ impl Names {
         number
     }
 
-    /// Lets the hash table go: names are no longer looked up.
+    /// Frees the hash table. No name can be looked up afterwards.
     pub fn close(&mut self) {
         self.index = HashTable::new();
     }
@@ -133,7 +135,7 @@ impl Arena {
         }
     }
 
-    /// The first name in a directory.
+    /// Returns the number of a directory's first name, or [`NONE`].
     pub fn first(&self, dir: Id) -> u32 {
         match self.get(dir).kind {
             Kind::Directory { first, .. } => first,
@@ -141,7 +143,8 @@ impl Arena {
         }
     }
 
-    /// Gives `name` in the directory `dir` to `id`; the number of the name, and the inode that had it.
+    /// Binds `name` in the directory `dir` to `id`. Returns the number of the name, and the inode that had the name
+    /// before.
     pub fn bind(&mut self, dir: Id, name: &[u8], id: Id) -> Result<(u32, Option<Id>), Full> {
         if let Some(number) = self.names.find(dir, name) {
             let old = std::mem::replace(&mut self.names.dirents[number as usize].id, id);
@@ -158,14 +161,14 @@ impl Arena {
         Ok((number, None))
     }
 
-    /// Takes a name out of a directory, if it is there.
+    /// Removes a name from a directory, if it exists.
     pub fn unbind(&mut self, dir: Id, name: &[u8]) {
         if let Some(number) = self.names.find(dir, name) {
             self.names.remove(number);
         }
     }
 
-    /// Takes all names out of a directory.
+    /// Removes all names from a directory.
     pub fn clear(&mut self, dir: Id) {
         let mut next = std::mem::replace(self.first_mut(dir), NONE);
         while next != NONE {
@@ -179,7 +182,8 @@ impl Arena {
         }
     }
 
-    /// Moves a name, which must not be there yet, to the directory `dir`.
+    /// Moves a name to the directory `dir`, which must not have the name yet. The name list of its old directory is
+    /// invalid afterwards.
     pub fn move_name(&mut self, number: u32, dir: Id) {
         self.names.unindex(number);
         let next = std::mem::replace(self.first_mut(dir), number);

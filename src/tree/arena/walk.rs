@@ -1,27 +1,28 @@
-//! Paths among the inodes, with and without symlinks on the way.
+//! Walking paths among the inodes, with and without following symlinks.
 
 use std::borrow::Cow;
 
 use super::{Arena, Full, Id, Kind};
 
-/// Symlinks followed in one path before it counts as a loop, as in Linux (`MAXSYMLINKS`).
+/// Most symlinks followed in one path before it counts as a loop, as in Linux (`MAXSYMLINKS`).
 const MAX_SYMLINKS: u32 = 40;
 
-/// Longest path, as in Linux (`PATH_MAX`).
+/// Longest path in bytes, as in Linux (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 
-/// Longest name, as in Linux (`NAME_MAX`).
+/// Longest name in bytes, as in Linux (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 
 impl Arena {
-    /// The directory at `path`, if nothing but directories leads to it.
+    /// Returns the directory at `path`, if all components of the path are directories.
     pub fn directory_at(&self, root: Id, path: &[u8]) -> Option<Id> {
         components(path)
             .try_fold(root, |at, name| self.child(at, name))
             .filter(|id| self.is_directory(*id))
     }
 
-    /// The directory at `path`, made where missing and put in the place of whatever else was there.
+    /// Returns the directory at `path`. Makes missing directories, and replaces anything on the path that is no
+    /// directory.
     pub fn make_directories(&mut self, root: Id, path: &[u8], born: u32) -> Result<Id, Full> {
         let mut at = root;
         for name in components(path) {
@@ -37,7 +38,8 @@ impl Arena {
         Ok(at)
     }
 
-    /// What stops the walk along the directory path `path`: the first name on it that is something else than a directory.
+    /// Returns the first inode on the directory path `path` that is no directory; `None` if the walk meets only
+    /// directories, or a missing name.
     pub fn obstacle(&self, root: Id, path: &[u8]) -> Option<Id> {
         let mut at = root;
         for name in components(path) {
@@ -49,7 +51,8 @@ impl Arena {
         None
     }
 
-    /// Spells the directory path `path` without the symlinks that stand at `root` and below. What does not exist is kept as it is.
+    /// Returns the directory path `path` without symlinks of the tree at `root`. Components that do not exist stay as
+    /// they are.
     pub fn follow<'a>(&'a self, root: Id, path: &'a [u8]) -> Result<Cow<'a, [u8]>, &'static str> {
         if self.directory_at(root, path).is_some() {
             return Ok(Cow::Borrowed(path));
@@ -92,7 +95,8 @@ impl Arena {
         Ok(Cow::Owned(joined))
     }
 
-    /// What `path` names in the tree at `root`, following symlinked parents.
+    /// Returns the inode at `path` in the tree at `root`. Follows symlinks in the parents, but not in the last
+    /// component.
     pub fn lookup(&self, root: Id, path: &[u8]) -> Result<Option<Id>, &'static str> {
         let (parent, name) = split(path);
         if name.is_empty() {
@@ -110,7 +114,7 @@ impl Arena {
     }
 }
 
-/// Parent and last component of a canonical path.
+/// Splits a canonical path into parent and last component.
 pub(in crate::tree) fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),

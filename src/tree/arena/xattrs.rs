@@ -1,4 +1,4 @@
-//! Sets of extended attributes: each attribute and each set is kept once, however many inodes have it.
+//! Sets of extended attributes. Each attribute and each set is stored once, however many inodes have it.
 
 use std::hash::BuildHasher as _;
 
@@ -8,23 +8,23 @@ use super::Full;
 use crate::memory::OverLimit;
 use crate::toc::{AttributeId, Attributes};
 
-/// Number of a set.
+/// Number of a set within its [`Sets`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::tree) struct SetId(pub u32);
 
 impl SetId {
-    /// No attributes.
+    /// The empty set.
     pub const EMPTY: Self = Self(0);
 }
 
-/// What a set takes beside its list.
+/// Memory in bytes that a set takes in addition to its list.
 const OVERHEAD: usize = 48;
 
 /// All sets of an arena.
 #[derive(Debug)]
 pub(in crate::tree) struct Sets {
     pub attributes: Attributes,
-    /// The first one is empty.
+    /// Attributes of each set. The first set is empty.
     list: Vec<Box<[AttributeId]>>,
     index: HashTable<u32>,
     hasher: DefaultHashBuilder,
@@ -52,7 +52,7 @@ impl Sets {
         &self.list[set.0 as usize]
     }
 
-    /// The set of these attributes, which are sorted by name.
+    /// Returns the set of these attributes, which are sorted by name. Adds the set if it is new.
     pub fn intern(&mut self, attributes: &[AttributeId]) -> Result<SetId, Full> {
         if attributes.is_empty() {
             return Ok(SetId::EMPTY);
@@ -77,7 +77,8 @@ impl Sets {
         self.list_bytes += size_of_val(&*self.list[set as usize]) + OVERHEAD;
     }
 
-    /// Keeps only the sets that `used` says, which has a value for each; the new numbers.
+    /// Keeps only the sets that `used` marks; `used` has one value for each set. Returns the new number of each kept
+    /// set, by its old number.
     pub fn retain(&mut self, used: &[bool]) -> Vec<SetId> {
         let mut used_attributes = vec![false; self.attributes.len()];
         let mut numbers = vec![SetId::EMPTY; self.list.len()];

@@ -1,6 +1,7 @@
-//! Hard links of a layer: which inode each means, and what they change about it.
+//! Hard links of a layer: which inode each link means, and what the link changes about the inode.
 //!
-//! A link may come before its target, and mean something in a lower layer. Until the layer ends such a link has a pending inode.
+//! A link may come before its target, and its target may be in a lower layer. Until the layer ends, such a link has a
+//! pending inode.
 
 use std::collections::HashSet;
 
@@ -9,21 +10,21 @@ use crate::toc::{AttributeId, Metadata, PackedEntry, chmod_acl};
 use crate::tree::TreeError;
 use crate::tree::arena::{Arena, Id, Kind, NONE, SetId, WHITEOUT};
 
-/// A hard link entry and what it is bound to.
+/// A hard link entry and the inode it is bound to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Link {
-    /// Number of the entry.
+    /// Number of the link's entry.
     entry: u32,
-    /// Number of its name.
+    /// Number of the link's name.
     dirent: u32,
-    /// The inode, perhaps a pending one.
+    /// The inode, possibly a pending one.
     id: Id,
     meta: Metadata,
     xattrs: SetId,
 }
 
 impl Upper<'_> {
-    /// Gives an entry's name to what its hard link means, or to a pending inode if that was not read yet.
+    /// Binds an entry's name to the target of its hard link, or to a pending inode if the target is unknown so far.
     pub(super) fn hardlink(&mut self, number: u32, entry: &PackedEntry<'_>, target: &[u8]) -> Result<(), TreeError> {
         let xattrs = self.set(entry.path)?;
         let id = match self.find(target)? {
@@ -47,14 +48,15 @@ impl Upper<'_> {
         self.cover(size_of::<Link>(), entry.path)
     }
 
-    /// What the target `target` names, whose path without symlinks of this layer is `path`, below this layer.
+    /// Returns what the hard link target `target` names in lower layers. `path` is the target without symlinks of
+    /// this layer.
     fn find_lower(&self, lower: Id, path: &[u8], target: &[u8]) -> Result<Option<Id>, TreeError> {
         self.arena
             .lookup(lower, path)
             .map_err(|reason| self.unfollowable(target, reason))
     }
 
-    /// Binds the hard links that were read before their target, and applies the metadata of all of them.
+    /// Binds the hard links that came before their target. Applies the metadata of all hard links afterwards.
     pub(super) fn settle_links(&mut self, lower: Id) -> Result<(), TreeError> {
         let hides = std::mem::take(&mut self.hides);
         self.bind_links(lower, &hides)?;
@@ -75,7 +77,8 @@ impl Upper<'_> {
                 None => {
                     let path = self.canonical(name)?;
                     if deleted.get_or_insert_with(|| whiteouts(hides)).contains(&path[..]) {
-                        // Another name of what the layer deletes is deleted too: the engines link it to the whiteout.
+                        // The target is deleted by this layer, so the link hides its own name too: the engines link
+                        // it to the whiteout.
                         self.arena.get_mut(id).kind = Kind::CharDevice(WHITEOUT);
                         continue;
                     }
@@ -95,7 +98,8 @@ impl Upper<'_> {
     }
 
     fn apply_links(&mut self) -> Result<(), TreeError> {
-        // Inodes whose attributes links add to or change, each with the link: its set is complete when all of them are applied.
+        // Inodes whose attributes change, each with the link that changes them. The set of an inode is complete once
+        // all its links are applied.
         let mut changed: Vec<(Id, u32)> = Vec::new();
         for link in 0..self.links.len() {
             let Link {
@@ -126,7 +130,7 @@ impl Upper<'_> {
                 }
             }
         }
-        // One set at a time; the links of an inode stay in their order.
+        // Handle one set at a time. The stable sort keeps the links of an inode in their order.
         changed.sort_by_key(|&(id, _)| id);
         for links in changed.chunk_by(|a, b| a.0 == b.0) {
             let (id, _) = links[0];
@@ -135,7 +139,7 @@ impl Upper<'_> {
                 let Link { meta, xattrs, .. } = self.links[link as usize];
                 chmod(self.arena, &mut set, meta.mode);
                 set_xattrs(self.arena, &mut set, xattrs);
-                // What chmod makes of lists of access control is new text.
+                // chmod may make new values of access control lists, which take memory.
                 self.cover(0, b"")?;
             }
             let set = self.arena.sets.intern(&set);
@@ -145,7 +149,8 @@ impl Upper<'_> {
         Ok(())
     }
 
-    /// The inode a perhaps pending one stands for; chains are shortened on the way, so that long ones cost little.
+    /// Returns the inode that a possibly pending one stands for. Shortens chains of pending inodes on the way, so
+    /// that long chains cost little.
     fn settled(&mut self, entry: u32, id: Id) -> Result<Id, TreeError> {
         let mut chain = 0;
         let mut end = id;
@@ -184,7 +189,7 @@ impl Upper<'_> {
     }
 }
 
-/// Paths that the layer's whiteouts hide.
+/// Returns the paths that the layer's whiteouts hide.
 fn whiteouts(hides: &[Hide]) -> HashSet<&[u8]> {
     let paths = hides.iter().filter_map(|hide| match hide {
         Hide::Whiteout(path) => Some(&path[..]),
@@ -193,7 +198,7 @@ fn whiteouts(hides: &[Hide]) -> HashSet<&[u8]> {
     paths.collect()
 }
 
-/// Does to an access control list among the attributes what chmod(2) does.
+/// Changes an access control list among the attributes as chmod(2) would.
 fn chmod(arena: &mut Arena, set: &mut [AttributeId], mode: u16) {
     for id in set {
         let (name, value) = arena.sets.attributes.get(*id);
@@ -204,7 +209,7 @@ fn chmod(arena: &mut Arena, set: &mut [AttributeId], mode: u16) {
     }
 }
 
-/// Sets attributes as setxattr(2) would: those not named stay.
+/// Sets attributes as setxattr(2) would: attributes with other names stay.
 fn set_xattrs(arena: &Arena, set: &mut Vec<AttributeId>, new: SetId) {
     let name = |id: &AttributeId| arena.sets.attributes.get(*id).0;
     for id in arena.set(new) {

@@ -1,4 +1,4 @@
-//! Hard links: to lower layers, before their target, to what is deleted, and to nothing.
+//! Hard links to lower layers, to later entries, to deleted paths, and to nothing.
 
 use super::*;
 
@@ -18,7 +18,7 @@ fn row_12_name_rebound_after_a_hardlink() {
 
 #[test]
 fn hard_links_to_a_whiteout_device_are_whiteouts() {
-    // busybox tar writes an overlay's upper directory like that: all its whiteouts are one inode.
+    // busybox tar writes an overlay's upper directory in this way: all its whiteouts are one inode.
     View::over_base(vec![
         white_device("f"),
         link("g", "f"),

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use tokio::net::TcpSocket;
 
-/// A loopback port at which nothing listens: a bound socket keeps everybody else from it for as long as this lives.
+/// A loopback port at which nothing listens. Its bound socket keeps other programs from the port until it is dropped.
 pub struct ClosedPort(TcpSocket);
 
 impl ClosedPort {

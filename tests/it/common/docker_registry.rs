@@ -1,4 +1,4 @@
-//! A real `docker-registry` process on an ephemeral port, in a temporary directory, killed when dropped.
+//! A real `docker-registry` process on an ephemeral port, in a temporary directory. Dropping it kills the process.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
@@ -6,24 +6,24 @@ use std::process::{Child, Command, Stdio};
 
 use super::ocifs::eventually;
 
-/// How the registry is set up.
+/// Settings of the registry.
 #[derive(Debug, Clone, Default)]
 pub struct Setup {
-    /// Certificate and key of the server, PEM.
+    /// Certificate and key of the server, in PEM.
     pub tls: Option<(PathBuf, PathBuf)>,
-    /// User and password for Basic.
+    /// User and password for Basic authentication.
     pub login: Option<(String, String)>,
     /// Token authentication.
     pub token: Option<TokenSetup>,
 }
 
-/// The token server a registry trusts.
+/// The token server that a registry trusts.
 #[derive(Debug, Clone)]
 pub struct TokenSetup {
     pub realm: String,
     pub service: String,
     pub issuer: String,
-    /// Certificate the tokens are signed with, PEM.
+    /// Certificate with whose key the tokens are signed, in PEM.
     pub certificate: PathBuf,
 }
 
@@ -35,7 +35,7 @@ pub struct DockerRegistry {
 }
 
 impl DockerRegistry {
-    /// Starts it and waits until it listens.
+    /// Starts the registry and waits until it listens.
     pub fn start(setup: &Setup) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("config.yml");
@@ -63,12 +63,12 @@ impl DockerRegistry {
         registry
     }
 
-    /// `127.0.0.1:port`.
+    /// Returns the address, as `127.0.0.1:port`.
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// What it has logged, requests included.
+    /// Returns the registry's log, with its requests.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
@@ -81,10 +81,10 @@ impl Drop for DockerRegistry {
     }
 }
 
-/// The TCP port a process listens on.
+/// Returns the TCP port that a process listens on.
 pub fn listening_port(pid: u32) -> Option<u16> {
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    // `socket:[INODE]`
+    // Each link is `socket:[INODE]`.
     let sockets: Vec<String> = descriptors
         .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
         .filter_map(|target| {
@@ -135,7 +135,7 @@ fn configuration(setup: &Setup, directory: &Path) -> String {
     text
 }
 
-/// Copies an image with skopeo, an independent client; `arguments` come before source and destination.
+/// Copies an image with skopeo, an independent client. `arguments` come before source and destination.
 pub fn skopeo_copy(arguments: &[&str], from: &str, to: &str) {
     let output = Command::new("skopeo")
         .args(["--insecure-policy", "copy", "--quiet"])
@@ -150,7 +150,8 @@ pub fn skopeo_copy(arguments: &[&str], from: &str, to: &str) {
     );
 }
 
-/// Certificate and key for 127.0.0.1 and registry.test, signed by an authority of its own: (authority, certificate, key).
+/// Makes a certificate and key for 127.0.0.1 and registry.test, signed by a new authority. Returns the paths of
+/// authority, certificate and key.
 pub fn certificates(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
     let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
     parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);

@@ -1,4 +1,4 @@
-//! Layers and images for tests that mount: small tars, their compressions, and pushing them to a registry.
+//! Layers and images for tests that mount: makes small tars, compresses them, and pushes them to a registry.
 #![allow(dead_code)]
 
 use std::io::Write as _;
@@ -7,7 +7,7 @@ use ocifs::oci::Digest;
 
 use super::registry::{MANIFEST, TestRegistry, architecture};
 
-/// A tar being written.
+/// A tar that is being written.
 pub struct Tar(Vec<u8>);
 
 impl Tar {
@@ -15,7 +15,7 @@ impl Tar {
         Self(Vec::new())
     }
 
-    /// An entry with this header (its checksum is made here) and content.
+    /// Adds an entry with this header and content. The header's checksum is computed here.
     pub fn raw(mut self, mut header: tar::Header, content: &[u8]) -> Self {
         header.set_cksum();
         self.0.extend_from_slice(header.as_bytes());
@@ -24,15 +24,15 @@ impl Tar {
         self
     }
 
-    /// A pax header for the next entry.
+    /// Adds a pax header for the next entry.
     pub fn pax(self, records: &[(&str, &[u8])]) -> Self {
         let mut builder = tar::Builder::new(self.0);
         builder.append_pax_extensions(records.iter().copied()).unwrap();
-        // Without the end mark that finishing the archive would add.
+        // Takes the buffer without the end mark that finishing the archive would add.
         Self(std::mem::take(builder.get_mut()))
     }
 
-    /// A sparse file (GNU.sparse 1.0 of pax) of `size` bytes, most of them zeros, with these runs of content.
+    /// Adds a sparse file (GNU.sparse 1.0 of pax) of `size` bytes. It has these runs of content; the rest is zeros.
     pub fn sparse(self, name: &str, size: u64, runs: &[(u64, &[u8])]) -> Self {
         let mut content = format!("{}\n", runs.len()).into_bytes();
         for (offset, run) in runs {
@@ -68,14 +68,14 @@ impl Tar {
         self.raw(header, b"")
     }
 
-    /// The archive, with its end mark.
+    /// Returns the archive with its end mark.
     pub fn finish(mut self) -> Vec<u8> {
         self.0.resize(self.0.len() + 1024, 0);
         self.0
     }
 }
 
-/// A ustar header of an entry of root's from 2001.
+/// Returns a ustar header of an entry that root owns, from 2001.
 pub fn header(name: &[u8], kind: tar::EntryType, mode: u32, size: u64) -> tar::Header {
     let mut header = tar::Header::new_ustar();
     header.as_old_mut().name[..name.len()].copy_from_slice(name);
@@ -88,7 +88,7 @@ pub fn header(name: &[u8], kind: tar::EntryType, mode: u32, size: u64) -> tar::H
     header
 }
 
-/// Reproducible bytes that compress to about half: hex digits of a xorshift sequence.
+/// Returns reproducible bytes that compress to about half: hex digits of a xorshift sequence.
 pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(length + 16);
@@ -104,7 +104,7 @@ pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// A layer as a registry has it.
+/// A layer as a registry stores it.
 #[derive(Clone)]
 pub struct Blob {
     pub bytes: Vec<u8>,
@@ -143,13 +143,13 @@ impl Blob {
         Digest::of(&self.bytes)
     }
 
-    /// Part of the target of every request for this layer.
+    /// Returns a part of the target of every request for this layer.
     pub fn path(&self) -> String {
         format!("/blobs/{}", self.digest())
     }
 }
 
-/// The config of an image of these layers.
+/// Returns the config of an image with these layers.
 pub fn config(layers: &[Blob]) -> serde_json::Value {
     serde_json::json!({
         "architecture": architecture(), "os": "linux", "config": {"Cmd": ["/bin/sh"]},
@@ -157,12 +157,12 @@ pub fn config(layers: &[Blob]) -> serde_json::Value {
     })
 }
 
-/// A descriptor of these bytes.
+/// Returns a descriptor of these bytes.
 pub fn descriptor(media_type: &str, bytes: &[u8]) -> serde_json::Value {
     serde_json::json!({"mediaType": media_type, "digest": Digest::of(bytes).to_string(), "size": bytes.len()})
 }
 
-/// The manifest of an image with this config.
+/// Returns the manifest of an image with this config and these layers.
 pub fn manifest(config: &[u8], layers: &[Blob]) -> serde_json::Value {
     serde_json::json!({
         "schemaVersion": 2, "mediaType": MANIFEST,
@@ -171,12 +171,12 @@ pub fn manifest(config: &[u8], layers: &[Blob]) -> serde_json::Value {
     })
 }
 
-/// Puts an image of these layers into the registry: digest of its manifest.
+/// Pushes an image of these layers to the registry. Returns the digest of its manifest.
 pub fn push(registry: &TestRegistry, repository: &str, tag: &str, layers: &[Blob]) -> Digest {
     push_with(registry, repository, tag, layers, &config(layers))
 }
 
-/// The same with a config of the caller's.
+/// Pushes an image as [`push`] does, with the caller's config.
 pub fn push_with(
     registry: &TestRegistry,
     repository: &str,

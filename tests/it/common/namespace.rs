@@ -1,7 +1,8 @@
-//! Mount namespaces of tests.
+//! Mount namespaces for tests.
 //!
-//! A new namespace has a copy of every mount, also of those that tests at its side have made. Such a copy keeps a mount alive
-//! that its test takes down. So whoever makes a namespace takes the copies of others down in it.
+//! A new namespace has a copy of every mount, including mounts of tests that run at the same time. Such a copy keeps
+//! a mount alive after its test has taken it down. So every test that makes a namespace takes down the copies of
+//! other tests' mounts in it.
 
 use std::fs;
 use std::path::Path;
@@ -9,11 +10,11 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-/// What the paths of all mount points of tests contain, see [`super::ocifs::mountpoint`].
+/// Text that the paths of all mount points of tests contain, see [`super::ocifs::mountpoint`].
 const MOUNTPOINTS: &str = "/ocifs-mnt-";
 
-/// A function for shell scripts that run in a namespace of their own: `leave_others MOUNTPOINT` takes down the mounts of tests,
-/// but for those at or below that path.
+/// A function for shell scripts that run in a namespace of their own. `leave_others MOUNTPOINT` takes down the mounts
+/// of tests, but for those at or below that path.
 pub const LEAVE_OTHERS: &str = r#"
 leave_others() {
     cut -d ' ' -f 5 /proc/self/mountinfo | grep -F /ocifs-mnt- | tac | while read -r other; do
@@ -22,7 +23,8 @@ leave_others() {
 }
 "#;
 
-/// Runs `body` in namespaces of its own, of mounts and what `flags` says, where `hosts` is `/etc/hosts`.
+/// Runs `body` in a mount namespace of its own, and in the further namespaces that `flags` names. `hosts` is the
+/// content of `/etc/hosts` there.
 pub fn with_hosts(hosts: &str, flags: CloneFlags, body: impl FnOnce() + Send) {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), hosts).unwrap();
@@ -43,7 +45,7 @@ pub fn with_hosts(hosts: &str, flags: CloneFlags, body: impl FnOnce() + Send) {
         mount(Some(file.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
         body();
     };
-    // A thread of its own, because the namespaces are the thread's and a test may share one with others.
+    // Uses a new thread, because a namespace belongs to a thread. A test may share its thread with other tests.
     std::thread::scope(|scope| {
         if let Err(panic) = scope.spawn(inside).join() {
             std::panic::resume_unwind(panic);

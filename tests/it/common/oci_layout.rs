@@ -1,4 +1,4 @@
-//! Images as OCI layouts: a source that needs no registry.
+//! Writes images as OCI layouts: a source that needs no registry.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use ocifs::oci::Digest;
 use super::layers::{Blob, config, descriptor, manifest};
 use super::registry::MANIFEST;
 
-/// Writes an image of these layers as the layout `directory`: how ocifs names it.
+/// Writes an image of these layers as the layout `directory`. Returns the name of the image for ocifs.
 pub fn write(directory: &Path, layers: &[Blob]) -> String {
     let blobs = directory.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();

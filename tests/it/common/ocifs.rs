@@ -1,4 +1,4 @@
-//! The real program with a store of its own, and real mounts. Needs root and /dev/fuse.
+//! Runs the real program with a store of its own, and makes real mounts. Needs root and /dev/fuse.
 #![allow(dead_code)]
 
 use std::ffi::{OsStr, OsString};
@@ -12,10 +12,11 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// How long anything that must happen may take on a busy machine.
+/// Time within which an awaited event must happen, also on a busy machine. A larger value makes failing tests slower;
+/// a smaller one makes tests fail on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Polls until `done`, at most for [`PATIENCE`].
+/// Polls until `done` returns true. Panics after [`PATIENCE`].
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
@@ -24,7 +25,7 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// What a command said.
+/// Exit status and output of a command.
 #[derive(Debug)]
 pub struct Said {
     pub code: Option<i32>,
@@ -95,7 +96,7 @@ pub fn wait(child: &mut Child, what: &str) -> std::process::ExitStatus {
     }
 }
 
-/// Runs a program that must succeed: its standard output.
+/// Runs a program that must succeed. Returns its standard output.
 pub fn tool<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> Vec<u8> {
     let said = bounded(Command::new(program).args(arguments));
     assert_eq!(said.code, Some(0), "{program}: {said:?}");
@@ -106,7 +107,7 @@ pub fn send(pid: u32, signal: Signal) {
     kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
 }
 
-/// Whether a process is there and no zombie.
+/// Returns whether a process exists and is not a zombie.
 pub fn alive(pid: u32) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return false;
@@ -115,7 +116,7 @@ pub fn alive(pid: u32) -> bool {
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Type of the file system mounted at exactly `path`, as this thread sees it.
+/// Returns the type of the file system that is mounted at exactly `path`, as this thread sees it.
 pub fn mounted_type(path: &Path) -> Option<String> {
     let table = std::fs::read("/proc/thread-self/mountinfo").unwrap();
     let table = String::from_utf8_lossy(&table);
@@ -123,17 +124,18 @@ pub fn mounted_type(path: &Path) -> Option<String> {
     line.split_once(" - ")?.1.split(' ').next().map(str::to_owned)
 }
 
-/// The program, with nothing of how this machine and its user are set up: an empty configuration file, no environment.
+/// Returns the program without any settings of this machine and its user: an empty configuration file and no
+/// environment.
 pub fn program(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ocifs"));
     isolate(&mut command, home);
-    // Where a test names a file, that one counts.
+    // A test's `--config` argument overrides the variable.
     command.env("OCIFS_CONFIG", "/dev/null");
     command
 }
 
-/// Takes all variables but the search path away, and makes `home` the only place for credential files (but for
-/// /run/containers, which no variable moves).
+/// Removes all environment variables but the search path. Makes `home` the only place for credential files, except
+/// for /run/containers, which no variable moves.
 pub fn isolate(command: &mut Command, home: &Path) {
     command.env_clear().env("HOME", home);
     if let Some(path) = std::env::var_os("PATH") {
@@ -169,13 +171,13 @@ impl Ocifs {
         Self::new().options(options)
     }
 
-    /// With these options of all its commands.
+    /// Adds options to all commands.
     pub fn options(mut self, options: &[&str]) -> Self {
         self.options.extend(options.iter().map(|&o| o.to_owned()));
         self
     }
 
-    /// With its store in this place.
+    /// Creates an instance with its store at this path.
     pub fn at(store: &Path) -> Self {
         Self {
             store: store.to_owned(),
@@ -183,7 +185,7 @@ impl Ocifs {
         }
     }
 
-    /// With this variable in the environment of its commands.
+    /// Adds a variable to the environment of all commands.
     pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.environment.push((name.to_owned(), value.into()));
         self
@@ -193,7 +195,7 @@ impl Ocifs {
         &self.store
     }
 
-    /// Home directory of the commands, without any login.
+    /// Returns the home directory of the commands. It has no logins.
     pub fn home(&self) -> &Path {
         self.directory.path()
     }
@@ -209,8 +211,8 @@ impl Ocifs {
         command
     }
 
-    /// A command that SIGINT ends as it does at a terminal: a shell that started the tests in the background has them
-    /// ignore it, and what they start would inherit that.
+    /// Returns a command that SIGINT ends as at a terminal. A shell that starts the tests in the background makes
+    /// them ignore SIGINT, and their children would inherit that.
     pub fn interruptible<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let direct = self.command(arguments);
         let mut command = Command::new("env");
@@ -229,14 +231,14 @@ impl Ocifs {
         bounded(&mut self.command(arguments))
     }
 
-    /// A command that must succeed.
+    /// Runs a command that must succeed.
     pub fn ok<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Said {
         let said = self.run(arguments);
         assert_eq!(said.code, Some(0), "{said:?}");
         said
     }
 
-    /// A command that must fail with exit status 1 and one line on standard error: that line.
+    /// Runs a command that must fail with exit status 1 and one line on standard error. Returns that line.
     pub fn fails<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
         let said = self.run(arguments);
         assert_eq!(said.code, Some(1), "{said:?}");
@@ -247,19 +249,19 @@ impl Ocifs {
         line.to_owned()
     }
 
-    /// One with a fresh store that has the index and the tree of an image, and no data of it.
+    /// Creates an instance with a new store that has the index and the tree of an image, and none of its data.
     pub fn knowing(image: &str) -> Self {
         Self::new().learns(image)
     }
 
-    /// The same with this store.
+    /// Adds the index and the tree of an image to this store, as [`Ocifs::knowing`] does, and drops all cached data.
     pub fn learns(self, image: &str) -> Self {
         drop(self.mount_with(image, &["--wait", "ready", "--prefetch", "none"]));
         self.ok(["cache", "drop"]);
         self
     }
 
-    /// Mounts on a fresh directory and waits for the tree.
+    /// Mounts an image on a new directory and waits for the tree.
     pub fn mount(&self, image: &str) -> Mounted {
         self.mount_with(image, &["--wait", "ready"])
     }
@@ -279,7 +281,7 @@ impl Ocifs {
         }
     }
 
-    /// A mount that must fail, and leave nothing: the error.
+    /// Mounts an image; the mount must fail and leave nothing. Returns the error.
     pub fn mount_fails(&self, image: &str, options: &[&str]) -> String {
         let directory = mountpoint();
         let path = directory.path().to_str().unwrap();
@@ -296,19 +298,19 @@ impl Ocifs {
     }
 }
 
-/// An empty directory to mount on, its path without symlinks.
+/// Creates an empty directory to mount on. Its path has no symbolic links.
 pub fn mountpoint() -> TempDir {
     let base = std::env::temp_dir().canonicalize().unwrap();
     tempfile::Builder::new().prefix("ocifs-mnt-").tempdir_in(base).unwrap()
 }
 
-/// Directory of the registration of a mount point.
+/// Returns the directory of the registration of a mount point.
 pub fn registration(mountpoint: &Path) -> PathBuf {
     let hash = blake3::hash(mountpoint.as_os_str().as_encoded_bytes()).to_hex();
     Path::new("/run/ocifs").join(&hash[..16])
 }
 
-/// A mount, taken down when dropped.
+/// A mount. Dropping it takes the mount down.
 pub struct Mounted {
     directory: TempDir,
     home: PathBuf,
@@ -328,14 +330,14 @@ impl Mounted {
         std::fs::read(self.join(name)).unwrap_or_else(|e| panic!("{name}: {e}; log: {}", self.log()))
     }
 
-    /// Makes the kernel forget a file's pages, so that the next read reaches the process.
+    /// Makes the kernel drop a file's pages, so that the next read reaches the process.
     pub fn forget(&self, name: &str) {
         let file = std::fs::File::open(self.join(name)).unwrap();
         let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
         nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
     }
 
-    /// The errno that reading a file gives.
+    /// Reads a file, which must fail. Returns the errno.
     pub fn read_error(&self, name: &str) -> i32 {
         match std::fs::read(self.join(name)) {
             Ok(bytes) => panic!("{name}: {} bytes instead of an error", bytes.len()),
@@ -355,7 +357,7 @@ impl Mounted {
         bounded(program(&self.home).arg("umount").args(options).arg(self.path()))
     }
 
-    /// Directory of the registration.
+    /// Returns the directory of the registration.
     pub fn registration(&self) -> PathBuf {
         registration(self.path())
     }
@@ -364,7 +366,7 @@ impl Mounted {
         std::fs::read_to_string(self.registration().join("log")).unwrap_or_default()
     }
 
-    /// Nothing of it is left: no mount, no process, no registration.
+    /// Waits until nothing of the mount is left: no mount, no process, no registration.
     pub fn assert_gone(&self) {
         eventually("the mount is gone", || mounted_type(self.path()).is_none());
         eventually("the process ends", || !alive(self.pid));
@@ -381,7 +383,7 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         if mounted_type(self.path()).is_some() || self.registration().exists() {
             let said = self.umount(&["--lazy"]);
-            // It may have ended by itself while it was asked.
+            // The mount may have ended by itself during the request.
             let ended = mounted_type(self.path()).is_none() && !self.registration().exists();
             if !std::thread::panicking() && !ended {
                 assert_eq!(said.code, Some(0), "{said:?}");
@@ -398,7 +400,7 @@ impl Drop for Mounted {
     }
 }
 
-/// A tmpfs of a given size, unmounted when dropped.
+/// A tmpfs of a given size. Dropping it unmounts it.
 pub struct Tmpfs(TempDir);
 
 impl Tmpfs {

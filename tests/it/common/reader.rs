@@ -1,4 +1,4 @@
-//! Processes that read a file in all the ways there are, and say how long that took.
+//! Processes that read a file in one of several ways and report how long that took.
 #![allow(dead_code)]
 
 use std::io::Read as _;
@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::ocifs::wait;
 
-/// The script says when it begins, so that the time is that of the access and not that of starting an interpreter.
+/// The script reports when it begins. So the measured time is that of the access, without the start of the
+/// interpreter.
 const SCRIPT: &str = r#"
 import mmap, os, signal, sys, time
 how, path = sys.argv[1], sys.argv[2]
@@ -37,7 +38,7 @@ else: os.pread(f, 100, 70000)
 print("read", flush=True)
 "#;
 
-/// A way to read.
+/// Names of all ways to read.
 pub const WAYS: [&str; 8] = [
     "pread", "random", "mmap", "sendfile", "splice", "exec", "direct", "whole",
 ];
@@ -48,12 +49,12 @@ pub struct Reader {
     how: &'static str,
 }
 
-/// What became of one.
+/// Result of a reader.
 #[derive(Debug)]
 pub struct Ended {
-    /// How long the access took; none if it never began.
+    /// Duration of the access; none if it never began.
     pub took: Option<Duration>,
-    /// Whether it got the bytes.
+    /// Whether the reader got the bytes.
     pub read: bool,
     pub status: ExitStatus,
 }
@@ -63,7 +64,7 @@ impl Reader {
         Self::start_by(Command::new("python3"), how, path)
     }
 
-    /// With a command in front that starts what follows it, such as `unshare`.
+    /// Starts a reader through a command that runs its arguments, such as `unshare`.
     pub fn start_by(mut command: Command, how: &'static str, path: &Path) -> Self {
         let child = command
             .args(["-c", SCRIPT, how])

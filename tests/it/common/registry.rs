@@ -1,8 +1,9 @@
 //! An in-process registry that misbehaves on request.
 //!
-//! A small HTTP/1.1 server on a thread of its own: manifests by tag and digest, blobs with ranges, tags, a token server, a
-//! "storage" role that redirects lead to, a log of every request, and faults applied to the requests whose path contains a text.
-//! Blobs are shared by all repositories. Tests that mount use it as they would a real registry: `registry.host()`.
+//! A small HTTP/1.1 server on a thread of its own. It serves manifests by tag and digest, blobs with ranges, tags,
+//! and a token server. It can also be the "storage" that redirects lead to. It logs every request, and applies faults
+//! to the requests whose path contains a given text. All repositories share the blobs. Tests that mount use it like a
+//! real registry: `registry.host()`.
 #![allow(dead_code)]
 
 mod answers;
@@ -30,7 +31,7 @@ pub use self::images::{INDEX, MANIFEST, architecture, image};
 #[allow(unused_imports)] // what a test does not need, the one that is run by hand does
 pub use self::named::{NAMES, Rule};
 
-/// What a client must show.
+/// Credentials that a client must show.
 #[derive(Debug, Clone, Default)]
 pub enum Guard {
     /// Nothing.
@@ -38,24 +39,24 @@ pub enum Guard {
     Open,
     /// User and password.
     Basic(String, String),
-    /// A token of this server's `/token`.
+    /// A token from this server's `/token`.
     Bearer(Tokens),
 }
 
 /// How `/token` behaves.
 #[derive(Debug, Clone)]
 pub struct Tokens {
-    /// User and password it wants, if any.
+    /// User and password that `/token` requires, if any.
     pub login: Option<(String, String)>,
-    /// Refresh token it takes by POST, if any.
+    /// Refresh token that `/token` accepts by POST, if any.
     pub identity: Option<String>,
-    /// Requests each token is good for.
+    /// Number of requests for which a token is valid.
     pub uses: usize,
-    /// `expires_in` it states.
+    /// `expires_in` of the answers.
     pub expires_in: u64,
-    /// Where tokens are to be had, if not here.
+    /// Realm that the challenge names, if it is another server.
     pub realm: Option<String>,
-    /// The 401 carries no challenge; only the one to `/v2/` does.
+    /// Whether only the 401 for `/v2/` has a challenge.
     pub challenge_at_base_only: bool,
 }
 
@@ -72,7 +73,7 @@ impl Default for Tokens {
     }
 }
 
-/// A request as it arrived and how it was answered.
+/// A request and how it was answered.
 #[derive(Debug, Clone)]
 pub struct Logged {
     pub method: String,
@@ -82,25 +83,25 @@ pub struct Logged {
     pub headers: HashMap<String, String>,
     pub body: String,
     pub status: u16,
-    /// Bytes of the body sent.
+    /// Bytes of the body that were sent.
     pub sent: usize,
-    /// Number of the connection it came over.
+    /// Number of the connection of the request.
     pub connection: usize,
 }
 
-/// Makes the token for a scope in place of the built-in one.
+/// Makes the token for a scope, instead of the built-in issuer.
 pub type Issuer = Box<dyn Fn(&str) -> String + Send + Sync>;
 
 struct Shared {
     state: Mutex<State>,
     connections: AtomicUsize,
-    /// Whether a TLS hello gets no answer but the end of the connection.
+    /// Whether the server closes the connection after a TLS hello.
     hangs_up_on_tls: AtomicBool,
-    /// Texts in the targets of requests that get no answer for now.
+    /// Texts in the targets of requests that are held: they get no answer for now.
     held: watch::Sender<Vec<String>>,
 }
 
-/// The registry; stops when dropped.
+/// The registry. Dropping it stops the server.
 pub struct TestRegistry {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -109,12 +110,12 @@ pub struct TestRegistry {
 }
 
 impl TestRegistry {
-    /// Listens on an ephemeral loopback port; ready when it returns.
+    /// Listens on an ephemeral loopback port. The registry is ready when the function returns.
     pub fn start() -> Self {
         Self::start_at("127.0.0.1:0")
     }
 
-    /// Listens at an address of this machine, on an ephemeral port if that is 0.
+    /// Listens at an address of this machine. Port 0 is an ephemeral port.
     pub fn start_at(address: &str) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
@@ -148,7 +149,7 @@ impl TestRegistry {
         }
     }
 
-    /// `127.0.0.1:port`.
+    /// Returns the address, as `127.0.0.1:port`.
     pub fn host(&self) -> String {
         self.address.to_string()
     }
@@ -183,7 +184,7 @@ impl TestRegistry {
         digest
     }
 
-    /// Config, layers and manifest of a Linux image for this machine's processor; the manifest's digest.
+    /// Adds config, layers and manifest of a Linux image for this machine's processor. Returns the manifest's digest.
     pub fn add_image(&self, repository: &str, tag: &str, layers: &[Vec<u8>]) -> Digest {
         let image = image(layers);
         self.add_blob(image.config);
@@ -203,22 +204,23 @@ impl TestRegistry {
         self.fault(part, usize::MAX, Fault::OnRanges(Box::new(fault)));
     }
 
-    /// Requests that will still have a fault.
+    /// Returns the number of requests that will still get a fault.
     pub fn faults_left(&self) -> usize {
         self.state(|state| state.rules.iter().map(|(_, times, _)| times).sum())
     }
 
-    /// Ends all faults.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.state(|state| state.rules.clear());
     }
 
-    /// Answers no request whose target contains `part` until [`TestRegistry::release`]; they are logged as they arrive.
+    /// Holds all requests whose target contains `part` until [`TestRegistry::release`]. They are logged as they
+    /// arrive.
     pub fn hold(&self, part: &str) {
         self.shared.held.send_modify(|held| held.push(part.to_owned()));
     }
 
-    /// Answers everything that was held.
+    /// Answers all held requests.
     pub fn release(&self) {
         self.shared.held.send_modify(Vec::clear);
     }
@@ -237,18 +239,18 @@ impl TestRegistry {
         self.state(|state| state.refusal = Some(code));
     }
 
-    /// Makes every token issued so far worthless.
+    /// Invalidates every token issued so far.
     pub fn revoke_tokens(&self) {
         self.state(|state| state.tokens.clear());
     }
 
-    /// Tokens made by `issuer`; for another registry that checks them itself.
+    /// Makes tokens with `issuer`, for another registry that checks them itself.
     pub fn issue_with(&self, issuer: Issuer) {
         self.state(|state| state.issuer = Some(Arc::new(issuer)));
     }
 
-    /// Redirects blob requests to `storage`, over `hops` redirects, by URLs good for `uses` requests each that carry `query`.
-    /// `storage` must be another one.
+    /// Redirects blob requests to `storage`, over `hops` redirects. Each URL is valid for `uses` requests and carries
+    /// `query`. `storage` must be another registry.
     pub fn redirect_blobs(&self, storage: &TestRegistry, uses: usize, query: &str, hops: usize) {
         let storage = Storage {
             shared: Arc::clone(&storage.shared),
@@ -260,7 +262,7 @@ impl TestRegistry {
         self.state(|state| state.storage = Some(storage));
     }
 
-    /// Redirects blob requests to `storage`, by this name if there is one.
+    /// Redirects blob requests to `storage`, under this host name if there is one.
     pub fn redirect_blobs_as(&self, storage: &TestRegistry, name: Option<&str>) {
         self.redirect_blobs(storage, usize::MAX, "", 1);
         if let Some(name) = name {
@@ -269,7 +271,7 @@ impl TestRegistry {
         }
     }
 
-    /// Delays every answer, as a link with this round-trip time would.
+    /// Delays every answer like a link with this round-trip time.
     pub fn latency(&self, latency: Duration) {
         self.state(|state| state.latency = latency);
     }
@@ -278,12 +280,12 @@ impl TestRegistry {
         self.state(|state| state.log.clone())
     }
 
-    /// Requests whose target contains `part`.
+    /// Returns the number of requests whose target contains `part`.
     pub fn count(&self, part: &str) -> usize {
         self.log().iter().filter(|logged| logged.target.contains(part)).count()
     }
 
-    /// The log so far, which begins anew.
+    /// Returns the log and empties it.
     pub fn take_log(&self) -> Vec<Logged> {
         self.state(|state| std::mem::take(&mut state.log))
     }
@@ -317,7 +319,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
     stream.set_nodelay(true).unwrap();
     let mut first = [0];
-    // A TLS hello is answered as web servers do: in plain text.
+    // Web servers answer a TLS hello in plain text.
     if matches!(stream.peek(&mut first).await, Ok(1) if first[0] == 0x16) {
         if shared.hangs_up_on_tls.load(Ordering::Relaxed) {
             return;

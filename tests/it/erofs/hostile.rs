@@ -1,4 +1,5 @@
-//! Bytes that are no image and trees that have none: errors, never a panic, an endless loop or an answer out of bounds.
+//! Bytes that are not an image, and trees that no image can hold. Both must give errors, never a panic, an endless
+//! loop or an answer out of bounds.
 
 use ocifs::erofs::{self, Mapping, Nid, Reader};
 use ocifs::oci::Digest;
@@ -9,7 +10,7 @@ use proptest::prelude::*;
 use super::image_of;
 use super::trees::{self, Builder, Sample};
 
-/// Makes any bytes pass for an image as far as the superblock goes, so that what lies behind is reached.
+/// Gives any bytes a valid superblock, so that the reader accepts them and reads what follows.
 fn disguise(image: &mut Vec<u8>, device_blocks: u32) {
     image.resize(image.len().max(4096).next_multiple_of(4096), 0);
     let blocks = (image.len() / 4096) as u32 + device_blocks;
@@ -30,7 +31,8 @@ fn disguise(image: &mut Vec<u8>, device_blocks: u32) {
     image[1028..1032].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// Asks every question of everything that can be reached in a bounded number of steps; answers must lie within the devices.
+/// Calls every function of the reader for everything reachable in a bounded number of steps. Mappings must lie within
+/// the devices.
 fn ask_everything(reader: &Reader<Vec<u8>>, devices: &[u64]) {
     let mut todo = vec![reader.root()];
     for _ in 0..300 {
@@ -86,11 +88,11 @@ fn a_directory_as_large_as_a_number_can_be_has_an_end() {
     let mut image = vec![0; 8192];
     image[1024 + 14..][..2].copy_from_slice(&(ROOT as u16).to_le_bytes());
     let inode = &mut image[32 * ROOT..];
-    // An extended inode with its last block behind it, of a directory.
+    // An extended inode of a directory whose last block follows the inode.
     inode[0] = 2 << 1 | 1;
     inode[4..6].copy_from_slice(&0o40755u16.to_le_bytes());
     inode[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
-    // The first entry's name begins where two entries end.
+    // The name offset of the first entry says that there are two entries.
     inode[64 + 8] = 24;
     disguise(&mut image, 0);
     let reader = Reader::open(image, &[]).unwrap();
@@ -142,7 +144,7 @@ fn sparse(size: u64, chunk_bits: u8, chunks: Vec<(u32, u64)>) -> NodeKind {
     }
 }
 
-/// A root with one file.
+/// Returns a tree of a root and one file.
 fn sample_of(kind: NodeKind) -> Sample {
     let mut builder = Builder::new(1);
     builder.add(Tree::ROOT, b"f", trees::meta(0, 0, 0), Xattrs::new(), kind);

@@ -1,4 +1,4 @@
-//! What the kernel shows of a mounted disk is the tree. Needs root.
+//! The kernel shows the tree when it mounts the disk. Needs root.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::trees::{self, Sample};
 use super::{disk_of, image_of, paths, run};
 
-/// A mounted image, unmounted when dropped.
+/// A mounted image. Dropping it unmounts it.
 struct Mount(TempDir);
 
 impl Mount {
@@ -52,7 +52,7 @@ impl Drop for Mount {
     }
 }
 
-/// All attributes below the mount as `getfattr` dumps them: path to name to hex digits.
+/// Returns all attributes below the mount as `getfattr` dumps them: path to name to hex digits.
 fn kernel_xattrs(mount: &Mount) -> BTreeMap<Vec<u8>, BTreeMap<String, String>> {
     let args = ["-R", "-P", "-h", "-d", "-m", "-", "-e", "hex", "."];
     let output = Command::new("getfattr")
@@ -81,7 +81,7 @@ fn kernel_xattrs(mount: &Mount) -> BTreeMap<Vec<u8>, BTreeMap<String, String>> {
     all
 }
 
-/// Undoes `\ooo` as getfattr writes file names.
+/// Decodes the `\ooo` escapes that getfattr uses in file names.
 fn unescape(text: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     let mut at = 0;
@@ -102,7 +102,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the kernel shows of the mounted disk is the tree.
+/// Mounts the disk and compares what the kernel shows with the tree.
 fn assert_kernel_agrees(sample: &Sample) {
     let dir = TempDir::new().unwrap();
     let disk = disk_of(sample, &dir);

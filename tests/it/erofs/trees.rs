@@ -1,4 +1,4 @@
-//! Random trees with the content of their data devices, and the corners that file systems get wrong.
+//! Random trees with the content of their data devices, and the edge cases that file systems get wrong.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +22,7 @@ impl Sample {
         self.devices.iter().map(|device| device.len() as u64).collect()
     }
 
-    /// What reading the file gives.
+    /// Returns the content of a file.
     pub fn content(&self, layer: LayerIdx, data: &FileData) -> Vec<u8> {
         let device = &self.devices[layer.0 as usize];
         let size = data.size as usize;
@@ -43,7 +43,7 @@ impl Sample {
     }
 }
 
-/// Collects nodes; directories first get their children when the sample is finished.
+/// Collects nodes. Directories get their children when the sample is finished.
 #[derive(Debug)]
 pub struct Builder {
     nodes: Vec<Node>,
@@ -81,7 +81,7 @@ impl Builder {
         id
     }
 
-    /// Puts `kind` at `name`, unless the name is taken.
+    /// Adds a node `kind` at `name`. Returns none if the name is taken.
     pub fn add(&mut self, dir: NodeId, name: &[u8], meta: Metadata, xattrs: Xattrs, kind: NodeKind) -> Option<NodeId> {
         if !self.taken.insert((dir, name.into())) {
             return None;
@@ -98,7 +98,8 @@ impl Builder {
         }
     }
 
-    /// `len` bytes in a layer's device at the next block boundary, all different from zero and from other places.
+    /// Stores `len` bytes in a layer's device at the next block boundary. None is zero, and they differ from those at
+    /// other places. Returns their address.
     fn store(&mut self, layer: usize, len: usize) -> u64 {
         let device = &mut self.devices[layer];
         let start = device.len();
@@ -120,7 +121,7 @@ impl Builder {
         }
     }
 
-    /// A sparse file of `size` bytes; bit n of `stored` says whether chunk n (mod 16) is stored.
+    /// Returns a sparse file of `size` bytes. Bit n of `stored` says whether chunk n (mod 16) is stored.
     pub fn sparse(&mut self, layer: usize, size: usize, chunk_bits: u8, stored: u16) -> NodeKind {
         let chunk = BLOCK << chunk_bits;
         let numbers = 0..size.div_ceil(chunk) as u32;
@@ -182,7 +183,7 @@ pub fn xattr(name: &str, value: &[u8]) -> (Box<[u8]>, Box<[u8]>) {
     (name.as_bytes().into(), value.into())
 }
 
-/// An access control list as getxattr(2) gives it: version 2, then tag, permissions and id of each entry.
+/// Returns an access control list as getxattr(2) gives it: version 2, then tag, permissions and id of each entry.
 pub fn acl(uid: u32) -> Vec<u8> {
     let entries: [(u16, u16, u32); 5] = [
         (1, 7, u32::MAX),
@@ -200,7 +201,7 @@ pub fn acl(uid: u32) -> Vec<u8> {
     value
 }
 
-/// File capabilities, version 2, effective: cap_net_raw.
+/// Returns file capabilities, version 2, with effective cap_net_raw.
 pub fn capability() -> Vec<u8> {
     let mut value = 0x0200_0001u32.to_le_bytes().to_vec();
     value.extend_from_slice(&(1u32 << 13).to_le_bytes());
@@ -231,7 +232,8 @@ fn any_meta() -> impl Strategy<Value = Metadata> {
     })
 }
 
-/// Attributes; `user.` and access control lists only where Linux shows them, on files and directories.
+/// Generates attributes. `user.` attributes and access control lists occur only where Linux shows them: on files and
+/// directories.
 fn any_xattrs(plain: bool) -> impl Strategy<Value = Xattrs> {
     let value = || prop_oneof![3 => vec(any::<u8>(), 0..40), 1 => vec(any::<u8>(), 2000..5000)];
     let prefix = select(if plain {
@@ -282,7 +284,7 @@ fn kind() -> impl Strategy<Value = Kind> {
     ]
 }
 
-/// Trees of up to `most` inodes over three layers.
+/// Generates trees of up to `most` inodes over three layers.
 pub fn sample(most: usize) -> impl Strategy<Value = Sample> {
     let item = (
         any::<Index>(),
@@ -320,7 +322,8 @@ pub fn sample(most: usize) -> impl Strategy<Value = Sample> {
     })
 }
 
-/// What random trees hit too rarely: directories of thousands, names and attributes of every length, blocks filled to the brim.
+/// Returns a tree with what random trees hit too rarely: directories with thousands of entries, names and attributes
+/// of every length, and full blocks.
 pub fn corners() -> Sample {
     let mut builder = Builder::new(3);
     let root = Tree::ROOT;
@@ -341,7 +344,8 @@ pub fn corners() -> Sample {
         let kind = builder.flat(number % 2, number % 9);
         builder.add(many, name.as_bytes(), meta(0o644, 0, 1), Xattrs::new(), kind);
     }
-    // Blocks of 4096: 20 x (12 + 255) - but also exactly full ones.
+    // Directories that nearly fill or overflow a block of 4096 bytes. An entry takes 12 bytes and its name: with 16
+    // of these names, 5 bytes are left.
     for names in [14, 15, 16, 17] {
         let full = dir(&mut builder, format!("full{names}").as_bytes());
         for number in 0..names {

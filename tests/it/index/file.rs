@@ -1,4 +1,4 @@
-//! The index as a file: read anywhere, damaged, forged.
+//! The index as a file: read at any place, damaged, forged.
 
 use std::sync::LazyLock;
 
@@ -58,7 +58,7 @@ proptest! {
         prop_assert!(SpanIndex::open(bytes).is_err());
     }
 
-    /// As above, with a correct checksum: whatever is accepted can be used without a panic.
+    /// A forged index with a correct checksum may be accepted. Using it must not panic.
     #[test]
     fn a_forged_index_does_not_panic(edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
         let mut bytes = file(&READ.1);
@@ -109,7 +109,7 @@ fn the_index_survives_its_file() {
     ));
 }
 
-/// A window holds all that decoding needs, not only up to the next restart.
+/// Decoding works from every restart to the end of the blob, not only to the next restart.
 #[test]
 fn every_restart_leads_to_the_end() {
     let (blob, index) = &*READ;

@@ -1,4 +1,4 @@
-//! Members, frames and what is around them: headers, trailers, ends.
+//! Members and frames, with their headers, trailers and ends.
 
 use ocifs::index::{IndexError, SPACING, SpanId};
 
@@ -11,7 +11,7 @@ fn many_members() {
     let mut rest = &CONTENT[..3 << 20];
     let mut rng = fastrand::Rng::with_seed(1);
     while !rest.is_empty() {
-        // Members from nothing to many spans.
+        // The members have from no bytes to many spans.
         let length = 1usize << rng.u32(0..20);
         let (head, tail) = rest.split_at(length.min(rest.len()));
         let head = if rng.u8(..) < 30 { &[] } else { head };
@@ -22,7 +22,7 @@ fn many_members() {
     check(&blob, &tar);
 }
 
-/// A member with these optional header fields.
+/// Returns a gzip member with these optional header fields.
 fn member(flags: u8, fields: &[&[u8]], content: &[u8]) -> Vec<u8> {
     let mut blob = vec![0x1f, 0x8b, 8, flags, 1, 2, 3, 4, 0, 3];
     blob.extend(fields.concat());
@@ -126,7 +126,7 @@ fn a_wrong_trailer_is_an_error() {
 
 #[test]
 fn empty_layers() {
-    // The two empty layers that registries are full of: 1024 zeros, compressed.
+    // The two empty layers that are common in registries: 1024 zeros, compressed and plain.
     let zeros = vec![0; 1024];
     check(&gzip("-6", &zeros), &zeros);
     check(&zeros, &zeros);

@@ -1,4 +1,4 @@
-//! gzip streams of all the programs that layers come from.
+//! gzip streams of all programs that write layers.
 
 use std::fs;
 use std::process::Command;
@@ -40,7 +40,7 @@ fn pigz_with_and_without_independent_blocks() {
     check(&filter("pigz", &["-nci"], &CONTENT), &CONTENT);
 }
 
-/// pgzip of Go: what skopeo, podman, buildah and umoci push.
+/// Go's pgzip: skopeo, podman, buildah and umoci push its streams.
 #[test]
 fn what_container_tools_write() {
     let directory = tempfile::tempdir().unwrap();
@@ -58,7 +58,7 @@ fn what_container_tools_write() {
     assert_eq!(layers, 1);
 }
 
-/// Go's own writer: what docker, ko and the builders of Bazel push.
+/// Go's standard gzip writer: docker, ko and the builders of Bazel push its streams.
 #[test]
 fn what_the_standard_library_of_go_writes() {
     const PROGRAM: &str = r#"package main
@@ -100,7 +100,7 @@ func main() {
         .status()
         .unwrap_or_else(|error| panic!("these tests need go (golang-go): {error}"));
     assert!(built.success());
-    // Huffman only, none, fastest, the default, best.
+    // The levels are Huffman only, none, fastest, the default and best.
     for level in ["-2", "0", "1", "-1", "9"] {
         check(&filter(program.to_str().unwrap(), &[level], &CONTENT), &CONTENT);
     }

@@ -1,4 +1,5 @@
-//! The mount point, the run directory and the directories of changes: dead, moved, replaced, and who may look into them.
+//! The mount point, the run directory and the directories of changes. They are dead, moved or replaced, or another
+//! user tries to read them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -19,7 +20,7 @@ fn a_mount_replaces_a_dead_one() {
     for options in [&["--wait", "ready"][..], &["--writable"]] {
         for lost in [false, true] {
             let dead = ocifs.mount_with(&image, options);
-            // A user of the dead mount does not keep it.
+            // An open file of the dead mount does not keep it mounted.
             let user = File::open(dead.join("hello")).unwrap();
             send(dead.pid, Signal::SIGKILL);
             eventually("the process is dead", || !alive(dead.pid));
@@ -27,7 +28,7 @@ fn a_mount_replaces_a_dead_one() {
                 fs::remove_dir_all(dead.registration()).unwrap();
             }
             let path = dead.path().to_str().unwrap();
-            // A slash at the end makes most programs look into the directory.
+            // With a slash at the end, most programs access the mounted directory.
             ocifs.ok([&["mount"], options, &[&image, &format!("{path}/")]].concat());
             assert_eq!(dead.read("hello"), b"hello, world\n");
             let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -63,7 +64,7 @@ fn a_mount_is_found_where_it_is() {
         let pid = status["pid"].as_u64().unwrap() as u32;
         eventually("the process ends", || !alive(pid));
 
-        // A dead one is known by the name that it had, even if that leads nowhere.
+        // A dead mount is known by its old path, even if that path leads nowhere.
         fs::rename(&after, &before).unwrap();
         let dead = ocifs.ok([&["mount", "--json"], options, &[&image, path.to_str().unwrap()]].concat());
         let pid = dead.json()["pid"].as_u64().unwrap() as u32;

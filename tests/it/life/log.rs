@@ -1,4 +1,4 @@
-//! The log of a process in the background.
+//! The log of a background process.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -8,7 +8,7 @@ use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{Ocifs, bounded, eventually};
 use crate::common::registry::{Fault, TestRegistry};
 
-/// An image of many files whose layer is damaged from now on.
+/// Returns an image of many files. From here on the registry sends its layer damaged.
 fn damaged(registry: &TestRegistry, ocifs: &Ocifs) -> String {
     let tar = (0..8).fold(Tar::new(), |tar, i| tar.file(format!("f{i}"), noise(i, 300_000)));
     let layer = Blob::gzip(&tar.finish());
@@ -58,10 +58,10 @@ fn what_repeats_is_logged_once_with_a_count() {
         let mut text = String::new();
         log.read_to_string(&mut text).unwrap();
         let told = text.matches("answering a read with an error").count();
-        // The kernel may ask for parts of the file that fail differently.
+        // The kernel may read parts of the file separately, and they may fail differently.
         assert!((1..=4).contains(&told), "{told} times: {text}");
         assert!(text.lines().count() < 25, "{text}");
-        // The rest is said at the end.
+        // The end of the process logs the remaining counts.
         assert_eq!(mount.umount(&[]).code, Some(0));
         mount.assert_gone();
         log.rewind().unwrap();
@@ -83,7 +83,7 @@ fn the_log_is_bounded() {
     let image = damaged(&registry, &ocifs);
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
     let path = mount.registration().join("log");
-    // What weeks of trouble would have brought.
+    // As many lines as weeks of failures would write.
     let mut log = File::options().append(true).open(&path).unwrap();
     for i in 0..100_000 {
         writeln!(log, "an old line, number {i}, that nobody needs any more").unwrap();

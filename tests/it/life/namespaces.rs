@@ -1,4 +1,4 @@
-//! Mounts that more than one mount namespace has, and namespaces that end.
+//! Mounts that are in more than one mount namespace, and namespaces that end.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -11,7 +11,7 @@ use super::{plain, problem, quick, row, rows, setup, umount};
 use crate::common::namespace::LEAVE_OTHERS;
 use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, program, send, tool, wait};
 
-/// A shell in a mount namespace of its own, and the lines it reads.
+/// Starts a shell in a mount namespace of its own. The test writes lines to the shell.
 fn inside(script: &str, path: &Path) -> Child {
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"; {script}");
     let mut child = Command::new("unshare")
@@ -57,7 +57,7 @@ fn a_mount_that_another_namespace_has_stays_known() {
             "{said:?}"
         );
 
-        // The mount point is free for another mount; both are known then.
+        // The mount point is free for another mount. `list` shows both.
         let path = mount.path().to_str().unwrap();
         ocifs.ok(["mount", "--wait", "ready", &image, path]);
         let states: Vec<_> = rows(mount.path()).into_iter().map(|row| row["state"].clone()).collect();
@@ -104,8 +104,8 @@ fn a_mount_that_others_unmounted_stays_known_as_well() {
     mount.assert_gone();
 }
 
-/// Runs a script in a mount namespace that ends with it; it prints the ids of processes that have to end then.
-/// What it said on standard error comes back.
+/// Runs a script in a mount namespace that ends with the script. The script prints the ids of processes that have to
+/// end with the namespace. Returns what it wrote to standard error.
 fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) -> String {
     let directory = mountpoint();
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"\n{script}");
@@ -123,7 +123,7 @@ fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) -> String {
     command
         .env("OCIFS", binary.get_program())
         .env("OCIFS_STORE", ocifs.store());
-    // Root of a user namespace has no /run; here it gets a directory that nobody else sees.
+    // Root of a user namespace has no /run. Its run directory is one that no other process uses.
     command.env("XDG_RUNTIME_DIR", ocifs.home());
     let said = bounded(&mut command);
     assert_eq!(said.code, Some(0), "{said:?}");
@@ -147,12 +147,12 @@ fn a_mount_ends_with_its_namespace() {
     for options in ["", "--writable", "--prefetch=all"] {
         ends(&ocifs, &["--mount"], &image, &format!("OPTIONS={options}\n{MOUNT}"));
     }
-    // Nor do two mounts keep each other.
+    // Two mounts do not keep each other alive.
     let two = format!(
         "{MOUNT}\nmount -t tmpfs tmpfs /mnt; mkdir /mnt/2; set -- \"$1\"; \"$OCIFS\" mount --json \"$1\" /mnt/2 | sed -n 's/.*\"pid\":\\([0-9]*\\).*/\\1/p'"
     );
     ends(&ocifs, &["--mount"], &image, &two);
-    // With a run directory of its own nobody else would ever have seen it.
+    // With a run directory of its own, no other process could ever see the mount.
     ends(
         &ocifs,
         &["--mount"],
@@ -162,7 +162,8 @@ fn a_mount_ends_with_its_namespace() {
     ends(&ocifs, &["--user", "--map-root-user", "--mount"], &image, MOUNT);
 }
 
-/// A zombie is in no namespace, and its end cannot be waited for: looking for others goes on past it, at its pace.
+/// A zombie is in no namespace, and the mount cannot wait for its end. The mount ignores it and keeps looking for
+/// other users, without a busy loop.
 #[test]
 fn a_zombie_keeps_no_mount_and_no_processor_busy() {
     let (ocifs, image) = setup();
@@ -222,7 +223,7 @@ fn a_mount_lives_as_long_as_anybody_is_in_its_namespace() {
     assert!(rows(directory.path()).is_empty());
 }
 
-/// A mount that is detached, with all that is mounted in it, when the test ends in whatever way.
+/// A mount. Dropping it detaches it, with all that is mounted in it, however the test ends.
 struct Detached<'a>(&'a Path);
 
 impl Drop for Detached<'_> {
@@ -254,7 +255,7 @@ fn a_mount_that_is_seen_elsewhere_outlives_its_namespace() {
     command.env("OCIFS_CONFIG", "/dev/null").env("HOME", ocifs.home());
     let said = bounded(&mut command);
     let pid: u32 = said.text().trim().parse().unwrap();
-    // It has looked by then: a mount that nobody sees is gone.
+    // By then the process has looked for users: the other mount, which has none, is gone.
     ends(&ocifs, &["--mount"], &image, MOUNT);
     assert_eq!(std::fs::read(inner.join("hello")).unwrap(), b"hello, world\n");
     assert_eq!(row(&inner)["state"], "ready");

@@ -1,4 +1,4 @@
-//! Trouble is said when it begins, and over when it is over.
+//! The status shows a problem when it begins, and clears it when it is over.
 
 use serde_json::Value;
 
@@ -54,7 +54,7 @@ fn trouble_with_reads_ends_when_reads_work() {
     let ocifs = Ocifs::with(&["--timeout", "2s"]).learns(&image);
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
 
-    // The registry fails for a while: any fetch that works ends that.
+    // The registry fails for a while. Any fetch that works clears the problem.
     registry.fault("/blobs/", usize::MAX, Fault::status(404));
     mount.read_error("f1");
     assert!(mount.status()["problem"].as_str().unwrap().contains("a read failed"));
@@ -62,7 +62,7 @@ fn trouble_with_reads_ends_when_reads_work() {
     assert!(mount.read("f2") == noise(2, 400_000));
     assert_eq!(mount.status()["problem"], Value::Null);
 
-    // The data of one file is wrong: that is over when this file can be read.
+    // The data of one file is wrong. Only reading that file clears the problem.
     mount.forget("f2");
     ocifs.ok(["cache", "drop"]);
     registry.fault(&layers[0].path(), usize::MAX, Fault::Corrupt(1000));

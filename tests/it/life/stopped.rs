@@ -1,4 +1,4 @@
-//! Processes that do not answer: stopped, frozen, just killed, cut off.
+//! Processes that do not answer because they are stopped, frozen, just killed, or cut off.
 
 use std::fs;
 use std::io::Read as _;
@@ -26,7 +26,7 @@ fn stopped_processes_hold_up_nobody() {
     let (ocifs, image) = setup();
     let mounts: Vec<Mounted> = (0..4).map(|_| ocifs.mount(&image)).collect();
     mounts.iter().for_each(stop);
-    // All of them are asked at once.
+    // `list` asks all processes at once.
     let text = quick(plain().arg("list"));
     for mount in &mounts {
         let row = row(mount.path());
@@ -60,8 +60,8 @@ fn stopped_processes_hold_up_nobody() {
 fn users_of_a_stopped_process_keep_what_they_have() {
     let (ocifs, image) = setup();
     let mount = ocifs.mount(&image);
-    // A process of its own: what this one has open, every program would close that it starts, which a stopped process of a
-    // mount keeps it from.
+    // The file is open in another process. If the test opened it, every program that the test starts would have to
+    // close it. A stopped mount process would block that.
     let mut user = Command::new("sh")
         .args(["-c", "exec 3< \"$0\"; echo in; read line; cat <&3"])
         .arg(mount.join("hello"))
@@ -78,7 +78,7 @@ fn users_of_a_stopped_process_keep_what_they_have() {
     for part in ["does not answer", "busy", "--lazy"] {
         assert!(said.stderr.contains(part), "{part}: {said:?}");
     }
-    // The request that it did not read then is not fulfilled when it goes on.
+    // When the process goes on, it does not carry out the umount request that had failed.
     send(mount.pid, Signal::SIGCONT);
     eventually("it answers", || row(mount.path())["state"] == "ready");
     assert_eq!(mounted_type(mount.path()).as_deref(), Some("fuse.ocifs"));
@@ -108,7 +108,7 @@ fn changes_outlive_a_stopped_process() {
     assert_eq!(said.code, Some(0), "{said:?}");
     mount.assert_gone();
     assert_eq!(fs::read(upper.join("new")).unwrap(), b"new\n");
-    // The directories are free again.
+    // The directories can be used again.
     let again = ocifs.mount_with(&image, &kept);
     assert_eq!(again.read("new"), b"new\n");
 
@@ -133,12 +133,12 @@ fn a_stopped_process_that_prepares_is_taken_down() {
     mount.assert_gone();
 }
 
-/// Puts a process into a frozen control group as long as it lives; none if there is no freezer here.
+/// A frozen control group with one process. None if this machine has no freezer. Dropping it thaws the process.
 struct Freezer(PathBuf);
 
 impl Freezer {
     fn new(pid: u32) -> Option<Self> {
-        // Not every group of version 2 beside those of version 1 can be frozen.
+        // Where version 1 is in use beside version 2, a group of version 2 may have no freezer.
         let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/freezer"].map(Path::new);
         let group = roots
             .into_iter()
@@ -174,7 +174,7 @@ impl Drop for Freezer {
         self.set(false);
         let pids = fs::read_to_string(self.0.join("cgroup.procs")).unwrap();
         for pid in pids.lines() {
-            // It may end in this moment.
+            // The process may have just ended.
             let _ = fs::write(self.0.with_file_name("cgroup.procs"), pid);
         }
         let deadline = Instant::now() + PATIENCE;
@@ -214,7 +214,7 @@ fn a_mount_whose_process_was_killed_a_moment_ago_comes_down() {
         assert_eq!(said.code, Some(0), "{i}: {said:?}");
         assert_eq!(mounted_type(mount.path()), None);
         if said.stderr.contains("does not end") {
-            // A busy machine may take its time to end a process.
+            // A busy machine may take some time to end a process.
             eventually("the process is dead", || !alive(mount.pid));
             assert_eq!(umount(&mount, &[]).code, Some(0));
         }
@@ -245,7 +245,8 @@ fn several_unmounts_at_once_do_not_disturb_each_other() {
         });
         assert!(said.iter().any(|said| said.code == Some(0)), "{said:?}");
         for said in said {
-            // Who comes when all is over finds nothing. A namespace that another test has just made may have a copy for a moment.
+            // A later umount finds nothing. For a moment, a namespace that another test has just made may have a
+            // copy.
             let over = ["is not an ocifs mount", "it is unmounted"];
             assert!(
                 said.code == Some(0) || over.iter().any(|part| said.stderr.contains(part)),

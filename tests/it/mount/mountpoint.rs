@@ -1,4 +1,4 @@
-//! The directory that is mounted on.
+//! The directory on which an image is mounted.
 
 use std::path::Path;
 

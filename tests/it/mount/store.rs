@@ -1,4 +1,4 @@
-//! The store that mounts share, and what if there is none.
+//! The store that mounts share, and mounts without a store.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::common::layers::{noise, push};
 use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, send, tool};
 use crate::common::registry::{Fault, TestRegistry};
 
-/// Mounts `count` times at once and checks every mount.
+/// Mounts an image `count` times at once and checks every mount.
 fn mount_together(count: usize) {
     let registry = TestRegistry::start();
     let layers = [big_layer(20, 4), hello()];
@@ -95,7 +95,7 @@ fn a_full_store_does_not_keep_an_image_from_being_read() {
     let registry = TestRegistry::start();
     push(&registry, "app", "1", &[big_layer(40, 6), hello()]);
     let image = format!("{}/app:1", registry.host());
-    // From nothing at all, over an index without data, to some of the data.
+    // The sizes have room for nothing, for the index alone, or for some of the data.
     for size in ["4k", "8k", "32k", "64k", "100k", "1m", "3m"] {
         let tmpfs = Tmpfs::new(size);
         let ocifs = Ocifs::at(&tmpfs.path().join("store"));
@@ -116,14 +116,14 @@ fn a_full_store_does_not_keep_an_image_from_being_read() {
             "{size}: {status}"
         );
         drop(mount);
-        // What was left behind does not harm the next mount.
+        // The files that the first mount left do not harm the next mount.
         let mount = ocifs.mount(&image);
         assert_eq!(mount.read("hello"), b"hello, world\n");
         assert!(mount.read("f5") == noise(45, 512 << 10), "{size}");
     }
 }
 
-/// Something mounted on a directory, unmounted when dropped.
+/// Something mounted on a directory. Dropping it unmounts it.
 struct Bound(std::path::PathBuf);
 
 impl Drop for Bound {
@@ -132,7 +132,7 @@ impl Drop for Bound {
     }
 }
 
-/// Makes what is at `path` read-only.
+/// Makes the directory at `path` read-only.
 fn read_only(path: &Path) -> Bound {
     let path_text = path.to_str().unwrap();
     tool("mount", ["--bind", path_text, path_text]);
@@ -188,8 +188,8 @@ fn a_read_only_store_without_the_data_is_read_from_the_registry() {
     assert!(other.read("f1") == noise(61, 512 << 10));
 }
 
-/// A write to a file of a full copy-on-write file system fails even where the file has blocks: so does noting that a span was
-/// used.
+/// On a full copy-on-write file system, a write fails even where the file has blocks. So the mount cannot record that
+/// a span was used.
 #[test]
 fn a_full_copy_on_write_file_system_harms_no_mount() {
     if !std::fs::read_to_string("/proc/filesystems").unwrap().contains("btrfs") {
@@ -208,7 +208,7 @@ fn a_full_copy_on_write_file_system_harms_no_mount() {
     let _bound = Bound(path.clone());
     let ocifs = Ocifs::at(&path.join("store"));
     ocifs.ok(["pull", &image]);
-    // Full to the last block.
+    // Fills the file system to the last block.
     let fill = |size: usize| {
         let mut fill = std::fs::File::create(path.join(format!("fill{size}"))).unwrap();
         while std::io::Write::write_all(&mut fill, &vec![1; size]).is_ok() {}
@@ -226,7 +226,8 @@ fn a_full_copy_on_write_file_system_harms_no_mount() {
         if round > 0 {
             continue;
         }
-        // What is damaged on it cannot be written again, and is right all the same. Cutting a file takes a little space too.
+        // The mount cannot rewrite damaged data on the full file system, and still serves the right bytes. Cutting a
+        // file needs a little space too.
         std::fs::remove_file(path.join(format!("fill{}", 1 << 20))).unwrap();
         for layer in std::fs::read_dir(ocifs.store().join("layers")).unwrap() {
             let data = layer.unwrap().path().join("data");

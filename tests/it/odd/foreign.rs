@@ -1,4 +1,4 @@
-//! Layers whose media type says that they may not be distributed.
+//! Foreign layers: their media type says that they may not be distributed.
 
 use std::fs;
 
@@ -19,7 +19,7 @@ fn layer(media_type: &'static str, content: &str) -> Blob {
     }
 }
 
-/// An image whose manifest names further places of its layer; the layer is not in the registry.
+/// Pushes an image whose manifest names further URLs of its layer. The layer is not in the registry.
 fn push_without_layer(registry: &TestRegistry, layer: &Blob, urls: &Value) {
     let config = config(std::slice::from_ref(layer)).to_string().into_bytes();
     let mut manifest = manifest(&config, std::slice::from_ref(layer));
@@ -37,7 +37,7 @@ fn a_foreign_layer_that_is_here_is_read() {
 
         let registry = TestRegistry::start();
         let layer = layer(media_type, "here\n");
-        // Nobody asks there.
+        // The mount does not use this URL.
         push_without_layer(&registry, &layer, &json!(["http://127.0.0.1:9/none"]));
         registry.add_blob(layer.bytes.clone());
         let mount = ocifs.mount(&format!("{}/app:1", registry.host()));
@@ -79,7 +79,7 @@ fn other_places_are_asked_only_if_their_host_is_allowed() {
     }
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--foreign-layers-from", &place.host()]);
     assert_eq!(mount.read("file"), b"elsewhere\n");
-    // What comes from there is checked like everything else.
+    // Bytes from another host are checked like all others.
     let other = self::layer(DOCKER, "another\n");
     let wrong = place.add_blob(other.bytes.clone());
     let url = format!("http://{}/v2/base/blobs/{wrong}", place.host());

@@ -1,4 +1,4 @@
-//! Names that are no text, or that would control a terminal.
+//! Names that are not text, or that would control a terminal.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -52,7 +52,7 @@ fn paths_on_the_command_line_are_bytes() {
     let missing = ocifs.run([OsStr::new("cat"), OsStr::new(&image), &bytes(b"\xe9")]);
     assert!(missing.stderr.contains("no such file"), "{missing:?}");
 
-    // A layout, a store, a mount point and directories of changes with such names.
+    // A layout, a store, a mount point and directories of changes have such names.
     let home = |name: &[u8]| ocifs.home().join(bytes(name));
     fs::rename(ocifs.home().join("image"), home(b"im\xe9")).unwrap();
     let mut image = bytes(b"oci:");
@@ -203,7 +203,8 @@ fn inspect_and_list_do_not_control_a_terminal_either() {
 
 #[test]
 fn an_attribute_that_a_tar_cannot_hold_is_left_out_and_named() {
-    // As the engines read it: everything up to the last equals sign before the value is not the name, so it comes in base64.
+    // An engine ends the name at the first equals sign. So the name with an equals sign comes in the escaped form of
+    // LIBARCHIVE, with its value in base64.
     let records: &[(&str, &[u8])] = &[("LIBARCHIVE.xattr.user.a%3Db", b"MQ"), ("SCHILY.xattr.user.fine", b"1")];
     let (ocifs, image) = image(vec![Tar::new().pax(records).file("file", b"x").finish()]);
     let tar = ocifs.home().join("out.tar");
@@ -231,7 +232,7 @@ fn an_attribute_that_a_tar_cannot_hold_is_left_out_and_named() {
     );
     let seen = String::from_utf8(seen).unwrap();
     assert!(seen.contains("user.fine=\"1\"") && !seen.contains("user.a"), "{seen}");
-    // A disk can hold it.
+    // An EROFS image can hold the attribute.
     let mount = ocifs.mount(&image);
     let seen = tool(
         "getfattr",

@@ -1,4 +1,4 @@
-//! Who may do what: access control lists and ID-mapped mounts.
+//! Permissions: access control lists and ID-mapped mounts.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -16,7 +16,7 @@ use crate::common::ocifs::{Ocifs, bounded, eventually, mountpoint, tool};
 const NOBODY: u32 = u32::MAX;
 const ACCESS: &str = "SCHILY.xattr.system.posix_acl_access";
 
-/// An access control list of entries (tag, permissions, id).
+/// Returns an access control list with these entries (tag, permissions, id).
 fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut value = 2u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
@@ -27,7 +27,7 @@ fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     value
 }
 
-/// Lets user 1000 read.
+/// Returns a list that lets user 1000 read.
 fn grant() -> Vec<u8> {
     acl(&[
         (1, 6, NOBODY),
@@ -38,7 +38,7 @@ fn grant() -> Vec<u8> {
     ])
 }
 
-/// Lets all but user 1001 read, and members of group 1002 write nothing at all.
+/// Returns a list that lets all read except user 1001 and members of group 1002.
 fn deny() -> Vec<u8> {
     acl(&[
         (1, 6, NOBODY),
@@ -57,9 +57,9 @@ fn listed() -> (Ocifs, String) {
     };
     let tar = file(Tar::new(), "grant", 0o640, &grant());
     let tar = file(tar, "deny", 0o644, &deny());
-    // The list counts, whatever the mode beside it says.
+    // The list decides, whatever mode the entry has.
     let tar = file(tar, "other-mode", 0o644, &grant());
-    // What no file system would take leaves the file as its mode has it.
+    // A list that no file system accepts is ignored: the file's mode decides.
     let tar = file(tar, "damaged", 0o644, &grant()[..23]);
     let tar = file(
         tar,
@@ -101,7 +101,7 @@ const FILES: [&str; 8] = [
     "plain",
 ];
 
-/// Which of the files each of three users can read.
+/// Returns which of the files each of three users can read.
 fn readable(root: &Path) -> Vec<String> {
     let mut rows = Vec::new();
     for id in [1000, 1001, 1002] {
@@ -118,7 +118,7 @@ fn readable(root: &Path) -> Vec<String> {
     rows
 }
 
-/// What a list grants and what it denies, and that files with unusable ones go by their modes.
+/// Returns the expected rows: what the lists grant and deny. Files with invalid lists go by their modes.
 fn expected() -> Vec<String> {
     let of = |id: u32, names: &[&str]| {
         names
@@ -154,7 +154,7 @@ fn access_control_lists_are_enforced_on_every_mount() {
     }
     let mount = ocifs.mount_with(&image, &["--wait", "ready", "--writable"]);
     assert_eq!(readable(mount.path()), expected());
-    // They are copied up with their file, and can be changed.
+    // Lists are copied up with their file, and can be changed.
     fs::write(mount.join("grant"), "text\n").unwrap();
     fs::write(mount.join("deny"), "text\n").unwrap();
     assert_eq!(readable(mount.path()), expected());
@@ -238,7 +238,7 @@ impl Drop for Mapped {
     }
 }
 
-/// Binds `from` on `to` with users mapped as in the namespace, as container runtimes do.
+/// Mounts `from` on `to` with users mapped as in the namespace, as container runtimes do.
 #[allow(unsafe_code)]
 fn bind_mapped(from: &Path, to: &Path, namespace: &File) -> std::io::Result<()> {
     use nix::libc;
@@ -249,9 +249,9 @@ fn bind_mapped(from: &Path, to: &Path, namespace: &File) -> std::io::Result<()> 
         result => Ok(result as i32),
     };
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: `from` is a string with a NUL that lives until the call returns.
+    // SAFETY: `from` is a NUL-terminated string that lives until the call returns.
     let tree = check(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), flags) })?;
-    // SAFETY: open_tree(2) returned a new descriptor that nobody else has.
+    // SAFETY: open_tree(2) returned a new descriptor that nothing else owns.
     let tree = unsafe { OwnedFd::from_raw_fd(tree) };
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -259,7 +259,8 @@ fn bind_mapped(from: &Path, to: &Path, namespace: &File) -> std::io::Result<()> 
         propagation: 0,
         userns_fd: namespace.as_raw_fd().cast_unsigned().into(),
     };
-    // SAFETY: the path is an empty string, the structure lives until the call returns and has the size that is told.
+    // SAFETY: the path is an empty string. The structure lives until the call returns, and its size is the one
+    // passed.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -270,7 +271,7 @@ fn bind_mapped(from: &Path, to: &Path, namespace: &File) -> std::io::Result<()> 
             size_of::<libc::mount_attr>(),
         )
     })?;
-    // SAFETY: both paths are strings with a NUL that live until the call returns.
+    // SAFETY: both paths are NUL-terminated strings that live until the call returns.
     check(unsafe {
         libc::syscall(
             libc::SYS_move_mount,
@@ -302,7 +303,7 @@ fn mounts_can_be_id_mapped() {
         let target = mountpoint();
         match bind_mapped(mount.path(), target.path(), &mapped.namespace()) {
             Ok(()) => {}
-            // The overlay of some kernels cannot be mapped, whatever lies below it.
+            // Some kernels cannot map an overlay, whatever its layers are.
             Err(error) if options.contains(&"--writable") && error.raw_os_error() == Some(nix::libc::EINVAL) => {
                 continue;
             }
@@ -318,7 +319,7 @@ fn mounts_can_be_id_mapped() {
             cat.arg(target.path().join(name)).uid(id).gid(id);
             bounded(&mut cat).code == Some(0)
         };
-        // Its owner may read it, and the unmapped user of the same number may not; lists are mapped too.
+        // The mapped owner may read the file; the unmapped user with the same number may not. Lists are mapped too.
         let access = [
             reads(101_000, "owned"),
             reads(1000, "owned"),

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use super::image;
 use crate::common::layers::{Tar, header};
 
-/// A header whose field at `offset` has these bytes.
+/// Returns the header with these bytes at `offset`.
 fn with_field(mut header: tar::Header, offset: usize, value: &[u8]) -> tar::Header {
     header.as_mut_bytes()[offset..offset + value.len()].copy_from_slice(value);
     header
@@ -44,7 +44,7 @@ fn owners_and_devices_out_of_range_are_those_of_the_engines() {
     let device = fs::symlink_metadata(mount.join("device")).unwrap();
     assert!(device.file_type().is_block_device());
     assert_eq!(device.rdev(), nix::sys::stat::makedev(3, 5));
-    // Each of them can be changed like any other.
+    // Each of the odd files can be changed like any other.
     fs::write(mount.join("last"), "y\n").unwrap();
     fs::write(mount.join("dir/new"), "y\n").unwrap();
     fs::remove_file(mount.join("dir/ordinary")).unwrap();
@@ -55,7 +55,7 @@ fn owners_and_devices_out_of_range_are_those_of_the_engines() {
         "{}",
         mount.log()
     );
-    // So does inspect, once the layer was read.
+    // `inspect` lists them too, once the layer was read.
     let inspected = ocifs.ok(["inspect", "--json", &image]).json();
     let texts: Vec<_> = inspected["oddities"]
         .as_array()

@@ -1,4 +1,4 @@
-//! What layers delete, in the forms that tools write it.
+//! Deletions by layers, in the forms that tools write.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Character device 0:0.
+/// Returns the header of a character device 0:0.
 fn white_device(name: &str) -> tar::Header {
     let mut header = header(name.as_bytes(), tar::EntryType::Char, 0, 0);
     header.set_device_major(0).unwrap();
@@ -52,7 +52,7 @@ fn an_overlays_upper_directory_deletes_as_the_overlay_did() {
     fs::write(merged.join("b"), "new\n").unwrap();
     let expected = [names(&merged), names(&merged.join("dir"))];
     tool("umount", [merged_path]);
-    // Where the kernel makes all whiteouts of an upper directory one inode, tar writes hard links to the first.
+    // Where the kernel uses one inode for all whiteouts of an upper directory, tar writes hard links to the first.
     let tar = |dir: &Path| tool("tar", ["-C", dir.to_str().unwrap(), "-cf", "-", "."]);
     let (ocifs, image) = image(vec![tar(&lower), tar(&upper)]);
     let mount = ocifs.mount(&image);

@@ -92,7 +92,7 @@ async fn no_credentials_at_all_say_where_was_looked() {
     );
 }
 
-/// Credentials nobody ever finds.
+/// A credential source that never answers.
 #[derive(Debug)]
 struct Hanging;
 
@@ -243,7 +243,7 @@ async fn a_reader_that_leaves_does_not_strand_the_others() {
         _ = &mut leaving => panic!("it was to leave in the middle of the exchange"),
         () = until("a token is asked for", || registry.count("/token") > 0) => {}
     }
-    // The other one knows the challenge by now, so it waits for the same exchange.
+    // The second reader knows the challenge already, so it waits for the same token exchange.
     let mut staying = Box::pin(read(&blob, 0..100));
     assert!(futures::poll!(&mut staying).is_pending());
     assert_eq!(registry.log().len(), 2, "the challenge and the exchange");
@@ -261,7 +261,7 @@ async fn tokens_are_renewed_before_they_end() {
     let client = client();
     let image = source(&client, &registry, "latest");
     image.root().await.unwrap();
-    // The registry would take the first token for ever, so that only the client's own clock can ask for a second one.
+    // The registry accepts the first token for ever, so only the client's clock can request a second one.
     let deadline = Instant::now() + PATIENCE;
     while registry.count("/token") < 2 {
         assert!(Instant::now() < deadline, "the token is never renewed");
@@ -281,7 +281,7 @@ async fn a_new_token_gets_a_second_chance_but_no_third() {
         headers: vec![("WWW-Authenticate".to_owned(), challenge)],
         body: String::new(),
     };
-    // The anonymous request and the one with the first token.
+    // Both the anonymous request and the request with the first token fail.
     registry.fault("/manifests/", 2, refusal);
     source(&client(), &registry, "latest").root().await.unwrap();
     assert_eq!(registry.count("/token"), 2);
@@ -294,7 +294,7 @@ async fn a_new_token_gets_a_second_chance_but_no_third() {
     assert_eq!((stubborn.count("/token"), stubborn.count("/manifests/")), (2, 3));
 }
 
-/// A password that changes.
+/// A credential source whose password changes.
 #[derive(Debug)]
 struct Changing(Arc<Mutex<(&'static str, usize)>>);
 
@@ -322,7 +322,7 @@ async fn a_login_that_ended_is_looked_up_again_however_that_is_said() {
         let (bytes, blob) = blob(&client, &registry, 1000);
         assert_eq!(read(&blob, 0..10).await.unwrap(), bytes[..10]);
         guard("second");
-        // The source has no other one yet: it is asked once, and the registry's words are passed on.
+        // The source has no new password yet. The client asks it once and passes on the registry's message.
         let lookups = || current.lock().unwrap().1;
         let before = lookups();
         let error = read(&blob, 10..20).await.unwrap_err().to_string();
@@ -348,7 +348,7 @@ async fn a_token_that_ended_is_replaced_however_that_is_said() {
         registry.revoke_tokens();
         registry.clear_log();
         assert_eq!(read(&blob, 10..20).await.unwrap(), bytes[10..20], "{code}");
-        // A 401 without a challenge has the base of the API asked for one.
+        // After a 401 without a challenge, the client asks the base of the API for one.
         let asked = 3 + usize::from(code == 401);
         assert_eq!(registry.log().len(), asked, "{code}: refusal, token, blob");
     }
@@ -376,7 +376,7 @@ async fn what_is_denied_to_a_fresh_login_is_denied_once() {
     assert_eq!(registry.count("/blobs/"), 2);
 }
 
-/// The login of each host.
+/// A credential source with a login for each host.
 #[derive(Debug)]
 struct Logins(Vec<(String, &'static str)>);
 
@@ -418,7 +418,7 @@ async fn a_host_that_a_redirect_leads_to_gets_a_token_of_its_own() {
         storage.revoke_tokens();
         assert_eq!(read(&blob, 20..30).await.unwrap(), bytes[20..30]);
 
-        // Nobody was shown what is another's.
+        // No host got the login of another host.
         let shown = |host: &TestRegistry| {
             let log = host.log();
             let shown: Vec<String> = log

@@ -69,7 +69,7 @@ async fn documents_are_verified() {
         matches!(&error, BlobError::Corrupt { expected, .. } if *expected == digest.to_string()),
         "{error}"
     );
-    // By tag, the registry's own word for the digest is what the bytes must match.
+    // For a tag, the bytes must match the digest that the registry states.
     let error = source(&client, &registry, "latest").root().await.unwrap_err();
     assert!(matches!(error, BlobError::Corrupt { .. }), "{error}");
     let pinned = ReferenceSelector::tag_with_digest("gone", digest);

@@ -1,4 +1,4 @@
-//! The five operations for embedding programs.
+//! The five operations of the client for embedding programs.
 
 use futures::TryStreamExt as _;
 use ocifs::blob::BlobError;
@@ -12,7 +12,7 @@ fn layers() -> Vec<Vec<u8>> {
     vec![vec![1; 100_000], vec![2; 5]]
 }
 
-/// An index with an attestation, an image of another platform, and ours.
+/// Adds an index with an attestation, an image of another platform, and an image for this machine.
 fn add_index(registry: &TestRegistry) -> Digest {
     let ours = registry.add_image("org/app", "single", &layers());
     let entry = |digest: &Digest, os: &str, architecture: &str| {
@@ -158,7 +158,7 @@ async fn a_pulled_image_is_a_layout_of_verified_blobs() {
     inspect_with_skopeo(directory.path(), &ours);
 }
 
-/// Another implementation reads the layout.
+/// Asserts that another implementation reads the layout.
 fn inspect_with_skopeo(directory: &std::path::Path, digest: &Digest) {
     let output = std::process::Command::new("skopeo")
         .args(["inspect", "--format", "{{.Digest}}"])

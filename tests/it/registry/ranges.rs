@@ -1,4 +1,4 @@
-//! Ranges and redirects.
+//! Requests for ranges, and redirects.
 
 use std::time::{Duration, SystemTime};
 
@@ -95,7 +95,7 @@ async fn parts_that_are_wrong_are_not_asked_for_again() {
         (label("bytes 0-99/1000"), false),
         (label("bytes 101-200/1000"), false),
         (Fault::WholeAsPart, false),
-        // What does not show has to be told by whoever compares the bytes with a digest.
+        // The client cannot see this fault. The caller compares the bytes with a digest and reports it.
         (Fault::OtherBytes, true),
         (Fault::Compress("gzip"), false),
     ] {

@@ -1,4 +1,5 @@
-//! Real registries: plain, with TLS of an own authority, with passwords, with signed tokens. skopeo puts the image there.
+//! Real registries: plain, with TLS of their own authority, with passwords, with signed tokens. skopeo pushes the
+//! image.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +25,7 @@ fn layer() -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-/// An OCI layout of one layer; skopeo's name for it.
+/// Writes an OCI layout of one layer. Returns skopeo's name for it.
 fn layout(directory: &Path) -> String {
     let documents = image(&[layer()]);
     let blobs = directory.join("blobs/sha256");
@@ -53,7 +54,7 @@ fn latest(config: RegistryConfig, registry: &DockerRegistry) -> RegistrySource {
         .unwrap()
 }
 
-/// Manifest, config and layer, whole and in parts, checked against what was pushed.
+/// Reads manifest, config and layer, whole and in parts, and compares them with what was pushed.
 async fn check(image: &RegistrySource) {
     let root = image.root().await.unwrap();
     assert_eq!(root.media_type, MANIFEST);
@@ -151,7 +152,7 @@ fn openssl(arguments: &[&str], input: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-/// A token as distribution's specification has it: a JWT signed with RS256 that carries its certificate.
+/// Returns a token as the specification of distribution has it: a JWT signed with RS256 that carries its certificate.
 fn token(directory: &Path, scope: &str) -> String {
     let encode = |bytes: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes);
     let key = directory.join("token.key");

@@ -1,4 +1,4 @@
-//! Streams that go on after failures, and end when going on is hopeless.
+//! Streams that resume after failures, and end when resuming is hopeless.
 
 use std::time::{Duration, Instant};
 
@@ -98,13 +98,13 @@ async fn hopeless_reads_end_at_the_deadline_and_count_attempts() {
         Fault::Hangup,
         Fault::Stall(0),
         Fault::Truncate(0),
-        // Always something, never enough.
+        // Some bytes always arrive, but never enough.
         Fault::Truncate(1),
         Fault::Slow(1, Duration::from_millis(20)),
     ] {
         let registry = TestRegistry::start();
         let (_, blob) = blob(&client, &registry, 1000);
-        // The host has answered before: it is worth waiting for.
+        // The host has answered before, so the client retries.
         read(&blob, 0..1).await.unwrap();
         registry.fault("/blobs/", usize::MAX, fault.clone());
         let started = Instant::now();
@@ -165,7 +165,7 @@ async fn a_lasting_error_in_the_middle_ends_the_stream_once() {
     assert!(stream.next().await.is_none());
 }
 
-/// Many readers at once, every kind of trouble, tokens and URLs that end all the time: the bytes are right all the same.
+/// Many readers at once, with every kind of fault. Tokens and URLs expire all the time. The bytes must be right.
 #[tokio::test]
 async fn whatever_goes_wrong_the_bytes_are_right() {
     for seed in 0..4 {

@@ -1,4 +1,4 @@
-//! Directory trees on a real file system, with everything a tar format can hold.
+//! Makes directory trees on a real file system, with everything a tar format can hold.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, FileTimes};
@@ -12,7 +12,7 @@ use ocifs::toc::Xattrs;
 
 use super::{Bytes, run};
 
-/// What a tar format can hold.
+/// Which properties a tar format can store.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Features {
     /// Names over 255 bytes, link targets over 100.
@@ -45,7 +45,7 @@ pub(super) const GNU: Features = Features {
 
 pub(super) const PAX: Features = Features { pax: true, ..GNU };
 
-/// A tree of everything, the same for the same seed.
+/// Makes a tree with files of every kind. Equal seeds give equal trees.
 pub(super) fn make_tree(root: &Path, seed: u64, features: Features) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut dirs = vec![root.to_owned()];
@@ -75,7 +75,7 @@ pub(super) fn make_tree(root: &Path, seed: u64, features: Features) {
             4 if !files.is_empty() => fs::hard_link::<_, &Path>(&files[rng.usize(..files.len())], &path).unwrap(),
             5 if features.special => {
                 let kind: &[&str] = [&["p"][..], &["c", "5", "70000"], &["b", "300", "3"]][rng.usize(..3)];
-                // A v7-style device number field has 21 bits, so the large minor fits everywhere.
+                // A device number field of v7 has 21 bits, so the large minor number fits every format.
                 run(Command::new("mknod").arg("-m").arg("640").arg(&path).args(kind));
             }
             _ => {
@@ -99,7 +99,7 @@ fn make_file(path: &Path, rng: &mut fastrand::Rng) {
     let size = [0, 1, 511, 512, 513, 4096, 70_000][rng.usize(..7)];
     let content: Vec<u8> = std::iter::repeat_with(|| rng.u8(1..)).take(size).collect();
     file.write_all_at(&content, 0).unwrap();
-    // Islands in a sea of zeros, some touching the end.
+    // Runs of data between zeros. Some touch the end.
     for _ in 0..[0, 0, 1, 6, 40][rng.usize(..5)] {
         let at = rng.u64(..50) * 65_536;
         file.write_all_at(&content[..content.len().min(9000)], at).unwrap();
@@ -164,7 +164,7 @@ pub(super) fn walk(root: &Path, dir: &Path, found: &mut Vec<Vec<u8>>) {
     }
 }
 
-/// Attributes as getfattr(1) sees them, without those that a layer may not set.
+/// Returns attributes as getfattr(1) shows them, without those that a layer may not set.
 pub(super) fn getfattr(path: &Path) -> Xattrs {
     let output = run(Command::new("getfattr")
         .args(["-h", "-d", "-m", "-", "-e", "hex", "--absolute-names"])

@@ -1,4 +1,4 @@
-//! What the registry knows and answers when nothing goes wrong.
+//! State and answers of the registry without faults.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,25 +13,25 @@ use super::{Guard, Issuer, Logged, Shared};
 #[derive(Default)]
 pub(super) struct State {
     pub(super) blobs: HashMap<String, Vec<u8>>,
-    /// By `repository:reference`.
+    /// Media type and bytes by `repository:reference`.
     pub(super) manifests: HashMap<String, (String, Vec<u8>)>,
     pub(super) tags: HashMap<String, Vec<String>>,
     pub(super) rules: Vec<(String, usize, Fault)>,
     pub(super) guard: Guard,
     pub(super) issuer: Option<Arc<Issuer>>,
-    /// Token to remaining uses.
+    /// Remaining uses of each token.
     pub(super) tokens: HashMap<String, usize>,
     pub(super) issued: usize,
     pub(super) storage: Option<Storage>,
-    /// Storage ticket to remaining uses.
+    /// Remaining uses of each storage ticket.
     pub(super) tickets: HashMap<String, usize>,
     pub(super) latency: Duration,
-    /// Status of the answer to credentials that are not the right ones, if it is not a 401 with a challenge.
+    /// Status of the answer to wrong credentials, if it is not a 401 with a challenge.
     pub(super) refusal: Option<u16>,
     pub(super) log: Vec<Logged>,
 }
 
-/// Where blob requests are redirected.
+/// Target of redirected blob requests.
 #[derive(Clone)]
 pub(super) struct Storage {
     pub(super) shared: Arc<Shared>,
@@ -125,7 +125,7 @@ impl State {
         }
     }
 
-    /// The 401 to a request that does not show what it must.
+    /// Returns the 401 for a request without the required credentials.
     fn refuse(&mut self, request: &Request) -> Option<Answer> {
         let shown = request.headers.get("authorization").cloned().unwrap_or_default();
         let host = request.headers.get("host").cloned().unwrap_or_default();

@@ -1,61 +1,61 @@
-//! What can go wrong with an answer, and making it so.
+//! Faults of answers, and how they are applied.
 
 use std::time::Duration;
 
 use super::answers::State;
 use super::wire::{Answer, Request};
 
-/// What goes wrong with an answer.
+/// A fault of an answer.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// This status instead of the answer.
+    /// The server answers with this status.
     Status {
         code: u16,
         headers: Vec<(String, String)>,
         body: String,
     },
-    /// The whole blob with 200, whatever was asked.
+    /// The server sends the whole blob with 200 for any range.
     IgnoreRange,
-    /// To a range the bytes of all blocks of that size which it touches, correctly labelled.
+    /// The server answers a range with all blocks of that size that the range touches, correctly labelled.
     Wide(usize),
-    /// To a range other bytes, labelled as those asked for.
+    /// The server answers a range with other bytes, labelled as the requested ones.
     OtherBytes,
-    /// To a range the whole blob, labelled as what was asked for.
+    /// The server answers a range with the whole blob, labelled as the range.
     WholeAsPart,
-    /// A 206 with status 200.
+    /// The server answers a range with status 200 in place of 206.
     PartAsWhole,
-    /// A 206 as `multipart/byteranges` of one part.
+    /// The server answers a range with a `multipart/byteranges` body of one part.
     Multipart,
-    /// The body compressed (`gzip`, `deflate` or `zstd`) and labelled so.
+    /// The server compresses the body (`gzip`, `deflate` or `zstd`) and labels it so.
     Compress(&'static str),
-    /// This `Content-Range` (none if empty) on a 206.
+    /// A 206 has this `Content-Range`; none if the text is empty.
     ContentRange(String),
-    /// This header added.
+    /// The server adds this header.
     Header(String, String),
-    /// A 206 with at most that many bytes, correctly labelled.
+    /// A 206 has at most that many bytes, correctly labelled.
     Short(usize),
-    /// The connection closed after that many bytes of the body.
+    /// The server closes the connection after that many bytes of the body.
     Truncate(usize),
-    /// Nothing more after that many bytes of the body, the connection left open.
+    /// The server sends nothing more after that many bytes of the body and leaves the connection open.
     Stall(usize),
-    /// No answer at all, the connection left open.
+    /// The server sends no answer and leaves the connection open.
     Silence,
-    /// The connection closed instead of an answer.
+    /// The server closes the connection instead of an answer.
     Hangup,
-    /// The byte at this offset of the body flipped.
+    /// The server changes the byte at this offset of the body.
     Corrupt(usize),
-    /// The body in pieces of that size, with that pause before each.
+    /// The server sends the body in pieces of that size, with that pause before each.
     Slow(usize, Duration),
-    /// No `Content-Length`; the body ends with the connection.
+    /// The body has no `Content-Length` and ends with the connection.
     NoLength,
-    /// No `Content-Length`; the body comes in chunks.
+    /// The body has no `Content-Length` and is sent in chunks.
     Chunked,
-    /// This, if a range was asked for.
+    /// The inner fault applies to requests for a range only.
     OnRanges(Box<Fault>),
 }
 
 impl Fault {
-    /// A bare status.
+    /// A status without headers and body.
     pub fn status(code: u16) -> Self {
         Self::Status {
             code,
@@ -69,7 +69,7 @@ pub(super) fn take_faults(state: &mut State, request: &Request) -> Vec<Fault> {
     let (target, is_range) = (&request.target, request.headers.contains_key("range"));
     let mut faults = Vec::new();
     for (part, times, fault) in &mut state.rules {
-        // Rules of one kind form a queue; one of each kind applies to a request.
+        // Rules with one kind of fault form a queue. A request gets at most one fault of each kind.
         let kind = std::mem::discriminant(fault);
         let queued = faults.iter().any(|taken| std::mem::discriminant(taken) == kind);
         if *times > 0 && !queued && target.contains(part.as_str()) {
@@ -84,7 +84,7 @@ pub(super) fn take_faults(state: &mut State, request: &Request) -> Vec<Fault> {
     faults
 }
 
-/// Which bytes are sent to a range.
+/// Bytes that the server sends for a range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ranging {
     Exact,
@@ -124,10 +124,10 @@ fn compress(coding: &str, body: &[u8]) -> Vec<u8> {
     packed
 }
 
-/// How the bytes leave.
+/// How the server sends the bytes.
 pub(super) struct Sending {
     pub(super) limit: usize,
-    /// After `limit` bytes: wait instead of closing.
+    /// Whether to wait instead of closing after `limit` bytes.
     pub(super) hang: bool,
     pub(super) silence: bool,
     pub(super) hangup: bool,

@@ -1,8 +1,8 @@
-//! Small images.
+//! Documents of small images.
 
 use ocifs::oci::Digest;
 
-/// Media type of the manifests made here.
+/// Media type of image manifests.
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Media type of image indexes.
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -13,7 +13,7 @@ pub struct ImageDocuments {
     pub manifest: Vec<u8>,
 }
 
-/// An image of these uncompressed layers.
+/// Returns the documents of an image with these uncompressed layers.
 pub fn image(layers: &[Vec<u8>]) -> ImageDocuments {
     let diff_ids: Vec<String> = layers.iter().map(|layer| Digest::of(layer).to_string()).collect();
     let config = serde_json::json!({
@@ -34,7 +34,7 @@ pub fn image(layers: &[Vec<u8>]) -> ImageDocuments {
     }
 }
 
-/// This machine's processor as image documents name it.
+/// Returns this machine's processor as image documents name it.
 pub fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",

@@ -1,14 +1,14 @@
 //! Faults by name, for the command line and for control files.
 //!
-//! A rule is `[TIMES] PART FAULT`: the fault that the next `TIMES` requests (all, if it is left out) get whose path and query
-//! contain `PART`, such as `2 /blobs/ status=503` or `/manifests/ header=Content-Encoding: gzip`.
+//! A rule is `[TIMES] PART FAULT`. The next `TIMES` requests whose path and query contain `PART` get the fault;
+//! without `TIMES`, all of them. Examples are `2 /blobs/ status=503` and `/manifests/ header=Content-Encoding: gzip`.
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use super::Fault;
 
-/// All faults, for help texts.
+/// Names of all faults, for help texts.
 pub const NAMES: &str = "\
 status=CODE             this status and no body
 ignore-range            the whole blob with 200

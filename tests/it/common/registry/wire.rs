@@ -1,4 +1,4 @@
-//! HTTP/1.1, as much of it as registries and their clients use.
+//! The part of HTTP/1.1 that registries and their clients use.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -86,7 +86,7 @@ impl Answer {
     }
 }
 
-/// Whether the connection can be used again.
+/// Sends an answer. Returns whether the connection can be used again.
 pub(super) async fn send(stream: &mut TcpStream, request: &Request, answer: &Answer, sending: &Sending) -> bool {
     if sending.silence {
         wait_for_close(stream).await;
@@ -141,7 +141,7 @@ async fn wait_for_close(stream: &mut TcpStream) {
     while matches!(stream.read(&mut byte).await, Ok(n) if n > 0) {}
 }
 
-/// Answers a TLS hello as web servers do: in plain text.
+/// Answers a TLS hello in plain text, as web servers do.
 pub(super) async fn refuse_tls(stream: &mut TcpStream) {
     if stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.is_ok() {
         wait_for_close(stream).await;
