@@ -6,10 +6,10 @@
 
 /// Blocks from this length on are mapped one by one. The buffers of a first pass are shorter and stay in the heap.
 #[cfg(target_env = "gnu")]
-const MAPPED: i32 = 4 << 20;
+const MAPPED: i32 = 1 << 20;
 /// So much may be free at the end of the heap before it goes back.
 #[cfg(target_env = "gnu")]
-const KEPT: i32 = 8 << 20;
+const KEPT: i32 = 2 << 20;
 
 /// Fixes the thresholds. Best done before there is anything else.
 #[cfg(target_env = "gnu")]
