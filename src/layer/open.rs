@@ -1,6 +1,7 @@
 //! Opening a layer: from the store if it was indexed before, by streaming it once otherwise.
 
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
@@ -14,6 +15,7 @@ use super::stripes::Ahead;
 use super::turn::Turn;
 use super::windows::Windows;
 use super::{IndexSource, Layer, LayerStats, SpanMemory, Touches};
+use crate::blob::retry::backoff;
 use crate::blob::{BlobSource, LinkId, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
@@ -25,6 +27,9 @@ use crate::toc::{ExtentTable, PackedToc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
 const PASSES: usize = 8;
+/// A patient opening gives a layer up whose bytes were wrong this often, for at least this long.
+const WRONG_PASSES: u32 = 4;
+const WRONG_TIME: Duration = Duration::from_secs(5);
 
 /// What all layers of a process share.
 #[derive(Debug, Clone)]
@@ -171,7 +176,7 @@ async fn stream(
         stats: stats.clone(),
         patient: context.patient,
     };
-    let mut failed = false;
+    let mut wrong = Wrong::new(context.patient);
     let (mut indexed, partial) = loop {
         let partial = match &dir {
             // What is on a local disk need not be kept twice.
@@ -194,18 +199,27 @@ async fn stream(
             Some(partial) if !error.is_resumable() => partial.discard(),
             _ => true,
         };
-        // What was kept may be damaged, which costs one more pass. What went wrong on the way does not go wrong twice; what is
-        // wrong at the source does, and so does what was kept if it is still there.
-        let goes_wrong_again = if resumes { !discarded } else { failed };
-        if !error.is_corruption() || goes_wrong_again {
+        if !error.is_corruption() || resumes && !discarded {
             return Err(error.into());
         }
+        // What was kept may be damaged, which costs one more pass and says nothing of what comes.
+        let delay = match resumes {
+            true => Duration::ZERO,
+            false => {
+                blob.judged(Verdict::Wrong);
+                match wrong.again() {
+                    None => return Err(error.into()),
+                    Some(delay) => delay,
+                }
+            }
+        };
         tracing::warn!(%error, "streaming the layer once more");
-        if !resumes {
-            failed = true;
-            blob.judged(Verdict::Wrong);
+        if !delay.is_zero() {
+            stats.set_trouble(Some(error.to_string()));
+            stats.waiting(tokio::time::sleep(delay)).await;
         }
     };
+    stats.set_trouble(None);
     stats.set_source(IndexSource::Streamed);
     let context = context.clone();
     let keeping = tokio::task::spawn_blocking(move || {
@@ -256,6 +270,42 @@ async fn stream(
         })
     });
     keeping.await.map_err(|_| OpenError::Interrupted)?
+}
+
+/// When to stream a layer again whose bytes were wrong.
+///
+/// What went wrong on the way is seldom wrong twice. What still is may be the trouble of a moment, which a patient opening waits
+/// for. What is wrong at the source stays so, and is given up.
+struct Wrong {
+    patient: bool,
+    passes: u32,
+    since: Instant,
+}
+
+impl Wrong {
+    fn new(patient: bool) -> Self {
+        Self {
+            patient,
+            passes: 0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Takes a wrong pass: how long to wait before the next one, if it is worth one.
+    fn again(&mut self) -> Option<Duration> {
+        if self.passes == 0 {
+            self.since = Instant::now();
+        }
+        self.passes += 1;
+        match self.passes {
+            1 => Some(Duration::ZERO),
+            _ if !self.patient => None,
+            passes if passes < WRONG_PASSES || self.since.elapsed() < WRONG_TIME => {
+                Some(backoff(passes - 1, fastrand::f64()))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Memory of a layer's tables while it is open.
