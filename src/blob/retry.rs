@@ -118,7 +118,7 @@ impl Retry {
 
 /// Returns the delay before attempt `failures + 1`: between half of the nominal delay and all of it. `jitter` is in
 /// 0..1.
-fn backoff(failures: u32, jitter: f64) -> Duration {
+pub fn backoff(failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let nominal = (FIRST_DELAY * (1 << doublings)).min(LONGEST_DELAY);
     nominal.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0)

@@ -8,10 +8,10 @@
 /// Length from which a block is mapped by itself, in bytes. The buffers of a first pass are shorter and stay in the
 /// heap.
 #[cfg(target_env = "gnu")]
-const MAPPED: i32 = 4 << 20;
+const MAPPED: i32 = 1 << 20;
 /// Free bytes that may stay at the end of the heap. With more, the heap shrinks.
 #[cfg(target_env = "gnu")]
-const KEPT: i32 = 8 << 20;
+const KEPT: i32 = 2 << 20;
 
 /// Fixes both thresholds. Call it first, before the program allocates anything large.
 #[cfg(target_env = "gnu")]

@@ -1,6 +1,7 @@
 //! Opens a layer: from the store if the layer was indexed before, otherwise by streaming the layer once.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
@@ -14,6 +15,7 @@ use super::stripes::Ahead;
 use super::turn::Turn;
 use super::windows::Windows;
 use super::{IndexSource, Layer, LayerStats, SpanMemory};
+use crate::blob::retry::backoff;
 use crate::blob::{BlobSource, LinkId, Verdict};
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::Lanes;
@@ -23,6 +25,11 @@ use crate::oci::{DiffId, Digest};
 use crate::span::IndexedSpans;
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
 use crate::toc::{ExtentTable, PackedToc};
+
+/// A patient opening gives a layer up after this many wrong passes, if they also took at least [`WRONG_TIME`].
+const WRONG_PASSES: u32 = 4;
+/// See [`WRONG_PASSES`].
+const WRONG_TIME: Duration = Duration::from_secs(5);
 
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +139,7 @@ async fn stream(
         stats: stats.clone(),
         patient: context.patient,
     };
-    let mut failed = false;
+    let mut wrong = Wrong::new(context.patient);
     let (mut indexed, partial) = loop {
         let partial = match &dir {
             // A blob on a local disk need not be kept a second time.
@@ -155,18 +162,27 @@ async fn stream(
             Some(partial) if !error.is_resumable() => partial.discard(),
             _ => true,
         };
-        // Kept bytes may be damaged, which costs one more pass. A fault in transit does not occur twice. A fault at
-        // the source does, and so does a fault in kept bytes that could not be discarded.
-        let goes_wrong_again = if resumes { !discarded } else { failed };
-        if !error.is_corruption() || goes_wrong_again {
+        if !error.is_corruption() || resumes && !discarded {
             return Err(error.into());
         }
+        // Kept bytes may be damaged. That costs one more pass and says nothing about the bytes that come next.
+        let delay = match resumes {
+            true => Duration::ZERO,
+            false => {
+                blob.judged(Verdict::Wrong);
+                match wrong.again() {
+                    None => return Err(error.into()),
+                    Some(delay) => delay,
+                }
+            }
+        };
         tracing::warn!(%error, "streaming the layer once more");
-        if !resumes {
-            failed = true;
-            blob.judged(Verdict::Wrong);
+        if !delay.is_zero() {
+            stats.set_trouble(Some(error.to_string()));
+            stats.waiting(tokio::time::sleep(delay)).await;
         }
     };
+    stats.set_trouble(None);
     stats.set_source(IndexSource::Streamed);
     let context = context.clone();
     let keeping = tokio::task::spawn_blocking(move || {
@@ -225,6 +241,42 @@ async fn stream(
         })
     });
     keeping.await.map_err(|_| OpenError::Interrupted)?
+}
+
+/// Decides when to stream a layer again whose bytes were wrong.
+///
+/// Bytes that were damaged on the way are seldom damaged twice. If they are, the fault may last for a moment, and a patient
+/// opening waits until it is over. If the bytes stay wrong, they are wrong at the source, and the layer is given up.
+struct Wrong {
+    patient: bool,
+    passes: u32,
+    since: Instant,
+}
+
+impl Wrong {
+    fn new(patient: bool) -> Self {
+        Self {
+            patient,
+            passes: 0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Counts a wrong pass. Returns how long to wait before the next one, or `None` if the layer is given up.
+    fn again(&mut self) -> Option<Duration> {
+        if self.passes == 0 {
+            self.since = Instant::now();
+        }
+        self.passes += 1;
+        match self.passes {
+            1 => Some(Duration::ZERO),
+            _ if !self.patient => None,
+            passes if passes < WRONG_PASSES || self.since.elapsed() < WRONG_TIME => {
+                Some(backoff(passes - 1, fastrand::f64()))
+            }
+            _ => None,
+        }
+    }
 }
 
 fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {

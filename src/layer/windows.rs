@@ -4,7 +4,7 @@
 //! done. A decoder is refused only if no other decoder has any memory. Decoders never wait in a circle:
 //!
 //! - A decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for all that it may need. While it
-//!   waits, it has no memory.
+//!   waits, it has no memory. Only a decoder that runs alone may start with less and wait for more later.
 //! - Decoders with larger windows take turns before they have any memory, so only one of them grows at a time.
 //! - If a large window follows ordinary ones, a decoder may have memory while it waits for its turn. The decoder
 //!   whose turn it is does not wait for that memory.
@@ -113,13 +113,19 @@ impl Window {
             changed.as_mut().enable();
             {
                 let mut count = holders.count.lock().expect("no panic while locked");
-                match self.charge.cover(wanted).or_else(|_| self.charge.cover(bytes)) {
+                let is_alone = *count == usize::from(self.holds);
+                let mut covered = self.charge.cover(wanted);
+                if covered.is_err() && is_alone {
+                    // Nobody will give back any: less has to do. Whoever comes later gets all it needs, or nothing.
+                    covered = self.charge.cover(bytes);
+                }
+                match covered {
                     Ok(()) => {
                         *count += usize::from(!self.holds);
                         self.holds = true;
                         return Ok(());
                     }
-                    Err(error) if *count == usize::from(self.holds) => return Err(error),
+                    Err(error) if is_alone => return Err(error),
                     Err(_) => {}
                 }
             }
@@ -211,6 +217,30 @@ mod tests {
             done.unwrap().unwrap();
         }
         assert_eq!(tables.used(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn those_that_fit_only_in_part_do_not_wait_for_each_other() {
+        let (windows, tables) = windows(24 * MIB);
+        let mut of_tables = tables.charge();
+        of_tables.exactly(12 * MIB).unwrap();
+        let growing = (0..6).map(|_| {
+            let mut room = windows.room(None);
+            tokio::task::spawn_blocking(move || {
+                for bytes in [4, 8, 12, 16] {
+                    room(bytes * MIB, 16 * MIB)?;
+                }
+                Ok::<_, OverLimit>(())
+            })
+        });
+        for done in futures::future::join_all(growing).await {
+            assert_eq!(
+                done.unwrap(),
+                Err(OverLimit { limit: 24 * MIB }),
+                "16 MiB are more than there are"
+            );
+        }
+        assert_eq!(tables.used(), 12 * MIB);
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -89,8 +89,28 @@ impl Pax {
         Ok(pax)
     }
 
+    fn clear(&mut self, key: &[u8]) {
+        match key {
+            b"path" => self.path = None,
+            b"linkpath" => self.link = None,
+            b"size" => self.size = None,
+            b"uid" => self.uid = None,
+            b"gid" => self.gid = None,
+            b"mtime" => self.mtime = None,
+            _ => {
+                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                    self.xattrs.remove(name);
+                } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
+                    self.libarchive_xattrs.remove(name);
+                }
+            }
+        }
+    }
+
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), PaxProblem> {
         if value.is_empty() {
+            // As if there were no such record, also before it: what the header says counts.
+            self.clear(key);
             return Ok(());
         }
         // Use names of attributes as they are. GNU tar writes `=` as `%3D`, but the engines do not decode it.
@@ -247,12 +267,14 @@ mod tests {
         let pax = Pax::parse(&records(&[
             ("path", b"first"),
             ("path", b"with=equals\nand lines"),
+            ("linkpath", b"cleared by the next"),
             ("linkpath", b""),
             ("size", b"123"),
             ("uid", b"4294967295"),
             ("gid", b"-2"),
             ("mtime", b"-1.5"),
             ("SCHILY.xattr.user.a", b"\0\n="),
+            ("SCHILY.xattr.user.empty", b"cleared too"),
             ("SCHILY.xattr.user.empty", b""),
             ("LIBARCHIVE.xattr.user.b", b"AA"),
             ("comment", b"x"),

@@ -509,6 +509,26 @@ fn a_byte_that_was_wrong_on_the_way_costs_the_first_mount_a_second_pass() {
 }
 
 #[test]
+fn a_moment_of_wrong_bytes_does_not_end_a_mount() {
+    let registry = TestRegistry::start();
+    // The tar as it is: nothing but its headers and the digest tells that bytes are wrong.
+    let tar = (0..3).fold(Tar::new(), |tar, i| tar.file(format!("f{i}"), noise(i, FILE)));
+    let layer = Blob::plain(tar.finish());
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    registry.fault(&layer.path(), 2, Fault::Corrupt(150));
+    registry.fault(&layer.path(), 2, Fault::Corrupt(4000));
+    let ocifs = Ocifs::new();
+    let mount = ocifs.mount_with(&format!("{}/app:1", registry.host()), &[]);
+    assert!(mount.read("f2") == noise(2, FILE));
+    let status = mount.status();
+    assert_eq!(
+        (&status["state"], &status["problem"]),
+        (&"ready".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(registry.count(&layer.path()), 5);
+}
+
+#[test]
 fn a_server_that_refuses_ranges_is_asked_for_the_whole() {
     let scene = Scene::new(&[]);
     let mount = scene.mount();
