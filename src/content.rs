@@ -4,14 +4,14 @@
 //! front end asks this module for these ranges. Local bytes come at once; for other bytes the reader waits.
 //!
 //! This module decides what is the same for the readers of all front ends:
-//! - How long a read may wait ([`asked`]).
+//! - How long a read may wait (`asked`).
 //! - How reading times are counted (`latency`).
 //! - Which reading problems `status` shows (`trouble`).
 //! - When a read starts a program, so that the files of the program are fetched (`Image::started`).
 //!
 //! Invariants:
 //! - The time from the first request for some bytes to the last answer is at most the timeout and a moment
-//!   ([`asked`]).
+//!   (`asked`).
 //! - A read of local bytes takes no lock of this module, unless a problem is being shown.
 
 mod asked;

@@ -30,15 +30,15 @@
 //!
 //! | level | modules |
 //! |---|---|
-//! | 0 | [`oci`] [`memory`] [`os`] |
-//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] [`program`] |
+//! | 0 | [`oci`] `memory` [`os`] |
+//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] `program` |
 //! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
-//! | 3 | [`registry`] [`device`] [`fetch`] [`erofs`] |
+//! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
 //! | 4 | [`source`] [`layer`] |
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
 //! | 7 | [`fs`] |
-//! | 8 | [`fuse`] |
+//! | 8 | `fuse` |
 //! | 9 | [`mount`] |
 //! | 10 | `cli`, which is the command and no part of the library |
 
@@ -47,19 +47,19 @@ pub mod blob;
 pub mod content;
 pub mod device;
 pub mod erofs;
-pub mod fetch;
+mod fetch;
 pub mod fs;
-pub mod fuse;
+mod fuse;
 pub mod image;
 pub mod index;
 pub mod layer;
 pub mod layout;
-pub mod memory;
+mod memory;
 pub mod mount;
 pub mod oci;
 pub mod os;
 pub mod profile;
-pub mod program;
+mod program;
 pub mod registry;
 pub mod resolve;
 pub mod source;
@@ -67,3 +67,11 @@ pub mod span;
 pub mod store;
 pub mod toc;
 pub mod tree;
+
+#[cfg(any(doc, doctest))]
+pub mod docs {
+    //! The longer pages of the documentation.
+
+    #[doc = include_str!("docs/architecture.md")]
+    pub mod architecture {}
+}

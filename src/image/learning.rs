@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use super::Image;
 use super::prefetch::Layers;
 use crate::oci::Digest;
+use crate::os::read_regular;
 use crate::profile::{LARGEST_FILE, Label, Profile, ProfileError, ProfiledLayer, Recorder};
 use crate::resolve::ResolvedImage;
-use crate::os::read_regular;
 use crate::store::{Durability, Store, StoreError};
 
 /// How often to check whether a start is over.

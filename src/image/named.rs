@@ -59,7 +59,7 @@ impl NamedImage {
 
     /// Finds manifest and config of an image that is going to be read. If the store knows what the name meant the
     /// last time, that image is opened while the source is asked. If a label is given, the profile with that label is
-    /// replayed as well (see [`Early`]). Must be called on the runtime.
+    /// replayed early as well. Must be called on the runtime.
     pub async fn open(&self, context: &LayerContext, replayed: Option<Label>) -> Result<Opening, BlobError> {
         let recalled = self.recall().await;
         let early = recalled.and_then(|recalled| Early::begin(recalled, context, replayed));

@@ -1,8 +1,8 @@
 //! One interface to the decoders of all three compressions.
 
 use super::gzip::Gzip;
-use super::zstd::{Room, Zstd};
 use super::step::Step;
+use super::zstd::{Room, Zstd};
 use super::{BitPosition, Compression, IndexError};
 
 /// A decoder from some position of a blob to its end.

@@ -11,8 +11,8 @@
 
 use crc32fast::Hasher;
 
-use super::step::Step;
 use super::inflate::{Inflate, Progress};
+use super::step::Step;
 use super::{BitPosition, IndexError};
 
 const FHCRC: u8 = 2;

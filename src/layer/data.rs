@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex, Weak};
 
 use tokio::sync::Semaphore;
 
+use super::Landing;
 use super::disk::{LayerDisk, Miss};
 use super::health::Health;
 use super::memory::SpanMemory;
 use super::stripes::Ahead;
 use super::windows::Windows;
-use super::Landing;
 use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::{Board, Flights, Lanes, Spans as _};
 use crate::memory::{Allowance, Charge, TABLES};

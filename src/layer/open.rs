@@ -3,24 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
-
 use super::data::{LayerContext, LayerData};
 use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
-use super::health::Health;
 use super::programs;
 use super::race::Origin;
-use super::stripes::Ahead;
 use super::turn::Turn;
-use super::windows::Windows;
-use super::{IndexSource, Layer, LayerStats, SpanMemory};
+use super::{IndexSource, Layer, LayerStats};
 use crate::blob::retry::backoff;
 use crate::blob::{BlobSource, LinkId, Verdict};
-use crate::device::{CacheBudget, DataDevice};
-use crate::fetch::Lanes;
+use crate::device::DataDevice;
 use crate::index::SpanIndex;
-use crate::memory::{Allowance, Charge, OverLimit, TABLES};
+use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest};
 use crate::span::IndexedSpans;
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};

@@ -11,9 +11,9 @@ use std::time::Duration;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+use super::error::{MountError, system};
 use super::kernel::{self, handle};
 use super::mountinfo;
-use super::error::{MountError, system};
 
 /// How long a FUSE mount may take to show that it is dead. A dead mount fails at once. So a larger value only
 /// delays the refusal of a mount that is alive and slow. On a busy machine, a smaller one may take a dead mount for

@@ -24,8 +24,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 
-use super::mountinfo::MountEntry;
 use super::kernel::handle;
+use super::mountinfo::MountEntry;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
 

@@ -144,7 +144,7 @@ impl Puller {
     /// empty range gives an empty stream.
     ///
     /// The digest alone does not tell the size. This method therefore sends one more request, for one byte, than a
-    /// [`RegistryBlob`](super::RegistryBlob) made from a descriptor.
+    /// [`RegistryBlob`] made from a descriptor.
     pub async fn fetch_image_blob(
         &self,
         repository: &str,

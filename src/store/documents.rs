@@ -8,8 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Durability, Store, StoreError, read_sealed, touch};
-use crate::os::{clear_way, is_foreign, read_regular};
 use crate::oci::{Algorithm, Digest};
+use crate::os::{clear_way, is_foreign, read_regular};
 
 /// Most bytes of a document. A longer file is no document, since configs have at most 16 MiB.
 const LONGEST: u64 = 16 << 20;

@@ -20,10 +20,10 @@
 
 use std::ops::Range;
 
+use super::BLOCK;
 use super::Tables;
 use super::builder::{Builder, Item};
 use super::error::{TocError, describe, shown};
-use super::BLOCK;
 use super::header::{self, Block, Header};
 use super::pax::{Pax, PaxProblem};
 use super::sparse::{Fragment, MapParser};

@@ -176,7 +176,14 @@ fn circles(directory: &Path, module: &Module) -> Vec<String> {
         .iter()
         .map(|file| {
             let below = file.strip_prefix(directory).unwrap().with_extension("");
-            below.components().next().unwrap().as_os_str().to_str().unwrap().to_owned()
+            below
+                .components()
+                .next()
+                .unwrap()
+                .as_os_str()
+                .to_str()
+                .unwrap()
+                .to_owned()
         })
         .collect();
     for file in &files {
@@ -187,7 +194,11 @@ fn circles(directory: &Path, module: &Module) -> Vec<String> {
             let Some(name) = path.strip_prefix(&module[..]).and_then(|rest| rest.first()) else {
                 continue;
             };
-            let target = if names.contains(name) { Some(name) } else { passed_on.get(name) };
+            let target = if names.contains(name) {
+                Some(name)
+            } else {
+                passed_on.get(name)
+            };
             if let Some(target) = target.filter(|target| **target != parts[0] && names.contains(*target)) {
                 uses.entry(parts[0].clone()).or_default().insert(target.clone());
             }
@@ -198,7 +209,12 @@ fn circles(directory: &Path, module: &Module) -> Vec<String> {
         // Collects all files that can be reached from this one.
         let (mut reached, mut next) = (BTreeSet::new(), vec![name]);
         while let Some(at) = next.pop() {
-            next.extend(uses.get(at).into_iter().flatten().filter(|used| reached.insert((*used).clone())));
+            next.extend(
+                uses.get(at)
+                    .into_iter()
+                    .flatten()
+                    .filter(|used| reached.insert((*used).clone())),
+            );
         }
         if reached.contains(name) {
             found.push(format!("{}/{name}.rs uses {:?}", directory.display(), uses[name]));

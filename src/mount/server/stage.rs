@@ -8,11 +8,12 @@ use std::time::Instant;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::{Mount, MountError, system};
+use super::Mount;
 use crate::content::Content;
 use crate::fs::{FsError, ImageFs};
 use crate::fuse::{self, Stage};
 use crate::image::{Image, ImageError};
+use crate::mount::error::{MountError, system};
 
 impl Mount {
     /// Checks whether the preparation of the image makes progress, and tells the waiting requests if that has
