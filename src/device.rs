@@ -1,22 +1,24 @@
-//! A layer's data device on disk: one sparse file that fills as spans are decoded, with a checksum for every block of it.
+//! A layer's data device on disk: one sparse file that fills as spans are decoded, with a checksum for every block.
 //!
-//! Several processes share it without a daemon. The rules that keep a wrong byte from being served:
+//! Several processes share the file without a daemon. These rules keep a wrong byte from being served:
 //!
-//! * Whoever fills a span has checked its bytes against the span's digest, and records a CRC-32C for each of its *fragments*
-//!   (blocks of 4096 bytes, cut where a span begins; see the module `geometry`). The checksum begins with the layer's digest and
-//!   the fragment's place. Every read compares every fragment that it touches with what is recorded ([`DataDevice::read`]). So
-//!   whatever happened to the file since, on this or any other machine, is found before a reader sees it: a flipped bit, a
-//!   write that was lost, a page of zeros, an older copy, another layer's file.
-//! * Fill: write the bytes, then the checksums, then set the span's record to present. Evict: set the record to absent, clear
-//!   the checksums, then punch the hole. A reader that meets either half-way finds a checksum of 0, or looks at the checksum
-//!   again and finds that it changed: the span counts as absent.
-//! * A span is filled or evicted only while holding its open-file-description lock ([`DataDevice::try_lock`]); the evictor uses
-//!   a descriptor of its own, so it conflicts with fillers of its own process too. A process that fails to keep this rule
-//!   costs a fetch and never a wrong byte.
-//! * A span whose fragment does not match is dropped ([`DataDevice::drop_span`]) and fetched again by whoever reads it.
+//! * A process that fills a span has checked its bytes against the span's digest. It records a CRC-32C for each
+//!   *fragment* of the span (a block of 4096 bytes, cut where a span begins; see the module `geometry`). The checksum
+//!   begins with the layer's digest and the fragment's place.
+//! * Every read compares every fragment that it touches with the recorded checksum ([`DataDevice::read`]). It
+//!   therefore finds any change of the file before a reader sees it, on this or any other machine: a flipped bit, a
+//!   lost write, a page of zeros, an older copy, another layer's file.
+//! * To fill a span, a process writes the bytes, then the checksums, then sets the span's record to present. To evict
+//!   a span, it sets the record to absent, clears the checksums, then punches the hole. A reader that meets either
+//!   half-way finds a checksum of 0. Otherwise it looks at the checksum again, and finds that it changed. The span
+//!   then counts as absent.
+//! * A process fills or evicts a span only while it holds the span's open-file-description lock
+//!   ([`DataDevice::try_lock`]). The evictor uses a file descriptor of its own, so that it also conflicts with
+//!   fillers of its own process. A process that breaks this rule costs a fetch and never a wrong byte.
+//! * A reader drops a span whose fragment does not match ([`DataDevice::drop_span`]), and fetches it again.
 //!
-//! A file gets its name when it is complete: empty (nothing present) or whole (everything present, written by a pass that
-//! verified the layer). A device belongs to one span index; one that cannot be written is only read.
+//! A file gets its name when it is complete: empty (no span is present) or whole (every span is present, written by a
+//! pass that verified the layer). A device belongs to one span index. A device that cannot be written is only read.
 
 mod budget;
 mod checksum;
@@ -43,11 +45,11 @@ pub use writer::DeviceWriter;
 use checksum::{Checksummer, Seed, recorded};
 use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
-use joined::Joined;
+use joined::{Joined, footprint};
 
 use crate::index::SpanIndex;
 use crate::store::{LayerDir, Store, clear_way, gone, is_denied, is_foreign, is_symlink, open_regular};
-use crate::toc::{DEVICE_BLOCK, ExtentTable};
+use crate::toc::ExtentTable;
 
 /// How often one looks again before a span counts as damaged, or a device is opened although others make it at the same time.
 const LOOKS: usize = 3;
@@ -295,16 +297,9 @@ impl DataDevice {
         Ok((lock, held))
     }
 
-    /// Bytes on disk that the content of a span takes: pieces that are far apart take a block each, however short they are.
+    /// Bytes on disk that the content of a span takes, in whole blocks. Its pieces ascend.
     pub fn footprint(pieces: &[Piece]) -> u64 {
-        // Pieces ascend, and two of them can lie in one block.
-        let (mut blocks, mut next) = (0, 0);
-        for piece in pieces.iter().filter(|piece| piece.len > 0) {
-            let end = (piece.device + piece.len).div_ceil(DEVICE_BLOCK);
-            blocks += end - (piece.device / DEVICE_BLOCK).max(next).min(end);
-            next = end;
-        }
-        blocks * DEVICE_BLOCK
+        footprint(pieces.iter().map(|piece| (piece.device, piece.len)))
     }
 
     /// Writes a span's content and marks it present. `bytes` are the span's uncompressed bytes, verified; `pieces` says which

@@ -1,19 +1,23 @@
 //! The tree as an EROFS image: metadata that the Linux kernel, `fsck.erofs` and ocifs read alike.
 //!
-//! [`write()`] turns a [`crate::tree::Tree`] into the metadata of a virtual disk; [`Reader`] answers from those bytes without parsing
-//! them first. File content is not in the image: behind the metadata, the disk goes on with the layers' data devices end to end,
-//! so a file's first block says both which layer has the content and where.
+//! # How it works
+//! [`write()`] turns a [`crate::tree::Tree`] into the metadata of a virtual disk. [`Reader`] answers questions from
+//! these bytes without parsing them first. The image contains no file content. On the disk the layers' data devices
+//! follow the metadata, end to end. The first block of a file therefore says which layer has the content, and where.
 //!
 //! ```text
 //! | metadata | device of layer 0 | device of layer 1 | ...      blocks of 4 KiB, numbered with 32 bits: at most 16 TiB
 //! ```
 //!
-//! The format is the oldest one that can say everything (kernel 5.4; 5.15 when a sparse file needs chunks): extended inodes, plain
-//! files, small directories and symlinks behind their inode. Equal trees give equal bytes. A [`Nid`] is an inode's place in the
-//! image, hence the inode number on every host.
+//! The writer uses the oldest format that can express the tree: kernel 5.4, or 5.15 if a sparse file needs chunks.
+//! The image has extended inodes and plain files. Small directories and symlinks lie behind their inode.
 //!
-//! The reader trusts nothing: bytes that make no sense are a typed error, never a panic, an endless loop or a large allocation. It
-//! reads what this module writes and refuses other EROFS images that use more of the format.
+//! # Invariants
+//! - Equal trees give equal bytes.
+//! - A [`Nid`] is an inode's place in the image, so the inode number is the same on every host.
+//! - The reader trusts nothing. Bytes that make no sense are a typed error, never a panic, an endless loop or a large
+//!   allocation.
+//! - The reader reads what this module writes. The reader refuses EROFS images that use more of the format.
 
 mod dirent;
 mod format;

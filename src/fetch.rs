@@ -1,7 +1,7 @@
-//! What is fetched when: everything about fetching that needs neither a blob nor a disk.
+//! What is fetched when: the decisions about fetching that need neither a blob nor a disk.
 //!
-//! Waiting for round trips is what makes a lazy start slow, so bytes that will be wanted have to be asked for before they
-//! are, many at a time, and without ever being in the way of what is wanted now.
+//! Round trips make a lazy start slow. The crate therefore requests bytes before a reader needs them, and sends many
+//! requests at a time. These early requests must not delay the bytes that a reader waits for.
 //!
 //! ```text
 //!  reads ──miss──▶ demand ────────────────────────────┐
@@ -9,17 +9,21 @@
 //!  a recorded start ────────▶ plan::runs ──ranges──▶  │
 //!  the rest of the image ───────────────────ranges──▶ ┘
 //! ```
-//! - [`Policy`] turns what was measured of the link into sizes: how much to ask for at once, across which gaps, how much may
-//!   be under way.
-//! - [`Lanes`] lets requests go in the order of their [`Priority`]: demand at once, the others as far as the link has room;
-//!   and it gives a [`Hedge`] to what comes too slowly: the right to ask a second time.
-//! - [`Readahead`] guesses from the spans that were read which will be read next, and guesses less when it guessed wrong.
-//! - [`runs`] turns spans wanted in an order into as few requests as are worth it.
-//! - [`Flights`] sees to it that no span is fetched twice at the same time.
+//! - [`Policy`] turns the measurements of a link into sizes: the size of a request, the gaps to fetch across, and the
+//!   bytes that may be in flight.
+//! - [`Lanes`] admits requests in the order of their [`Priority`]. Demand goes at once; the others go as far as the
+//!   link has room. For bytes that come too slowly, a lane gives a [`Hedge`]: the right to send a second request.
+//! - [`Readahead`] predicts from the spans that were read which spans will be read next. It predicts less after wrong
+//!   predictions.
+//! - [`runs`] turns an ordered list of wanted spans into few requests.
+//! - [`Flights`] makes sure that no span is fetched twice at the same time.
 //!
-//! Invariants: a demand request waits for nothing but other demand requests; bytes under way for everything else are
-//! bounded; a planned run has no span that is there already; all of it is synchronous and bounded in memory, except for the
-//! wait for a pass, which may be dropped at any time.
+//! Invariants:
+//! - A demand request waits only for other demand requests.
+//! - The bytes in flight for all other priorities are bounded.
+//! - A planned run contains no span that is already there.
+//! - Everything is synchronous and bounded in memory, except the waits in [`Lanes`]. A caller may drop these waits at
+//!   any time.
 
 mod flights;
 mod lanes;

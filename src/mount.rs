@@ -8,21 +8,27 @@
 //!           ▼ │      └ cannot be prepared ▶ Failed ──┘
 //!         Stalled
 //! ```
-//! The directory is mounted as soon as manifest and config are known. Until the tree is ready no request is taken from the
-//! kernel, so that waiting processes can be killed; afterwards every request is answered: from the image, or with an error if
-//! it could not be prepared. If nothing useful comes for as long as a read may take, requests are taken all the same: they
-//! fail until the image comes on, wait while it does, and get the image when it is there.
+//! The process mounts the directory as soon as it knows manifest and config. Until the tree is ready, it takes no
+//! request from the kernel, so that a signal can kill a waiting program. When the tree is ready, the process
+//! answers every request from the image. If the image cannot be prepared, it answers every request with an error.
 //!
-//! A writable mount appears only when the tree is ready: the image is mounted in the run directory, an overlay is put on the
-//! mount point, and the image's own mount goes away again. The overlay holds the image by itself, nobody else can reach it, and
-//! whoever unmounts the overlay, in whatever way, thereby ends the session. So the end of the session is all there is to watch.
+//! The preparation stalls if no useful bytes come for as long as a read may take. The process then starts to take
+//! requests. While the preparation is stalled, requests fail. When the preparation makes progress again, requests
+//! wait, and get the image once it is ready.
 //!
-//! Other mount namespaces may have copies of a mount, and files in it may be open: after an unmount the process serves those,
-//! and stays registered until the last one is gone. `list` says who that is.
+//! A writable mount appears only when the tree is ready. The process first mounts the image in the run directory
+//! and puts an overlay on the mount point. Then it unmounts the image from the run directory, so only the overlay
+//! still holds the image. Any unmount of the overlay therefore ends the FUSE session. The process has to watch only
+//! for that end.
 //!
-//! Invariants: whatever way the process ends (unmount, signal, somebody else's umount, the end of its mount namespace) it
-//! detaches what it mounted, removes its registration and its private upper directory; one that is killed leaves a
-//! registration that `umount` recognises as dead. No other command depends on the process being able to answer.
+//! Other mount namespaces may have copies of a mount, and programs may have its files open. After an unmount the
+//! process goes on serving these users. It stays registered until the last of them is gone. `list` names them.
+//!
+//! Invariants:
+//! - A process that ends detaches its mounts, and removes its registration and its private upper directory. The
+//!   cause of its end does not matter: an unmount by any program, a signal, or the end of its mount namespace.
+//! - A process that is killed leaves a registration, and `umount` recognises it as dead.
+//! - No other command depends on an answer of the process.
 
 mod attached;
 mod control;

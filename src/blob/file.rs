@@ -1,8 +1,9 @@
 //! Blobs in local files: a whole file, or a range of one (a member of an uncompressed archive).
 //!
-//! Reads are positioned (`pread`) and run on the blocking pool, one piece at a time, so a stream holds one piece of memory
-//! however long it is and stops when it is dropped. Blobs that are ranges of one file share its descriptor; one that is a file
-//! of its own is opened for each stream, because an image can have more layers than a process may have files open.
+//! Reads are positioned (`pread`) and run on the blocking pool, one piece at a time. A stream therefore holds one
+//! piece in memory, however long it is, and stops when it is dropped. Blobs that are ranges of one file share its
+//! file descriptor. A blob that is a whole file is opened for each stream, because an image can have more layers than
+//! a process may have files open.
 
 use std::fs::File;
 use std::ops::Range;

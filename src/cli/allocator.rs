@@ -1,17 +1,18 @@
-//! How the C library's allocator gives memory back.
+//! Tells the C library's allocator when to give memory back to the kernel.
 //!
-//! By itself glibc takes longer and longer blocks from its heap, up to 32 MiB each, where tables that grow leave holes which
-//! nobody else can use. Merging an image of a million different attributes so took a third more memory than it had. With a
-//! fixed threshold (mallopt(3)) long blocks are mapped one by one, grow in place, and go back when they are freed.
+//! By default glibc raises its mapping threshold up to 32 MiB as long blocks are freed. Blocks below the threshold come from
+//! the heap. Tables that grow there leave holes that nothing else can use: merging an image with a million different attributes
+//! took a third more memory than its data. With a fixed threshold (mallopt(3)) long blocks are mapped one by one. They grow in
+//! place, and go back to the kernel when they are freed.
 
-/// Blocks from this length on are mapped one by one. The buffers of a first pass are shorter and stay in the heap.
+/// Length in bytes from which a block is mapped by itself. The buffers of a first pass are shorter and stay in the heap.
 #[cfg(target_env = "gnu")]
 const MAPPED: i32 = 1 << 20;
-/// So much may be free at the end of the heap before it goes back.
+/// Free bytes that may stay at the end of the heap. With more, the heap shrinks.
 #[cfg(target_env = "gnu")]
 const KEPT: i32 = 2 << 20;
 
-/// Fixes the thresholds. Best done before there is anything else.
+/// Fixes both thresholds. Call it first, before the program allocates anything large.
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
 pub(super) fn settle() {
@@ -22,6 +23,6 @@ pub(super) fn settle() {
     }
 }
 
-/// Other allocators do so by themselves.
+/// Does nothing: other allocators give memory back by themselves.
 #[cfg(not(target_env = "gnu"))]
 pub(super) fn settle() {}

@@ -131,7 +131,7 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
         None => None,
         Some(args) => {
             let context = open::context(config)?;
-            // Without the handling of signals that fetching has: the checks that follow end like any program.
+            // Not with `Fetching::run`, which catches signals: Ctrl-C has to end the checks that follow.
             let recalled = Fetching::new()?.runtime().block_on(async {
                 let named = Named::open(config, args, &context).await?;
                 anyhow::Ok(named.recall().await)

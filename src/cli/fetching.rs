@@ -1,7 +1,8 @@
-//! The runtime that fetches for a command, and its end by a signal.
+//! The runtime of a command that fetches, and how a signal ends that command.
 //!
-//! Ctrl-C ends a command where it waits: what it was writing under a name of its own is removed, what came of layers is kept,
-//! and the exit status is 128 and the number of the signal, as of a program that the signal killed.
+//! Ctrl-C ends a command at the point where it waits. Partial output under a temporary name is removed. Layer data
+//! that has arrived stays in the store. The exit status is 128 plus the number of the signal, as for a program that
+//! the signal killed.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

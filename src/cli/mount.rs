@@ -1,7 +1,8 @@
-//! `ocifs mount`.
+//! `ocifs mount`: mounts an image on a directory.
 //!
-//! Without `--foreground` the command starts itself again as the process behind the mount, in a session of its own, and
-//! waits for that one to say (a JSON line each on its standard output) that it is mounted, or ready, or why not.
+//! Without `--foreground` the command starts itself again as the process behind the mount, in a session of its own.
+//! Then it waits for reports from that process: one JSON line each on that process's standard output. A report says
+//! that the image is mounted, or ready, or why the mount failed.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};

@@ -6,8 +6,8 @@ use crate::toc::DEVICE_BLOCK;
 
 static ZEROS: [u8; DEVICE_BLOCK as usize] = [0; DEVICE_BLOCK as usize];
 
-/// Where the checksums of a layer begin. They depend on the layer and on the place of the fragment, so that another layer's
-/// device in the place of this one, or bytes in another place, do not pass.
+/// The value from which the checksums of a layer start. It depends on the layer and on the place of the fragment, so the check
+/// also fails for the device of another layer in the place of this one, and for bytes that belong to another place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Seed(u32);
 

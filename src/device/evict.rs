@@ -1,5 +1,7 @@
-//! Keeps the store below a size: the least recently used spans of all layers become holes again, and the least recently used
-//! trees are deleted, and what is kept of layers that did not come whole.
+//! Eviction: keeps the store below a size.
+//!
+//! The evictor punches holes for the least recently used spans of all layers. It also deletes the least recently used
+//! trees, and the first bytes of layers that did not come whole.
 
 use std::fs::File;
 use std::io;

@@ -16,13 +16,14 @@
 //! record: CRC-32C of the fragment that begins at the span's head inside a block (4), state (4: 0 absent, 1 present),
 //!         seconds since the epoch when the span was last used (8)
 //! ```
-//! `tail` is the next multiple of 64 KiB behind the content; records follow the heads, and checks the records. All numbers are
-//! little-endian. A checksum of 0 stands for a fragment that is not there.
+//! `tail` is the next multiple of 64 KiB behind the content. The records follow the heads, and the checks follow the
+//! records. All numbers are little-endian. A checksum of 0 stands for a fragment that is not there.
 //!
-//! Nothing is mapped: the kernel's page cache makes what one process writes visible to all others at once, a full disk is an
-//! error of a write, and a file that was cut short is one of a read.
+//! The file is never mapped. The kernel's page cache makes a write of one process visible to all others at once. A
+//! full disk is an error of a write. A file that was cut short is an error of a read.
 //!
-//! The open-file-description lock of span i covers the byte `records + i`; locks do not care what the bytes say.
+//! The open-file-description lock of span i covers the byte `records + i`. The content of that byte does not matter
+//! to the lock.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -167,7 +168,7 @@ impl DeviceFile {
             size,
             heads: heads.chunks_exact(HEAD as usize).map(|head| u64_at(head, 0)).collect(),
             key,
-            // Nothing of it is read by whoever does not know the layer.
+            // Only the layer's digest gives the seed. It is needed to read content, which is not read through this.
             seed: Seed::default(),
         };
         let ascending = geometry.heads.is_sorted() && geometry.heads.last().is_none_or(|&last| last <= size);

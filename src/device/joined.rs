@@ -9,7 +9,7 @@ use crate::toc::DEVICE_BLOCK;
 /// Content of this many bytes is written by itself: copying it would cost more than the system call.
 const LONG: usize = 128 << 10;
 
-/// No more than this is joined.
+/// Bytes that are joined before they are written: so many that a layer of small files costs few system calls.
 const LONGEST: usize = 1 << 20;
 
 /// Content that lies together on a device and is not written yet.
@@ -24,14 +24,9 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    /// Bytes that are not written yet.
-    pub(super) fn len(&self) -> usize {
-        self.buffer.len()
-    }
-
     /// Bytes on disk that these take, in whole blocks.
     pub(super) fn footprint(&self) -> u64 {
-        footprint(self.start, self.buffer.len())
+        footprint([(self.start, self.buffer.len() as u64)])
     }
 
     /// Whether content at a device offset joins what was added. If not, that is written first, and long content at once.
@@ -65,12 +60,16 @@ impl Joined {
     }
 }
 
-/// Bytes on disk of the blocks that content at a device offset lies in.
-pub(super) fn footprint(offset: u64, length: usize) -> u64 {
-    match length {
-        0 => 0,
-        length => (offset + length as u64).next_multiple_of(DEVICE_BLOCK) - offset / DEVICE_BLOCK * DEVICE_BLOCK,
+/// Bytes on disk of the blocks that hold some content: ascending pairs of device offset and length. Pieces that are far apart
+/// take a block each, however short they are; pieces in one block take it together.
+pub(super) fn footprint(pieces: impl IntoIterator<Item = (u64, u64)>) -> u64 {
+    let (mut blocks, mut next) = (0, 0);
+    for (offset, length) in pieces.into_iter().filter(|&(_, length)| length > 0) {
+        let end = (offset + length).div_ceil(DEVICE_BLOCK);
+        blocks += end - (offset / DEVICE_BLOCK).max(next).min(end);
+        next = end;
     }
+    blocks * DEVICE_BLOCK
 }
 
 /// Whether content is written at once.
@@ -117,11 +116,15 @@ mod tests {
         let mut joined = Joined::default();
         for i in 0..1000 {
             joined.add(&file, i * DEVICE_BLOCK, b"x").unwrap();
-            assert!(joined.len() <= LONGEST + LONG);
+            assert!(joined.buffer.len() <= LONGEST + LONG);
         }
-        assert_eq!(footprint(5, 0), 0);
-        assert_eq!(footprint(DEVICE_BLOCK - 1, 2), 2 * DEVICE_BLOCK);
-        assert_eq!(footprint(DEVICE_BLOCK, 1), DEVICE_BLOCK);
+        assert_eq!(footprint([(5, 0)]), 0);
+        assert_eq!(footprint([(DEVICE_BLOCK - 1, 2)]), 2 * DEVICE_BLOCK);
+        assert_eq!(footprint([(DEVICE_BLOCK, 1)]), DEVICE_BLOCK);
+        assert_eq!(
+            footprint([(0, 1), (2, 1), (DEVICE_BLOCK - 1, 2), (9 * DEVICE_BLOCK, 1)]),
+            3 * DEVICE_BLOCK
+        );
     }
 
     #[test]
@@ -133,7 +136,7 @@ mod tests {
         assert!(takes(DEVICE_BLOCK) && !takes(DEVICE_BLOCK + 1) && !takes(0));
         joined.add(&file, 1 << 30, b"b").unwrap();
         joined.write(&file).unwrap();
-        assert_eq!(joined.len(), 0);
+        assert_eq!(joined.buffer.len(), 0);
         assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);
     }
 }

@@ -12,9 +12,6 @@ use crate::index::SpanIndex;
 use crate::store::Draft;
 use crate::toc::ExtentTable;
 
-/// Bytes collected before one write: large enough that a layer of small files costs few system calls.
-const WRITE_BUFFER: usize = 1 << 20;
-
 /// Writes a whole device in order, joining small files into large writes.
 #[derive(Debug)]
 pub struct DeviceWriter {
@@ -44,11 +41,10 @@ impl DeviceWriter {
     /// Adds content at a device offset not below any earlier one. False if `budget` has no room for it. Then, and after an error,
     /// nothing was added: it may be tried again, or the device cannot be finished.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
-        let is_due = self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset, bytes);
-        if is_due && !self.flush(budget)? {
+        if !self.joined.takes(offset, bytes) && !self.flush(budget)? {
             return Ok(false);
         }
-        if is_long(bytes) && !budget.reserve(footprint(offset, bytes.len())) {
+        if is_long(bytes) && !budget.reserve(footprint([(offset, bytes.len() as u64)])) {
             return Ok(false);
         }
         let added = self.joined.add(self.draft.file(), offset, bytes);

@@ -1,4 +1,5 @@
-//! Answers from an image's bytes, usually a memory map: nothing is parsed in advance and a lookup allocates nothing.
+//! Answers questions from an image's bytes, usually a memory map. The reader parses no part of the image
+//! in advance, and a lookup does not allocate.
 
 use crate::erofs::dirent::{Block, DIRENT};
 use crate::erofs::format::{Attributes, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};

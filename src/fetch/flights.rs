@@ -1,15 +1,15 @@
-//! The single-flight table: which spans are being fetched, by whom, and who waits.
+//! The single-flight table: which spans are in flight, which claim fetches them, and which readers wait.
 //!
-//! Whoever wants a span that is not there looks at the table and, in the same critical section ([`Flights::board`]), either
-//! finds its *flight* and waits for it or *claims* it. A claim lands every span it took, whatever happens to its owner: one
-//! that stayed in the table would keep its span from being fetched ever again.
+//! A caller that misses a span looks at the table. In the same critical section ([`Flights::board`]) it either finds
+//! the span's *flight* and waits for it, or *claims* the span. A claim lands every span that it took, whatever
+//! happens to its owner. A span that stayed in the table could never be fetched again.
 //!
 //! ```text
 //! absent ──claim──▶ in flight ──announce──▶ announced ──land──▶ absent (from the table)
 //!                       └───────────── land, or the claim is dropped ──────▲
 //! ```
-//! A flight that was announced answers those who wait and stays in the table, so that nobody starts another one before its
-//! owner is done with the span.
+//! An announced flight answers the waiting readers and stays in the table. No second flight can therefore start
+//! before the owner is done with the span.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;

@@ -1,8 +1,8 @@
-//! From spans that are wanted, in an order, to runs of neighbouring spans worth one request each.
+//! Turns an ordered list of wanted spans into runs of neighbouring spans, each worth one request.
 //!
-//! The order is kept where it matters, and neighbours are fetched together wherever they stand in it nearby: the list is cut
-//! into pieces of a few requests each, and within a piece spans that follow each other in a layer, or nearly so, make one run.
-//! Runs come out in the order in which their first spans are needed.
+//! The plan keeps the order of need where it matters. It fetches neighbours together if they stand near each other in
+//! the list. For that it cuts the list into pieces of a few requests each. Within a piece, spans that follow each
+//! other in a layer, or nearly so, make one run. Runs come out in the order in which their first spans are needed.
 
 use std::collections::HashSet;
 use std::ops::Range;

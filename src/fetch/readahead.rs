@@ -1,21 +1,26 @@
-//! Readahead: which spans of a layer to fetch before anybody asks.
+//! Readahead: which spans of a layer to fetch before a reader needs them.
 //!
-//! It hears of every span when a reader touches it for the first time, and makes guesses of several kinds:
+//! The caller reports every span that a reader touches for the first time. Readahead then makes guesses of several
+//! kinds:
 //!
-//! - *The rest of the file.* Waiting for a request has a price: the bytes that could have come meanwhile. Once the readers of a
-//!   file have paid as much as all of it costs, it is fetched whole; a small one at the first touch.
-//! - *Neighbours.* What lies behind it in the tar is often read next. A touch that follows none before begins a *stream* with
-//!   the spans behind it; a touch in or right behind what a stream fetched moves that stream on, and when half of its window
-//!   is used up the next window is fetched, twice as large. Several streams exist side by side.
+//! - *The rest of the file.* Each wait for a request has a price: the bytes of the span, and the bytes that the link
+//!   could have delivered during the round trip. A small file is fetched whole at the first wait, because one price
+//!   covers it.
+//! - *Neighbours.* The spans behind a touched one in the tar are often read next. A touch that follows no earlier one
+//!   begins a *stream* with the spans behind it. A touch in or right behind the spans that a stream fetched advances
+//!   that stream. When half of its window is used up, the stream fetches the next window, twice as large. Several
+//!   streams exist side by side.
+//! - *A small layer.* It is fetched whole at the first wait.
 //!
-//! It backs off by results: the share of what was guessed that was then read is its *confidence* in that kind of guess. When
-//! that is low first windows shrink, soon to nothing, and a stream has to show itself by three neighbouring touches; so random
-//! reads cost what they touch, and a little.
+//! Readahead backs off by results. Its *confidence* in a kind of guess is the share of the guessed bytes that readers
+//! then read. While confidence is low, first windows shrink, soon to nothing, and a stream must first show three
+//! neighbouring touches. Random reads therefore cost the spans that they touch, and few more.
 //!
-//! If it may be *eager*, it fetches in advance what readers pay for, beside demand, over a link that idles while they wait for
-//! round trips: large files as small ones, and the *surroundings* of waits that lie close together, in whatever order files
-//! are read there, such as the modules of a package. Only waits for beginnings of files count: whoever reads somewhere in the
-//! middle is not loading what lies around.
+//! If the caller allows readahead to be *eager*, it also fetches what readers have paid for, beside demand. The link
+//! idles anyway while readers wait for round trips. Eager readahead adds up the prices of the waits in a file. It
+//! fetches a large file whole once they cover the file. It also fetches the *surroundings* of waits that lie close
+//! together, in whatever order files are read there. A program reads the modules of a package in that way. Only waits
+//! for beginnings of files count: a reader somewhere in the middle of a file does not load what lies around.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;

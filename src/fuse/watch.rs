@@ -1,22 +1,30 @@
 //! Ends the wait of a reader that got a signal.
 //!
-//! The kernel tells a FUSE server by INTERRUPT that the process behind a request has a signal. fuser 0.18 answers that itself,
-//! with "not implemented", and has no hook; after that the kernel sends none any more. A request that the server has taken is
-//! then waited for in a state in which no signal ends it. So while a request waits, the thread that made it is looked at in
-//! /proc (proc_pid_status(5)), every tenth of a second, and its request is answered with EINTR if
+//! The kernel sends a FUSE server INTERRUPT when the process behind a request has a signal. fuser 0.18 itself answers
+//! INTERRUPT with "not implemented" and has no hook. After that answer the kernel sends no further INTERRUPT. The
+//! process then waits for its request in a state in which no signal ends the wait.
 //!
-//! - it is being killed: on any fatal signal the kernel makes SIGKILL pending for all threads of the process;
-//! - a signal is pending that will end it, as soon as this request lets it;
-//! - it waits in a system call and a signal is pending that it handles and that people send to stop something. Whoever
-//!   handles a signal in a page fault would die of SIGBUS instead, so such a fault goes on for a while first: its bytes may
-//!   come, and then the program can do what it means to do.
-//! - it is gone.
+//! So this module looks in /proc (proc_pid_status(5)), every tenth of a second, at the thread behind each request
+//! that waits. The module answers the request with EINTR in these cases:
 //!
-//! Signals that only stop a process, or that programs use for themselves (timers of profilers, children, windows), end nothing.
-//! A request says the thread's number in the PID namespace of the mount; one from outside that namespace has none and is not
-//! watched. Readahead is answered like any other read: if somebody else waits for the same page, the kernel asks again.
+//! - The thread is being killed. On any fatal signal the kernel makes SIGKILL pending for all threads of the process.
+//! - A signal is pending that will end the process as soon as the request lets it.
+//! - The thread waits in a system call, and has a pending *stop signal* that it handles: a signal that people send to
+//!   stop a program.
+//! - The thread has waited in a page fault for two seconds with a pending stop signal that it handles. EINTR in a
+//!   page fault makes the process die of SIGBUS, so the fault first continues for that time. If the bytes come
+//!   meanwhile, the program can handle the signal.
+//! - The thread is gone.
 //!
-//! One task watches all requests that wait. It sleeps while there are none, and what it does at a time is bounded.
+//! Signals that only stop a process do not end a request. Neither do signals that programs use for themselves (timers
+//! of profilers, children, windows).
+//!
+//! A request carries the thread's number in the PID namespace of the mount. A thread outside that namespace has no
+//! number, so its requests are not watched. Readahead is answered like any other read: if another reader waits for
+//! the same page, the kernel asks again.
+//!
+//! One task watches all requests that wait. The task sleeps while no request waits, and looks at a bounded number of
+//! threads at a time.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};

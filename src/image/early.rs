@@ -1,9 +1,11 @@
-//! Beginning before the registry has answered.
+//! Opening an image before the registry has answered.
 //!
-//! What a tag meant the last time it most probably means now. If the store has that image and its layers' indexes, the image
-//! is opened and its profile replayed while the registry is asked: by the time it confirms the tag, the bytes are on their
-//! way. If it names another image, what was begun ends. Nothing is served before the tag is confirmed, and what was fetched is
-//! content of layers like any other, verified and kept; so a wrong guess costs bandwidth.
+//! A tag most probably means the image that it meant the last time. While ocifs asks the registry, it opens that
+//! image and replays its profile. The store must have the image and its layers' indexes. When the registry confirms
+//! the tag, the bytes are already coming. If the tag means another image, the early work ends.
+//!
+//! Nothing is served before the tag is confirmed. Early bytes are content of layers like any other, so they are
+//! verified and kept. A wrong guess costs only bandwidth.
 
 use std::sync::Arc;
 
@@ -45,8 +47,8 @@ impl Early {
             });
             // A profile is fetched as soon as the layers are open, while the tree is still being read. In a task of its own,
             // because it reads what the devices have.
-            let early = profile.clone().filter(|profile| !profile.touches.is_empty());
-            let early = early.map(|profile| {
+            let expects = profile.as_ref().is_some_and(|profile| profile.touches.is_empty());
+            let early = profile.filter(|profile| !profile.touches.is_empty()).map(|profile| {
                 let opening = opening.clone();
                 Replay(tokio::spawn(async move {
                     opening.layers().await.replay(&profile).await.map(|()| true)
@@ -60,10 +62,12 @@ impl Early {
                     return Ok(false);
                 }
             };
-            match (early, profile) {
-                (Some(early), _) => early.end().await,
-                (None, Some(profile)) => image.replay(&profile).await.map(|()| true),
-                (None, None) => Ok(true),
+            if expects {
+                image.expect_start().await;
+            }
+            match early {
+                Some(early) => early.end().await,
+                None => Ok(true),
             }
         });
         Some(Self {

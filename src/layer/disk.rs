@@ -161,7 +161,9 @@ impl LayerDisk {
         let mut device = self.device.write().expect("no panic while locked");
         if device.as_ref().is_some_and(|device| Arc::ptr_eq(device, old)) {
             *device = open().map(Arc::new);
-            self.stats.healed();
+            if device.is_some() {
+                self.stats.healed();
+            }
         }
     }
 

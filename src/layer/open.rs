@@ -27,8 +27,10 @@ use crate::toc::{ExtentTable, PackedToc};
 
 /// Layers streamed side by side. More than the cores need, because many small layers wait for round trips, not for cores.
 const PASSES: usize = 8;
-/// A patient opening gives a layer up whose bytes were wrong this often, for at least this long.
+/// A patient opening gives a layer up after this many wrong passes, once they have lasted for [`WRONG_TIME`].
 const WRONG_PASSES: u32 = 4;
+/// Longest fault on the way that a patient opening certainly outlasts. Longer ones delay the error of a layer that is wrong at
+/// its source.
 const WRONG_TIME: Duration = Duration::from_secs(5);
 
 /// What all layers of a process share.
@@ -202,7 +204,7 @@ async fn stream(
         if !error.is_corruption() || resumes && !discarded {
             return Err(error.into());
         }
-        // What was kept may be damaged, which costs one more pass and says nothing of what comes.
+        // Kept bytes may be damaged. That costs one more pass, and says nothing about the bytes that come next.
         let delay = match resumes {
             true => Duration::ZERO,
             false => {
@@ -272,14 +274,15 @@ async fn stream(
     keeping.await.map_err(|_| OpenError::Interrupted)?
 }
 
-/// When to stream a layer again whose bytes were wrong.
+/// Decides when to stream a layer again whose bytes were wrong.
 ///
-/// What went wrong on the way is seldom wrong twice. What still is may be the trouble of a moment, which a patient opening waits
-/// for. What is wrong at the source stays so, and is given up.
+/// Bytes that were damaged on the way are seldom damaged twice. If they are, the fault may last for a moment, and a patient
+/// opening waits until it is over. If the bytes stay wrong, they are wrong at the source, and the layer is given up.
 struct Wrong {
     patient: bool,
     passes: u32,
-    since: Instant,
+    /// When the first wrong pass ended.
+    since: Option<Instant>,
 }
 
 impl Wrong {
@@ -287,20 +290,18 @@ impl Wrong {
         Self {
             patient,
             passes: 0,
-            since: Instant::now(),
+            since: None,
         }
     }
 
-    /// Takes a wrong pass: how long to wait before the next one, if it is worth one.
+    /// Counts a wrong pass. Returns how long to wait before the next one, or `None` if the layer is given up.
     fn again(&mut self) -> Option<Duration> {
-        if self.passes == 0 {
-            self.since = Instant::now();
-        }
+        let since = *self.since.get_or_insert_with(Instant::now);
         self.passes += 1;
         match self.passes {
             1 => Some(Duration::ZERO),
             _ if !self.patient => None,
-            passes if passes < WRONG_PASSES || self.since.elapsed() < WRONG_TIME => {
+            passes if passes < WRONG_PASSES || since.elapsed() < WRONG_TIME => {
                 Some(backoff(passes - 1, fastrand::f64()))
             }
             _ => None,
@@ -321,7 +322,7 @@ fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
     }
 }
 
-/// What was kept of a layer by passes that were interrupted, if nobody else uses it.
+/// Opens the bytes that interrupted passes kept of a layer. None if another process uses them.
 async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
     let dir = dir.clone();
     let opening = tokio::task::spawn_blocking(move || {

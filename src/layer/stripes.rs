@@ -1,24 +1,28 @@
-//! Many bytes of a blob by several requests side by side, as one stream.
+//! Reads of many bytes of a blob by several requests side by side, as one stream.
 //!
-//! One connection seldom fills a link: its window grows slowly and ends at a few megabytes, and many servers give each only
-//! so much. So a large blob is cut into stripes:
+//! One connection seldom fills a link. Its window grows slowly and ends at a few megabytes, and many servers limit
+//! the rate of each connection. So a large blob is cut into stripes:
 //!
 //! ```text
 //! blob   │ passed on │ passed on ▒▒▒▒ │ ▒▒▒▒▒▒▒▒▒ │ ▒▒▒▒      │ ▒▒        │ not asked for yet …
 //!                      the first one    ahead: received and kept until their turn comes
 //! ```
-//! Bytes of the first stripe are passed on as they come, at whatever pace they are taken. How many stripes may be ahead is a
-//! number of permits that all layers share, and nobody waits for one: so memory is bounded, and the layer that was opened
-//! first, which is the largest, gets most of them.
+//! Bytes of the first stripe are passed on as they arrive, as fast as the caller takes them. Each stripe ahead needs
+//! one of a number of permits that all layers share. A stream takes a permit only if one is free and never waits for
+//! one. So memory is bounded. The layer that was opened first, which is the largest, gets most of the permits.
 //!
-//! A range is cut into parts, of at most a stripe, because connections that have been idle bring little in their first round
-//! trips ([`Policy::parts`]): so many are asked for at once.
+//! A range is cut into parts of at most a stripe. Connections that have been idle bring little in their first round
+//! trips, so several parts together arrive sooner. [`Policy::parts`] says how many parts are requested at once.
 //!
-//! Over a link that is slower than what is worth waiting for, stripes ahead only take from the first one, and nobody could
-//! tell that link from a server that hardly gives anything. So then there are none, until the first one comes better.
+//! On a very slow link, stripes ahead only take bandwidth from the first stripe. The caller then could not tell that
+//! link from a server that delivers almost nothing. So nothing is fetched ahead until the first stripe comes faster.
 //!
-//! Invariants: bytes come in order, each once; a server that turns out to know no ranges is asked for the whole blob instead,
-//! if that was wanted; what is under way ends when the stream is dropped.
+//! Invariants:
+//! - Bytes come in order, each once.
+//! - If a server turns out not to support ranges, the whole blob is requested, but only if all of it is wanted.
+//! - All requests end when the stream is dropped.
+//!
+//! [`Policy::parts`]: crate::fetch::Policy::parts
 
 use std::collections::VecDeque;
 use std::ops::Range;

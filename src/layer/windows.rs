@@ -1,13 +1,13 @@
-//! Memory for the windows of zstd decoders, which all that decode at a time share.
+//! Memory for the windows of zstd decoders. All decoders that run at the same time share it.
 //!
-//! A window is charged to the allowance of the image's tables. Where there is no room, a decoder waits until others are done,
-//! and is refused only if no other one has any memory. Nobody waits in a circle:
+//! A window is charged to the allowance of the image's tables. If there is no room, a decoder waits until others are
+//! done. A decoder is refused only if no other decoder has any memory. Decoders never wait in a circle:
 //!
-//! * a decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for as much as it can come to need; while it
-//!   waits it has nothing. Only one that no other holds any memory beside may begin with less, and wait for more later;
-//! * decoders with larger windows take turns before they have anything, so that only one of them grows;
-//! * where a large window follows on ordinary ones, a decoder may have memory while it waits for its turn. Whoever has the
-//!   turn does not wait for that one.
+//! - A decoder with an ordinary window, of up to [`ORDINARY`] bytes, asks once for all that it may need. While it
+//!   waits, it has no memory. Only a decoder that runs alone may start with less and wait for more later.
+//! - Decoders with larger windows take turns before they have any memory, so only one of them grows at a time.
+//! - If a large window follows ordinary ones, a decoder may have memory while it waits for its turn. The decoder
+//!   whose turn it is does not wait for that memory.
 
 use std::sync::{Arc, Mutex};
 
@@ -18,10 +18,10 @@ use super::LayerStats;
 use crate::index::Room;
 use crate::memory::{Allowance, Charge, OverLimit};
 
-/// The windows of usual encoders, of 8 or 16 MiB, are no larger with all that a decoder needs beside them.
+/// Size limit of an ordinary window. Usual encoders have windows of 8 or 16 MiB, which fit with all other memory of the decoder.
 const ORDINARY: u64 = 20 << 20;
 
-/// The memory of all decoders of a process.
+/// The window memory of all decoders of a process.
 #[derive(Debug, Clone)]
 pub(super) struct Windows {
     tables: Arc<Allowance>,
@@ -29,37 +29,37 @@ pub(super) struct Windows {
     holders: Arc<Holders>,
 }
 
-/// Decoders that have memory and will give it back.
+/// Number of decoders that have memory and will give it back.
 #[derive(Debug, Default)]
 struct Holders {
     count: Mutex<usize>,
-    /// There is one less.
+    /// Notified when there is one decoder less.
     changed: Notify,
 }
 
 impl Holders {
-    /// One holds memory, and waits for none of the others.
+    /// Counts a decoder that holds memory and waits for no other decoder.
     fn more(&self) {
         *self.count.lock().expect("no panic while locked") += 1;
     }
 
-    /// One has given back its memory by `giving`, or waits for others.
+    /// Uncounts a decoder that gives back its memory with `giving`, or that begins to wait for others.
     fn less(&self, giving: impl FnOnce()) {
         let mut count = self.count.lock().expect("no panic while locked");
         *count -= 1;
-        // Whoever looks next finds both as they are now.
+        // Count and memory change under one lock, so other decoders see both changes or none.
         giving();
         drop(count);
         self.changed.notify_waiters();
     }
 }
 
-/// What a decoder has.
+/// The memory of one decoder.
 #[derive(Debug)]
 struct Window {
     windows: Windows,
     charge: Charge,
-    /// Of one that needs more than others.
+    /// The turn of a decoder with a large window.
     turn: Option<OwnedSemaphorePermit>,
     holds: bool,
 }
@@ -73,8 +73,8 @@ impl Windows {
         }
     }
 
-    /// Room for one decoder, which may wait on a thread that is allowed to. `opening` is told while it does: whose layer is
-    /// being opened depends on others then.
+    /// Returns the room of one decoder. Asking it may block the thread. While it does, the layer of `opening` counts as waiting
+    /// for another one.
     pub(super) fn room(&self, opening: Option<Arc<LayerStats>>) -> Room {
         let runtime = Handle::current();
         let mut window = Window {
@@ -115,7 +115,8 @@ impl Window {
                 let is_alone = *count == usize::from(self.holds);
                 let mut covered = self.charge.cover(wanted);
                 if covered.is_err() && is_alone {
-                    // Nobody will give back any: less has to do. Whoever comes later gets all it needs, or nothing.
+                    // No other decoder has memory to give back, so this one starts with less. A decoder that comes later gets
+                    // all that it needs, or waits.
                     covered = self.charge.cover(bytes);
                 }
                 match covered {
@@ -174,6 +175,21 @@ mod tests {
         })
     }
 
+    /// Lets `decoders` ask at the same time, each in turn for these MiB of those MiB that it may come to use. Returns how each
+    /// ended.
+    async fn grow(windows: &Windows, decoders: usize, steps: &[(u64, u64)]) -> Vec<Result<(), OverLimit>> {
+        let growing = (0..decoders).map(|_| {
+            let (mut room, steps) = (windows.room(None), steps.to_vec());
+            tokio::task::spawn_blocking(move || {
+                steps
+                    .into_iter()
+                    .try_for_each(|(mib, reserved)| room(mib * MIB, reserved * MIB))
+            })
+        });
+        let ended = futures::future::join_all(growing).await;
+        ended.into_iter().map(Result::unwrap).collect()
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn decoders_wait_for_each_other_and_not_for_ever() {
         let (windows, tables) = windows(50 * MIB);
@@ -183,10 +199,12 @@ mod tests {
         got.unwrap();
         assert!(tables.used() >= 32 * MIB);
         // The next one has to wait, and so has one that needs more than there is beside others.
-        let third = ask(windows.room(None), 20 * MIB);
+        let mut third = ask(windows.room(None), 20 * MIB);
         let large = ask(windows.room(None), 45 * MIB);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(!third.is_finished() && !large.is_finished());
+        let waits = tokio::time::timeout(Duration::from_millis(50), &mut third)
+            .await
+            .is_err();
+        assert!(waits && !large.is_finished());
         drop(first);
         let (third, got) = third.await.unwrap();
         got.unwrap();
@@ -203,17 +221,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn many_that_grow_past_the_ordinary_all_get_done() {
         let (windows, tables) = windows(64 * MIB);
-        let growing = (0..12).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                for bytes in (4..=60).step_by(4) {
-                    room(bytes * MIB, 60 * MIB)?;
-                }
-                Ok::<_, OverLimit>(())
-            })
-        });
-        for done in futures::future::join_all(growing).await {
-            done.unwrap().unwrap();
+        let steps: Vec<_> = (4..=60).step_by(4).map(|mib| (mib, 60)).collect();
+        for done in grow(&windows, 12, &steps).await {
+            done.unwrap();
         }
         assert_eq!(tables.used(), 0);
     }
@@ -223,21 +233,9 @@ mod tests {
         let (windows, tables) = windows(24 * MIB);
         let mut of_tables = tables.charge();
         of_tables.exactly(12 * MIB).unwrap();
-        let growing = (0..6).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                for bytes in [4, 8, 12, 16] {
-                    room(bytes * MIB, 16 * MIB)?;
-                }
-                Ok::<_, OverLimit>(())
-            })
-        });
-        for done in futures::future::join_all(growing).await {
-            assert_eq!(
-                done.unwrap(),
-                Err(OverLimit { limit: 24 * MIB }),
-                "16 MiB are more than there are"
-            );
+        for done in grow(&windows, 6, &[(4, 16), (8, 16), (12, 16), (16, 16)]).await {
+            // 16 MiB are more than there are.
+            assert_eq!(done, Err(OverLimit { limit: 24 * MIB }));
         }
         assert_eq!(tables.used(), 12 * MIB);
     }
@@ -245,16 +243,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn large_windows_after_ordinary_ones_end_one_way_or_another() {
         let (windows, tables) = windows(64 * MIB);
-        let growing = (0..12).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                room(8 * MIB, 9 * MIB)?;
-                room(60 * MIB, 60 * MIB)
-            })
-        });
-        let done = futures::future::join_all(growing).await;
+        let done = grow(&windows, 12, &[(8, 9), (60, 60)]).await;
         // The last one has all for itself.
-        assert!(done.into_iter().any(|done| done.unwrap().is_ok()));
+        assert!(done.into_iter().any(|done| done.is_ok()));
         assert_eq!(tables.used(), 0);
     }
 

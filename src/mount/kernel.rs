@@ -1,8 +1,9 @@
-//! The mount(2) side of FUSE: attaching /dev/fuse to a directory and detaching it, as root or through fusermount3.
+//! The mount(2) side of FUSE: attaches /dev/fuse to a directory and detaches it, as root or through fusermount3.
 //!
-//! Own code rather than fuser's because the descriptor must be mounted long before the session starts, and because an unmount
-//! must never hit whatever else is mounted at the path by then (kernel: fs/fuse/inode.c `fuse_parse_param`, libfuse:
-//! util/fusermount.c for the helper's protocol).
+//! ocifs does not use fuser's code for mounting, for two reasons. The descriptor must be mounted long before the
+//! session starts. And an unmount must never hit another mount that lies at the path by then. Sources:
+//! fs/fuse/inode.c of the kernel (`fuse_parse_param`), and util/fusermount.c of libfuse for the protocol of the
+//! helper.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -124,9 +125,8 @@ fn mount_directly(
     Ok(device.into())
 }
 
-/// Mounts by fusermount3, which mounts with its own privilege and sends the descriptor back over a socket. It is started in the directory and
-/// mounts on that one; it looks up the directory's name once more, so whoever is about to use the mount has to check where
-/// it is.
+/// Mounts by fusermount3, which mounts with its own privilege and sends the descriptor back over a socket. It is started in the
+/// directory and mounts on it. It looks the directory up by name once more, so the caller has to check where the mount is.
 fn mount_by_helper(
     source: &str,
     target: &Path,

@@ -92,8 +92,8 @@ pub enum OverlayError {
     },
 }
 
-/// The directories of an overlay. Upper and work directory are held, so that the kernel gets those that were checked and
-/// locked, whatever has their names by then.
+/// The directories of an overlay. Upper and work directory are open, so that the kernel uses the directories that were checked
+/// and locked, even if others have their names by then.
 struct Layers<'a> {
     lower: &'a Path,
     upper: Held,

@@ -1,4 +1,4 @@
-//! Files and directories for their owner alone, whatever the umask is and whoever made what they lie in.
+//! Private files and directories: only their owner has access, whatever the umask and the directory above them are.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;

@@ -1,12 +1,15 @@
-//! Whether an image that is being prepared still comes on.
+//! Whether the preparation of an image still makes progress.
 //!
-//! A layer that trickles in, or a registry that delivers a little after each pause, would keep every process that looks into
-//! the mount waiting for hours. So patience is counted: it begins with the timeout of reads, time uses it up, and some
-//! seconds in which bytes came at a useful rate ([`crate::blob::Link::useful_rate`]) or faster give as many seconds back as
-//! these bytes would have taken at that rate, up to the timeout. Work on this machine (decoding, merging) uses up nothing. When
-//! there is none left the image has stalled; when more comes it has not any more.
+//! A layer may trickle in, or a registry may deliver a few bytes after each pause. Every process that looks into
+//! the mount would then wait for hours. So the mount has a budget of patience:
+//! - The budget begins at the timeout of reads, and can never exceed it.
+//! - Time uses it up.
+//! - Bytes give time back if they arrive at a useful rate ([`crate::blob::Link::useful_rate`]) or faster for some
+//!   seconds. They give back as many seconds as they would have taken at that rate.
+//! - While this machine works (decodes or merges), the budget grows by the time that passes.
+//! - When the budget is used up, the preparation is stalled. When the budget grows again, the stall is over.
 //!
-//! Pure: time and counts come from the caller.
+//! The module is pure: time and counts come from the caller.
 
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
-//! What a repository must be shown: challenges remembered, tokens cached, fetched once, renewed.
+//! Authorization per repository: remembers challenges, and obtains, caches and renews tokens.
 //!
-//! State is kept per (origin of the registry, repository), which determines service, scope and credential: the challenge last
-//! seen and a cell with the *grant* (an `Authorization` value) obtained for it. The origin has the scheme in it: what was
-//! obtained from a host with TLS is not shown to the same host without.
+//! State is kept per origin of the registry and repository. These two determine service, scope and credential. The
+//! state is the last challenge, and a cell with the *grant* (an `Authorization` value) obtained for it. The origin
+//! includes the scheme: a grant obtained from a host with TLS is not sent to the same host without TLS.
 //!
 //! ```text
 //!   no challenge known ──401──▶ challenge, empty cell ──ticket()──▶ grant ──80 % of its life over──▶ renewed grant
@@ -10,9 +10,13 @@
 //!                                     └──────── new empty cell ◀─────┘
 //! ```
 //!
-//! Single flight: all who need a grant wait on the same cell, and the cell is replaced, under the lock, only by a caller that
-//! still sees the one it used. A caller that is dropped while fetching hands over to the next waiter. A grant is renewed by
-//! one caller while the others go on using it, and so does that caller if it fails.
+//! Only one caller obtains a grant at a time (single flight):
+//! - All callers that need a grant wait on the same cell.
+//! - A caller replaces the cell under the lock, and only if the cell is still the one that the caller used. A caller
+//!   also replaces it if the grant's life is over or the registry sends another challenge.
+//! - If a caller is dropped while it obtains a grant, the next waiter takes over.
+//! - One caller renews a grant while the others go on using it. If the renewal fails, that caller also goes on using
+//!   the old grant.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,8 +1,10 @@
-//! Credentials as a *source* that is asked whenever one is needed, never a value that was copied once.
+//! Credentials: a *source* that the client asks each time it needs a credential, not a value copied once.
 //!
-//! [`ConfigFiles`] reads what `docker login`, `podman login` and their helpers leave behind, anew at every question, so that
-//! a login, a rotated password or a 12-hour cloud token takes effect in a running mount. A lookup also says where it looked:
-//! "unauthorized" is only useful to a user together with that.
+//! [`ConfigFiles`] reads the files that `docker login` and `podman login` write, and asks the helpers that these
+//! files name. It reads the files again at every lookup. A new login, a rotated password or a 12-hour cloud token
+//! therefore takes effect in a running mount.
+//!
+//! A lookup also says where it looked. A user needs these places to resolve an "unauthorized" error.
 
 mod config_file;
 mod helper;

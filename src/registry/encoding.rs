@@ -1,8 +1,8 @@
-//! `Content-Encoding` of answers (RFC 9110 §8.4).
+//! `Content-Encoding` of responses (RFC 9110 §8.4).
 //!
-//! Every request asks for `identity`. Servers and proxies send the header all the same: some have compressed what they send,
-//! others label a file by what it is, so that a gzip layer is called `gzip` although it is sent as it is. The header alone
-//! does not tell which; whoever reads the answer compares lengths and digests.
+//! Every request asks for `identity`. Servers and proxies send the header all the same. Some have compressed the
+//! body. Others describe the file with it: they label a gzip layer `gzip` but send it unchanged. The header alone
+//! does not tell these cases apart, so the reader compares lengths and digests.
 
 use std::io::{self, Read as _, Write as _};
 

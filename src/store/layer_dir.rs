@@ -94,7 +94,7 @@ impl Store {
     pub fn layers(&self) -> Result<Vec<LayerDir>, StoreError> {
         let entries = self.entries("layers")?;
         let layers = entries.into_iter().map(|entry| LayerDir { path: entry.path() });
-        // What has another name is nothing that was put there.
+        // ocifs makes no directory with another kind of name here.
         Ok(layers.filter(|layer| layer.digest().is_some()).collect())
     }
 }

@@ -1,7 +1,7 @@
-//! Opening what lies at a path of the store, which may be anything by now.
+//! Opens files of the store, in whose place other programs may have put anything.
 //!
-//! Only regular files are read and written. A directory, a socket or a device at a file's place counts as damage; a FIFO would
-//! keep whoever opens it waiting for ever, so nothing is opened in a way that waits.
+//! Only regular files are read and written. A directory, a socket or a device at a file's place counts as damage. Opening a
+//! FIFO could wait for ever, so files are opened without waiting.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};

@@ -5,11 +5,11 @@
 //! n .. n + 8    magic "ocifsSEA"
 //! n + 8 .. end  BLAKE3 of the file's place in the store, a zero byte, and the content
 //! ```
-//! The place is the name of the file and of its directory, such as `trees/sha256-HEX.erofs`. It is part of the hash, so that a
-//! file which was copied or moved to another layer's or image's place is found as well.
+//! The place is the name of the file and of its directory, such as `trees/sha256-HEX.erofs`. The hash covers the
+//! place. A reader therefore also notices a file that was copied or moved to the place of another layer or image.
 //!
-//! A sealed file is read into memory, not mapped: what was checked stays as it was, whatever happens to the file afterwards,
-//! and a file that is cut short below a mapping cannot kill the process.
+//! A sealed file is read into memory and not mapped. The checked bytes stay as they are, even if the file changes
+//! later. A file that is cut short cannot kill the process, as it could below a mapping.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -1,4 +1,4 @@
-//! The table of contents as a file.
+//! The table of contents in packed form, in memory and as a file.
 //!
 //! ```text
 //!  0  magic "ocifsTOC"
@@ -6,28 +6,31 @@
 //! 12  number of entries u32, of extents u32, of warnings u32
 //! 24  device size u64
 //! 32  length of the body u64
-//! 40  body, one zstd frame, and zeros where it would be shorter than 1/64 of what it holds
-//!     BLAKE3 of all before, 32 bytes
+//! 40  body: one zstd frame, then zeros until the body has at least 1/64 of the unpacked length
+//!     BLAKE3 of all bytes before, 32 bytes
 //!
 //! body    = entry* extent* warning*
-//! entry   = kind u8, shared, bytes (path: `shared` bytes of the path before, then these),
+//! entry   = kind u8, shared, bytes (path: the first `shared` bytes of the previous path, then these bytes),
 //!           mode, uid, gid, signed (mtime), nanoseconds, number of xattrs, xattr*, then by kind:
-//!           0 directory, 7 fifo, 8 whiteout, 9 opaque: nothing        3 symlink, 4 hardlink: bytes
+//!           0 directory, 7 fifo, 8 whiteout, 9 opaque: nothing        3 symlink, 4 hard link: bytes (target)
 //!           5 character device, 6 block device: major, minor
-//!           1 regular, 10 hidden:  size, and unless that is 0: signed (device offset, from where the file before ends)
+//!           1 regular, 10 hidden:  size, and unless it is 0: signed (device offset, from the end of the previous file)
 //!           2 regular, 11 hidden, in chunks:  size, chunk bits u8, number of chunks,
-//!                        (chunks left out, signed (device offset, from where the chunk before ends))*
-//! xattr   = 0, bytes (name), bytes (value): it gets the next number, from 1 on; or the number of one that came before
-//! extent  = tar offset from the end of the extent before, device offset likewise, length
+//!                        (chunks left out, signed (device offset, from the end of the previous chunk))*
+//! xattr   = 0, bytes (name), bytes (value): a new attribute, which gets the next number, from 1 on;
+//!           or the number of an earlier attribute
+//! extent  = tar offset from the end of the previous extent, device offset likewise, length
 //! warning = bytes
 //! bytes   = length, that many bytes
 //! ```
-//! The numbers of the head are little-endian; those of the body are LEB128, `signed` ones in zigzag. What is usual takes one byte:
-//! a file's device offset is where the one before ended.
+//! The numbers of the head are little-endian. The numbers of the body are LEB128, and `signed` numbers are zigzag
+//! encoded. The usual case takes one byte: a file begins in the device where the previous file ended.
 //!
-//! Decoding believes nothing: it reads as a stream, allocates what it has read, and checks every invariant of
-//! [`Toc`](super::Toc), because a table may come from a registry. The zeros (no real layer needs any) let it refuse whatever unfolds to more than 64 times its
-//! size, so that a few bytes cannot become gigabytes of entries.
+//! A table may come from a registry, so the decoder trusts nothing. The decoder reads the body as a stream, so its
+//! memory grows with what it has read, not with what the head claims. The decoder checks every invariant of
+//! [`Toc`](super::Toc). The decoder refuses a body that unpacks to more than 64 times its length, so that a few bytes
+//! cannot become gigabytes of entries. The zeros at the end of the body keep a table that compresses very well within
+//! this ratio; tables of real layers need none.
 
 use std::io::{self, Write};
 

@@ -1,11 +1,12 @@
-//! The inodes of a merge under way, and walking names among them.
+//! The inodes and names of a merge in progress.
 //!
-//! All trees of a merge (what the layers so far give, what the current layer adds) share one arena, so a hard link across layers
-//! is only an id. Nothing here recurses: paths may be thousands of components deep.
+//! All trees of a merge share one arena: the tree of the layers so far, and the tree of the current layer. A hard
+//! link across layers is therefore only an id. No function recurses, because paths may be thousands of components
+//! deep.
 //!
-//! An image can have millions of inodes, so each is a small record. Names and link targets stand back to back in two long
-//! strings, equal attributes are kept once, and one hash table finds a name in any directory. What loses its last name stays
-//! until [`Arena::compact`] makes room. All of it is charged.
+//! An image can have millions of inodes, so each inode is a small record. Names lie back to back in one long buffer,
+//! and so do link targets. Equal attributes are stored once. One hash table finds names in all directories. An inode
+//! that loses its last name stays until [`Arena::compact`] removes it. The arena charges all its memory.
 
 mod compact;
 mod names;

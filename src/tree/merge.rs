@@ -1,8 +1,8 @@
-//! Applies layers one after another: see [`Merger`].
+//! Applies layers one after another; see [`Merger`].
 //!
-//! A layer is first read into a tree of its own (the *upper*, see [`Upper`]), its whiteouts are taken out of what lower layers
-//! gave (the *lower*), and the upper is laid over the lower. Since whiteouts never touch the upper, their place in the archive
-//! does not matter.
+//! The merger reads each layer into a tree of its own, the *upper* ([`Upper`]). The merger then removes from the
+//! *lower*, the tree of the layers below, what the layer's whiteouts hide. Last, the merger lays the upper over the
+//! lower. Whiteouts never touch the upper, so their place in the archive does not matter.
 
 use crate::memory::Charge;
 use crate::toc::PackedToc;

@@ -41,9 +41,9 @@ pub(super) struct Reading {
     given: Option<Instant>,
     /// Whether the caller got anything.
     has_given: bool,
-    /// Answers that may still turn out to have been read in the wrong way before anything was given out.
+    /// How many more answers may turn out to be read in the wrong way, as long as nothing was given out.
     guesses: u32,
-    /// Answers in a row that brought next to nothing of what was asked for.
+    /// Number of consecutive answers that brought fewer than [`PROGRESS`] bytes and ended before the range did.
     scanty: u32,
 }
 
@@ -51,7 +51,8 @@ pub(super) struct Reading {
 const PROGRESS: u64 = 16 << 10;
 /// Ways to read an answer: as a part or as the whole, decoded or not.
 const GUESSES: u32 = 3;
-/// A server that answers this often with less than a page or two of a larger range does not really serve ranges.
+/// After this many consecutive answers with fewer than [`PROGRESS`] bytes of a longer range, the server counts as one without
+/// ranges.
 const SCANTY_ANSWERS: u32 = 4;
 
 impl Reading {
@@ -131,7 +132,7 @@ impl Reading {
                 Err(error @ BlobError::Corrupt { .. }) => {
                     self.core.belief.bytes_were_wrong();
                     self.guesses = self.guesses.saturating_sub(1);
-                    // What was given out before is checked by whoever has it.
+                    // Bytes that were given out cannot be taken back. The caller checks them against the digest.
                     if self.has_given || self.guesses == 0 {
                         return Err(error);
                     }

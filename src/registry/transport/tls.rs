@@ -42,7 +42,7 @@ pub(super) fn config(trusted: Vec<CertificateDer<'static>>) -> Result<ClientConf
             // Every certificate is of an unknown issuer then.
             return Ok(versions.with_root_certificates(roots).with_no_client_auth());
         }
-        // A verifier needs an authority: this one vouches for nobody, since its key is known to nobody.
+        // webpki wants at least one authority. This one has no key, so no certificate is signed by it.
         roots.roots.push(nobody());
     }
     let chains = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)

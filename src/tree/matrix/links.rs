@@ -1,4 +1,4 @@
-//! Hard links: to lower layers, before their target, to what is deleted, and to nothing.
+//! Hard links to lower layers, to later entries, to deleted paths, and to nothing.
 
 use super::*;
 
