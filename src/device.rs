@@ -45,12 +45,11 @@ pub use writer::DeviceWriter;
 use checksum::{Checksummer, Seed, recorded};
 use file::DeviceFile;
 use geometry::{Check, Fragment, Geometry};
-use joined::Joined;
+use joined::{Joined, footprint};
 
 use crate::os::{clear_way, gone, is_denied, is_foreign, is_symlink, open_regular};
 use crate::span::{Piece, SpanMap};
 use crate::store::{LayerDir, Store};
-use crate::toc::DEVICE_BLOCK;
 
 /// How often a read looks again before a span counts as damaged. It is also how often opening a device is tried while
 /// other processes make the device. A larger number reports real damage later. A smaller one reports damage in a span
@@ -290,17 +289,9 @@ impl DataDevice {
         Ok((lock, held))
     }
 
-    /// Returns the bytes on disk that the content of a span takes. Pieces that are far apart take a block each,
-    /// however short they are.
+    /// Returns the bytes on disk that the content of a span takes, in whole blocks. The pieces ascend.
     pub fn footprint(pieces: &[Piece]) -> u64 {
-        // Pieces ascend, and two of them can lie in one block.
-        let (mut blocks, mut next) = (0, 0);
-        for piece in pieces.iter().filter(|piece| piece.len > 0) {
-            let end = (piece.device + piece.len).div_ceil(DEVICE_BLOCK);
-            blocks += end - (piece.device / DEVICE_BLOCK).max(next).min(end);
-            next = end;
-        }
-        blocks * DEVICE_BLOCK
+        footprint(pieces.iter().map(|piece| (piece.device, piece.len)))
     }
 
     /// Writes a span's content and marks the span present. `bytes` are the span's uncompressed bytes, verified.

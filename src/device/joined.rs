@@ -26,14 +26,9 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    /// Returns the bytes that are not written yet.
-    pub(super) fn len(&self) -> usize {
-        self.buffer.len()
-    }
-
     /// Returns the bytes on disk that these bytes take, in whole blocks.
     pub(super) fn footprint(&self) -> u64 {
-        footprint(self.start, self.buffer.len())
+        footprint([(self.start, self.buffer.len() as u64)])
     }
 
     /// Returns whether content at a device offset joins the content that was added before, or is the first. If not,
@@ -69,12 +64,16 @@ impl Joined {
     }
 }
 
-/// Returns the bytes on disk of the blocks in which content at a device offset lies.
-pub(super) fn footprint(offset: u64, length: usize) -> u64 {
-    match length {
-        0 => 0,
-        length => (offset + length as u64).next_multiple_of(DEVICE_BLOCK) - offset / DEVICE_BLOCK * DEVICE_BLOCK,
+/// Bytes on disk of the blocks that hold some content: ascending pairs of device offset and length. Pieces that are far apart
+/// take a block each, however short they are; pieces in one block take it together.
+pub(super) fn footprint(pieces: impl IntoIterator<Item = (u64, u64)>) -> u64 {
+    let (mut blocks, mut next) = (0, 0);
+    for (offset, length) in pieces.into_iter().filter(|&(_, length)| length > 0) {
+        let end = (offset + length).div_ceil(DEVICE_BLOCK);
+        blocks += end - (offset / DEVICE_BLOCK).max(next).min(end);
+        next = end;
     }
+    blocks * DEVICE_BLOCK
 }
 
 /// Returns whether content is written at once.
@@ -121,11 +120,15 @@ mod tests {
         let mut joined = Joined::default();
         for i in 0..1000 {
             joined.add(&file, i * DEVICE_BLOCK, b"x").unwrap();
-            assert!(joined.len() <= LONGEST + LONG);
+            assert!(joined.buffer.len() <= LONGEST + LONG);
         }
-        assert_eq!(footprint(5, 0), 0);
-        assert_eq!(footprint(DEVICE_BLOCK - 1, 2), 2 * DEVICE_BLOCK);
-        assert_eq!(footprint(DEVICE_BLOCK, 1), DEVICE_BLOCK);
+        assert_eq!(footprint([(5, 0)]), 0);
+        assert_eq!(footprint([(DEVICE_BLOCK - 1, 2)]), 2 * DEVICE_BLOCK);
+        assert_eq!(footprint([(DEVICE_BLOCK, 1)]), DEVICE_BLOCK);
+        assert_eq!(
+            footprint([(0, 1), (2, 1), (DEVICE_BLOCK - 1, 2), (9 * DEVICE_BLOCK, 1)]),
+            3 * DEVICE_BLOCK
+        );
     }
 
     #[test]
@@ -137,7 +140,7 @@ mod tests {
         assert!(takes(DEVICE_BLOCK) && !takes(DEVICE_BLOCK + 1) && !takes(0));
         joined.add(&file, 1 << 30, b"b").unwrap();
         joined.write(&file).unwrap();
-        assert_eq!(joined.len(), 0);
+        assert_eq!(joined.buffer.len(), 0);
         assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);
     }
 }

@@ -11,10 +11,6 @@ use super::{CacheBudget, DataDevice, DeviceError};
 use crate::span::SpanMap;
 use crate::store::Draft;
 
-/// Bytes collected before one write. A larger buffer costs memory. With a smaller one, a layer of small files costs
-/// more system calls.
-const WRITE_BUFFER: usize = 1 << 20;
-
 /// Writes a whole device in order, joining small files into large writes.
 #[derive(Debug)]
 pub struct DeviceWriter {
@@ -45,11 +41,10 @@ impl DeviceWriter {
     /// the content. In that case, and after an error, nothing was added: the caller tries again or gives the device
     /// up.
     pub fn write(&mut self, offset: u64, bytes: &[u8], budget: &CacheBudget) -> Result<bool, DeviceError> {
-        let is_due = self.joined.len() >= WRITE_BUFFER || !self.joined.takes(offset, bytes);
-        if is_due && !self.flush(budget)? {
+        if !self.joined.takes(offset, bytes) && !self.flush(budget)? {
             return Ok(false);
         }
-        if is_long(bytes) && !budget.reserve(footprint(offset, bytes.len())) {
+        if is_long(bytes) && !budget.reserve(footprint([(offset, bytes.len() as u64)])) {
             return Ok(false);
         }
         let added = self.joined.add(self.draft.file(), offset, bytes);

@@ -47,8 +47,8 @@ impl Early {
             });
             // The replay begins as soon as the layers are open, while the tree is still being read. The replay is a
             // separate task, because it reads the devices.
-            let early = profile.clone().filter(|profile| !profile.touches.is_empty());
-            let early = early.map(|profile| {
+            let expects = profile.as_ref().is_some_and(|profile| profile.touches.is_empty());
+            let early = profile.filter(|profile| !profile.touches.is_empty()).map(|profile| {
                 let opening = opening.clone();
                 Replay(tokio::spawn(async move {
                     opening.layers().await.replay(&profile).await.map(|()| true)
@@ -62,10 +62,12 @@ impl Early {
                     return Ok(false);
                 }
             };
-            match (early, profile) {
-                (Some(early), _) => early.end().await,
-                (None, Some(profile)) => image.replay(&profile).await.map(|()| true),
-                (None, None) => Ok(true),
+            if expects {
+                image.expect_start().await;
+            }
+            match early {
+                Some(early) => early.end().await,
+                None => Ok(true),
             }
         });
         Some(Self {

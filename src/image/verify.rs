@@ -85,8 +85,9 @@ impl StoreReport {
     /// Checks a document. Counts it if it exists and is sound.
     fn document(&mut self, store: &Store, digest: &Digest) {
         let path = store.document_path(digest);
-        let there = |path: &PathBuf| path.symlink_metadata().is_ok();
-        let Some(path) = path.filter(there) else { return };
+        let Some(path) = path.filter(|path| is_there(path)) else {
+            return;
+        };
         match store.document(digest) {
             Ok(Some(_)) => self.documents += 1,
             Ok(None) => self.removed.push(path),
@@ -141,6 +142,11 @@ pub fn verify(
     Ok(report)
 }
 
+/// Whether there is anything at a path, also a symbolic link that leads nowhere.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
 fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
     let lock = match dir.lock_file() {
         Ok(lock) => lock,
@@ -162,8 +168,7 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
     });
     let Some(spans) = spans else {
         // Without all parts of its index the layer will be streamed again, so its device is useless.
-        let there = |path: &PathBuf| path.symlink_metadata().is_ok();
-        for path in files.into_iter().chain([dir.data()]).filter(there) {
+        for path in files.into_iter().chain([dir.data()]).filter(|path| is_there(path)) {
             report.remove(&path);
         }
         return;

@@ -169,7 +169,9 @@ impl LayerDisk {
         let mut device = self.device.write().expect("no panic while locked");
         if device.as_ref().is_some_and(|device| Arc::ptr_eq(device, old)) {
             *device = open().map(Arc::new);
-            self.healed.fetch_add(1, Ordering::Relaxed);
+            if device.is_some() {
+                self.healed.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 

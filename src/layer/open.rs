@@ -244,7 +244,8 @@ async fn stream(
 struct Wrong {
     patient: bool,
     passes: u32,
-    since: Instant,
+    /// When the first wrong pass ended.
+    since: Option<Instant>,
 }
 
 impl Wrong {
@@ -252,20 +253,18 @@ impl Wrong {
         Self {
             patient,
             passes: 0,
-            since: Instant::now(),
+            since: None,
         }
     }
 
     /// Counts a wrong pass. Returns how long to wait before the next one, or `None` if the layer is given up.
     fn again(&mut self) -> Option<Duration> {
-        if self.passes == 0 {
-            self.since = Instant::now();
-        }
+        let since = *self.since.get_or_insert_with(Instant::now);
         self.passes += 1;
         match self.passes {
             1 => Some(Duration::ZERO),
             _ if !self.patient => None,
-            passes if passes < WRONG_PASSES || self.since.elapsed() < WRONG_TIME => {
+            passes if passes < WRONG_PASSES || since.elapsed() < WRONG_TIME => {
                 Some(backoff(passes - 1, fastrand::f64()))
             }
             _ => None,

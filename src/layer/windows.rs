@@ -116,7 +116,8 @@ impl Window {
                 let is_alone = *count == usize::from(self.holds);
                 let mut covered = self.charge.cover(wanted);
                 if covered.is_err() && is_alone {
-                    // Nobody will give back any: less has to do. Whoever comes later gets all it needs, or nothing.
+                    // No other decoder has memory to give back, so this one starts with less. A decoder that comes later gets
+                    // all that it needs, or waits.
                     covered = self.charge.cover(bytes);
                 }
                 match covered {
@@ -175,6 +176,21 @@ mod tests {
         })
     }
 
+    /// Lets `decoders` ask at the same time, each in turn for these MiB of those MiB that it may come to use. Returns how each
+    /// ended.
+    async fn grow(windows: &Windows, decoders: usize, steps: &[(u64, u64)]) -> Vec<Result<(), OverLimit>> {
+        let growing = (0..decoders).map(|_| {
+            let (mut room, steps) = (windows.room(None), steps.to_vec());
+            tokio::task::spawn_blocking(move || {
+                steps
+                    .into_iter()
+                    .try_for_each(|(mib, reserved)| room(mib * MIB, reserved * MIB))
+            })
+        });
+        let ended = futures::future::join_all(growing).await;
+        ended.into_iter().map(Result::unwrap).collect()
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn decoders_wait_for_each_other_and_not_for_ever() {
         let (windows, tables) = windows(50 * MIB);
@@ -184,10 +200,12 @@ mod tests {
         got.unwrap();
         assert!(tables.used() >= 32 * MIB);
         // The third decoder has to wait. So does one that needs more than is left beside the others.
-        let third = ask(windows.room(None), 20 * MIB);
+        let mut third = ask(windows.room(None), 20 * MIB);
         let large = ask(windows.room(None), 45 * MIB);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(!third.is_finished() && !large.is_finished());
+        let waits = tokio::time::timeout(Duration::from_millis(50), &mut third)
+            .await
+            .is_err();
+        assert!(waits && !large.is_finished());
         drop(first);
         let (third, got) = third.await.unwrap();
         got.unwrap();
@@ -204,17 +222,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn many_that_grow_past_the_ordinary_all_get_done() {
         let (windows, tables) = windows(64 * MIB);
-        let growing = (0..12).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                for bytes in (4..=60).step_by(4) {
-                    room(bytes * MIB, 60 * MIB)?;
-                }
-                Ok::<_, OverLimit>(())
-            })
-        });
-        for done in futures::future::join_all(growing).await {
-            done.unwrap().unwrap();
+        let steps: Vec<_> = (4..=60).step_by(4).map(|mib| (mib, 60)).collect();
+        for done in grow(&windows, 12, &steps).await {
+            done.unwrap();
         }
         assert_eq!(tables.used(), 0);
     }
@@ -224,21 +234,9 @@ mod tests {
         let (windows, tables) = windows(24 * MIB);
         let mut of_tables = tables.charge();
         of_tables.exactly(12 * MIB).unwrap();
-        let growing = (0..6).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                for bytes in [4, 8, 12, 16] {
-                    room(bytes * MIB, 16 * MIB)?;
-                }
-                Ok::<_, OverLimit>(())
-            })
-        });
-        for done in futures::future::join_all(growing).await {
-            assert_eq!(
-                done.unwrap(),
-                Err(OverLimit { limit: 24 * MIB }),
-                "16 MiB are more than there are"
-            );
+        for done in grow(&windows, 6, &[(4, 16), (8, 16), (12, 16), (16, 16)]).await {
+            // 16 MiB are more than there are.
+            assert_eq!(done, Err(OverLimit { limit: 24 * MIB }));
         }
         assert_eq!(tables.used(), 12 * MIB);
     }
@@ -246,16 +244,9 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn large_windows_after_ordinary_ones_end_one_way_or_another() {
         let (windows, tables) = windows(64 * MIB);
-        let growing = (0..12).map(|_| {
-            let mut room = windows.room(None);
-            tokio::task::spawn_blocking(move || {
-                room(8 * MIB, 9 * MIB)?;
-                room(60 * MIB, 60 * MIB)
-            })
-        });
-        let done = futures::future::join_all(growing).await;
+        let done = grow(&windows, 12, &[(8, 9), (60, 60)]).await;
         // The last decoder has all the memory.
-        assert!(done.into_iter().any(|done| done.unwrap().is_ok()));
+        assert!(done.into_iter().any(|done| done.is_ok()));
         assert_eq!(tables.used(), 0);
     }
 

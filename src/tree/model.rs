@@ -193,7 +193,9 @@ impl Model {
         metas: Vec<(usize, usize)>,
     ) -> Result<(), Refused> {
         for id in 0..self.objects.len() {
-            if let Content::Waiting(target) = &self.objects[id].content
+            // A link of an earlier layer that lost its name still waits, and means nothing any more.
+            if self.objects[id].layer == layer
+                && let Content::Waiting(target) = &self.objects[id].content
                 && own.get(&self.resolve(&own, target)?).or(hidden.get(target)).is_none()
                 && whiteouts.contains(&self.resolve(&own, target)?)
             {
