@@ -49,6 +49,7 @@ use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{Profile, Recorder};
 use crate::resolve::ResolvedImage;
 use crate::store::{Store, StoreError};
+use crate::task::{TaskError, joined};
 use crate::toc::PackedToc;
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
 
@@ -81,9 +82,9 @@ pub enum ImageError {
     /// A data device could not be read.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The program is shutting down.
-    #[error("interrupted")]
-    Interrupted,
+    /// Opening the image was interrupted.
+    #[error("cannot open the image: {0}")]
+    Task(#[from] TaskError),
 }
 
 /// Why a part of an image is not in the store.
@@ -228,7 +229,7 @@ impl Preparation {
         let layers = self.resolved.layers().iter();
         let layers = Arc::new(Layers::new(layers.map(|d| opened[&d.digest].layer.clone()).collect()));
         self.layers.send_replace(Some(layers.clone()));
-        let stored = reading.await.map_err(|_| ImageError::Interrupted)?;
+        let stored = joined(reading).await?;
         let sizes: Vec<u64> = layers.all.iter().map(|l| l.spans().device_size()).collect();
         let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
@@ -250,9 +251,9 @@ impl Preparation {
             let programs = programs(&store, &manifest, &tree, &order);
             Ok::<_, ImageError>((tree, charge, programs))
         });
-        let built = building.await;
+        let built = joined(building).await;
         self.merging.store(false, Ordering::Relaxed);
-        let (tree, charge, programs) = built.map_err(|_| ImageError::Interrupted)??;
+        let (tree, charge, programs) = built??;
         Ok(Image {
             resolved: self.resolved.clone(),
             tree,

@@ -30,7 +30,7 @@
 //!
 //! | level | modules |
 //! |---|---|
-//! | 0 | [`oci`] `memory` [`os`] |
+//! | 0 | [`oci`] `memory` [`os`] `task` |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] `program` |
 //! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
 //! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
@@ -65,6 +65,7 @@ pub mod resolve;
 pub mod source;
 pub mod span;
 pub mod store;
+mod task;
 pub mod toc;
 pub mod tree;
 

@@ -17,6 +17,7 @@ use futures::StreamExt as _;
 
 use super::{BlobError, BlobSource, ByteStream};
 use crate::oci::Digest;
+use crate::task;
 
 /// Bytes read at a time. A larger piece costs memory for each stream. A smaller one costs more hand-overs to another
 /// thread.
@@ -115,8 +116,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> Result<T, BlobError> + Send + 'static,
 ) -> Result<T, BlobError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|stopped| BlobError::io(path, std::io::Error::other(stopped)))?
+    let done = task::blocking(work).await;
+    done.map_err(|error| BlobError::io(path, std::io::Error::other(error)))?
 }
 
 /// Opens a regular file and returns it with its length. Anything else is refused before it is opened, because opening

@@ -37,6 +37,7 @@ use crate::memory::Charge;
 use crate::oci::{DiffId, Digest, DigestHasher};
 use crate::span::IndexedSpans;
 use crate::store::{LayerDir, Partial, Store};
+use crate::task::{TaskError, joined};
 use crate::toc::{Limits, PackedToc, TarReader};
 
 /// Number of pieces between source and decoder. `PIECE` is the most bytes that one holds: local files come in larger
@@ -109,15 +110,18 @@ pub(super) async fn run(
         tokio::task::spawn_blocking(move || tabulate(&layer, &diff_id, compression, table_input, destination, charges))
     };
     let fetched = source.feed(prefix, chunks).await;
-    let interrupted = |_| FirstPassError::Interrupted { layer: layer.clone() };
-    let decoded = decode.await.map_err(interrupted)?;
-    let table = table.await.map_err(interrupted)?;
+    let interrupted = |source| FirstPassError::Task {
+        layer: layer.clone(),
+        source,
+    };
+    let decoded = joined(decode).await.map_err(interrupted)?;
+    let table = joined(table).await.map_err(interrupted)?;
     // A network error starves the decoder, and a decoder error starves the table. The pass returns the cause, not its
     // effects.
     fetched?;
     let (decoded, mut table) = match (decoded, table) {
         (Ok(decoded), Ok(table)) => (decoded, table),
-        (Ok(_) | Err(FirstPassError::Interrupted { .. }), Err(cause)) | (Err(cause), _) => return Err(cause),
+        (Ok(_) | Err(FirstPassError::Task { .. }), Err(cause)) | (Err(cause), _) => return Err(cause),
     };
     if decoded != layer {
         return Err(FirstPassError::BlobDigest {
@@ -139,7 +143,7 @@ pub(super) async fn run(
         diff_id,
     };
     let finishing = tokio::task::spawn_blocking(move || table.finish(identity));
-    finishing.await.map_err(interrupted)?
+    joined(finishing).await.map_err(interrupted)?
 }
 
 /// The blob as it arrives.
@@ -255,7 +259,10 @@ fn decode(
         hasher.update(&bytes);
         decoder.push(&bytes, &mut recorder).map_err(broken)?;
         if recorder.closed {
-            return Err(FirstPassError::Interrupted { layer: layer.clone() });
+            return Err(FirstPassError::Task {
+                layer: layer.clone(),
+                source: TaskError::Ended,
+            });
         }
     }
     let end = decoder.finish(&mut recorder).map_err(broken)?;

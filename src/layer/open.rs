@@ -18,6 +18,7 @@ use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest};
 use crate::span::IndexedSpans;
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
+use crate::task::{TaskError, joined};
 use crate::toc::{ExtentTable, PackedToc};
 
 /// A patient opening gives a layer up after this many wrong passes, if they also took at least [`WRONG_TIME`].
@@ -48,9 +49,9 @@ pub enum OpenError {
         /// The limit.
         source: OverLimit,
     },
-    /// The program is shutting down.
-    #[error("interrupted")]
-    Interrupted,
+    /// Opening the layer was interrupted.
+    #[error("cannot open a layer: {0}")]
+    Task(#[from] TaskError),
 }
 
 /// An open layer.
@@ -234,7 +235,7 @@ async fn stream(
             toc: (!kept).then_some((toc, toc_charge)),
         })
     });
-    keeping.await.map_err(|_| OpenError::Interrupted)?
+    joined(keeping).await?
 }
 
 /// Decides when to stream a layer again whose bytes were wrong.
@@ -289,7 +290,7 @@ async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
             None
         })
     });
-    opening.await.map_err(|_| OpenError::Interrupted)
+    Ok(joined(opening).await?)
 }
 
 fn data(
@@ -324,7 +325,7 @@ async fn from_store(
     let (context, blob) = (context.clone(), blob.clone());
     let (diff_id, stats) = (diff_id.clone(), stats.clone());
     let loading = tokio::task::spawn_blocking(move || load(&context, &dir, blob, &diff_id, stats));
-    loading.await.map_err(|_| OpenError::Interrupted)?
+    joined(loading).await?
 }
 
 fn load(

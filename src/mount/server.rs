@@ -34,6 +34,7 @@ use crate::image::{Image, Learning, Opening, Preparation, Unconfirmed};
 use crate::layer::LayerContext;
 use crate::os::{gone, private};
 use crate::profile::Label;
+use crate::task;
 
 /// The image, the mount point, and how to mount.
 #[derive(Debug, Clone)]
@@ -357,14 +358,13 @@ impl Mount {
         let lower = self.attached.record.lower.clone();
         let directory = self.directory.take().ok_or_else(replaced)?;
         let options = self.config.options.clone();
-        let mounting = tokio::task::spawn_blocking(move || {
+        let mounting = task::blocking(move || {
             let target = directory.handle();
             let lock = overlay::mount(&lower, &upper, &target, directory.path(), &options)?;
             Ok::<_, MountError>((lock, directory.place()?))
         });
-        let (lock, place) = mounting
-            .await
-            .map_err(|e| system("mount the overlay")(io::Error::other(e)))??;
+        let mounted = mounting.await.map_err(io::Error::other);
+        let (lock, place) = mounted.map_err(system("mount the overlay"))??;
         self.attached.cover(place, lock)?;
         Ok(true)
     }

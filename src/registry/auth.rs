@@ -19,7 +19,7 @@
 //!   the old grant.
 
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
@@ -138,7 +138,7 @@ impl Auth {
     fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut Space) -> T) -> T {
         let origin = repository.endpoint.base().origin().ascii_serialization();
         let key = (origin, repository.name.clone());
-        let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spaces = self.spaces.lock().expect("no panic while locked");
         body(spaces.get_or_insert_mut(key, Space::default))
     }
 

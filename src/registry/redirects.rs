@@ -1,7 +1,7 @@
 //! The URLs that blobs were last redirected to, so that later requests for ranges go there directly.
 
 use std::num::NonZeroUsize;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
@@ -77,7 +77,6 @@ impl Redirects {
     }
 
     fn known(&self) -> MutexGuard<'_, LruCache<BlobKey, Redirect>> {
-        // The cache is valid in every state, so a poisoned lock is safe to use.
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().expect("no panic while locked")
     }
 }

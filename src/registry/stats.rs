@@ -6,8 +6,8 @@
 //! Only time in which bytes arrive counts. A reader that requests one piece after the other leaves the link idle for
 //! a round trip each time. That idle time says nothing about the bandwidth either.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::blob::{Link, LinkId};
@@ -132,8 +132,7 @@ impl HostMeter {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        // The counters stay valid even if a thread panicked while it held the lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().expect("no panic while locked")
     }
 
     /// Counts a request that is about to be sent.

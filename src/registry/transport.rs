@@ -12,7 +12,7 @@ mod schemes;
 mod tls;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -150,7 +150,7 @@ impl Transport {
 
     /// Returns the measurements of all hosts.
     pub(super) fn stats(&self) -> Vec<HostStats> {
-        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = self.hosts.lock().expect("no panic while locked");
         let mut stats: Vec<HostStats> = hosts.values().map(|meter| meter.snapshot()).collect();
         stats.sort_by(|a, b| a.host.cmp(&b.host));
         stats
@@ -165,7 +165,7 @@ impl Transport {
     /// Returns the measurements of a URL's host.
     pub(super) fn meter(&self, url: &Url) -> Arc<HostMeter> {
         let host = authority(url);
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hosts = self.hosts.lock().expect("no panic while locked");
         let make = || Arc::new(HostMeter::new(host.clone()));
         Arc::clone(hosts.entry(host.clone()).or_insert_with(make))
     }

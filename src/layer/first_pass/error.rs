@@ -4,6 +4,7 @@ use crate::blob::BlobError;
 use crate::index::IndexError;
 use crate::memory::OverLimit;
 use crate::oci::{DiffId, Digest};
+use crate::task::TaskError;
 use crate::toc::TocError;
 
 /// Why the first pass over a layer failed.
@@ -60,10 +61,12 @@ pub enum FirstPassError {
         source: OverLimit,
     },
     /// A thread of the pass ended without a result.
-    #[error("indexing layer {layer} was interrupted")]
-    Interrupted {
+    #[error("cannot index layer {layer}: {source}")]
+    Task {
         /// Digest of the layer.
         layer: Digest,
+        /// Why it ended.
+        source: TaskError,
     },
 }
 
@@ -83,7 +86,7 @@ impl FirstPassError {
             Self::BlobDigest { .. } | Self::Decode { .. } | Self::Blob(BlobError::Corrupt { .. }) => true,
             Self::Tar { verified, .. } => !verified,
             // A diffID is compared only after the blob has passed its check.
-            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Interrupted { .. } => false,
+            Self::DiffId { .. } | Self::Blob(_) | Self::TooMuchMemory { .. } | Self::Task { .. } => false,
         }
     }
 }

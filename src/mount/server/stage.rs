@@ -14,6 +14,7 @@ use crate::fs::{FsError, ImageFs};
 use crate::fuse::{self, Stage};
 use crate::image::{Image, ImageError};
 use crate::mount::error::{MountError, system};
+use crate::task::TaskError;
 
 impl Mount {
     /// Checks whether the preparation of the image makes progress, and tells the waiting requests if that has
@@ -79,7 +80,7 @@ impl Mount {
         let serve = move || {
             let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, served, runtime));
             let result = std::panic::catch_unwind(serving);
-            let result = result.unwrap_or_else(|_| Err(io::Error::other("its thread panicked")));
+            let result = result.unwrap_or_else(|payload| Err(io::Error::other(TaskError::panicked(&*payload))));
             // If the process is going down, the receiver is gone.
             let _ = ended.blocking_send(result);
         };

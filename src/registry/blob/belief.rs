@@ -3,7 +3,7 @@
 //! The client uses a response with odd headers, and the reader checks the bytes. If the bytes were wrong, this module
 //! remembers it. The client then reads the next response of that kind in another way, or requests none.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How long the client believes at first that a blob is served without ranges. Content delivery networks ignore
@@ -112,8 +112,7 @@ impl Belief {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every state is valid, so a poisoned lock is safe to use.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().expect("no panic while locked")
     }
 }
 

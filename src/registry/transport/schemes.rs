@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use reqwest::Url;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -67,8 +67,7 @@ impl Schemes {
     }
 
     fn servers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<OnceCell<Spoken>>>> {
-        // The map is valid in every state, so a poisoned lock is safe to use.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock().expect("no panic while locked")
     }
 }
 
