@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 pub use latency::ReadStatus;
 use latency::Reads;
 
-use self::asked::{Asked, Place};
-use self::trouble::Trouble;
+use self::asked::{FailedRanges, DeviceRange};
+use self::trouble::ReadTrouble;
 use crate::erofs::Mapping;
 use crate::image::Image;
 use crate::layer::LayerError;
@@ -58,9 +58,9 @@ impl ContentError {
 pub struct Content {
     image: Arc<Image>,
     timeout: Option<Duration>,
-    asked: Asked,
+    asked: FailedRanges,
     reads: Reads,
-    trouble: Trouble,
+    trouble: ReadTrouble,
 }
 
 impl Content {
@@ -71,9 +71,9 @@ impl Content {
         Self {
             image,
             timeout,
-            asked: Asked::default(),
+            asked: FailedRanges::default(),
             reads: Reads::default(),
-            trouble: Trouble::default(),
+            trouble: ReadTrouble::default(),
         }
     }
 
@@ -111,7 +111,7 @@ impl Content {
                     if !self.image.layer(layer).read_local(offset, now) {
                         return Ok(false);
                     }
-                    let place = Place::new(layer, offset, now.len());
+                    let place = DeviceRange::new(layer, offset, now.len());
                     self.image.started(layer, offset);
                     first.get_or_insert(place);
                 }
@@ -148,7 +148,7 @@ impl Content {
     async fn read_until(
         &self,
         deadline: Option<Instant>,
-        places: &[Place],
+        places: &[DeviceRange],
         parts: &[Mapping],
         length: usize,
     ) -> Result<Vec<u8>, ContentError> {
@@ -199,14 +199,14 @@ impl Content {
     }
 
     /// The layer and the start of the run of content around a place. A run is mostly one file.
-    fn run_of(&self, place: &Place) -> (u32, u64) {
+    fn run_of(&self, place: &DeviceRange) -> (u32, u64) {
         let run = self.image.layer(place.layer).spans().run_around(place.device.start);
         (place.layer.0, run.map_or(place.device.start, |run| run.start))
     }
 }
 
 /// The places of the first `length` bytes of `parts`, without holes.
-fn places(parts: &[Mapping], length: usize) -> Vec<Place> {
+fn places(parts: &[Mapping], length: usize) -> Vec<DeviceRange> {
     let mut left = length;
     let mut places = Vec::new();
     for part in parts {
@@ -214,7 +214,7 @@ fn places(parts: &[Mapping], length: usize) -> Vec<Place> {
         if let Mapping::Device { layer, offset, .. } = *part
             && len > 0
         {
-            places.push(Place::new(layer, offset, len));
+            places.push(DeviceRange::new(layer, offset, len));
         }
         left -= len;
     }

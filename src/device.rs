@@ -212,7 +212,7 @@ impl DataDevice {
         let start = first.range.start;
         let mut buffers = [&mut before[..], &mut *content, &mut behind[..]].map(IoSliceMut::new);
         self.file.read_content(&file, start, &mut buffers)?;
-        let mut bytes = Stream([&before, content, &behind]);
+        let mut bytes = Buffers([&before, content, &behind]);
         let mut gaps = Vec::new();
         for (fragment, expected) in fragments.iter().zip(expected) {
             let length = (fragment.range.end - fragment.range.start) as usize;
@@ -338,9 +338,9 @@ impl DataDevice {
 }
 
 /// Bytes in three buffers, one behind the other.
-struct Stream<'a>([&'a [u8]; 3]);
+struct Buffers<'a>([&'a [u8]; 3]);
 
-impl Stream<'_> {
+impl Buffers<'_> {
     /// Returns the CRC-32C of the next `count` bytes, continued from `crc`.
     fn checksum(&mut self, mut crc: u32, mut count: usize) -> u32 {
         for part in &mut self.0 {

@@ -36,7 +36,7 @@ pub use flights::{Board, Claim, Flight, Flights};
 pub use lanes::{Hedge, Lanes, Load, Pass};
 pub use plan::{Wanted, runs};
 pub use policy::Policy;
-pub use readahead::{Readahead, Touch};
+pub use readahead::{Readahead, SpanTouch};
 
 use std::ops::Range;
 

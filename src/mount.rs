@@ -31,6 +31,7 @@
 //! - No other command depends on an answer of the process.
 
 mod attached;
+mod attachment;
 mod control;
 mod error;
 mod found;

@@ -13,7 +13,7 @@
 //! Invariants:
 //! - Spans are numbered from 0, in the order of the device and of the blob.
 //! - Heads ascend. A span without content has the head of the next span.
-//! - A span that a [`SpanDecoder`] delivers has matched the digest that the map has of it.
+//! - A span that a [`DecodeSpans`] delivers has matched the digest that the map has of it.
 
 mod indexed;
 
@@ -39,7 +39,7 @@ pub struct Piece {
 }
 
 /// Decodes spans and checks each of them.
-pub trait SpanDecoder: fmt::Debug + Send {
+pub trait DecodeSpans: fmt::Debug + Send {
     /// Decodes the next bytes of the blob. Gives every span that they complete to `sink`, whole and verified, in
     /// order.
     ///
@@ -96,7 +96,7 @@ pub trait SpanMap: fmt::Debug + Send + Sync {
 
     /// Returns a decoder of `spans` (not empty), the first of which is a restart. The decoder takes the bytes of
     /// [`SpanMap::blob_range`], and asks `room` for memory.
-    fn decoder(&self, spans: Range<u32>, room: Room) -> Result<Box<dyn SpanDecoder>, IndexError>;
+    fn decoder(&self, spans: Range<u32>, room: Room) -> Result<Box<dyn DecodeSpans>, IndexError>;
 
     /// Returns the device addresses of the content in a range of the layer's tar, in ascending order. Returns none if
     /// the map does not know offsets in the tar.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::members::Member;
-use super::source::{Archive, Compression};
+use super::source::{Archive, ArchiveCompression};
 use crate::blob::BlobError;
 use crate::oci::{
     Algorithm, Descriptor, DiffId, Digest, DigestHasher, ImageConfig, MAX_DOCUMENT, MAX_LAYERS, Reference, listing,
@@ -19,7 +19,7 @@ const MANIFEST: &str = "manifest.json";
 const BLOBS: &str = "blobs/sha256/";
 
 /// An image as an image source hands it out.
-pub(super) struct Image {
+pub(super) struct ArchiveImage {
     /// The manifest, which this module makes up.
     pub manifest: Bytes,
     /// The config as it is in the archive.
@@ -31,7 +31,7 @@ pub(super) struct Image {
 /// An image in `manifest.json`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
+struct ImageEntry {
     config: String,
     #[serde(default)]
     repo_tags: Option<Vec<String>>,
@@ -39,7 +39,7 @@ struct Entry {
     layers: Option<Vec<String>>,
 }
 
-impl Entry {
+impl ImageEntry {
     fn tags(&self) -> &[String] {
         self.repo_tags.as_deref().unwrap_or_default()
     }
@@ -55,7 +55,7 @@ struct ManifestText {
 }
 
 /// Opens the image called `name`, or the only one.
-pub(super) fn open(archive: &Archive, name: Option<&str>) -> Result<Image, BlobError> {
+pub(super) fn open(archive: &Archive, name: Option<&str>) -> Result<ArchiveImage, BlobError> {
     let entries = entries(archive)?;
     let entry = select(&entries, name, archive)?;
     let config = archive.read_small(&entry.config, MAX_DOCUMENT)?;
@@ -80,14 +80,14 @@ pub(super) fn open(archive: &Archive, name: Option<&str>) -> Result<Image, BlobE
         layers: descriptors,
     };
     let manifest = serde_json::to_vec(&manifest).expect("strings and numbers serialise");
-    Ok(Image {
+    Ok(ArchiveImage {
         manifest: manifest.into(),
         config,
         layers,
     })
 }
 
-fn entries(archive: &Archive) -> Result<Vec<Entry>, BlobError> {
+fn entries(archive: &Archive) -> Result<Vec<ImageEntry>, BlobError> {
     let invalid = |reason: String| BlobError::Invalid {
         what: format!("archive {}", archive.path.display()),
         reason,
@@ -105,7 +105,7 @@ fn entries(archive: &Archive) -> Result<Vec<Entry>, BlobError> {
         .map_err(|error| invalid(format!("{MANIFEST}: {}", shown(&error.to_string()))))
 }
 
-fn select<'a>(entries: &'a [Entry], name: Option<&str>, archive: &Archive) -> Result<&'a Entry, BlobError> {
+fn select<'a>(entries: &'a [ImageEntry], name: Option<&str>, archive: &Archive) -> Result<&'a ImageEntry, BlobError> {
     let path = archive.path.display();
     let not_found = |what: String| BlobError::NotFound {
         what,
@@ -134,7 +134,7 @@ fn select<'a>(entries: &'a [Entry], name: Option<&str>, archive: &Archive) -> Re
 }
 
 /// Lists the images, as a person would ask for them.
-fn names(entries: &[Entry]) -> String {
+fn names(entries: &[ImageEntry]) -> String {
     let names = entries
         .iter()
         .enumerate()
@@ -146,7 +146,7 @@ fn names(entries: &[Entry]) -> String {
 }
 
 /// Returns the config's diffIDs: one for each layer that the archive lists.
-fn diff_ids(archive: &Archive, entry: &Entry, config: &[u8]) -> Result<Vec<DiffId>, BlobError> {
+fn diff_ids(archive: &Archive, entry: &ImageEntry, config: &[u8]) -> Result<Vec<DiffId>, BlobError> {
     let invalid = |reason: String| BlobError::Invalid {
         what: format!(
             "config `{}` in archive {}",
@@ -182,11 +182,11 @@ fn layer(
     diff_id: &DiffId,
     hashed: &mut HashMap<u64, Digest>,
 ) -> Result<Descriptor, BlobError> {
-    let media_type = match Compression::sniff(&archive.start(member)?) {
-        Compression::None => return Ok(descriptor(media_type::OCI_LAYER, diff_id.0.clone(), member.size)),
-        Compression::Gzip => media_type::OCI_LAYER_GZIP,
-        Compression::Zstd => media_type::OCI_LAYER_ZSTD,
-        Compression::Xz | Compression::Bzip2 => {
+    let media_type = match ArchiveCompression::sniff(&archive.start(member)?) {
+        ArchiveCompression::None => return Ok(descriptor(media_type::OCI_LAYER, diff_id.0.clone(), member.size)),
+        ArchiveCompression::Gzip => media_type::OCI_LAYER_GZIP,
+        ArchiveCompression::Zstd => media_type::OCI_LAYER_ZSTD,
+        ArchiveCompression::Xz | ArchiveCompression::Bzip2 => {
             return Err(BlobError::Unsupported {
                 what: format!("layer `{}` in archive {}", shown(path), archive.path.display()),
                 reason: "it is compressed with xz or bzip2, which layers must not be".to_owned(),

@@ -31,7 +31,7 @@ pub(super) struct Member {
 }
 
 #[derive(Debug)]
-enum Entry {
+enum MemberEntry {
     File(Member),
     Symlink(Vec<u8>),
     Hardlink(Vec<u8>),
@@ -54,7 +54,7 @@ pub(super) enum FindError {
 
 /// The members of an archive by name.
 #[derive(Debug)]
-pub(super) struct Members(HashMap<Vec<u8>, Entry>);
+pub(super) struct Members(HashMap<Vec<u8>, MemberEntry>);
 
 impl Members {
     /// Walks an uncompressed archive and notes its members.
@@ -69,19 +69,19 @@ impl Members {
             let entry = entry?;
             let link = || entry.link_name_bytes().map(|target| target.into_owned());
             let found = match entry.header().entry_type() {
-                EntryType::Regular | EntryType::Continuous => Entry::File(Member {
+                EntryType::Regular | EntryType::Continuous => MemberEntry::File(Member {
                     offset: entry.raw_file_position(),
                     size: entry.size(),
                 }),
-                EntryType::GNUSparse => Entry::Sparse,
-                EntryType::Symlink => Entry::Symlink(link().unwrap_or_default()),
-                EntryType::Link => Entry::Hardlink(link().unwrap_or_default()),
+                EntryType::GNUSparse => MemberEntry::Sparse,
+                EntryType::Symlink => MemberEntry::Symlink(link().unwrap_or_default()),
+                EntryType::Link => MemberEntry::Hardlink(link().unwrap_or_default()),
                 _ => continue,
             };
             let name = entry.path_bytes();
             let target_len = match &found {
-                Entry::Symlink(target) | Entry::Hardlink(target) => target.len(),
-                Entry::File(_) | Entry::Sparse => 0,
+                MemberEntry::Symlink(target) | MemberEntry::Hardlink(target) => target.len(),
+                MemberEntry::File(_) | MemberEntry::Sparse => 0,
             };
             if name.len() > MAX_NAME || target_len > MAX_NAME {
                 return Err(io::Error::other(format!(
@@ -112,10 +112,10 @@ impl Members {
                 return Err(FindError::TooLong);
             }
             let (target, from_top) = match self.0.get(&path) {
-                Some(Entry::File(member)) if todo.is_empty() => return Ok(*member),
-                Some(Entry::Sparse) if todo.is_empty() => return Err(FindError::Sparse),
-                Some(Entry::Symlink(target)) => (target, target.starts_with(b"/")),
-                Some(Entry::Hardlink(target)) => (target, true),
+                Some(MemberEntry::File(member)) if todo.is_empty() => return Ok(*member),
+                Some(MemberEntry::Sparse) if todo.is_empty() => return Err(FindError::Sparse),
+                Some(MemberEntry::Symlink(target)) => (target, target.starts_with(b"/")),
+                Some(MemberEntry::Hardlink(target)) => (target, true),
                 _ => continue,
             };
             links += 1;

@@ -28,7 +28,7 @@ const SNIFFED: usize = 10;
 
 /// The compression of some bytes, told by the first of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Compression {
+pub(super) enum ArchiveCompression {
     None,
     Gzip,
     Zstd,
@@ -36,7 +36,7 @@ pub(super) enum Compression {
     Bzip2,
 }
 
-impl Compression {
+impl ArchiveCompression {
     pub(super) fn sniff(start: &[u8]) -> Self {
         match start {
             [0x1f, 0x8b, 0x08, ..] => Self::Gzip,
@@ -76,22 +76,22 @@ impl Archive {
         let mut start = [0; SNIFFED];
         let got = file.read_at(&mut start, 0).map_err(|e| BlobError::io(&path, e))?;
         let most = most_unpacked(packed_len);
-        let file = match Compression::sniff(&start[..got]) {
-            Compression::None => file,
-            Compression::Gzip => unpack(
+        let file = match ArchiveCompression::sniff(&start[..got]) {
+            ArchiveCompression::None => file,
+            ArchiveCompression::Gzip => unpack(
                 &path,
                 flate2::read::MultiGzDecoder::new(BufReader::with_capacity(BUFFER, file)),
                 most,
             )?,
-            Compression::Zstd => {
+            ArchiveCompression::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::new(file).map_err(|e| BlobError::io(&path, e))?;
                 decoder
                     .window_log_max(ZSTD_WINDOW_LOG_MAX)
                     .map_err(|e| BlobError::io(&path, e))?;
                 unpack(&path, decoder, most)?
             }
-            Compression::Xz => return Err(packed(&path, "xz")),
-            Compression::Bzip2 => return Err(packed(&path, "bzip2")),
+            ArchiveCompression::Xz => return Err(packed(&path, "xz")),
+            ArchiveCompression::Bzip2 => return Err(packed(&path, "bzip2")),
         };
         let len = file.metadata().map_err(|e| BlobError::io(&path, e))?.len();
         let members = Members::of(&file).map_err(|error| BlobError::Invalid {
@@ -243,18 +243,18 @@ mod tests {
     #[test]
     fn compression_is_known_by_its_first_bytes() {
         for (start, is) in [
-            (&b""[..], Compression::None),
-            (b"etc/passwd\0", Compression::None),
-            (b"\x1f\x8b\x08\x00", Compression::Gzip),
-            (b"\x1f\x8b", Compression::None),
-            (b"\x28\xb5\x2f\xfd\x00", Compression::Zstd),
-            (b"\x5a\x2a\x4d\x18\x00", Compression::Zstd),
-            (b"\xfd7zXZ\x00\x00\x04", Compression::Xz),
-            (b"BZh91AY&SY\x12", Compression::Bzip2),
-            (b"BZh9\x17\x72\x45\x38\x50\x90\0", Compression::Bzip2),
-            (b"BZh9/file\0\0", Compression::None),
+            (&b""[..], ArchiveCompression::None),
+            (b"etc/passwd\0", ArchiveCompression::None),
+            (b"\x1f\x8b\x08\x00", ArchiveCompression::Gzip),
+            (b"\x1f\x8b", ArchiveCompression::None),
+            (b"\x28\xb5\x2f\xfd\x00", ArchiveCompression::Zstd),
+            (b"\x5a\x2a\x4d\x18\x00", ArchiveCompression::Zstd),
+            (b"\xfd7zXZ\x00\x00\x04", ArchiveCompression::Xz),
+            (b"BZh91AY&SY\x12", ArchiveCompression::Bzip2),
+            (b"BZh9\x17\x72\x45\x38\x50\x90\0", ArchiveCompression::Bzip2),
+            (b"BZh9/file\0\0", ArchiveCompression::None),
         ] {
-            assert_eq!(Compression::sniff(start), is, "{start:?}");
+            assert_eq!(ArchiveCompression::sniff(start), is, "{start:?}");
         }
     }
 

@@ -33,12 +33,12 @@ const MOST: usize = 1024;
 
 /// A range of a layer's data device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct DeviceRange {
     pub(super) layer: LayerIdx,
     pub(super) device: Range<u64>,
 }
 
-impl Place {
+impl DeviceRange {
     pub(super) fn new(layer: LayerIdx, offset: u64, len: usize) -> Self {
         Self {
             layer,
@@ -54,11 +54,11 @@ impl Place {
 
 /// Ranges that could not be read lately.
 #[derive(Debug, Default)]
-pub(super) struct Asked(Mutex<VecDeque<Failed>>);
+pub(super) struct FailedRanges(Mutex<VecDeque<Failed>>);
 
 #[derive(Debug)]
 struct Failed {
-    places: Vec<Place>,
+    places: Vec<DeviceRange>,
     /// When a reader first asked for these places.
     first: Instant,
     /// Until when a request for the same places counts as a repetition.
@@ -67,8 +67,8 @@ struct Failed {
 
 /// A read that has to wait.
 #[derive(Debug)]
-pub(super) struct Wait {
-    places: Vec<Place>,
+pub(super) struct ReadWait {
+    places: Vec<DeviceRange>,
     /// When this request came. `first` is the time of the first request for these places.
     began: Instant,
     first: Instant,
@@ -76,22 +76,22 @@ pub(super) struct Wait {
     pub(super) deadline: Instant,
 }
 
-impl Wait {
+impl ReadWait {
     /// Whether the deadline passed before the request began: the kernel repeats a request that timed out.
     pub(super) fn is_over(&self) -> bool {
         self.began >= self.deadline
     }
 }
 
-impl Asked {
+impl FailedRanges {
     /// Begins a wait for these places at `now`. The wait continues an earlier one if that wait failed a moment ago.
-    pub(super) fn wait(&self, places: Vec<Place>, timeout: Duration, now: Instant) -> Wait {
+    pub(super) fn wait(&self, places: Vec<DeviceRange>, timeout: Duration, now: Instant) -> ReadWait {
         let mut failed = self.0.lock().expect("no panic while locked");
         failed.retain(|f| f.until > now);
         let overlapping = |f: &&Failed| f.places.iter().any(|a| places.iter().any(|b| a.overlaps(b)));
         let first = failed.iter().filter(overlapping).map(|f| f.first).min();
         let first = first.unwrap_or(now);
-        Wait {
+        ReadWait {
             places,
             began: now,
             first,
@@ -100,7 +100,7 @@ impl Asked {
     }
 
     /// Remembers that the wait ended at `now` without the bytes.
-    pub(super) fn failed(&self, wait: Wait, now: Instant) {
+    pub(super) fn failed(&self, wait: ReadWait, now: Instant) {
         // A request that began after the deadline is only a repetition. Remembering it would prolong the moment.
         if wait.is_over() {
             return;
@@ -130,9 +130,9 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(6);
 
     /// A range of one layer's data device.
-    fn place(layer: u32, device: Range<u64>) -> Vec<Place> {
+    fn place(layer: u32, device: Range<u64>) -> Vec<DeviceRange> {
         let layer = LayerIdx(layer);
-        vec![Place { layer, device }]
+        vec![DeviceRange { layer, device }]
     }
 
     fn ms(ms: u64) -> Duration {
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn the_kernels_repetitions_continue_the_first_wait() {
-        let (asked, start) = (Asked::default(), Instant::now());
+        let (asked, start) = (FailedRanges::default(), Instant::now());
         let readahead = asked.wait(place(7, 0..131_072), TIMEOUT, start);
         assert_eq!(readahead.deadline, start + TIMEOUT);
         let end = readahead.deadline;
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_read_that_fails_early_leaves_its_repetition_what_is_left() {
-        let (asked, start) = (Asked::default(), Instant::now());
+        let (asked, start) = (FailedRanges::default(), Instant::now());
         let wait = asked.wait(place(7, 0..4096), TIMEOUT, start);
         asked.failed(wait, start + ms(4000));
         let wait = asked.wait(place(7, 0..4096), TIMEOUT, start + ms(4400));
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn other_bytes_and_other_layers_are_not_concerned() {
-        let (asked, start) = (Asked::default(), Instant::now());
+        let (asked, start) = (FailedRanges::default(), Instant::now());
         let wait = asked.wait(place(7, 4096..8192), TIMEOUT, start);
         let now = wait.deadline;
         asked.failed(wait, now);
@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn only_so_much_is_remembered() {
-        let (asked, now) = (Asked::default(), Instant::now());
+        let (asked, now) = (FailedRanges::default(), Instant::now());
         for i in 0..3 * MOST as u32 {
             let wait = asked.wait(place(i, 0..1), TIMEOUT, now);
             asked.failed(wait, now);

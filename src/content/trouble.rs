@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const RUNS: usize = 64;
 
 /// A run of content: the position of its layer, and the start of the run in the data device.
-type Run = (u32, u64);
+type ContentRun = (u32, u64);
 
 /// The present problems of readers of an image.
 #[derive(Debug, Default)]
-pub(super) struct Trouble {
+pub(super) struct ReadTrouble {
     now: Mutex<Now>,
     /// Whether there is any problem. Every local read checks this flag, so it needs no lock.
     any: AtomicBool,
@@ -24,10 +24,10 @@ struct Now {
     /// The error of the last fetch that failed for a waiting reader, and the number of spans fetched before that.
     fetch: Option<(String, u64)>,
     /// Runs whose own data is wrong, with the error.
-    runs: BTreeMap<Run, String>,
+    runs: BTreeMap<ContentRun, String>,
 }
 
-impl Trouble {
+impl ReadTrouble {
     fn change(&self, change: impl FnOnce(&mut Now)) {
         let mut now = self.now.lock().expect("no panic while locked");
         change(&mut now);
@@ -42,7 +42,7 @@ impl Trouble {
 
     /// Records that a read of `run` failed. `own` is true if the data itself is wrong, and false if fetching it
     /// failed. `landed` is the number of spans fetched so far.
-    pub(super) fn read_failed(&self, run: Run, own: bool, error: &dyn Display, landed: u64) {
+    pub(super) fn read_failed(&self, run: ContentRun, own: bool, error: &dyn Display, landed: u64) {
         tracing::error!(%error, "answering a read with an error");
         let problem = format!("a read failed: {error}");
         self.change(|now| match own {
@@ -55,7 +55,7 @@ impl Trouble {
     }
 
     /// Records that a read of `run` succeeded, which ends a problem with that run's data.
-    pub(super) fn read_worked(&self, run: Run) {
+    pub(super) fn read_worked(&self, run: ContentRun) {
         if self.is_any() {
             self.change(|now| drop(now.runs.remove(&run)));
         }
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn trouble_lasts_until_its_own_end() {
-        let trouble = Trouble::default();
+        let trouble = ReadTrouble::default();
         assert_eq!(trouble.problem(0), None);
         trouble.read_failed((0, 1), false, &"no answer", 7);
         trouble.read_failed((0, 2), true, &"wrong digest", 7);

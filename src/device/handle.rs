@@ -21,10 +21,10 @@ const LEAST: usize = 16;
 
 /// A file that is open or can be opened again.
 #[derive(Debug)]
-pub(super) struct Handle(Arc<Slot>);
+pub(super) struct Handle(Arc<HandleSlot>);
 
 #[derive(Debug)]
-struct Slot {
+struct HandleSlot {
     path: PathBuf,
     writable: bool,
     /// Device and inode number. They tell this file from a file that replaced it.
@@ -38,7 +38,7 @@ impl Handle {
     /// Takes a file that was opened at `path`.
     pub fn new(file: File, path: &Path, writable: bool) -> io::Result<Self> {
         let metadata = file.metadata()?;
-        let slot = Arc::new(Slot {
+        let slot = Arc::new(HandleSlot {
             path: path.to_owned(),
             writable,
             identity: (metadata.dev(), metadata.ino()),
@@ -66,7 +66,7 @@ impl Handle {
     }
 }
 
-impl Slot {
+impl HandleSlot {
     fn reopen(&self) -> io::Result<Arc<File>> {
         let mut slot = self.file.write().expect("no panic while locked");
         if let Some(file) = &*slot {
@@ -96,7 +96,7 @@ struct Pool {
     most: usize,
     /// The devices, roughly the least recently used first. A device that was used since the last look gets a second
     /// chance.
-    slots: Mutex<VecDeque<Weak<Slot>>>,
+    slots: Mutex<VecDeque<Weak<HandleSlot>>>,
 }
 
 impl Pool {
@@ -117,7 +117,7 @@ impl Pool {
     }
 
     /// Adds a device that was opened, and closes others if there are too many.
-    fn keep(&self, slot: &Arc<Slot>) {
+    fn keep(&self, slot: &Arc<HandleSlot>) {
         let mut slots = self.slots.lock().expect("no panic while locked");
         slots.push_back(Arc::downgrade(slot));
         // Each device is looked at twice at most: at the second look it was not used since the first.
@@ -145,13 +145,13 @@ mod tests {
     fn only_so_many_stay_open_and_all_can_be_used() {
         let dir = tempfile::tempdir().unwrap();
         let pool = Pool::new(3);
-        let slots: Vec<Arc<Slot>> = (0..10)
+        let slots: Vec<Arc<HandleSlot>> = (0..10)
             .map(|number| {
                 let path = dir.path().join(number.to_string());
                 let mut file = File::create(&path).unwrap();
                 file.write_all(&[number]).unwrap();
                 let metadata = file.metadata().unwrap();
-                let slot = Arc::new(Slot {
+                let slot = Arc::new(HandleSlot {
                     path,
                     writable: false,
                     identity: (metadata.dev(), metadata.ino()),

@@ -122,13 +122,13 @@ pub(super) fn encode(entries: &[(&[u8], u64, FileType)], out: &mut Vec<u8>) {
 
 /// A directory block that is being read.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Block<'a> {
+pub(super) struct DirBlock<'a> {
     dir: u64,
     bytes: &'a [u8],
     count: usize,
 }
 
-impl<'a> Block<'a> {
+impl<'a> DirBlock<'a> {
     /// Opens a block of the directory `dir`. `bytes` ends with the block or with the directory.
     pub fn new(dir: u64, bytes: &'a [u8]) -> Result<Self, ErofsError> {
         let names = usize::from(u16_at(bytes, DIRENT - 4).unwrap_or(0));

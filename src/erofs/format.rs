@@ -38,14 +38,14 @@ pub(super) const FIRST_INODE: u64 = SUPER_OFFSET + SUPER_SIZE;
 /// Which extended attributes the inodes of an image have. The volume name states it, so a reader need not look at all
 /// inodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Attributes {
+pub(super) enum AttributeKinds {
     None,
     /// Some attributes, but no access control list.
     Plain,
     AccessControl,
 }
 
-impl Attributes {
+impl AttributeKinds {
     /// Returns the volume name. Raise the number in the name when a new version makes another tree from equal layers.
     /// Stored images are then made again.
     fn label(self) -> &'static [u8; 16] {
@@ -87,7 +87,7 @@ pub(super) struct Superblock {
     pub blocks: u32,
     pub uuid: [u8; 16],
     /// Attributes of the inodes; `None` if another version or program wrote the image.
-    pub attributes: Option<Attributes>,
+    pub attributes: Option<AttributeKinds>,
     pub incompat: u32,
     /// First block of the attributes that inodes share; 0 if there are none.
     pub xattr_block: u32,
@@ -106,7 +106,7 @@ impl Superblock {
         put(bytes, 36, &self.blocks.to_le_bytes());
         put(bytes, 44, &self.xattr_block.to_le_bytes());
         put(bytes, 48, &self.uuid);
-        let label = self.attributes.map_or(&[0; 16], Attributes::label);
+        let label = self.attributes.map_or(&[0; 16], AttributeKinds::label);
         put(bytes, 64, label);
         put(bytes, 80, &self.incompat.to_le_bytes());
         let sum = checksum(bytes);
@@ -153,7 +153,7 @@ impl Superblock {
             blocks: u32_of(36)?,
             xattr_block: u32_of(44)?,
             uuid: *bytes.get(48..).and_then(<[u8]>::first_chunk).ok_or_else(truncated)?,
-            attributes: Attributes::from_label(&bytes[64..80]),
+            attributes: AttributeKinds::from_label(&bytes[64..80]),
             incompat,
         })
     }

@@ -4,8 +4,8 @@
 
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{FileType, Measure};
-use crate::erofs::format::{Attributes, BLOCK, FIRST_INODE, INODE, Layout, SLOT};
-use crate::erofs::xattr::{self, Shared};
+use crate::erofs::format::{AttributeKinds, BLOCK, FIRST_INODE, INODE, Layout, SLOT};
+use crate::erofs::xattr::{self, SharedAttributes};
 use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
 
 /// Most entries of all chunk maps in one image, together 256 MiB. A few header bytes in a tar can claim exabytes of
@@ -22,7 +22,7 @@ const MAX_SYMLINK: usize = 4095;
 
 /// What one inode takes in the image.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Shape {
+pub(super) struct InodeShape {
     pub layout: Layout,
     pub xattr_size: u32,
     /// Size that stat(2) shows, in bytes.
@@ -40,7 +40,7 @@ pub(super) struct Plan {
     pub nids: Vec<u32>,
     /// Parent of each node; meaningless for nodes that are no directories.
     pub parents: Vec<NodeId>,
-    pub shared: Shared,
+    pub shared: SharedAttributes,
     /// First block behind the inodes.
     pub first_block: u64,
     /// First block of the shared attributes, which are the last part of the image.
@@ -49,7 +49,7 @@ pub(super) struct Plan {
     pub metadata_blocks: u64,
     /// First block of each layer's data device, then the block behind the last device.
     pub device_starts: Vec<u64>,
-    pub attributes: Attributes,
+    pub attributes: AttributeKinds,
     pub dropped_xattrs: u64,
     pub any_chunked: bool,
 }
@@ -69,12 +69,12 @@ impl Plan {
         let mut plan = Self {
             nids: Vec::with_capacity(tree.len()),
             parents: vec![Tree::ROOT; tree.len()],
-            shared: Shared::of(tree),
+            shared: SharedAttributes::of(tree),
             first_block: 0,
             xattr_block: 0,
             metadata_blocks: 0,
             device_starts: Vec::new(),
-            attributes: Attributes::None,
+            attributes: AttributeKinds::None,
             dropped_xattrs: 0,
             any_chunked: false,
         };
@@ -116,7 +116,7 @@ impl Plan {
     }
 
     /// Checks a node and returns what it needs.
-    fn visit(&mut self, id: NodeId, tree: &Tree, devices: &[u64], chunks: &mut u64) -> Result<Shape, Flaw> {
+    fn visit(&mut self, id: NodeId, tree: &Tree, devices: &[u64], chunks: &mut u64) -> Result<InodeShape, Flaw> {
         let (xattr_size, dropped) = self
             .shared
             .measure(tree, id)
@@ -161,11 +161,11 @@ impl Plan {
             }
             _ => {}
         }
-        Ok(Shape::of(view, xattr_size))
+        Ok(InodeShape::of(view, xattr_size))
     }
 }
 
-impl Shape {
+impl InodeShape {
     /// Returns the shape of a node whose attributes take `xattr_size` bytes.
     pub fn of(view: View<'_>, xattr_size: u32) -> Self {
         let plain = Self {
@@ -243,7 +243,7 @@ pub(super) fn device_starts(metadata_blocks: u64, devices: &[u64]) -> Vec<u64> {
 
 /// Returns where an inode of this shape can begin, from `position` on. The inode and all that belongs to it must lie
 /// within one block. If they are larger than a block, they begin at the start of one.
-fn place(position: u64, shape: &Shape) -> u64 {
+fn place(position: u64, shape: &InodeShape) -> u64 {
     let whole = INODE + u64::from(shape.xattr_size) + shape.extra;
     if position % BLOCK + whole > BLOCK {
         position.next_multiple_of(BLOCK)

@@ -2,7 +2,7 @@
 //! in advance, and a lookup does not allocate.
 
 use crate::erofs::dirent::{Block, DIRENT};
-use crate::erofs::format::{Attributes, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};
+use crate::erofs::format::{AttributeKinds, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};
 use crate::erofs::plan::device_starts;
 use crate::erofs::xattr::{Xattr, XattrIter};
 use crate::erofs::{ErofsError, FileType, Nid};
@@ -45,7 +45,7 @@ pub struct Inode {
 
 /// A directory entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry<'a> {
+pub struct Dirent<'a> {
     /// Position from which [`Reader::entries`] continues after this entry.
     pub next: u64,
     /// Number of the entry's inode.
@@ -114,12 +114,12 @@ impl<B: AsRef<[u8]>> Reader<B> {
 
     /// Whether some inode may have extended attributes. False only if none has.
     pub fn has_any_xattr(&self) -> bool {
-        self.superblock.attributes != Some(Attributes::None)
+        self.superblock.attributes != Some(AttributeKinds::None)
     }
 
     /// Whether some inode may have an access control list. False only if none has.
     pub fn has_any_acl(&self) -> bool {
-        !matches!(self.superblock.attributes, Some(Attributes::None | Attributes::Plain))
+        !matches!(self.superblock.attributes, Some(AttributeKinds::None | AttributeKinds::Plain))
     }
 
     /// Whether this version of ocifs would make the same tree from the layers. Other versions made different trees of
@@ -184,8 +184,8 @@ impl<B: AsRef<[u8]>> Reader<B> {
     /// `.` and `..` are among the entries.
     ///
     /// The iterator ends after the first error.
-    pub fn entries(&self, dir: Nid, from: u64) -> Result<Entries<'_, B>, ErofsError> {
-        Ok(Entries {
+    pub fn entries(&self, dir: Nid, from: u64) -> Result<Dirents<'_, B>, ErofsError> {
+        Ok(Dirents {
             reader: self,
             dir: self.typed(dir, FileType::Directory, "directory")?,
             block: None,
@@ -280,7 +280,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
 
 /// Iterates over the entries of a directory; made by [`Reader::entries`].
 #[derive(Debug)]
-pub struct Entries<'a, B> {
+pub struct Dirents<'a, B> {
     reader: &'a Reader<B>,
     dir: Inode,
     /// The block that contains `position`, once it is open.
@@ -288,8 +288,8 @@ pub struct Entries<'a, B> {
     position: u64,
 }
 
-impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
-    fn read(&mut self) -> Result<Option<Entry<'a>>, ErofsError> {
+impl<'a, B: AsRef<[u8]>> Dirents<'a, B> {
+    fn read(&mut self) -> Result<Option<Dirent<'a>>, ErofsError> {
         while self.position < self.dir.size {
             let index = (self.position % BLOCK) as usize / DIRENT;
             let number = self.position / BLOCK;
@@ -302,7 +302,7 @@ impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
                 let (nid, file_type) = block.target(index)?;
                 // A directory may claim the largest size there is, so the sum must saturate.
                 self.position = self.position.saturating_add(DIRENT as u64);
-                return Ok(Some(Entry {
+                return Ok(Some(Dirent {
                     next: self.position,
                     nid: Nid(nid),
                     file_type,
@@ -316,8 +316,8 @@ impl<'a, B: AsRef<[u8]>> Entries<'a, B> {
     }
 }
 
-impl<'a, B: AsRef<[u8]>> Iterator for Entries<'a, B> {
-    type Item = Result<Entry<'a>, ErofsError>;
+impl<'a, B: AsRef<[u8]>> Iterator for Dirents<'a, B> {
+    type Item = Result<Dirent<'a>, ErofsError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let entry = self.read();

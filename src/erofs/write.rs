@@ -9,7 +9,7 @@ use std::io::{BufWriter, Write};
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{self, FileType, Measure};
 use crate::erofs::format::{BLOCK, INCOMPAT_CHUNKED, INODE, Layout, NULL_BLOCK, RawInode, SLOT, Superblock};
-use crate::erofs::plan::{Plan, Shape, entries, file_type};
+use crate::erofs::plan::{Plan, InodeShape, entries, file_type};
 use crate::erofs::xattr;
 use crate::oci::Digest;
 use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
@@ -125,7 +125,7 @@ impl<W: Write> Emit<'_, W> {
             let view = tree.view(id);
             self.scratch.clear();
             plan.shared.encode(tree, id, &mut self.scratch);
-            let shape = Shape::of(view, self.scratch.len() as u32);
+            let shape = InodeShape::of(view, self.scratch.len() as u32);
             self.out.pad_to(u64::from(plan.nids[number as usize]) * SLOT)?;
             self.out.write(&self.inode(id, view, &shape, next_block))?;
             match (view, shape.layout) {
@@ -158,7 +158,7 @@ impl<W: Write> Emit<'_, W> {
         self.out.pad_to(plan.first_block * BLOCK)
     }
 
-    fn inode(&self, id: NodeId, view: View<'_>, shape: &Shape, next_block: u64) -> [u8; INODE as usize] {
+    fn inode(&self, id: NodeId, view: View<'_>, shape: &InodeShape, next_block: u64) -> [u8; INODE as usize] {
         let union = match view {
             View::CharDevice(device) | View::BlockDevice(device) => device,
             View::Flat { size: 0, .. } | View::Sparse { size: 0, .. } => 0,
@@ -209,7 +209,7 @@ impl<W: Write> Emit<'_, W> {
             }
             let measured = self.plan.shared.measure(self.tree, id);
             let (xattr_size, _) = measured.expect("the plan measured the same");
-            let mut left = Shape::of(view, xattr_size).blocks;
+            let mut left = InodeShape::of(view, xattr_size).blocks;
             if left == 0 {
                 continue;
             }

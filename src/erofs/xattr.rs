@@ -7,7 +7,7 @@
 //! divided by 4.
 
 use crate::erofs::ErofsError;
-use crate::erofs::format::{Attributes, XATTR_HEADER, u16_at};
+use crate::erofs::format::{AttributeKinds, XATTR_HEADER, u16_at};
 use crate::toc::AttributeId;
 use crate::tree::{NodeId, Tree};
 
@@ -42,12 +42,12 @@ fn entry_size(rest: &[u8], value: &[u8]) -> u64 {
 }
 
 /// Returns what a reader wants to know about a node's attributes in advance. At least one of them can be stored.
-pub(super) fn attributes(tree: &Tree, node: NodeId) -> Attributes {
+pub(super) fn attributes(tree: &Tree, node: NodeId) -> AttributeKinds {
     let is_list = |id: &AttributeId| tree.attributes().get(*id).0.starts_with(b"system.posix_acl_");
     if tree.xattrs(node).iter().any(is_list) {
-        Attributes::AccessControl
+        AttributeKinds::AccessControl
     } else {
-        Attributes::Plain
+        AttributeKinds::Plain
     }
 }
 
@@ -61,14 +61,14 @@ const OWN: u32 = u32::MAX;
 
 /// The shared attributes of a tree, and their places.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct SharedAttributes {
     /// Number of each attribute in the shared area, or [`OWN`].
     numbers: Vec<u32>,
     /// Size of the area in bytes.
     pub bytes: u64,
 }
 
-impl Shared {
+impl SharedAttributes {
     /// Chooses which attributes to share: the large ones that more than one inode has.
     pub fn of(tree: &Tree) -> Self {
         let mut numbers = vec![OWN; tree.attributes().len()];

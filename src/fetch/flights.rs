@@ -21,11 +21,11 @@ use super::sync::{Arc, Mutex, MutexGuard};
 /// What a waiting reader holds. It receives the result of the flight.
 pub type Flight<T> = watch::Receiver<Option<T>>;
 
-type Table<T> = HashMap<u32, Flight<T>>;
+type FlightTable<T> = HashMap<u32, Flight<T>>;
 
 /// Spans in flight. `T` is the result of a flight.
 pub struct Flights<T> {
-    table: Mutex<Table<T>>,
+    table: Mutex<FlightTable<T>>,
 }
 
 impl<T> Default for Flights<T> {
@@ -51,7 +51,7 @@ impl<T: Clone> Flights<T> {
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table<T>> {
+    fn table(&self) -> MutexGuard<'_, FlightTable<T>> {
         self.table.lock().expect("no panic while locked")
     }
 }
@@ -59,7 +59,7 @@ impl<T: Clone> Flights<T> {
 /// The locked table.
 pub struct Board<'a, T: Clone> {
     flights: &'a Arc<Flights<T>>,
-    table: MutexGuard<'a, Table<T>>,
+    table: MutexGuard<'a, FlightTable<T>>,
 }
 
 impl<T: Clone> fmt::Debug for Board<'_, T> {

@@ -91,11 +91,11 @@ pub struct Lanes([Arc<Lane>; LANES]);
 /// The gate for requests over one link.
 #[derive(Debug, Default)]
 struct Lane {
-    state: Mutex<State>,
+    state: Mutex<LaneState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct LaneState {
     demand: usize,
     others: usize,
     /// Compressed bytes for which the other requests were admitted.
@@ -275,7 +275,7 @@ impl Lanes {
 }
 
 impl Lane {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LaneState> {
         self.state.lock().expect("no panic while locked")
     }
 
@@ -289,7 +289,7 @@ impl Lane {
     }
 
     /// Admits requests: takes from the queues those that may go.
-    fn admit(self: &Arc<Self>, state: &mut State) -> Vec<(oneshot::Sender<Pass>, Pass)> {
+    fn admit(self: &Arc<Self>, state: &mut LaneState) -> Vec<(oneshot::Sender<Pass>, Pass)> {
         let mut admitted = Vec::new();
         for priority in [
             Priority::Demand,
@@ -345,7 +345,7 @@ fn deliver(admitted: Vec<(oneshot::Sender<Pass>, Pass)>) {
     }
 }
 
-impl State {
+impl LaneState {
     /// Notes that demand requests `bytes` compressed bytes.
     fn demanded(&mut self, bytes: u64, policy: Policy) {
         let now = Instant::now();

@@ -66,7 +66,7 @@ const DENSE: f64 = 0.5;
 
 /// The first time that a reader comes to a span.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Touch {
+pub struct SpanTouch {
     /// The span.
     pub span: u32,
     /// The spans of the file that the reader reads.
@@ -79,7 +79,7 @@ pub struct Touch {
 
 /// The kinds of guesses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum GuessKind {
     File,
     Neighbours,
     Surroundings,
@@ -87,12 +87,12 @@ enum Kind {
 
 /// The results of guesses of one kind, in compressed bytes. Both numbers fade.
 #[derive(Debug, Default)]
-struct Record {
+struct GuessRecord {
     guessed: f64,
     read: f64,
 }
 
-impl Record {
+impl GuessRecord {
     fn guessed(&mut self, bytes: u64, policy: Policy) {
         self.guessed += bytes as f64;
         if self.guessed > MEMORY * policy.request() as f64 {
@@ -120,7 +120,7 @@ struct Paid {
 }
 
 #[derive(Debug)]
-struct Stream {
+struct ReadStream {
     /// First span that the stream passed.
     start: u32,
     /// The span behind the furthest one that a reader touched.
@@ -134,7 +134,7 @@ struct Stream {
 
 /// A touch that had to wait for the beginning of a file.
 #[derive(Debug, Clone, Copy)]
-struct Wait {
+struct BeginningWait {
     span: u32,
     price: u64,
 }
@@ -143,16 +143,16 @@ struct Wait {
 #[derive(Debug, Default)]
 pub struct Readahead {
     /// The streams, most recently used first.
-    streams: VecDeque<Stream>,
-    files: Record,
-    neighbours: Record,
-    surroundings: Record,
+    streams: VecDeque<ReadStream>,
+    files: GuessRecord,
+    neighbours: GuessRecord,
+    surroundings: GuessRecord,
     /// Spans that were guessed and that no reader has read yet.
-    open: HashMap<u32, Kind>,
+    open: HashMap<u32, GuessKind>,
     /// What readers paid for files, most recently read first. A file whose price is paid leaves the list.
     paid_files: VecDeque<Paid>,
     /// The waits for beginnings of files, most recent first.
-    waits: VecDeque<Wait>,
+    waits: VecDeque<BeginningWait>,
     eager: bool,
 }
 
@@ -166,7 +166,7 @@ impl Readahead {
     /// with its priority. They contain no span that is there.
     pub fn touched(
         &mut self,
-        touch: &Touch,
+        touch: &SpanTouch,
         spans: &(impl Spans + ?Sized),
         absent: impl Fn(u32) -> bool,
         policy: Policy,
@@ -180,17 +180,17 @@ impl Readahead {
         if touch.waits {
             let price = bytes + policy.product();
             if self.is_file_paid(touch, price, spans) && self.files.confidence(policy) >= CONFIDENT {
-                guesses.push((Kind::File, Priority::Readahead, span + 1..touch.file.end));
-                guesses.push((Kind::File, Priority::Readahead, touch.file.start..span));
+                guesses.push((GuessKind::File, Priority::Readahead, span + 1..touch.file.end));
+                guesses.push((GuessKind::File, Priority::Readahead, touch.file.start..span));
             }
         }
         let ahead = self.follow(span, spans, policy);
-        guesses.extend(ahead.map(|ahead| (Kind::Neighbours, Priority::Readahead, ahead)));
+        guesses.extend(ahead.map(|ahead| (GuessKind::Neighbours, Priority::Readahead, ahead)));
         if touch.waits
             && let Some(around) = self.around(touch, bytes + policy.product(), spans, policy)
         {
-            guesses.push((Kind::Surroundings, Priority::Likely, span + 1..around.end));
-            guesses.push((Kind::Surroundings, Priority::Likely, around.start..span));
+            guesses.push((GuessKind::Surroundings, Priority::Likely, span + 1..around.end));
+            guesses.push((GuessKind::Surroundings, Priority::Likely, around.start..span));
         }
         let mut ahead = Vec::new();
         for (kind, priority, range) in guesses {
@@ -203,7 +203,7 @@ impl Readahead {
     /// Notes a guess. Returns those runs of it that are absent and were not guessed before.
     fn guess(
         &mut self,
-        kind: Kind,
+        kind: GuessKind,
         range: Range<u32>,
         spans: &(impl Spans + ?Sized),
         absent: &impl Fn(u32) -> bool,
@@ -227,17 +227,17 @@ impl Readahead {
         ahead
     }
 
-    fn record(&mut self, kind: Kind) -> &mut Record {
+    fn record(&mut self, kind: GuessKind) -> &mut GuessRecord {
         match kind {
-            Kind::File => &mut self.files,
-            Kind::Neighbours => &mut self.neighbours,
-            Kind::Surroundings => &mut self.surroundings,
+            GuessKind::File => &mut self.files,
+            GuessKind::Neighbours => &mut self.neighbours,
+            GuessKind::Surroundings => &mut self.surroundings,
         }
     }
 
     /// Returns whether the readers of a file have paid for all of it, with `price` for this touch. Unless readahead
     /// is eager, this touch must have paid for all of it.
-    fn is_file_paid(&mut self, touch: &Touch, price: u64, spans: &(impl Spans + ?Sized)) -> bool {
+    fn is_file_paid(&mut self, touch: &SpanTouch, price: u64, spans: &(impl Spans + ?Sized)) -> bool {
         let found = self.paid_files.iter().position(|paid| paid.file == touch.file);
         let mut paid = found.and_then(|i| self.paid_files.remove(i)).unwrap_or(Paid {
             file: touch.file.clone(),
@@ -256,7 +256,7 @@ impl Readahead {
     /// Returns what to fetch around a wait: all of a small layer, or the surroundings of recent waits.
     fn around(
         &mut self,
-        touch: &Touch,
+        touch: &SpanTouch,
         price: u64,
         spans: &(impl Spans + ?Sized),
         policy: Policy,
@@ -270,14 +270,14 @@ impl Readahead {
         }
         let span = touch.span;
         self.waits.truncate(WAITS - 1);
-        self.waits.push_front(Wait { span, price });
+        self.waits.push_front(BeginningWait { span, price });
         let may = self.eager && self.surroundings.confidence(policy) >= SURROUNDINGS_CONFIDENT;
         may.then(|| self.surroundings_of(span, spans)).flatten()
     }
 
     /// Returns the largest neighbourhood of `span` that the waits in it have paid for.
     fn surroundings_of(&self, span: u32, spans: &(impl Spans + ?Sized)) -> Option<Range<u32>> {
-        let mut nearest: Vec<Wait> = self.waits.iter().copied().collect();
+        let mut nearest: Vec<BeginningWait> = self.waits.iter().copied().collect();
         nearest.sort_by_key(|wait| wait.span.abs_diff(span));
         let (mut passed, mut paid) = (span..span + 1, 0);
         let mut found = None;
@@ -322,7 +322,7 @@ impl Readahead {
         let window = (room as f64 * share) as u64;
         let end = spans.reach(span + 1, window);
         self.streams.truncate(STREAMS - 1);
-        self.streams.push_front(Stream {
+        self.streams.push_front(ReadStream {
             start: span,
             next: span + 1,
             end,
@@ -333,7 +333,7 @@ impl Readahead {
     }
 }
 
-impl Stream {
+impl ReadStream {
     /// Returns whether a touch belongs to this stream: it lies in what the stream passed last or fetched, or right
     /// behind.
     fn meets(&self, span: u32) -> bool {
@@ -428,7 +428,7 @@ mod tests {
             if waits_for_it {
                 (bytes, waits) = (bytes + 100_000, waits + 1);
             }
-            let touch = Touch {
+            let touch = SpanTouch {
                 span,
                 file,
                 begins: true,

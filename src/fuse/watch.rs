@@ -61,18 +61,18 @@ const fn bit(signal: i32) -> u64 {
 /// The requests that wait.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
-    state: Mutex<State>,
+    state: Mutex<WatchState>,
     came: Notify,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct WatchState {
     next: u64,
-    waiting: HashMap<u64, Waiting>,
+    waiting: HashMap<u64, WaitingThread>,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct WaitingThread {
     thread: u32,
     since: Instant,
     /// When the task first saw a pending signal that the thread handles.
@@ -105,7 +105,7 @@ impl Drop for Watched {
 }
 
 impl Watch {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, WatchState> {
         self.state.lock().expect("no panic while locked")
     }
 
@@ -115,7 +115,7 @@ impl Watch {
         let mut state = self.state();
         let id = state.next;
         state.next += 1;
-        let waiting = Waiting {
+        let waiting = WaitingThread {
             thread,
             since: Instant::now(),
             signalled: None,

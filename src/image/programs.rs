@@ -52,7 +52,7 @@ type Address = (u32, u64);
 
 /// A stored program or library.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-struct Record {
+struct ProgramRecord {
     /// Address of its first byte.
     at: Address,
     /// The parts of the file that loading reads: layer, device address and bytes.
@@ -62,23 +62,23 @@ struct Record {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct File {
+struct ProgramsFile {
     #[serde(rename = "ocifs-programs")]
     version: u32,
-    programs: Vec<Record>,
+    programs: Vec<ProgramRecord>,
 }
 
 /// The programs of an image.
 #[derive(Debug)]
 pub(super) struct Programs {
-    records: Vec<Record>,
+    records: Vec<ProgramRecord>,
     positions: HashMap<Address, u32>,
     fetched: Vec<AtomicBool>,
     starts: AtomicUsize,
 }
 
 impl Programs {
-    fn new(records: Vec<Record>) -> Self {
+    fn new(records: Vec<ProgramRecord>) -> Self {
         Self {
             positions: records.iter().zip(0..).map(|(record, at)| (record.at, at)).collect(),
             fetched: records.iter().map(|_| AtomicBool::new(false)).collect(),
@@ -94,15 +94,15 @@ impl Programs {
         if size > LARGEST_FILE {
             return None;
         }
-        let file: File = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
+        let file: ProgramsFile = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
         let count = file.programs.len();
-        let sound = |record: &Record| record.needs.iter().all(|&at| (at as usize) < count);
+        let sound = |record: &ProgramRecord| record.needs.iter().all(|&at| (at as usize) < count);
         (file.version == VERSION && file.programs.iter().all(sound)).then(|| Self::new(file.programs))
     }
 
     fn keep(&self, store: &Store, manifest: &Digest) -> Result<(), StoreError> {
         let path = store.programs_path(manifest).ok_or(StoreError::Unavailable)?;
-        let file = File {
+        let file = ProgramsFile {
             version: VERSION,
             programs: self.records.clone(),
         };

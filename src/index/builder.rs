@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use super::format::{Entry, Header, Identity};
+use super::format::{SpanEntry, IndexHeader, Identity};
 use super::span_index::SpanIndex;
 use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
 
@@ -17,7 +17,7 @@ const WINDOW_LEVEL: i32 = 1;
 /// that it gives to [`SpanIndexBuilder::finish`].
 pub struct SpanIndexBuilder {
     compression: Compression,
-    entries: Vec<Entry>,
+    entries: Vec<SpanEntry>,
     windows: Vec<u8>,
     compressor: zstd::bulk::Compressor<'static>,
     hasher: blake3::Hasher,
@@ -52,7 +52,7 @@ impl SpanIndexBuilder {
 
     /// Returns the memory in bytes that grows with the number of spans.
     pub fn bytes_of_spans(&self) -> u64 {
-        (self.entries.len() * size_of::<Entry>()) as u64
+        (self.entries.len() * size_of::<SpanEntry>()) as u64
     }
 
     /// Returns the index of the whole layer. Fails if the events were not those of one [`super::LayerDecoder`].
@@ -61,7 +61,7 @@ impl SpanIndexBuilder {
         if let Some(trouble) = self.trouble {
             return Err(trouble);
         }
-        let header = Header {
+        let header = IndexHeader {
             compression: self.compression,
             tar_size: self.tar_size,
             identity,
@@ -97,7 +97,7 @@ impl DecodeSink for SpanIndexBuilder {
         {
             self.out_of_order();
         }
-        self.entries.push(Entry::new(start));
+        self.entries.push(SpanEntry::new(start));
     }
 
     fn bytes(&mut self, bytes: &[u8]) {

@@ -52,7 +52,7 @@ pub struct Identity {
 
 /// The header of the file, except the counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct IndexHeader {
     pub(super) compression: Compression,
     pub(super) tar_size: u64,
     pub(super) identity: Identity,
@@ -60,7 +60,7 @@ pub(super) struct Header {
 
 /// One span of the index.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct SpanEntry {
     pub(super) tar_offset: u64,
     pub(super) position: BitPosition,
     /// Range of the compressed window within the windows; empty if the span has no window.
@@ -69,7 +69,7 @@ pub(super) struct Entry {
     pub(super) digest: [u8; 32],
 }
 
-impl Entry {
+impl SpanEntry {
     pub(super) fn new(start: SpanStart) -> Self {
         Self {
             tar_offset: start.tar_offset,
@@ -82,7 +82,7 @@ impl Entry {
 }
 
 /// Writes an index file.
-pub(super) fn write(header: &Header, entries: &[Entry], windows: &[u8], out: &mut impl Write) -> io::Result<()> {
+pub(super) fn write(header: &IndexHeader, entries: &[SpanEntry], windows: &[u8], out: &mut impl Write) -> io::Result<()> {
     let mut hasher = blake3::Hasher::new();
     let mut put = |bytes: &[u8]| {
         hasher.update(bytes);
@@ -96,8 +96,8 @@ pub(super) fn write(header: &Header, entries: &[Entry], windows: &[u8], out: &mu
     out.write_all(hasher.finalize().as_bytes())
 }
 
-fn header_bytes(header: &Header, spans: usize, windows: usize) -> [u8; HEADER] {
-    let Header {
+fn header_bytes(header: &IndexHeader, spans: usize, windows: usize) -> [u8; HEADER] {
+    let IndexHeader {
         compression,
         tar_size,
         identity,
@@ -124,7 +124,7 @@ fn header_bytes(header: &Header, spans: usize, windows: usize) -> [u8; HEADER] {
     bytes
 }
 
-fn entry_bytes(entry: &Entry) -> [u8; ENTRY] {
+fn entry_bytes(entry: &SpanEntry) -> [u8; ENTRY] {
     let mut bytes = [0; ENTRY];
     let length = (entry.window.end - entry.window.start) as u32;
     bytes[0..8].copy_from_slice(&entry.tar_offset.to_le_bytes());
@@ -156,7 +156,7 @@ fn digest_at(bytes: &[u8], at: usize) -> Result<Digest, IndexError> {
 }
 
 /// Splits the file into its parts. Checks what it needs for that, and the checksum.
-pub(super) fn parse(bytes: &[u8]) -> Result<(Header, Vec<Entry>, Range<usize>), IndexError> {
+pub(super) fn parse(bytes: &[u8]) -> Result<(IndexHeader, Vec<SpanEntry>, Range<usize>), IndexError> {
     if bytes.len() < HEADER + CHECKSUM {
         return Err(malformed("it is too short"));
     }
@@ -191,7 +191,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Header, Vec<Entry>, Range<usize>), 
     // The table is at most as long as `room`, which is a length in memory.
     let table_end = HEADER + table as usize;
     let entries = content[HEADER..table_end].chunks_exact(ENTRY).map(parse_entry);
-    let header = Header {
+    let header = IndexHeader {
         compression,
         tar_size: u64_at(bytes, 24),
         identity: Identity {
@@ -203,14 +203,14 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Header, Vec<Entry>, Range<usize>), 
     Ok((header, entries.collect::<Result<_, _>>()?, table_end..content.len()))
 }
 
-fn parse_entry(bytes: &[u8]) -> Result<Entry, IndexError> {
+fn parse_entry(bytes: &[u8]) -> Result<SpanEntry, IndexError> {
     let window = u64_at(bytes, 16);
     let window_end = window.checked_add(u64::from(u32_at(bytes, 24)));
     let flags = u32_at(bytes, 28);
     if flags & !RESTART != 0 {
         return Err(malformed("a span has unknown flags"));
     }
-    Ok(Entry {
+    Ok(SpanEntry {
         tar_offset: u64_at(bytes, 0),
         position: BitPosition(u64_at(bytes, 8)),
         window: window..window_end.ok_or(malformed("a window is out of bounds"))?,
@@ -220,7 +220,7 @@ fn parse_entry(bytes: &[u8]) -> Result<Entry, IndexError> {
 }
 
 /// Checks everything on which the methods of [`super::SpanIndex`] rely.
-pub(super) fn validate(header: &Header, entries: &[Entry], windows: u64) -> Result<(), IndexError> {
+pub(super) fn validate(header: &IndexHeader, entries: &[SpanEntry], windows: u64) -> Result<(), IndexError> {
     if u32::try_from(entries.len()).is_err() {
         return Err(IndexError::TooManySpans);
     }

@@ -25,7 +25,7 @@ const RESERVED: u8 = 0xe0;
 /// Decoder of gzip members. Decoding begins at the first member, or at a restart within a member.
 #[derive(Debug)]
 pub(super) struct Gzip {
-    state: State,
+    state: GzipState,
     inflate: Inflate,
     /// Offset in the blob of the first byte given to `inflate`.
     base: u64,
@@ -38,8 +38,8 @@ pub(super) struct Gzip {
 }
 
 #[derive(Debug)]
-enum State {
-    Header(Header),
+enum GzipState {
+    GzipHeader(GzipHeader),
     Body,
     Trailer { bytes: [u8; 8], have: usize },
     Between,
@@ -48,15 +48,15 @@ enum State {
 }
 
 #[derive(Debug)]
-struct Header {
-    field: Field,
+struct GzipHeader {
+    field: HeaderField,
     flags: u8,
     crc: Hasher,
 }
 
 /// The field of a header that contains the next byte.
 #[derive(Debug, Clone, Copy)]
-enum Field {
+enum HeaderField {
     Fixed { at: usize },
     ExtraLength { low: Option<u8> },
     Extra { left: u16 },
@@ -65,10 +65,10 @@ enum Field {
     Crc { low: Option<u8> },
 }
 
-impl Header {
+impl GzipHeader {
     fn new() -> Self {
         Self {
-            field: Field::Fixed { at: 0 },
+            field: HeaderField::Fixed { at: 0 },
             flags: 0,
             crc: Hasher::new(),
         }
@@ -77,7 +77,7 @@ impl Header {
     /// Takes the next byte. Returns `true` once the header is complete.
     fn push(&mut self, byte: u8) -> Result<bool, &'static str> {
         let next = match self.field {
-            Field::Fixed { at } => {
+            HeaderField::Fixed { at } => {
                 match (at, byte) {
                     (0, 0x1f) | (1, 0x8b) | (2, 8) => {}
                     (0 | 1, _) => return Err("no gzip magic"),
@@ -87,30 +87,30 @@ impl Header {
                     _ => {}
                 }
                 if at < 9 {
-                    Some(Field::Fixed { at: at + 1 })
+                    Some(HeaderField::Fixed { at: at + 1 })
                 } else {
                     self.after(0)
                 }
             }
-            Field::ExtraLength { low: None } => Some(Field::ExtraLength { low: Some(byte) }),
-            Field::ExtraLength { low: Some(low) } => match u16::from_le_bytes([low, byte]) {
+            HeaderField::ExtraLength { low: None } => Some(HeaderField::ExtraLength { low: Some(byte) }),
+            HeaderField::ExtraLength { low: Some(low) } => match u16::from_le_bytes([low, byte]) {
                 0 => self.after(FEXTRA),
-                left => Some(Field::Extra { left }),
+                left => Some(HeaderField::Extra { left }),
             },
-            Field::Extra { left: 1 } => self.after(FEXTRA),
-            Field::Extra { left } => Some(Field::Extra { left: left - 1 }),
-            Field::Name if byte == 0 => self.after(FNAME),
-            Field::Comment if byte == 0 => self.after(FCOMMENT),
-            Field::Name | Field::Comment => Some(self.field),
-            Field::Crc { low: None } => Some(Field::Crc { low: Some(byte) }),
-            Field::Crc { low: Some(low) } => {
+            HeaderField::Extra { left: 1 } => self.after(FEXTRA),
+            HeaderField::Extra { left } => Some(HeaderField::Extra { left: left - 1 }),
+            HeaderField::Name if byte == 0 => self.after(FNAME),
+            HeaderField::Comment if byte == 0 => self.after(FCOMMENT),
+            HeaderField::Name | HeaderField::Comment => Some(self.field),
+            HeaderField::Crc { low: None } => Some(HeaderField::Crc { low: Some(byte) }),
+            HeaderField::Crc { low: Some(low) } => {
                 if u16::from_le_bytes([low, byte]) != self.crc.clone().finalize() as u16 {
                     return Err("header checksum mismatch");
                 }
                 None
             }
         };
-        if !matches!(self.field, Field::Crc { .. }) {
+        if !matches!(self.field, HeaderField::Crc { .. }) {
             self.crc.update(&[byte]);
         }
         match next {
@@ -121,12 +121,12 @@ impl Header {
     }
 
     /// Returns the first optional field behind the field with the flag `done`; 0 stands for the fixed part.
-    fn after(&self, done: u8) -> Option<Field> {
+    fn after(&self, done: u8) -> Option<HeaderField> {
         [
-            (FEXTRA, Field::ExtraLength { low: None }),
-            (FNAME, Field::Name),
-            (FCOMMENT, Field::Comment),
-            (FHCRC, Field::Crc { low: None }),
+            (FEXTRA, HeaderField::ExtraLength { low: None }),
+            (FNAME, HeaderField::Name),
+            (FCOMMENT, HeaderField::Comment),
+            (FHCRC, HeaderField::Crc { low: None }),
         ]
         .into_iter()
         .skip_while(|&(flag, _)| done != 0 && flag != done)
@@ -140,7 +140,7 @@ impl Gzip {
     /// Makes a decoder at the first byte of a blob.
     pub(super) fn new() -> Self {
         Self {
-            state: State::Header(Header::new()),
+            state: GzipState::GzipHeader(GzipHeader::new()),
             inflate: Inflate::new(),
             base: 0,
             crc: None,
@@ -152,7 +152,7 @@ impl Gzip {
     /// Makes a decoder at a restart. For `window` see [`Inflate::resume`].
     pub(super) fn resume(position: BitPosition, window: &[u8]) -> Self {
         Self {
-            state: State::Body,
+            state: GzipState::Body,
             inflate: Inflate::resume(window, position.bit_in_byte()),
             base: position.byte(),
             crc: None,
@@ -171,7 +171,7 @@ impl Gzip {
 
     pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
         loop {
-            if matches!(self.state, State::Body) {
+            if matches!(self.state, GzipState::Body) {
                 let progress = self.inflate.decode(input).map_err(|source| IndexError::Deflate {
                     offset: self.base + self.inflate.position_bits() / 8,
                     source,
@@ -182,7 +182,7 @@ impl Gzip {
                 match progress {
                     Progress::Input => return Ok(Step::Input),
                     Progress::Block => return Ok(Step::Restart(self.position())),
-                    Progress::End => self.state = State::Trailer { bytes: [0; 8], have: 0 },
+                    Progress::End => self.state = GzipState::Trailer { bytes: [0; 8], have: 0 },
                     // Decoding continues, because the output was taken.
                     Progress::Output => {}
                 }
@@ -211,20 +211,20 @@ impl Gzip {
         let offset = self.position().byte() - 1;
         let corrupt = |reason| IndexError::Gzip { offset, reason };
         match &mut self.state {
-            State::Header(header) => match header.push(byte) {
+            GzipState::GzipHeader(header) => match header.push(byte) {
                 Ok(false) => {}
                 Ok(true) => {
                     self.inflate.restart();
                     self.crc = Some(Hasher::new());
                     self.length = 0;
-                    self.state = State::Body;
+                    self.state = GzipState::Body;
                 }
-                Err(_) if self.complete && matches!(header.field, Field::Fixed { at: 1 }) => {
-                    self.state = State::Garbage { from: offset - 1 };
+                Err(_) if self.complete && matches!(header.field, HeaderField::Fixed { at: 1 }) => {
+                    self.state = GzipState::Garbage { from: offset - 1 };
                 }
                 Err(reason) => return Err(corrupt(reason)),
             },
-            State::Trailer { bytes, have } => {
+            GzipState::Trailer { bytes, have } => {
                 bytes[*have] = byte;
                 *have += 1;
                 if *have == bytes.len() {
@@ -237,17 +237,17 @@ impl Gzip {
                         ));
                     }
                     self.complete = true;
-                    self.state = State::Between;
+                    self.state = GzipState::Between;
                 }
             }
-            State::Between if byte == 0x1f => {
-                let mut header = Header::new();
+            GzipState::Between if byte == 0x1f => {
+                let mut header = GzipHeader::new();
                 header.push(byte).map_err(corrupt)?;
-                self.state = State::Header(header);
+                self.state = GzipState::GzipHeader(header);
             }
-            State::Between | State::Padding if byte == 0 => self.state = State::Padding,
-            State::Between | State::Padding => self.state = State::Garbage { from: offset },
-            State::Garbage { .. } | State::Body => {}
+            GzipState::Between | GzipState::Padding if byte == 0 => self.state = GzipState::Padding,
+            GzipState::Between | GzipState::Padding => self.state = GzipState::Garbage { from: offset },
+            GzipState::Garbage { .. } | GzipState::Body => {}
         }
         Ok(())
     }
@@ -256,12 +256,12 @@ impl Gzip {
     /// if there are any.
     pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
         match &self.state {
-            State::Between | State::Padding => Ok(None),
-            State::Garbage { from } => Ok(Some(*from)),
-            State::Header(header) if self.complete && matches!(header.field, Field::Fixed { at: 1 }) => {
+            GzipState::Between | GzipState::Padding => Ok(None),
+            GzipState::Garbage { from } => Ok(Some(*from)),
+            GzipState::GzipHeader(header) if self.complete && matches!(header.field, HeaderField::Fixed { at: 1 }) => {
                 Ok(Some(size - 1))
             }
-            State::Header(_) | State::Body | State::Trailer { .. } => Err(IndexError::Truncated { offset: size }),
+            GzipState::GzipHeader(_) | GzipState::Body | GzipState::Trailer { .. } => Err(IndexError::Truncated { offset: size }),
         }
     }
 }

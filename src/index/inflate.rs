@@ -25,8 +25,8 @@ mod symbols;
 mod tables;
 mod track;
 
-use header::Header;
-use tables::Tables;
+use header::DynamicHeader;
+use tables::BlockTables;
 use track::Tracker;
 
 /// Largest distance of a back-reference in bytes.
@@ -126,8 +126,8 @@ pub struct Inflate {
     stop_at: u64,
     /// Whether [`Progress::Block`] was returned for the block that begins here.
     stopped: bool,
-    tables: Box<Tables>,
-    header: Box<Header>,
+    tables: Box<BlockTables>,
+    header: Box<DynamicHeader>,
     tracker: Option<Tracker>,
     window: Option<Vec<u8>>,
 }
@@ -154,8 +154,8 @@ impl Inflate {
             total: 0,
             stop_at: u64::MAX,
             stopped: false,
-            tables: Tables::new(),
-            header: Header::new(),
+            tables: BlockTables::new(),
+            header: DynamicHeader::new(),
             tracker: None,
             window: None,
         }
@@ -435,9 +435,9 @@ mod tests {
 
     /// Writes a stream bit by bit.
     #[derive(Default, Clone, Debug)]
-    struct Bits(Vec<bool>);
+    struct BitWriter(Vec<bool>);
 
-    impl Bits {
+    impl BitWriter {
         /// Appends an integer, lowest bit first.
         fn int(mut self, value: u32, width: u32) -> Self {
             self.0.extend((0..width).map(|bit| value >> bit & 1 == 1));
@@ -529,24 +529,24 @@ mod tests {
 
     #[test]
     fn invalid_streams_are_refused_for_the_right_reason() {
-        let sparse = || Bits::dynamic(257, 1, &ONES_AND_ZEROS);
+        let sparse = || BitWriter::dynamic(257, 1, &ONES_AND_ZEROS);
         // Codes of the fixed code. The length is 3; the distances are numbers 0 (1), 1 (2) and 30.
         let [a, length, near, far, never] = ["10010001", "0000001", "00000", "00001", "11110"];
         let cases = [
-            (Bits::default().int(1, 1).int(3, 2), DeflateError::BlockType),
+            (BitWriter::default().int(1, 1).int(3, 2), DeflateError::BlockType),
             (
-                Bits::default().int(1, 8).int(0x5555_5555, 32),
+                BitWriter::default().int(1, 8).int(0x5555_5555, 32),
                 DeflateError::StoredLength,
             ),
-            (Bits::dynamic(287, 1, &[0; 4]), DeflateError::TooManyCodes),
-            (Bits::dynamic(257, 31, &[0; 4]), DeflateError::TooManyCodes),
-            (Bits::dynamic(257, 1, &[1, 1, 1, 0]), DeflateError::Oversubscribed),
-            (Bits::dynamic(257, 1, &[2, 2, 1, 1]), DeflateError::Oversubscribed),
-            (Bits::dynamic(257, 1, &[2, 2, 2, 0]), DeflateError::Incomplete),
-            (Bits::dynamic(257, 1, &[0; 4]), DeflateError::Incomplete),
+            (BitWriter::dynamic(287, 1, &[0; 4]), DeflateError::TooManyCodes),
+            (BitWriter::dynamic(257, 31, &[0; 4]), DeflateError::TooManyCodes),
+            (BitWriter::dynamic(257, 1, &[1, 1, 1, 0]), DeflateError::Oversubscribed),
+            (BitWriter::dynamic(257, 1, &[2, 2, 1, 1]), DeflateError::Oversubscribed),
+            (BitWriter::dynamic(257, 1, &[2, 2, 2, 0]), DeflateError::Incomplete),
+            (BitWriter::dynamic(257, 1, &[0; 4]), DeflateError::Incomplete),
             // Symbol 16, repeat, with nothing to repeat.
             (
-                Bits::dynamic(257, 1, &[1, 1, 0, 0]).code("0").int(0, 2),
+                BitWriter::dynamic(257, 1, &[1, 1, 0, 0]).code("0").int(0, 2),
                 DeflateError::BadRepeat,
             ),
             // Twice 138 is more than 258.
@@ -570,9 +570,9 @@ mod tests {
                 DeflateError::Oversubscribed,
             ),
             // Length symbol 286.
-            (Bits::fixed(&["11000110"]), DeflateError::InvalidSymbol),
-            (Bits::fixed(&[a, length, never]), DeflateError::InvalidSymbol),
-            (Bits::fixed(&[a, length, far]), DeflateError::DistanceTooFar),
+            (BitWriter::fixed(&["11000110"]), DeflateError::InvalidSymbol),
+            (BitWriter::fixed(&[a, length, never]), DeflateError::InvalidSymbol),
+            (BitWriter::fixed(&[a, length, far]), DeflateError::DistanceTooFar),
         ];
         for (bits, error) in cases {
             for padding in [0, 40] {
@@ -584,14 +584,14 @@ mod tests {
                 assert_eq!(oracle(&input), None, "{input:x?}");
             }
         }
-        let good = Bits::fixed(&[a, length, near, "0000000"]).bytes();
+        let good = BitWriter::fixed(&[a, length, near, "0000000"]).bytes();
         assert_eq!(inflate(&mut Inflate::new(), &good, 1), Ok((b"aaaa".into(), true)));
     }
 
     #[test]
     fn codes_of_one_symbol_are_accepted() {
         // Codes of one bit each for the end of the block and for one distance.
-        let header = Bits::dynamic(257, 1, &ONES_AND_ZEROS)
+        let header = BitWriter::dynamic(257, 1, &ONES_AND_ZEROS)
             .code("1")
             .int(127, 7)
             .code("1")

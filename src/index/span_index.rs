@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::decoder::SpanDecoder;
-use super::format::{self, Entry, Header, malformed};
+use super::format::{self, SpanEntry, IndexHeader, malformed};
 use super::inflate::HISTORY;
 use super::zstd::{Room, room_within};
 use super::{Compression, IndexError, SpanId};
@@ -14,8 +14,8 @@ use crate::oci::{DiffId, Digest};
 
 /// Spans, restarts and digests of one layer.
 pub struct SpanIndex {
-    header: Header,
-    entries: Vec<Entry>,
+    header: IndexHeader,
+    entries: Vec<SpanEntry>,
     /// Range of the windows in `storage`.
     windows: Range<usize>,
     storage: Box<dyn AsRef<[u8]> + Send + Sync>,
@@ -32,7 +32,7 @@ impl fmt::Debug for SpanIndex {
 }
 
 impl SpanIndex {
-    pub(super) fn new(header: Header, entries: Vec<Entry>, windows: Vec<u8>) -> Result<Self, IndexError> {
+    pub(super) fn new(header: IndexHeader, entries: Vec<SpanEntry>, windows: Vec<u8>) -> Result<Self, IndexError> {
         format::validate(&header, &entries, windows.len() as u64)?;
         Ok(Self {
             header,
@@ -195,11 +195,11 @@ impl SpanIndex {
         )
     }
 
-    fn entry(&self, span: SpanId) -> &Entry {
+    fn entry(&self, span: SpanId) -> &SpanEntry {
         &self.entries[span.0 as usize]
     }
 
-    fn window(&self, entry: &Entry) -> Result<Vec<u8>, IndexError> {
+    fn window(&self, entry: &SpanEntry) -> Result<Vec<u8>, IndexError> {
         if entry.window.is_empty() {
             return Ok(Vec::new());
         }

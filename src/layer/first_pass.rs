@@ -189,24 +189,24 @@ impl Source {
 struct Batch {
     bytes: Vec<u8>,
     /// The events, each with its position: it happened before the byte of `bytes` at that position.
-    events: Vec<(usize, Event)>,
+    events: Vec<(usize, DecodeEvent)>,
 }
 
 #[derive(Debug)]
-enum Event {
+enum DecodeEvent {
     Span(SpanStart),
     Window(SpanId, Vec<u8>),
 }
 
 /// Collects the decoder's bytes and events, and passes them on in batches.
-struct Recorder {
+struct Batcher {
     batch: Batch,
     batches: SyncSender<Batch>,
     /// Whether the table thread gave up. That thread returns the reason.
     closed: bool,
 }
 
-impl Recorder {
+impl Batcher {
     fn flush(&mut self) {
         let next = Batch {
             bytes: Vec::with_capacity(BATCH + BATCH / 4),
@@ -217,9 +217,9 @@ impl Recorder {
     }
 }
 
-impl DecodeSink for Recorder {
+impl DecodeSink for Batcher {
     fn span(&mut self, start: SpanStart) {
-        self.batch.events.push((self.batch.bytes.len(), Event::Span(start)));
+        self.batch.events.push((self.batch.bytes.len(), DecodeEvent::Span(start)));
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
@@ -232,7 +232,7 @@ impl DecodeSink for Recorder {
     fn window(&mut self, span: SpanId, window: Vec<u8>) {
         self.batch
             .events
-            .push((self.batch.bytes.len(), Event::Window(span, window)));
+            .push((self.batch.bytes.len(), DecodeEvent::Window(span, window)));
     }
 }
 
@@ -249,7 +249,7 @@ fn decode(
         source,
     };
     let mut hasher = layer.hasher();
-    let mut recorder = Recorder {
+    let mut recorder = Batcher {
         batch: Batch::default(),
         batches,
         closed: false,
@@ -274,7 +274,7 @@ fn decode(
 }
 
 /// The tables that the table thread fills.
-struct Table {
+struct LayerTables {
     /// Hasher of the tar. `None` if the blob is the tar itself, because the decode thread hashes it.
     hasher: Option<DigestHasher>,
     spans: SpanIndexBuilder,
@@ -299,7 +299,7 @@ fn tabulate(
     batches: Receiver<Batch>,
     destination: Option<Destination>,
     [spans_charge, tar_charge]: [Charge; 2],
-) -> Result<Table, FirstPassError> {
+) -> Result<LayerTables, FirstPassError> {
     let (device, device_error) = match destination {
         None => (None, None),
         Some(destination) => match DataDevice::create(&destination.store, &destination.dir) {
@@ -314,7 +314,7 @@ fn tabulate(
             }
         },
     };
-    let mut table = Table {
+    let mut table = LayerTables {
         hasher: (compression != Compression::Tar || diff_id.0.algorithm() != layer.algorithm())
             .then(|| diff_id.0.hasher()),
         spans: SpanIndexBuilder::new(compression).map_err(|source| FirstPassError::Decode {
@@ -335,8 +335,8 @@ fn tabulate(
             table.content(layer, &batch.bytes[done..position])?;
             done = position;
             match event {
-                Event::Span(start) => table.span(layer, start)?,
-                Event::Window(span, window) => table.spans.window(span, window),
+                DecodeEvent::Span(start) => table.span(layer, start)?,
+                DecodeEvent::Window(span, window) => table.spans.window(span, window),
             }
         }
         table.content(layer, &batch.bytes[done..])?;
@@ -344,7 +344,7 @@ fn tabulate(
     Ok(table)
 }
 
-impl Table {
+impl LayerTables {
     fn span(&mut self, layer: &Digest, start: SpanStart) -> Result<(), FirstPassError> {
         self.spans.span(start);
         let covered = self.spans_charge.cover(self.spans.bytes_of_spans());

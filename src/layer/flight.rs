@@ -77,16 +77,16 @@ pub async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
 pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
-        let mut ticket = Ticket(Some(pass.await));
+        let mut ticket = FlightTicket(Some(pass.await));
         fly(run, &mut ticket).await
     })
 }
 
 /// The pass of a flight while the flight needs one. A flight that waits for another process must not occupy a place
 /// on the link.
-struct Ticket(Option<Arc<Pass>>);
+struct FlightTicket(Option<Arc<Pass>>);
 
-impl Ticket {
+impl FlightTicket {
     /// Gives the pass back.
     fn drop_pass(&mut self) {
         self.0 = None;
@@ -103,7 +103,7 @@ impl Ticket {
 }
 
 /// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts. Every span ends with bytes or an error.
-async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> {
+async fn fly(mut run: Run, ticket: &mut FlightTicket) -> Result<Vec<u32>, LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let (mut from_start, mut failed_checks) = (false, 0);
@@ -142,7 +142,7 @@ async fn fly(mut run: Run, ticket: &mut Ticket) -> Result<Vec<u32>, LayerError> 
 async fn attempt_run(
     layer: &Arc<Layer>,
     run: &mut Run,
-    ticket: &mut Ticket,
+    ticket: &mut FlightTicket,
     from_start: bool,
 ) -> Result<(), LayerError> {
     let mut patience = Patience::new();

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 /// The present problems with the store.
 #[derive(Debug, Default)]
 pub struct Health {
-    trouble: Mutex<Trouble>,
+    trouble: Mutex<StoreTrouble>,
     /// Whether there is any problem. Every successful write checks this flag, so it needs no lock.
     any: AtomicBool,
     /// Notified when a write to the store fails.
@@ -17,7 +17,7 @@ pub struct Health {
 }
 
 #[derive(Debug, Default)]
-struct Trouble {
+struct StoreTrouble {
     /// A part of the store that cannot be used for as long as this process runs.
     lost: Option<String>,
     /// The error of the last write to the store, if that write failed.
@@ -25,7 +25,7 @@ struct Trouble {
 }
 
 impl Health {
-    fn change(&self, change: impl FnOnce(&mut Trouble)) {
+    fn change(&self, change: impl FnOnce(&mut StoreTrouble)) {
         let mut trouble = self.trouble.lock().expect("no panic while locked");
         change(&mut trouble);
         let any = trouble.lost.is_some() || trouble.store.is_some();

@@ -12,12 +12,12 @@ use crate::oci::Digest;
 /// The most recently used spans, at most `budget` bytes of them.
 #[derive(Debug)]
 pub struct SpanMemory {
-    inner: Mutex<Inner>,
+    inner: Mutex<MemoryState>,
     budget: usize,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct MemoryState {
     spans: LruCache<(Digest, u32), Arc<[u8]>>,
     bytes: usize,
 }
@@ -26,7 +26,7 @@ impl SpanMemory {
     /// An empty cache of at most `budget` bytes. A single span larger than `budget` is not kept.
     pub fn new(budget: usize) -> Self {
         Self {
-            inner: Mutex::new(Inner {
+            inner: Mutex::new(MemoryState {
                 spans: LruCache::unbounded(),
                 bytes: 0,
             }),

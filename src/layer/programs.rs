@@ -19,17 +19,17 @@ const MOST_NOTED: usize = 8 << 20;
 const LARGEST_FILE: u64 = 4 * MOST_NOTED as u64;
 
 /// Programs and libraries by the device offset of their content.
-pub type Programs = HashMap<u64, Program>;
+pub type LayerPrograms = HashMap<u64, Program>;
 
 #[derive(Serialize, Deserialize)]
-struct File {
+struct LayerProgramsFile {
     #[serde(rename = "ocifs-layer-programs")]
     version: u32,
-    programs: Programs,
+    programs: LayerPrograms,
 }
 
 /// Looks up the programs of a layer whose content is on its device.
-pub(super) fn look(toc: &PackedToc, layer: &Layer) -> Programs {
+pub(super) fn look(toc: &PackedToc, layer: &Layer) -> LayerPrograms {
     let mut room = MOST_NOTED;
     let mut entries = toc.entries().ok();
     let candidates = std::iter::from_fn(|| {
@@ -70,9 +70,9 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
 }
 
 /// Writes the programs of a layer to the store.
-pub(super) fn keep(store: &Store, layer: &Digest, programs: Programs) -> Result<(), StoreError> {
+pub(super) fn keep(store: &Store, layer: &Digest, programs: LayerPrograms) -> Result<(), StoreError> {
     let dir = store.layer(layer).ok_or(StoreError::Unavailable)?;
-    let file = File {
+    let file = LayerProgramsFile {
         version: VERSION,
         programs,
     };
@@ -81,12 +81,12 @@ pub(super) fn keep(store: &Store, layer: &Digest, programs: Programs) -> Result<
 }
 
 /// Reads the programs of a layer from the store. `None` if they were not looked up, or cannot be read.
-pub fn stored_programs(store: &Store, layer: &Digest) -> Option<Programs> {
+pub fn stored_programs(store: &Store, layer: &Digest) -> Option<LayerPrograms> {
     let path = store.layer(layer)?.programs();
     let size = std::fs::metadata(&path).ok()?.len();
     if size > LARGEST_FILE {
         return None;
     }
-    let file: File = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
+    let file: LayerProgramsFile = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
     (file.version == VERSION).then_some(file.programs)
 }

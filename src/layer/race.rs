@@ -100,7 +100,7 @@ enum Flow {
 }
 
 /// What a step waited for.
-enum Event {
+enum RaceEvent {
     First(Result<Bytes, BlobError>),
     Second(Result<Bytes, BlobError>),
     /// Too few bytes came in the window of the pace.
@@ -208,14 +208,14 @@ impl Race {
         // `biased`: bytes that have arrived count, even if this task runs late.
         let event = tokio::select! {
             biased;
-            bytes = first.next() => Event::First(bytes),
-            bytes = second => Event::Second(bytes),
-            () = tokio::time::sleep_until(late.into()) => Event::Late,
+            bytes = first.next() => RaceEvent::First(bytes),
+            bytes = second => RaceEvent::Second(bytes),
+            () = tokio::time::sleep_until(late.into()) => RaceEvent::Late,
         };
         self.waited += start.elapsed();
         let bytes = match event {
-            Event::First(Ok(bytes)) => pass_on(&mut self.rest, &mut self.first, bytes),
-            Event::First(Err(error)) => {
+            RaceEvent::First(Ok(bytes)) => pass_on(&mut self.rest, &mut self.first, bytes),
+            RaceEvent::First(Err(error)) => {
                 match self.second.take() {
                     Some((second, hedge)) => {
                         hedge.ended(true);
@@ -225,18 +225,18 @@ impl Race {
                 }
                 Bytes::new()
             }
-            Event::Second(Ok(bytes)) => match &mut self.second {
+            RaceEvent::Second(Ok(bytes)) => match &mut self.second {
                 Some((second, _)) => pass_on(&mut self.rest, second, bytes),
                 None => Bytes::new(),
             },
-            Event::Second(Err(error)) => {
+            RaceEvent::Second(Err(error)) => {
                 tracing::debug!(%error, "a second request failed");
                 if let Some((_, hedge)) = self.second.take() {
                     hedge.ended(false);
                 }
                 Bytes::new()
             }
-            Event::Late => Bytes::new(),
+            RaceEvent::Late => Bytes::new(),
         };
         self.came += bytes.len() as u64;
         if self.origin.patient && !bytes.is_empty() {

@@ -101,7 +101,7 @@ pub enum OverlayError {
 
 /// The directories of an overlay. Open descriptors hold the upper and the work directory. So the kernel gets the
 /// directories that were checked and locked, even if others get their names meanwhile.
-struct Layers<'a> {
+struct OverlayDirs<'a> {
     lower: &'a Path,
     upper: Held,
     work: Held,
@@ -168,7 +168,7 @@ pub(super) fn mount(
         Some(_) => Held::make(work)?,
         None => locked,
     };
-    let layers = Layers::prepare(lower, upper, work)?;
+    let layers = OverlayDirs::prepare(lower, upper, work)?;
     let refused = |errno: Errno| OverlayError::Kernel {
         mountpoint: mountpoint.to_owned(),
         upper: layers.upper.path.clone(),
@@ -188,7 +188,7 @@ pub(super) fn mount(
             );
             mounted.map_err(refused)?;
             let work = Held::make(scratch.join("work"))?;
-            let layers = Layers::prepare(lower, scratch.join("upper"), work)?;
+            let layers = OverlayDirs::prepare(lower, scratch.join("upper"), work)?;
             layers.mount_kernel(target, options, true).map_err(refused)?;
         }
         (Err(errno), _) => return Err(refused(errno)),
@@ -196,7 +196,7 @@ pub(super) fn mount(
     Ok(lock)
 }
 
-impl<'a> Layers<'a> {
+impl<'a> OverlayDirs<'a> {
     /// Opens the upper directory. The root of an overlay takes mode and owner from its upper directory. So a new
     /// upper directory gets the mode and owner of the image's root.
     fn prepare(lower: &'a Path, upper: PathBuf, work: Held) -> Result<Self, OverlayError> {

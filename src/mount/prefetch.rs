@@ -99,7 +99,7 @@ impl Side {
         if mode != Prefetch::None {
             image.be_eager();
         }
-        let progress = Progress(self.status.clone());
+        let progress = ProgressReport(self.status.clone());
         let (image, profile) = (image.clone(), learning.profile().clone());
         let early = self.replay.take();
         let (heard, recorder) = (image.clone(), image.record());
@@ -143,9 +143,9 @@ async fn replay(image: &Arc<Image>, profile: Profile, early: Option<Replay>) -> 
 }
 
 /// The handle through which the prefetching task reports how far it is.
-struct Progress(Arc<Mutex<PrefetchStatus>>);
+struct ProgressReport(Arc<Mutex<PrefetchStatus>>);
 
-impl Progress {
+impl ProgressReport {
     fn set(&self, state: PrefetchState, problem: Option<String>) {
         let mut status = self.0.lock().expect("no panic while locked");
         (status.state, status.problem) = (state, problem);
@@ -157,7 +157,7 @@ impl Progress {
 }
 
 /// Fetches the rest of the image. Retries until all spans are in the store, or the store cannot keep them all.
-async fn complete(image: &Image, progress: &Progress) {
+async fn complete(image: &Image, progress: &ProgressReport) {
     let mut pause = FIRST_PAUSE;
     loop {
         progress.set(PrefetchState::Rest, progress.problem());

@@ -3,9 +3,7 @@
 mod report;
 mod stage;
 
-use std::io;
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,13 +12,12 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 use super::attached::Attached;
+use super::attachment::{Attachment, How};
 use super::control::{self, Control, Request, Response};
 use super::error::{MountError, system};
-use super::kernel;
 use super::mountpoint::MountPoint;
-use super::namespace;
 use super::options::FuseOptions;
-use super::overlay::{self, Upper};
+use super::overlay::Upper;
 use super::prefetch::{Prefetch, Side};
 use super::process::process_start;
 use super::registration::{MountRecord, RunDir, RunEntry};
@@ -34,7 +31,6 @@ use crate::image::{Image, Learning, Opening, Preparation, Unconfirmed};
 use crate::layer::LayerContext;
 use crate::os::{gone, private};
 use crate::profile::Label;
-use crate::task;
 
 /// The image, the mount point, and how to mount.
 #[derive(Debug, Clone)]
@@ -129,15 +125,22 @@ pub async fn serve(
     entry.register(&record, config.log.as_deref())?;
     let repository = preparation.repository();
     let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
+    let served = Arc::<Served>::default();
+    let how = How {
+        source: config.image.clone(),
+        options: config.options.clone(),
+        upper: config.upper.clone(),
+        parent: config.log.is_none().then_some(config.parent),
+    };
+    let attached = Attached::new(entry, record, turn);
+    let attachment = Attachment::attach(how, attached, directory, served.clone())?;
     let mut mount = Mount {
+        attachment,
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         content: None,
-        served: Arc::default(),
-        session: None,
+        served,
         stall: Stall::new(patience(&config), Instant::now()),
-        attached: Attached::new(entry, record, turn),
-        directory: Some(directory),
         config,
         context,
         preparation,
@@ -147,10 +150,7 @@ pub async fn serve(
         mounted: Duration::ZERO,
         ready: None,
     };
-    let fuse = mount.attach_lower()?;
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
-    mount.session = Some(fuse);
-    mount.attached.turn = None;
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
     mount.mounted = mount.config.started.elapsed();
@@ -161,9 +161,7 @@ pub async fn serve(
     looking.abort();
     mount.side.stop().await;
     let asked = asked?;
-    mount.attached.detach(true)?;
-    mount.attached.unregister()?;
-    mount.attached.discard();
+    mount.attachment.take_down()?;
     respond(asked, &Response::Unmounted);
     control.close().await;
     Ok(())
@@ -182,10 +180,10 @@ async fn look_after_store(context: LayerContext) {
 }
 
 /// The channels to the clients that asked for the unmount and wait for the answer.
-type Asked = Vec<oneshot::Sender<Response>>;
+type UnmountReplies = Vec<oneshot::Sender<Response>>;
 
 /// Sends the response to all clients that wait.
-fn respond(asked: Asked, response: &Response) {
+fn respond(asked: UnmountReplies, response: &Response) {
     for answer in asked {
         // A client that has gone away does not need the answer.
         let _ = answer.send(response.clone());
@@ -203,9 +201,7 @@ async fn lingered(until: Option<tokio::time::Instant>) {
 
 /// A mount and its state in this process.
 struct Mount {
-    attached: Attached,
-    /// The mount point. `None` as soon as the process mounts on it.
-    directory: Option<MountPoint>,
+    attachment: Attachment,
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
@@ -217,8 +213,6 @@ struct Mount {
     content: Option<Arc<Content>>,
     /// The stage that decides what requests get.
     served: Arc<Served>,
-    /// The open /dev/fuse. `None` once a session serves it.
-    session: Option<OwnedFd>,
     /// Whether the preparation of the image makes progress.
     stall: Stall,
     image: Option<Arc<Image>>,
@@ -237,28 +231,22 @@ impl Mount {
         mut requests: mpsc::Receiver<control::Call>,
         mut signals: Signals,
         events: impl Fn(Event),
-    ) -> Result<Asked, MountError> {
-        let (ended, mut session_end) = mpsc::channel(1);
-        // The watcher runs only until the session starts. After that every request would wake it.
-        let watched = self.session.as_ref().map(kernel::watch).transpose();
-        let mut watched = watched.map_err(system("watch /dev/fuse"))?;
+    ) -> Result<UnmountReplies, MountError> {
         let mut prepares = true;
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut asked = Asked::new();
+        let mut asked = UnmountReplies::new();
         let mut linger = None;
-        let mut abandoned = self.abandoned();
         let (preparation, context) = (self.preparation.clone(), self.context.clone());
         let mut preparing = std::pin::pin!(preparation.finish(&context));
         loop {
             tokio::select! {
                 prepared = &mut preparing, if prepares => {
                     prepares = false;
-                    watched = None;
                     self.prepared(prepared)?;
-                    self.start_session(&ended)?;
-                    if self.attach_overlay().await? {
-                        abandoned = self.abandoned();
+                    self.attachment.start_session()?;
+                    if self.config.upper.is_some() {
+                        self.attachment.attach_overlay().await?;
                         events(Event::Mounted);
                     }
                     match (&self.image, &self.failure) {
@@ -269,14 +257,13 @@ impl Mount {
                 }
                 _ = look.tick(), if prepares => {
                     if self.look()? {
-                        watched = None;
-                        self.start_session(&ended)?;
+                        self.attachment.start_session()?;
                     }
                 }
                 Some((request, answer)) = requests.recv() => {
                     let Some(answer) = self.answer(request, answer) else { continue };
                     asked.push(answer);
-                    if self.session.is_some() {
+                    if !self.attachment.is_served() {
                         return Ok(asked);
                     }
                     // The session ends by itself when the last user of the mount is gone. Until then it serves
@@ -288,85 +275,19 @@ impl Mount {
                     linger = None;
                     respond(std::mem::take(&mut asked), &Response::Detached);
                 }
-                () = &mut abandoned => {
-                    tracing::info!("the mount namespace has ended, nobody can reach the mount any more");
-                    return Ok(asked);
-                }
+                () = self.attachment.ended() => return Ok(asked),
                 _ = signals.next() => return Ok(asked),
-                // Another program unmounted it before a session started.
-                () = kernel::gone(watched.as_ref()) => {
-                    self.attached.forget_mounts();
-                    return Ok(asked);
-                }
-                Some(result) = session_end.recv(), if self.session.is_none() => {
-                    match result {
-                        Ok(()) => {
-                            tracing::info!("unmounted");
-                            self.attached.forget_mounts();
-                        }
-                        Err(error) => tracing::error!(%error, "the FUSE session ended"),
-                    }
-                    return Ok(asked);
-                }
             }
         }
     }
 
-    /// Returns a future that completes when no process can reach the mount any more. For a foreground process, the
-    /// parent counts as one that can.
-    fn abandoned(&self) -> std::pin::Pin<Box<impl Future<Output = ()> + use<>>> {
-        let device = self.attached.record.standing.as_ref().map(|s| s.device.clone());
-        let parent = self.config.log.is_none().then_some(self.config.parent);
-        Box::pin(namespace::abandoned(device, parent))
-    }
-
-    /// Mounts the image itself and returns the open /dev/fuse. Mounts it on the mount point if there is no overlay.
-    /// Otherwise mounts it in the run directory, which only this user can reach.
-    fn attach_lower(&mut self) -> Result<OwnedFd, MountError> {
-        let lower = self.attached.record.lower.clone();
-        let mount = |target: &Path| kernel::mount(&self.config.image, target, &lower, &self.config.options);
-        if self.config.upper.is_some() {
-            private::directory(&lower).map_err(system("create the directory below the overlay"))?;
-            let fuse = mount(&lower)?;
-            self.attached.add(&lower)?;
-            return Ok(fuse);
-        }
-        let directory = self.directory.take().ok_or_else(replaced)?;
-        let fuse = mount(&directory.handle())?;
-        self.attached.add(&directory.place()?)?;
-        if self.attached.record.standing.is_none() {
-            return Err(replaced());
-        }
-        Ok(fuse)
-    }
-
     /// Opens the control socket and serves it. Requests go to `calls`.
     fn listen(&self, calls: mpsc::Sender<control::Call>) -> Result<Control, MountError> {
-        let path = self.attached.entry.socket();
+        let path = self.attachment.attached().entry.socket();
         gone(std::fs::remove_file(&path)).map_err(system("replace a dead control socket"))?;
         let listener = UnixListener::bind(&path).map_err(system("open the control socket"))?;
         private::restrict(&path).map_err(system("restrict the control socket"))?;
         Ok(Control::serve(listener, calls))
-    }
-
-    /// Puts the overlay on the mount point and unmounts the image's own mount. Returns `false`, and does nothing,
-    /// for a mount that is not writable.
-    async fn attach_overlay(&mut self) -> Result<bool, MountError> {
-        let Some(upper) = self.config.upper.clone() else {
-            return Ok(false);
-        };
-        let lower = self.attached.record.lower.clone();
-        let directory = self.directory.take().ok_or_else(replaced)?;
-        let options = self.config.options.clone();
-        let mounting = task::blocking(move || {
-            let target = directory.handle();
-            let lock = overlay::mount(&lower, &upper, &target, directory.path(), &options)?;
-            Ok::<_, MountError>((lock, directory.place()?))
-        });
-        let mounted = mounting.await.map_err(io::Error::other);
-        let (lock, place) = mounted.map_err(system("mount the overlay"))??;
-        self.attached.cover(place, lock)?;
-        Ok(true)
     }
 
     /// Answers a request. If it is an unmount that succeeded, returns the channel instead: the caller answers when
@@ -374,7 +295,7 @@ impl Mount {
     fn answer(&mut self, request: Request, answer: oneshot::Sender<Response>) -> Option<oneshot::Sender<Response>> {
         let response = match request {
             Request::Status => Response::Status(Box::new(self.status())),
-            Request::Unmount { lazy } => match self.attached.detach(lazy) {
+            Request::Unmount { lazy } => match self.attachment.detach(lazy) {
                 Ok(()) => return Some(answer),
                 Err(error) => Response::Failed {
                     message: error.to_string(),
@@ -407,9 +328,4 @@ fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> 
         },
         standing: None,
     }
-}
-
-/// Returns the error for a mount point that is gone or replaced by the time it is used.
-fn replaced() -> MountError {
-    system("find the mount point")(io::ErrorKind::NotFound.into())
 }

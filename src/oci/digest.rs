@@ -167,10 +167,10 @@ impl fmt::Display for DiffId {
 
 /// Hashes bytes piece by piece into a [`Digest`].
 #[derive(Debug, Clone)]
-pub struct DigestHasher(State);
+pub struct DigestHasher(HasherState);
 
 #[derive(Debug, Clone)]
-enum State {
+enum HasherState {
     Sha256(Sha256),
     Sha512(Sha512),
 }
@@ -179,16 +179,16 @@ impl DigestHasher {
     /// Returns a hasher that has seen no bytes yet.
     pub fn new(algorithm: Algorithm) -> Self {
         Self(match algorithm {
-            Algorithm::Sha256 => State::Sha256(Sha256::new()),
-            Algorithm::Sha512 => State::Sha512(Sha512::new()),
+            Algorithm::Sha256 => HasherState::Sha256(Sha256::new()),
+            Algorithm::Sha512 => HasherState::Sha512(Sha512::new()),
         })
     }
 
     /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
-            State::Sha256(state) => state.update(bytes),
-            State::Sha512(state) => state.update(bytes),
+            HasherState::Sha256(state) => state.update(bytes),
+            HasherState::Sha512(state) => state.update(bytes),
         }
     }
 
@@ -201,8 +201,8 @@ impl DigestHasher {
     /// Returns the digest of all added bytes.
     pub fn finish(self) -> Digest {
         let (algorithm, hex) = match self.0 {
-            State::Sha256(state) => (Algorithm::Sha256, hex(&state.finalize())),
-            State::Sha512(state) => (Algorithm::Sha512, hex(&state.finalize())),
+            HasherState::Sha256(state) => (Algorithm::Sha256, hex(&state.finalize())),
+            HasherState::Sha512(state) => (Algorithm::Sha512, hex(&state.finalize())),
         };
         Digest { algorithm, hex }
     }

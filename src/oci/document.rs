@@ -45,7 +45,7 @@ pub enum DocumentError {
         max: usize,
     },
     /// Not JSON, or a field of a wrong type.
-    #[error("{}{}", Field(field), shown(reason))]
+    #[error("{}{}", FieldPrefix(field), shown(reason))]
     Json {
         /// Path of the field, such as `layers[2].size`; empty when the JSON itself is broken at the top.
         field: String,
@@ -83,9 +83,9 @@ pub enum DocumentError {
 }
 
 /// A prefix that names a field, if there is a field to name.
-struct Field<'a>(&'a str);
+struct FieldPrefix<'a>(&'a str);
 
-impl std::fmt::Display for Field<'_> {
+impl std::fmt::Display for FieldPrefix<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0 {
             "" | "." => Ok(()),
@@ -195,7 +195,7 @@ impl Manifest {
 /// Top-level fields that reveal a document's shape. Only the values of the two scalars are read.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Shape {
+struct DocumentShape {
     #[serde(default)]
     schema_version: Option<serde_json::Value>,
     #[serde(default)]
@@ -211,7 +211,7 @@ struct Shape {
 /// Finds out what a document is. Looks at the declared media type (of the descriptor or the `Content-Type`), at the
 /// media type that the document states, and at its shape. They must agree where they name a kind.
 pub fn classify(declared: &str, bytes: &[u8]) -> Result<DocumentKind, DocumentError> {
-    let shape: Shape = parse_json(bytes)?;
+    let shape: DocumentShape = parse_json(bytes)?;
     let stated = shape.media_type.as_deref().unwrap_or_default();
     let by_shape = shape.kind()?;
     let mut kind = by_shape.map(|kind| ("its fields", kind));
@@ -251,7 +251,7 @@ fn kind_of_media_type(text: &str) -> Result<Option<DocumentKind>, Refusal> {
     }
 }
 
-impl Shape {
+impl DocumentShape {
     fn kind(&self) -> Result<Option<DocumentKind>, DocumentError> {
         let version_1 = self.schema_version.as_ref().is_some_and(|v| v == 1);
         let is_manifest = self.layers.is_some() || self.config.is_some();

@@ -39,19 +39,19 @@ pub enum ProfileError {
 }
 
 #[derive(Serialize, Deserialize)]
-struct File {
+struct ProfileFile {
     #[serde(rename = "ocifs-profile")]
     version: u32,
     manifest: Digest,
     label: String,
     runs: u32,
-    layers: Vec<Layer>,
+    layers: Vec<ProfileFileLayer>,
     /// Layer, offset, length, milliseconds, score.
     ranges: Vec<(u32, u64, u64, u32, u8)>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Layer {
+struct ProfileFileLayer {
     digest: Digest,
     diff_id: Digest,
 }
@@ -79,11 +79,11 @@ impl Profile {
                 _ => ranges.push((block.layer, start, BLOCK, at, score)),
             }
         }
-        let layers = self.layers.iter().map(|layer| Layer {
+        let layers = self.layers.iter().map(|layer| ProfileFileLayer {
             digest: layer.digest.clone(),
             diff_id: layer.diff_id.0.clone(),
         });
-        let file = File {
+        let file = ProfileFile {
             version: match self.space {
                 Space::Device => VERSION,
                 Space::Tar => VERSION_OF_TARS,
@@ -109,7 +109,7 @@ impl Profile {
             VERSION_OF_TARS => Space::Tar,
             found => return Err(ProfileError::Version { found }),
         };
-        let file: File = serde_json::from_slice(bytes)?;
+        let file: ProfileFile = serde_json::from_slice(bytes)?;
         let Ok(label) = file.label.parse::<Label>() else {
             return invalid("its label is not one");
         };

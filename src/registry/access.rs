@@ -6,14 +6,14 @@
 //!       ─▶ 401 of a host that a redirect led to ─▶ answer its challenge, as if the request had gone there first
 //! ```
 //! Registries with logins that expire respond in all these ways when a login has expired. If the refused login was
-//! just obtained, the refusal is final. Only a new token gets one more attempt, see [`Ticket::second_chances`]. A
+//! just obtained, the refusal is final. Only a new token gets one more attempt, see [`GrantTicket::second_chances`]. A
 //! host never gets the login of another host.
 
 use std::time::{Duration, Instant};
 
 use reqwest::{StatusCode, Url};
 
-use super::auth::{self, Scheme, Ticket};
+use super::auth::{self, Scheme, GrantTicket};
 use super::client::RegistryClient;
 use super::endpoint::{Endpoint, Repository};
 use super::failure;
@@ -28,7 +28,7 @@ const GUARDED_HOSTS: usize = 2;
 
 /// An authorised response, and the credentials that were tried, for error texts.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct AuthorisedReply {
     pub(super) reply: Reply,
     pub(super) tried: String,
 }
@@ -42,7 +42,7 @@ impl RegistryClient {
         repository: &Repository,
         ask: &Ask,
         wait: Duration,
-    ) -> Result<Answer, BlobError> {
+    ) -> Result<AuthorisedReply, BlobError> {
         let mut answer = self.authorised(repository, ask, true, wait).await?;
         for _ in 0..GUARDED_HOSTS {
             let reply = &answer.reply;
@@ -73,7 +73,7 @@ impl RegistryClient {
         repository: &Repository,
         ask: &Ask,
         wait: Duration,
-    ) -> Result<Answer, BlobError> {
+    ) -> Result<AuthorisedReply, BlobError> {
         let there = self.elsewhere(repository, &ask.url);
         self.authorised(&there, ask, false, wait).await
     }
@@ -92,19 +92,19 @@ impl RegistryClient {
         ask: &Ask,
         is_registry: bool,
         wait: Duration,
-    ) -> Result<Answer, BlobError> {
+    ) -> Result<AuthorisedReply, BlobError> {
         let started = Instant::now();
         let transport = self.transport();
         let mut ask = ask.clone();
         let mut fresh_refused = 0;
-        let mut ticket: Option<Ticket> = self.auth().ticket(transport, repository, wait).await?;
+        let mut ticket: Option<GrantTicket> = self.auth().ticket(transport, repository, wait).await?;
         for _ in 0..=CHALLENGES {
             ask.authorization = ticket.as_ref().map(|ticket| ticket.header.clone());
             let mut reply = transport.send(&ask, wait).await?;
             let tried = || ticket.as_ref().map(|ticket| ticket.tried.clone()).unwrap_or_default();
             let status = reply.status().as_u16();
             if !matches!(status, 400 | 401 | 403) || reply.crossed {
-                return Ok(Answer { tried: tried(), reply });
+                return Ok(AuthorisedReply { tried: tried(), reply });
             }
             let fresh = ticket.as_ref().filter(|ticket| ticket.obtained >= started);
             if status != 401 {
@@ -114,7 +114,7 @@ impl RegistryClient {
                     _ => None,
                 };
                 let Some(renewed) = renewed else {
-                    return Ok(Answer { tried: tried(), reply });
+                    return Ok(AuthorisedReply { tried: tried(), reply });
                 };
                 ticket = Some(renewed);
                 continue;
@@ -124,7 +124,7 @@ impl RegistryClient {
                 scheme => scheme,
             };
             if scheme.is_none() && !is_registry {
-                return Ok(Answer { tried: tried(), reply });
+                return Ok(AuthorisedReply { tried: tried(), reply });
             }
             let said = failure::message(&reply.error_body().await);
             if let Some(ticket) = fresh {
@@ -148,10 +148,10 @@ impl RegistryClient {
     async fn renew(
         &self,
         repository: &Repository,
-        old: &Ticket,
+        old: &GrantTicket,
         reply: &Reply,
         wait: Duration,
-    ) -> Result<Option<Ticket>, BlobError> {
+    ) -> Result<Option<GrantTicket>, BlobError> {
         match auth::choose(reply.headers(), &reply.url, repository) {
             Some(scheme) => self.auth().challenged(repository, scheme, Some(old)),
             None => self.auth().refused(repository, old),

@@ -79,14 +79,14 @@ struct Life {
 type Cell = Arc<OnceCell<Grant>>;
 
 #[derive(Debug, Default)]
-struct Space {
+struct RepositoryGrants {
     scheme: Option<Scheme>,
     cell: Cell,
     /// When the last attempt began to renew a grant that was still valid.
     renewing: Option<Instant>,
 }
 
-impl Space {
+impl RepositoryGrants {
     /// Forgets a grant whose life is over. Returns the rest of the grant's life if the caller has to renew it.
     fn age(&mut self) -> Option<Duration> {
         let life = self.cell.get()?.life?;
@@ -108,7 +108,7 @@ impl Space {
 
 /// A grant in use. If the registry refuses it, the caller passes the ticket to [`Auth::challenged`].
 #[derive(Debug, Clone)]
-pub(super) struct Ticket {
+pub(super) struct GrantTicket {
     cell: Cell,
     pub(super) header: HeaderValue,
     pub(super) obtained: Instant,
@@ -124,7 +124,7 @@ pub(super) struct Ticket {
 /// Challenges and grants of all repositories.
 #[derive(Debug)]
 pub(super) struct Auth {
-    spaces: Mutex<LruCache<(String, String), Space>>,
+    spaces: Mutex<LruCache<(String, String), RepositoryGrants>>,
 }
 
 impl Auth {
@@ -135,11 +135,11 @@ impl Auth {
         }
     }
 
-    fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut Space) -> T) -> T {
+    fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut RepositoryGrants) -> T) -> T {
         let origin = repository.endpoint.base().origin().ascii_serialization();
         let key = (origin, repository.name.clone());
         let mut spaces = self.spaces.lock().expect("no panic while locked");
-        body(spaces.get_or_insert_mut(key, Space::default))
+        body(spaces.get_or_insert_mut(key, RepositoryGrants::default))
     }
 
     /// Returns the grant to send with a request. Obtains or renews it if necessary. Returns `None` while the registry
@@ -149,7 +149,7 @@ impl Auth {
         transport: &Transport,
         repository: &Repository,
         wait: Duration,
-    ) -> Result<Option<Ticket>, BlobError> {
+    ) -> Result<Option<GrantTicket>, BlobError> {
         let known = self.with_space(repository, |space| {
             let left = space.age();
             Some((space.scheme.clone()?, Arc::clone(&space.cell), left))
@@ -167,7 +167,7 @@ impl Auth {
         let grant = cell
             .get_or_try_init(|| obtain(transport, repository, &scheme, wait))
             .await?;
-        Ok(Some(Ticket {
+        Ok(Some(GrantTicket {
             header: grant.header.clone(),
             obtained: grant.obtained,
             second_chances: u32::from(matches!(scheme, Scheme::Bearer(_))),
@@ -190,7 +190,7 @@ impl Auth {
     }
 
     /// Forgets a grant that the registry refused without a challenge.
-    pub(super) fn refused(&self, repository: &Repository, refused: &Ticket) {
+    pub(super) fn refused(&self, repository: &Repository, refused: &GrantTicket) {
         self.with_space(repository, |space| {
             if Arc::ptr_eq(&refused.cell, &space.cell) {
                 space.cell = Cell::default();
@@ -199,7 +199,7 @@ impl Auth {
     }
 
     /// Records the scheme that a 401 asks for, and forgets the grant that the 401 refused.
-    pub(super) fn challenged(&self, repository: &Repository, scheme: Scheme, refused: Option<&Ticket>) {
+    pub(super) fn challenged(&self, repository: &Repository, scheme: Scheme, refused: Option<&GrantTicket>) {
         self.with_space(repository, |space| {
             let current_refused = refused.is_some_and(|ticket| Arc::ptr_eq(&ticket.cell, &space.cell));
             let changed = space.scheme.as_ref() != Some(&scheme);
@@ -527,7 +527,7 @@ mod tests {
         auth.challenged(&repository, Scheme::Basic, None);
         let cell = || auth.with_space(&repository, |space| Arc::clone(&space.cell));
         let first = cell();
-        let ticket = Ticket {
+        let ticket = GrantTicket {
             cell: Arc::clone(&first),
             header: HeaderValue::from_static("x"),
             obtained: Instant::now(),

@@ -31,7 +31,7 @@ use futures::stream::{self, StreamExt as _};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderValue, RANGE};
 
-use self::answer::{Content, MAX_SKIP, Place, place};
+use self::answer::{ResponseContent, MAX_SKIP, BodyPlace, place};
 use self::belief::Belief;
 use self::reading::{Body, Reading};
 use super::access::Answer;
@@ -62,12 +62,12 @@ struct Core {
     elsewhere: Elsewhere,
     meter: BlobMeter,
     belief: Belief,
-    kind: Kind,
+    kind: ReadKind,
 }
 
 /// What a blob is read for. It decides which responses are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ReadKind {
     /// A layer, whether it is itself compressed or not. Its reader checks every byte.
     Layer {
         /// Whether the layer is itself compressed.
@@ -85,7 +85,7 @@ impl RegistryBlob {
         digest: Digest,
         size: u64,
         inline: Option<Bytes>,
-        kind: Kind,
+        kind: ReadKind,
         elsewhere: Elsewhere,
     ) -> Self {
         let key = BlobKey {
@@ -122,7 +122,7 @@ impl RegistryBlob {
             digest.clone(),
             0,
             None,
-            Kind::Unchecked,
+            ReadKind::Unchecked,
             Elsewhere::default(),
         );
         let core = &blob.core;
@@ -233,7 +233,7 @@ impl Core {
             StatusCode::OK => self.accept_whole(reply, wanted).await,
             StatusCode::PARTIAL_CONTENT => {
                 match place(answer::label(&reply), reply.length(), &(0..self.size), self.size) {
-                    Place::Part { skip: 0, take, .. } if take == self.size => self.accept_whole(reply, wanted).await,
+                    BodyPlace::Part { skip: 0, take, .. } if take == self.size => self.accept_whole(reply, wanted).await,
                     _ => Err(self.protocol(&reply.host(), "a part although the whole was asked for")),
                 }
             }
@@ -396,7 +396,7 @@ impl Core {
         let (mut label, mut length) = (answer::label(&reply), reply.length());
         let is_multipart = answer::is_multipart(&reply);
         let host = reply.host();
-        let mut content = Content::new(reply);
+        let mut content = ResponseContent::new(reply);
         if is_multipart {
             (label, length) = (content.enter_part().await?, None);
             if label.is_none() {
@@ -405,20 +405,20 @@ impl Core {
             }
         }
         match place(label, length, wanted, self.size) {
-            Place::Part { skip, take, proven } => {
+            BodyPlace::Part { skip, take, proven } => {
                 let proven = proven && !is_encoded;
                 self.belief.part_came(proven);
-                if !proven && self.kind == Kind::Unchecked {
+                if !proven && self.kind == ReadKind::Unchecked {
                     return Err(self.range_unsupported(host));
                 }
                 let body = Body::new(content, skip, take);
                 Ok(if proven { body } else { body.guessed() })
             }
-            Place::Whole if can_skip && !is_encoded => {
+            BodyPlace::Whole if can_skip && !is_encoded => {
                 self.belief.ranges_were_ignored();
                 Ok(Body::new(content, wanted.start, wanted.end - wanted.start))
             }
-            Place::Whole | Place::Elsewhere => {
+            BodyPlace::Whole | BodyPlace::Elsewhere => {
                 self.belief.parts_are_wrong();
                 Err(self.range_unsupported(host))
             }
@@ -441,14 +441,14 @@ impl Core {
     async fn accept_whole(&self, reply: Reply, wanted: &Range<u64>) -> Result<Body, BlobError> {
         self.check_length(&reply)?;
         let (encoding, length) = (answer::encoding(&reply), reply.length());
-        let mut content = Content::new(reply);
+        let mut content = ResponseContent::new(reply);
         if let Encoding::Compressed(coding) = encoding {
             let guess = match (length, self.kind) {
                 // Storage that labels a gzip layer as gzip-encoded still sends the layer's own bytes. Their number
                 // proves it.
                 (Some(length), _) => length != self.size,
-                (None, Kind::Layer { is_compressed }) => content.looks_encoded(coding, is_compressed).await?,
-                (None, Kind::Unchecked) => return Err(self.protocol(&content.host(), "the blob re-encoded")),
+                (None, ReadKind::Layer { is_compressed }) => content.looks_encoded(coding, is_compressed).await?,
+                (None, ReadKind::Unchecked) => return Err(self.protocol(&content.host(), "the blob re-encoded")),
             };
             let is_guessed = length.is_none();
             let decode = if is_guessed { self.belief.decode(guess) } else { guess };
@@ -468,7 +468,7 @@ impl Core {
             return Ok(());
         };
         match answer::encoding(reply) {
-            Encoding::Compressed(_) if self.kind != Kind::Unchecked => Ok(()),
+            Encoding::Compressed(_) if self.kind != ReadKind::Unchecked => Ok(()),
             Encoding::Compressed(_) | Encoding::Unknown => Err(self.protocol(&reply.host(), "the blob re-encoded")),
             Encoding::Identity => Err(BlobError::Corrupt {
                 what: format!("{} from {}", self.what(), reply.host()),

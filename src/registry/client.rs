@@ -17,11 +17,11 @@ use crate::blob::retry::{Retry, RetryPolicy};
 /// A registry client. Clones share all of its state.
 #[derive(Debug, Clone)]
 pub struct RegistryClient {
-    inner: Arc<Inner>,
+    inner: Arc<ClientState>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct ClientState {
     transport: Transport,
     auth: Auth,
     redirects: Redirects,
@@ -31,7 +31,7 @@ impl RegistryClient {
     /// Builds a client. Reads the configured certificate files, but nothing else, and sends no request.
     pub fn new(config: RegistryConfig) -> Result<Self, BlobError> {
         Ok(Self {
-            inner: Arc::new(Inner {
+            inner: Arc::new(ClientState {
                 transport: Transport::new(config)?,
                 auth: Auth::new(),
                 redirects: Redirects::new(),

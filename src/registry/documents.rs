@@ -181,11 +181,11 @@ fn claimed_digest(headers: &HeaderMap) -> Option<Digest> {
 
 fn parse_tags(body: &[u8]) -> Option<Vec<String>> {
     #[derive(serde::Deserialize)]
-    struct Tags {
+    struct TagsAnswer {
         #[serde(default)]
         tags: Option<Vec<String>>,
     }
-    let tags: Tags = serde_json::from_slice(body).ok()?;
+    let tags: TagsAnswer = serde_json::from_slice(body).ok()?;
     let printable = |tag: &String| !tag.is_empty() && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_graphic());
     // Go writes an empty list as `null`.
     let tags = tags.tags.unwrap_or_default();

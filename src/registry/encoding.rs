@@ -80,28 +80,28 @@ impl Coding {
 }
 
 /// Decompresses a body piece by piece. It holds at most one block of output at a time, however far a piece expands.
-pub(super) enum Decoder {
+pub(super) enum BodyDecoder {
     Gzip(MultiGzDecoder<Vec<u8>>),
     /// A `deflate` body before its first byte, which tells zlib from bare DEFLATE.
     Deflate,
     Zlib(ZlibDecoder<Vec<u8>>),
     Bare(DeflateDecoder<Vec<u8>>),
-    Zstd(Box<zstd::stream::write::Decoder<'static, Vec<u8>>>),
+    Zstd(Box<zstd::stream::write::BodyDecoder<'static, Vec<u8>>>),
 }
 
-impl std::fmt::Debug for Decoder {
+impl std::fmt::Debug for BodyDecoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Decoder(..)")
+        f.write_str("BodyDecoder(..)")
     }
 }
 
-impl Decoder {
+impl BodyDecoder {
     pub(super) fn new(coding: Coding) -> io::Result<Self> {
         Ok(match coding {
             Coding::Gzip => Self::Gzip(MultiGzDecoder::new(Vec::new())),
             Coding::Deflate => Self::Deflate,
             Coding::Zstd => {
-                let mut decoder = zstd::stream::write::Decoder::new(Vec::new())?;
+                let mut decoder = zstd::stream::write::BodyDecoder::new(Vec::new())?;
                 decoder.window_log_max(ZSTD_WINDOW)?;
                 Self::Zstd(Box::new(decoder))
             }
@@ -171,7 +171,7 @@ pub fn decode(coding: Coding, mut bytes: Bytes, cap: usize) -> Option<Bytes> {
         brotli(&bytes).take(most).read_to_end(&mut decoded).ok()?;
         return (decoded.len() <= cap).then(|| decoded.into());
     }
-    let mut decoder = Decoder::new(coding).ok()?;
+    let mut decoder = BodyDecoder::new(coding).ok()?;
     let mut decoded = Vec::new();
     loop {
         let (made, last) = match bytes.is_empty() {
@@ -217,7 +217,7 @@ pub(super) fn first_bytes(coding: Coding, head: &[u8]) -> Option<Vec<u8>> {
             true => ZlibReader::new(head).read(&mut first),
             false => DeflateReader::new(head).read(&mut first),
         },
-        Coding::Zstd => zstd::stream::read::Decoder::new(head).ok()?.read(&mut first),
+        Coding::Zstd => zstd::stream::read::BodyDecoder::new(head).ok()?.read(&mut first),
         Coding::Brotli => brotli(head).read(&mut first),
     };
     first.truncate(read.ok()?);
@@ -309,7 +309,7 @@ mod tests {
             );
             assert_eq!(first_bytes(coding, &bytes), None, "{coding:?}");
             // One step makes little output, however much is still to come.
-            let mut decoder = Decoder::new(coding).unwrap();
+            let mut decoder = BodyDecoder::new(coding).unwrap();
             let zeros = vec![0; 64 << 20];
             let mut packed = compressed(form, &zeros);
             while !packed.is_empty() {

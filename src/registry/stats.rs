@@ -91,11 +91,11 @@ impl BlobMeter {
 pub(super) struct HostMeter {
     host: String,
     id: LinkId,
-    state: Mutex<State>,
+    state: Mutex<MeterState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct MeterState {
     requests: u64,
     answers: u64,
     bytes: u64,
@@ -131,7 +131,7 @@ impl HostMeter {
         }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, MeterState> {
         self.state.lock().expect("no panic while locked")
     }
 
@@ -235,7 +235,7 @@ impl HostMeter {
     }
 }
 
-impl State {
+impl MeterState {
     fn round_trip(&mut self, now: Instant, sample: Duration) {
         let shortest = self
             .rtt
@@ -285,7 +285,7 @@ mod tests {
         assert_eq!(meter.snapshot().rtt.unwrap().as_millis(), 100);
         meter.answer(Duration::from_millis(20), 2);
         assert!(meter.reached());
-        let mut state = State::default();
+        let mut state = MeterState::default();
         let start = Instant::now();
         for (seconds, ms, shortest) in [(0, 20, 20), (1, 90, 20), (9, 60, 20), (11, 50, 50), (12, 30, 30)] {
             state.round_trip(start + Duration::from_secs(seconds), Duration::from_millis(ms));
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn bandwidth_is_that_of_all_streams_while_they_deliver() {
-        let mut state = State::default();
+        let mut state = MeterState::default();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         state.delivering = 1;

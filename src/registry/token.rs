@@ -97,7 +97,7 @@ pub struct Token {
 /// A token server's response. Only the token has to be of the right type. Other fields of a wrong type count as not
 /// stated.
 #[derive(Deserialize)]
-struct Answer {
+struct TokenAnswer {
     #[serde(default)]
     token: Value,
     #[serde(default)]
@@ -121,7 +121,7 @@ fn number(value: &Value) -> Option<f64> {
 pub fn parse(body: &[u8], now: SystemTime) -> Option<Token> {
     // Some servers put a byte order mark first.
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
-    let answer: Answer = serde_json::from_slice(body).ok()?;
+    let answer: TokenAnswer = serde_json::from_slice(body).ok()?;
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let non_empty = |token: &Value| text(token).filter(|token| !token.is_empty());
     let token = non_empty(&answer.token).or_else(|| non_empty(&answer.access_token))?;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Piece, SpanDecoder, SpanMap};
+use super::{Piece, DecodeSpans, SpanMap};
 use crate::index::{self, IndexError, Room, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::toc::ExtentTable;
@@ -117,7 +117,7 @@ impl SpanMap for IndexedSpans {
         self.index.blob_range(SpanId(spans.start), SpanId(spans.end - 1))
     }
 
-    fn decoder(&self, spans: Range<u32>, room: Room) -> Result<Box<dyn SpanDecoder>, IndexError> {
+    fn decoder(&self, spans: Range<u32>, room: Room) -> Result<Box<dyn DecodeSpans>, IndexError> {
         let decoder = self
             .index
             .decoder_with_room(SpanId(spans.start), SpanId(spans.end - 1), room)?;
@@ -130,12 +130,12 @@ impl SpanMap for IndexedSpans {
     }
 }
 
-impl SpanDecoder for index::SpanDecoder {
+impl DecodeSpans for index::DecodeSpans {
     fn push(&mut self, compressed: &[u8], sink: &mut dyn FnMut(u32, &[u8])) -> Result<(), IndexError> {
-        index::SpanDecoder::push(self, compressed, &mut |span, bytes| sink(span.0, bytes))
+        index::DecodeSpans::push(self, compressed, &mut |span, bytes| sink(span.0, bytes))
     }
 
     fn is_done(&self) -> bool {
-        index::SpanDecoder::is_done(self)
+        index::DecodeSpans::is_done(self)
     }
 }

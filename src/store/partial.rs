@@ -28,11 +28,11 @@ pub struct Partial {
     path: Arc<Path>,
     /// Bytes that were there when the pass began.
     start: u64,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<PartialState>>,
 }
 
 #[derive(Debug)]
-struct State {
+struct PartialState {
     /// The file, as soon as there are bytes to keep.
     file: Option<Flock<File>>,
     len: u64,
@@ -67,7 +67,7 @@ impl Partial {
             gone(fs::remove_file(&path)).map_err(|e| StoreError::io("remove", &path, e))?;
             (file, len) = (None, 0);
         }
-        let state = State {
+        let state = PartialState {
             file,
             len,
             closed: false,
@@ -126,7 +126,7 @@ impl Partial {
     }
 }
 
-impl State {
+impl PartialState {
     fn append(&mut self, path: &Path, offset: u64, pieces: &[Bytes]) -> io::Result<()> {
         if self.file.is_none() {
             let file = open_or_replace(private().create(true).read(true).append(true), path)?;

@@ -27,7 +27,7 @@ const OTHER: u16 = 0x20;
 const NOBODY: u32 = u32::MAX;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Entry {
+struct AclEntry {
     tag: u16,
     permissions: u16,
     id: u32,
@@ -35,7 +35,7 @@ struct Entry {
 
 /// An access control list that the kernel accepts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Acl(Vec<Entry>);
+pub(crate) struct Acl(Vec<AclEntry>);
 
 impl Acl {
     /// Parses the value of an attribute; `None` if the list is empty. The error says what is wrong with the list.
@@ -49,7 +49,7 @@ impl Acl {
         if !entries.len().is_multiple_of(ENTRY) {
             return Err("it ends within an entry");
         }
-        let mut list: Vec<Entry> = entries.chunks_exact(ENTRY).map(Entry::decode).collect();
+        let mut list: Vec<AclEntry> = entries.chunks_exact(ENTRY).map(AclEntry::decode).collect();
         if list.is_empty() {
             return Ok(None);
         }
@@ -112,7 +112,7 @@ impl Acl {
     }
 }
 
-impl Entry {
+impl AclEntry {
     /// Decodes an entry from exactly [`ENTRY`] bytes.
     fn decode(bytes: &[u8]) -> Self {
         Self {
@@ -125,7 +125,7 @@ impl Entry {
 
 /// Whether the entries are complete and in the kernel's order (`posix_acl_valid`): owner, named users, group, named
 /// groups, mask, others. The mask is required if a user or group is named.
-fn is_ordered(list: &[Entry]) -> bool {
+fn is_ordered(list: &[AclEntry]) -> bool {
     let tags: Vec<u16> = list.iter().map(|entry| entry.tag).collect();
     let Some(rest) = tags.strip_prefix(&[USER_OBJ]) else {
         return false;
@@ -149,7 +149,7 @@ mod tests {
     fn list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
         let entries = entries
             .iter()
-            .map(|&(tag, permissions, id)| Entry { tag, permissions, id });
+            .map(|&(tag, permissions, id)| AclEntry { tag, permissions, id });
         Acl(entries.collect()).encode().into()
     }
 

@@ -10,28 +10,28 @@ pub type Attribute = (Box<[u8]>, Box<[u8]>);
 /// Number of an attribute within one [`Attributes`].
 pub type AttributeId = u32;
 
-/// Memory in bytes that an attribute takes in addition to its own bytes: its [`Place`] and its entry in the hash
+/// Memory in bytes that an attribute takes in addition to its own bytes: its [`AttributePlace`] and its entry in the hash
 /// table.
-const OVERHEAD: usize = size_of::<Place>() + 16;
+const OVERHEAD: usize = size_of::<AttributePlace>() + 16;
 
 /// Different attributes, numbered from 0 in the order in which they were added. All names and values lie back to back
 /// in one buffer, so the allocator returns the memory to the system when the value is dropped.
 #[derive(Debug, Default)]
 pub struct Attributes {
     text: Vec<u8>,
-    places: Vec<Place>,
+    places: Vec<AttributePlace>,
     index: HashTable<AttributeId>,
     hasher: DefaultHashBuilder,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct AttributePlace {
     start: usize,
     name_len: u32,
     value_len: u32,
 }
 
-impl Place {
+impl AttributePlace {
     fn len(&self) -> usize {
         self.name_len as usize + self.value_len as usize
     }
@@ -52,7 +52,7 @@ impl Attributes {
         // Every attribute takes memory, so there are fewer than 2^32. Names and values from a tar are shorter than
         // 2^32 bytes.
         let id = self.places.len() as AttributeId;
-        self.places.push(Place {
+        self.places.push(AttributePlace {
             start: self.text.len(),
             name_len: name.len() as u32,
             value_len: value.len() as u32,

@@ -33,7 +33,7 @@ pub(super) struct Item {
 
 /// The content of a regular file.
 #[derive(Debug)]
-pub(super) struct Content {
+pub(super) struct FileContent {
     /// Offset of the first byte in the tar.
     pub tar: u64,
     /// Bytes that the tar stores.
@@ -155,7 +155,7 @@ impl Builder {
 
     /// Adds a regular file. Returns the range of extents that the stored bytes fill; the range is empty if the reader
     /// has to skip the bytes.
-    pub fn regular(&mut self, item: Item, content: Content) -> Result<Range<usize>, TocError> {
+    pub fn regular(&mut self, item: Item, content: FileContent) -> Result<Range<usize>, TocError> {
         let first = self.extents.len();
         let path = canonical_name(&item)?;
         let hidden = match path::classify(&path) {
@@ -192,8 +192,8 @@ impl Builder {
         Ok(first..self.extents.len())
     }
 
-    fn place(&mut self, item: &Item, content: Content) -> Result<Placed, TocError> {
-        let Content { tar, stored, size, map } = content;
+    fn place(&mut self, item: &Item, content: FileContent) -> Result<Placed, TocError> {
+        let FileContent { tar, stored, size, map } = content;
         let (device, limit) = (self.device_size, self.limits.device_size);
         let too_large = || TocError::TooLarge {
             entry: shown(&item.name),

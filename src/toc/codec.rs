@@ -39,7 +39,7 @@ use super::DEVICE_BLOCK;
 mod decode;
 mod encode;
 
-pub use decode::{AttributeRef, Entries, PackedEntry};
+pub use decode::{AttributeRef, TocEntries, PackedEntry};
 pub(super) use encode::Packer;
 
 const MAGIC: &[u8; 8] = b"ocifsTOC";
@@ -128,7 +128,7 @@ fn after(device: u64, size: u64) -> u64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::decode::Decoder;
+    use super::decode::TocDecoder;
     use super::encode::Encoder;
     use super::{HEAD, PackedToc};
     use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry, TocError};
@@ -153,11 +153,11 @@ mod tests {
         let mut encoder = Encoder::default();
         values.iter().for_each(|&value| encoder.number(value));
         values.iter().for_each(|&value| encoder.signed(value as i64));
-        let mut decoder = Decoder::new(&encoder.out[..], 0);
+        let mut decoder = TocDecoder::new(&encoder.out[..], 0);
         assert_eq!(values.map(|_| decoder.number().unwrap()), values);
         assert_eq!(values.map(|_| decoder.signed().unwrap() as u64), values);
         for bad in [&[0xff; 10][..], &[0x80; 11], &[0x80], &[]] {
-            assert!(Decoder::new(bad, 0).number().is_err());
+            assert!(TocDecoder::new(bad, 0).number().is_err());
         }
     }
 

@@ -13,16 +13,16 @@ use super::BLOCK;
 use super::sparse::{Fragment, push_fragment};
 
 /// One block of a tar.
-pub(super) type Block = [u8; BLOCK];
+pub(super) type TarBlock = [u8; BLOCK];
 
 /// A numeric header field, with its name in messages.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Field {
+pub(super) struct NumericField {
     pub name: &'static str,
     at: (usize, usize),
 }
 
-impl Field {
+impl NumericField {
     const fn new(name: &'static str, offset: usize, len: usize) -> Self {
         Self {
             name,
@@ -42,7 +42,7 @@ impl Field {
 
 /// A header block with a valid checksum.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Header<'a>(&'a Block);
+pub(super) struct TarHeader<'a>(&'a TarBlock);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flavour {
@@ -52,10 +52,10 @@ enum Flavour {
     Gnu,
 }
 
-impl<'a> Header<'a> {
+impl<'a> TarHeader<'a> {
     /// Returns the block as a header if its checksum is valid. Old writers summed signed bytes, so both the signed
     /// and the unsigned sum are valid.
-    pub fn new(block: &'a Block) -> Option<Self> {
+    pub fn new(block: &'a TarBlock) -> Option<Self> {
         const CHECKSUM: Range<usize> = 148..156;
         let stored = number(&block[CHECKSUM])?;
         // The checksum field itself counts as spaces. Summing the whole block lets the compiler vectorise the loop.
@@ -87,12 +87,12 @@ impl<'a> Header<'a> {
     }
 
     /// Returns the bytes of a field, for messages.
-    pub fn raw(&self, field: Field) -> &'a [u8] {
+    pub fn raw(&self, field: NumericField) -> &'a [u8] {
         &self.0[field.at.0..field.at.1]
     }
 
     /// Returns the value of a field, 0 for an empty one; `None` if it does not parse.
-    pub fn number(&self, field: Field) -> Option<i64> {
+    pub fn number(&self, field: NumericField) -> Option<i64> {
         number(self.raw(field))
     }
 
@@ -138,7 +138,7 @@ impl<'a> Header<'a> {
 
 /// Adds the pairs of a continuation block of an old GNU sparse map. Returns whether another block follows; `None` if
 /// a number does not parse.
-pub(super) fn sparse_continuation(block: &Block, map: &mut Vec<Fragment>) -> Option<bool> {
+pub(super) fn sparse_continuation(block: &TarBlock, map: &mut Vec<Fragment>) -> Option<bool> {
     sparse_pairs(&block[..504], map)?;
     Some(block[504] != 0)
 }
@@ -229,9 +229,9 @@ mod tests {
         block[0] = 0xff;
         for (sum, right) in [(256 + 255, true), (256 - 1, true), (256, false)] {
             block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-            assert_eq!(Header::new(&block).is_some(), right, "{sum}");
+            assert_eq!(TarHeader::new(&block).is_some(), right, "{sum}");
         }
-        assert!(Header::new(&[0; BLOCK]).is_none());
+        assert!(TarHeader::new(&[0; BLOCK]).is_none());
     }
 
     #[test]
@@ -243,7 +243,7 @@ mod tests {
             for (at, bytes) in set {
                 block[*at..at + bytes.len()].copy_from_slice(bytes);
             }
-            String::from_utf8(Header(&block).name()).unwrap()
+            String::from_utf8(TarHeader(&block).name()).unwrap()
         };
         let long = [b'p'; 155];
         assert_eq!(name(b"ustar\x0000", &[(345, b"some/dir")]), "some/dir/name");

@@ -73,7 +73,7 @@ pub(super) fn is_visible(path: &[u8]) -> bool {
 
 /// What an entry's name says about the entry.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Place<'a> {
+pub(super) enum EntryName<'a> {
     /// An ordinary name.
     Visible,
     /// A whiteout: hides this path of the lower layers.
@@ -87,7 +87,7 @@ pub(super) enum Place<'a> {
 }
 
 /// Classifies a canonical path by the whiteout rules of the OCI image specification ("Whiteouts").
-pub(super) fn classify(path: &[u8]) -> Place<'_> {
+pub(super) fn classify(path: &[u8]) -> EntryName<'_> {
     const AUFS: &[u8] = b".wh..wh.";
     const OPAQUE: &[u8] = b".wh..wh..opq";
     let (dir, base) = match path.iter().rposition(|&b| b == b'/') {
@@ -96,17 +96,17 @@ pub(super) fn classify(path: &[u8]) -> Place<'_> {
     };
     let marked = |c: &&[u8]| c.starts_with(WHITEOUT);
     match dir.split(|&b| b == b'/').find(marked) {
-        Some(c) if c.starts_with(AUFS) && c != OPAQUE => return Place::Bookkeeping,
-        Some(_) => return Place::Meaningless,
+        Some(c) if c.starts_with(AUFS) && c != OPAQUE => return EntryName::Bookkeeping,
+        Some(_) => return EntryName::Meaningless,
         None => {}
     }
     match base.strip_prefix(WHITEOUT) {
-        None => Place::Visible,
-        Some(_) if base == OPAQUE => Place::Opaque(dir),
-        Some(_) if base.starts_with(AUFS) => Place::Bookkeeping,
-        Some(b"" | b"." | b"..") => Place::Meaningless,
-        Some(hidden) if dir.is_empty() => Place::Whiteout(hidden.into()),
-        Some(hidden) => Place::Whiteout([dir, b"/", hidden].concat().into()),
+        None => EntryName::Visible,
+        Some(_) if base == OPAQUE => EntryName::Opaque(dir),
+        Some(_) if base.starts_with(AUFS) => EntryName::Bookkeeping,
+        Some(b"" | b"." | b"..") => EntryName::Meaningless,
+        Some(hidden) if dir.is_empty() => EntryName::Whiteout(hidden.into()),
+        Some(hidden) => EntryName::Whiteout([dir, b"/", hidden].concat().into()),
     }
 }
 
@@ -157,7 +157,7 @@ mod tests {
         // A marker is as long as the name it hides plus the prefix.
         let hidden = [b'a'; 255];
         let marker = canonical(&[b"d/.wh.", &hidden[..]].concat()).unwrap();
-        assert_eq!(classify(&marker), Place::Whiteout([b"d/", &hidden[..]].concat().into()));
+        assert_eq!(classify(&marker), EntryName::Whiteout([b"d/", &hidden[..]].concat().into()));
         assert!(is_canonical(&marker) && !is_visible(&marker));
         assert_eq!(
             canonical(&[b"d/.wh.a", &hidden[..]].concat()),
@@ -173,24 +173,24 @@ mod tests {
 
     #[test]
     fn whiteout_names() {
-        let whiteout = |p: &str| Place::Whiteout(p.as_bytes().into());
+        let whiteout = |p: &str| EntryName::Whiteout(p.as_bytes().into());
         for (path, place) in [
-            ("", Place::Visible),
-            ("a/b.wh.c", Place::Visible),
+            ("", EntryName::Visible),
+            ("a/b.wh.c", EntryName::Visible),
             (".wh.a", whiteout("a")),
             ("d/.wh.a", whiteout("d/a")),
             ("d/.wh.a.wh.", whiteout("d/a.wh.")),
             (".wh.....", whiteout("....")),
-            (".wh..wh..opq", Place::Opaque(b"")),
-            ("a/b/.wh..wh..opq", Place::Opaque(b"a/b")),
-            (".wh.", Place::Meaningless),
-            ("a/.wh..", Place::Meaningless),
-            (".wh...", Place::Meaningless),
-            (".wh.a/b", Place::Meaningless),
-            (".wh..wh..opq/b", Place::Meaningless),
-            (".wh..wh.aufs", Place::Bookkeeping),
-            (".wh..wh.plnk/12.34", Place::Bookkeeping),
-            (".wh..wh.orph/.wh.x", Place::Bookkeeping),
+            (".wh..wh..opq", EntryName::Opaque(b"")),
+            ("a/b/.wh..wh..opq", EntryName::Opaque(b"a/b")),
+            (".wh.", EntryName::Meaningless),
+            ("a/.wh..", EntryName::Meaningless),
+            (".wh...", EntryName::Meaningless),
+            (".wh.a/b", EntryName::Meaningless),
+            (".wh..wh..opq/b", EntryName::Meaningless),
+            (".wh..wh.aufs", EntryName::Bookkeeping),
+            (".wh..wh.plnk/12.34", EntryName::Bookkeeping),
+            (".wh..wh.orph/.wh.x", EntryName::Bookkeeping),
         ] {
             assert_eq!(classify(path.as_bytes()), place, "{path}");
         }

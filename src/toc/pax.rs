@@ -168,10 +168,10 @@ impl SparseRecords {
     }
 }
 
-type Record<'a> = (&'a [u8], &'a [u8], &'a [u8]);
+type PaxRecord<'a> = (&'a [u8], &'a [u8], &'a [u8]);
 
 /// Splits the first record into keyword and value; also returns the bytes that follow the record.
-fn split_record(bytes: &[u8]) -> Result<Record<'_>, &'static str> {
+fn split_record(bytes: &[u8]) -> Result<PaxRecord<'_>, &'static str> {
     // A length has at most 7 digits, because payloads are limited to 1 MiB.
     let space = bytes
         .iter()

@@ -62,7 +62,7 @@ impl Default for Limits {
 #[derive(Debug)]
 pub struct TarReader {
     builder: Builder,
-    state: State,
+    state: TarState,
     /// Bytes consumed so far.
     pos: u64,
     block: Block,
@@ -89,15 +89,15 @@ impl Pending {
 }
 
 #[derive(Debug)]
-enum State {
+enum TarState {
     /// Collecting a block that must be a header or zeros.
     Header { after_zeros: bool },
     /// Collecting the payload of an extended header.
     Payload(Payload),
     /// Collecting a continuation block of an old GNU sparse map.
-    OldMap(Box<Sparse>),
+    OldMap(Box<SparseFile>),
     /// Reading a sparse map from the data.
-    DataMap(Box<Sparse>, MapParser),
+    DataMap(Box<SparseFile>, MapParser),
     /// Delivering content: the extents left to fill, and the bytes of the first one that are done.
     Data { extents: Range<usize>, done: u64, pad: u64 },
     /// Skipping data that belongs to no entry of the table.
@@ -127,7 +127,7 @@ enum PayloadKind {
 
 /// A sparse file whose map is incomplete.
 #[derive(Debug)]
-struct Sparse {
+struct SparseFile {
     item: Item,
     /// Logical size in bytes.
     size: u64,
@@ -146,7 +146,7 @@ impl TarReader {
     pub fn charged(limits: Limits, charge: Charge) -> Self {
         Self {
             builder: Builder::new(limits, charge),
-            state: State::Header { after_zeros: false },
+            state: TarState::Header { after_zeros: false },
             pos: 0,
             block: [0; BLOCK],
             filled: 0,
@@ -161,7 +161,7 @@ impl TarReader {
         while !bytes.is_empty() {
             let used = self
                 .step(bytes, content)
-                .inspect_err(|error| self.state = State::Failed(error.clone()))?;
+                .inspect_err(|error| self.state = TarState::Failed(error.clone()))?;
             bytes = &bytes[used..];
         }
         Ok(())
@@ -170,16 +170,16 @@ impl TarReader {
     /// Returns the tables after the last byte. Missing bytes are an error, except padding and the end marker.
     pub fn finish(mut self) -> Result<Tables, TocError> {
         let within = match self.state {
-            State::Failed(error) => return Err(error),
-            State::Ended | State::Header { after_zeros: true } => None,
-            State::Pad(_) if self.pending.is_empty() => None,
-            State::Header { after_zeros: false } => match &self.block[..self.filled] {
+            TarState::Failed(error) => return Err(error),
+            TarState::Ended | TarState::Header { after_zeros: true } => None,
+            TarState::Pad(_) if self.pending.is_empty() => None,
+            TarState::Header { after_zeros: false } => match &self.block[..self.filled] {
                 rest if rest.iter().all(|&b| b == 0) && self.pending.is_empty() => None,
                 rest if self.pos == rest.len() as u64 => return Err(TocError::NotTar { seen: describe(rest) }),
                 _ => Some(format!("the header after entry {}", shown(&self.name))),
             },
-            State::Payload(_) | State::Pad(_) => Some("an extended header".to_owned()),
-            State::OldMap(_) | State::DataMap(..) | State::Data { .. } | State::Skip { .. } => {
+            TarState::Payload(_) | TarState::Pad(_) => Some("an extended header".to_owned()),
+            TarState::OldMap(_) | TarState::DataMap(..) | TarState::Data { .. } | TarState::Skip { .. } => {
                 Some(format!("the data of entry {}", shown(&self.name)))
             }
         };
@@ -201,38 +201,38 @@ impl TarReader {
     ///
     /// The function takes the state out first, so every arm has to set the next state.
     fn step(&mut self, bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<usize, TocError> {
-        let used = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Header { after_zeros } => {
+        let used = match std::mem::replace(&mut self.state, TarState::Ended) {
+            TarState::Header { after_zeros } => {
                 let (used, block) = self.collect_block(bytes);
                 match block {
                     Some(block) => self.header_block(&block, after_zeros)?,
-                    None => self.state = State::Header { after_zeros },
+                    None => self.state = TarState::Header { after_zeros },
                 }
                 return Ok(used);
             }
-            State::OldMap(sparse) => {
+            TarState::OldMap(sparse) => {
                 let (used, block) = self.collect_block(bytes);
                 match block {
                     Some(block) => self.continue_old_map(sparse, &block)?,
-                    None => self.state = State::OldMap(sparse),
+                    None => self.state = TarState::OldMap(sparse),
                 }
                 return Ok(used);
             }
-            State::DataMap(sparse, parser) => return self.read_map(sparse, parser, bytes),
-            State::Payload(payload) => self.collect_payload(payload, bytes)?,
-            State::Data { extents, done, pad } => self.deliver(extents, done, pad, bytes, content),
-            State::Skip { left, pad } => {
+            TarState::DataMap(sparse, parser) => return self.read_map(sparse, parser, bytes),
+            TarState::Payload(payload) => self.collect_payload(payload, bytes)?,
+            TarState::Data { extents, done, pad } => self.deliver(extents, done, pad, bytes, content),
+            TarState::Skip { left, pad } => {
                 let taken = clip(bytes, left).len();
                 self.state = skipping(left - taken as u64, pad);
                 taken
             }
-            State::Pad(left) => {
+            TarState::Pad(left) => {
                 let taken = clip(bytes, left).len();
                 self.state = padding(left - taken as u64);
                 taken
             }
-            State::Ended => bytes.len(),
-            State::Failed(error) => return Err(error),
+            TarState::Ended => bytes.len(),
+            TarState::Failed(error) => return Err(error),
         };
         self.pos += used as u64;
         Ok(used)
@@ -258,7 +258,7 @@ impl TarReader {
         self.state = if extents.is_empty() {
             padding(pad)
         } else {
-            State::Data { extents, done, pad }
+            TarState::Data { extents, done, pad }
         };
         taken.len()
     }
@@ -270,7 +270,7 @@ impl TarReader {
         if payload.left == 0 {
             self.end_payload(payload)?;
         } else {
-            self.state = State::Payload(payload);
+            self.state = TarState::Payload(payload);
         }
         Ok(taken.len())
     }
@@ -294,7 +294,7 @@ impl TarReader {
         let offset = self.pos - BLOCK as u64;
         if block.iter().all(|&b| b == 0) {
             if !after_zeros {
-                self.state = State::Header { after_zeros: true };
+                self.state = TarState::Header { after_zeros: true };
             }
             return Ok(());
         }
@@ -352,7 +352,7 @@ impl TarReader {
         if size == 0 {
             return self.end_payload(payload);
         }
-        self.state = State::Payload(payload);
+        self.state = TarState::Payload(payload);
         Ok(())
     }
 
@@ -395,18 +395,18 @@ fn pad(size: u64) -> u64 {
     (block - size % block) % block
 }
 
-fn padding(left: u64) -> State {
+fn padding(left: u64) -> TarState {
     if left == 0 {
-        State::Header { after_zeros: false }
+        TarState::Header { after_zeros: false }
     } else {
-        State::Pad(left)
+        TarState::Pad(left)
     }
 }
 
-fn skipping(left: u64, pad: u64) -> State {
+fn skipping(left: u64, pad: u64) -> TarState {
     if left == 0 {
         padding(pad)
     } else {
-        State::Skip { left, pad }
+        TarState::Skip { left, pad }
     }
 }

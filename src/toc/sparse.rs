@@ -9,7 +9,7 @@ use super::{BLOCK, DEVICE_BLOCK, DataLayout, Extent, FileData};
 
 /// A stored fragment of a sparse file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Fragment {
+pub(super) struct SparsePiece {
     /// Offset in the file.
     pub offset: u64,
     /// Length in bytes.
@@ -19,7 +19,7 @@ pub(super) struct Fragment {
 /// Appends a fragment to a map. Joins it with the last fragment if the two touch, unless the last one is empty.
 ///
 /// [`check_map`] checks the order and drops empty fragments.
-pub(super) fn push_fragment(map: &mut Vec<Fragment>, fragment: Fragment) {
+pub(super) fn push_fragment(map: &mut Vec<SparsePiece>, fragment: SparsePiece) {
     match map.last_mut() {
         Some(last) if last.len > 0 && last.offset.checked_add(last.len) == Some(fragment.offset) => {
             // Saturation hides no error: the sum is then larger than every valid logical size.
@@ -31,7 +31,7 @@ pub(super) fn push_fragment(map: &mut Vec<Fragment>, fragment: Fragment) {
 
 /// Checks that the fragments ascend, do not overlap, lie within the file and add up to `stored` bytes. Drops empty
 /// fragments.
-pub(super) fn check_map(map: &mut Vec<Fragment>, size: u64, stored: u64) -> Result<(), &'static str> {
+pub(super) fn check_map(map: &mut Vec<SparsePiece>, size: u64, stored: u64) -> Result<(), &'static str> {
     let (mut end, mut sum) = (0u64, 0u64);
     for fragment in map.iter() {
         if fragment.offset < end {
@@ -61,7 +61,7 @@ pub(super) struct MapParser {
     left: Option<u64>,
     offset: Option<u64>,
     consumed: u64,
-    map: Vec<Fragment>,
+    map: Vec<SparsePiece>,
 }
 
 impl MapParser {
@@ -90,7 +90,7 @@ impl MapParser {
     }
 
     /// Returns the fragments read so far.
-    pub fn into_map(self) -> Vec<Fragment> {
+    pub fn into_map(self) -> Vec<SparsePiece> {
         self.map
     }
 
@@ -115,7 +115,7 @@ impl MapParser {
                 return Ok(());
             }
             (Some(_), None) => self.offset = Some(number),
-            (Some(_), Some(offset)) => push_fragment(&mut self.map, Fragment { offset, len: number }),
+            (Some(_), Some(offset)) => push_fragment(&mut self.map, SparsePiece { offset, len: number }),
         }
         self.left = self.left.map(|left| left - 1);
         Ok(())
@@ -152,7 +152,7 @@ pub(super) fn place_flat(size: u64, tar: u64, device: u64) -> Placed {
 }
 
 /// Places a sparse file by its checked map; `None` if the file would end after `limit`. `size` is at most `limit`.
-pub(super) fn place_sparse(size: u64, map: &[Fragment], tar: u64, device: u64, limit: u64) -> Option<Placed> {
+pub(super) fn place_sparse(size: u64, map: &[SparsePiece], tar: u64, device: u64, limit: u64) -> Option<Placed> {
     let chunk_bits = chunk_bits(size, map.len());
     let chunk = DEVICE_BLOCK << chunk_bits;
     let whole = size.next_multiple_of(DEVICE_BLOCK);
@@ -209,8 +209,8 @@ fn chunk_bits(size: u64, pieces: usize) -> u8 {
 mod tests {
     use super::*;
 
-    fn map(list: &[(u64, u64)]) -> Vec<Fragment> {
-        list.iter().map(|&(offset, len)| Fragment { offset, len }).collect()
+    fn map(list: &[(u64, u64)]) -> Vec<SparsePiece> {
+        list.iter().map(|&(offset, len)| SparsePiece { offset, len }).collect()
     }
 
     #[test]

@@ -35,7 +35,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 
 /// What the filter does with an attribute.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum XattrVerdict {
     Keep,
     /// Drop it by policy, without a warning.
     Drop,
@@ -43,16 +43,16 @@ enum Verdict {
     Unstorable,
 }
 
-fn verdict(name: &[u8]) -> Verdict {
+fn verdict(name: &[u8]) -> XattrVerdict {
     if name == b"security.selinux" || name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") {
-        return Verdict::Drop;
+        return XattrVerdict::Drop;
     }
     let suffix = name.strip_prefix(b"user.").or_else(|| name.strip_prefix(b"security."));
     let named = suffix.is_some_and(|s| !s.is_empty() && !s.contains(&0)) && name.len() <= NAME_MAX;
     if is_acl(name) || named {
-        Verdict::Keep
+        XattrVerdict::Keep
     } else {
-        Verdict::Unstorable
+        XattrVerdict::Unstorable
     }
 }
 
@@ -71,7 +71,7 @@ pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl
     for (raw, value) in libarchive {
         let name = percent_decode(&raw);
         // libarchive encodes the name under both keywords, but the engines use the SCHILY name as it is.
-        let ignored = verdict(&name) == Verdict::Drop || is_acl(&name);
+        let ignored = verdict(&name) == XattrVerdict::Drop || is_acl(&name);
         if found.contains_key(&raw) || found.contains_key(&name) || ignored {
             continue;
         }
@@ -86,11 +86,11 @@ pub(super) fn select(schily: RawXattrs, libarchive: RawXattrs, mut dropped: impl
         .filter(|(name, value)| {
             let size = entry_size(name, value.len());
             match verdict(name) {
-                Verdict::Drop => return false,
-                Verdict::Unstorable => dropped(name, "its name cannot be stored"),
-                Verdict::Keep if value.len() > VALUE_MAX => dropped(name, "its value has more than 65535 bytes"),
-                Verdict::Keep if total + size > TOTAL_MAX => dropped(name, "the entry has too many of them"),
-                Verdict::Keep => {
+                XattrVerdict::Drop => return false,
+                XattrVerdict::Unstorable => dropped(name, "its name cannot be stored"),
+                XattrVerdict::Keep if value.len() > VALUE_MAX => dropped(name, "its value has more than 65535 bytes"),
+                XattrVerdict::Keep if total + size > TOTAL_MAX => dropped(name, "the entry has too many of them"),
+                XattrVerdict::Keep => {
                     total += size;
                     return true;
                 }
@@ -172,18 +172,18 @@ pub(super) fn is_sound(name: &[u8], value: &[u8]) -> bool {
 
 /// Checks that attributes, taken one by one, form a list that [`select`] and [`fit`] can make.
 #[derive(Debug, Default)]
-pub(super) struct Check {
+pub(super) struct ListCheck {
     last: Option<Box<[u8]>>,
     total: usize,
 }
 
-impl Check {
+impl ListCheck {
     /// Takes the next attribute. Returns false if it cannot come next in such a list.
     pub fn allows(&mut self, name: &[u8], value_len: usize) -> bool {
         let ascending = self.last.as_deref().is_none_or(|last| last < name);
         self.last = Some(name.into());
         self.total += entry_size(name, value_len);
-        ascending && verdict(name) == Verdict::Keep && value_len <= VALUE_MAX && self.total <= TOTAL_MAX
+        ascending && verdict(name) == XattrVerdict::Keep && value_len <= VALUE_MAX && self.total <= TOTAL_MAX
     }
 }
 
@@ -226,7 +226,7 @@ mod tests {
     fn run(schily: &[(&str, &[u8])], libarchive: &[(&str, &[u8])]) -> (Vec<(String, Vec<u8>)>, usize) {
         let mut dropped = 0;
         let kept = select(raw(schily), raw(libarchive), |_, _| dropped += 1);
-        let mut check = Check::default();
+        let mut check = ListCheck::default();
         assert!(kept.iter().all(|(name, value)| check.allows(name, value.len())));
         let text = |(n, v): (Box<[u8]>, Box<[u8]>)| (String::from_utf8(n.into()).unwrap(), v.into());
         (kept.into_iter().map(text).collect(), dropped)

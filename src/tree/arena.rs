@@ -48,19 +48,19 @@ const MAX_INODES: usize = 32 << 20;
 
 /// Memory in bytes that an inode takes: its record, and its places in the finished tree and in the plan of the EROFS
 /// image.
-const INODE_BYTES: usize = size_of::<Inode>() + 20;
+const INODE_BYTES: usize = size_of::<ArenaInode>() + 20;
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Inode {
+pub(super) struct ArenaInode {
     pub meta: Metadata,
     pub xattrs: SetId,
     /// Number of the entry that made the inode, within its layer. In a finished tree: the link count.
     pub born: u32,
-    pub kind: Kind,
+    pub kind: ArenaKind,
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum ArenaKind {
     Directory {
         /// Number of the directory's first name. In a finished tree: the position of its names among all sorted
         /// names.
@@ -81,21 +81,21 @@ pub(super) enum Kind {
         layer: LayerIdx,
         map: u32,
     },
-    Symlink(Text),
+    Symlink(TargetText),
     /// A character device with its encoded number.
     CharDevice(u32),
     BlockDevice(u32),
     Fifo,
     /// A hard link whose target was unknown when the link was read. `bound` later is the inode it stands for.
     Pending {
-        target: Text,
+        target: TargetText,
         bound: Id,
     },
 }
 
 /// Place of a link target in the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Text {
+pub(super) struct TargetText {
     start: u32,
     /// Length in bytes, at most `PATH_MAX`.
     len: u16,
@@ -119,7 +119,7 @@ impl From<OverLimit> for Full {
 /// All inodes by [`Id`], and their names.
 #[derive(Debug, Default)]
 pub(super) struct Arena {
-    pub inodes: Vec<Inode>,
+    pub inodes: Vec<ArenaInode>,
     pub names: Names,
     pub sets: Sets,
     targets: Vec<u8>,
@@ -149,7 +149,7 @@ impl Arena {
         Ok(self.charge.cover((self.bytes() + more) as u64)?)
     }
 
-    pub fn push(&mut self, inode: Inode) -> Result<Id, Full> {
+    pub fn push(&mut self, inode: ArenaInode) -> Result<Id, Full> {
         if self.inodes.len() == MAX_INODES {
             return Err(Full::Inodes);
         }
@@ -161,11 +161,11 @@ impl Arena {
     }
 
     pub fn implied_directory(&mut self, born: u32) -> Result<Id, Full> {
-        self.push(Inode {
+        self.push(ArenaInode {
             meta: IMPLIED,
             xattrs: SetId::EMPTY,
             born,
-            kind: Kind::Directory {
+            kind: ArenaKind::Directory {
                 first: NONE,
                 len: 0,
                 implied: true,
@@ -173,44 +173,44 @@ impl Arena {
         })
     }
 
-    pub fn get(&self, id: Id) -> &Inode {
+    pub fn get(&self, id: Id) -> &ArenaInode {
         &self.inodes[id as usize]
     }
 
-    pub fn get_mut(&mut self, id: Id) -> &mut Inode {
+    pub fn get_mut(&mut self, id: Id) -> &mut ArenaInode {
         &mut self.inodes[id as usize]
     }
 
     pub fn is_directory(&self, id: Id) -> bool {
-        matches!(self.get(id).kind, Kind::Directory { .. })
+        matches!(self.get(id).kind, ArenaKind::Directory { .. })
     }
 
     /// Whether the inode is a whiteout device, which hides the lower layers' entry of the same name.
     pub fn is_whiteout(&self, id: Id) -> bool {
-        matches!(self.get(id).kind, Kind::CharDevice(WHITEOUT))
+        matches!(self.get(id).kind, ArenaKind::CharDevice(WHITEOUT))
     }
 
     /// Stores a link target of at most `PATH_MAX` bytes.
-    pub fn text(&mut self, bytes: &[u8]) -> Result<Text, Full> {
+    pub fn text(&mut self, bytes: &[u8]) -> Result<TargetText, Full> {
         let start = self.targets.len();
         self.targets.extend_from_slice(bytes);
         if u32::try_from(self.targets.len()).is_err() {
             return Err(OverLimit { limit: u32::MAX.into() }.into());
         }
-        Ok(Text {
+        Ok(TargetText {
             start: start as u32,
             len: u16::try_from(bytes.len()).expect("a target has at most 4096 bytes"),
         })
     }
 
-    pub fn target(&self, text: Text) -> &[u8] {
+    pub fn target(&self, text: TargetText) -> &[u8] {
         &self.targets[text.start as usize..][..text.len.into()]
     }
 
     /// Returns the kind for a regular file of a layer, and stores the chunk list of a sparse one.
-    pub fn regular(&mut self, layer: LayerIdx, data: FileData) -> Kind {
+    pub fn regular(&mut self, layer: LayerIdx, data: FileData) -> ArenaKind {
         match data.layout {
-            DataLayout::Flat { device } => Kind::Flat {
+            DataLayout::Flat { device } => ArenaKind::Flat {
                 layer,
                 size: data.size,
                 device,
@@ -218,7 +218,7 @@ impl Arena {
             DataLayout::Chunked { .. } => {
                 self.map_bytes += Self::map_size(&data);
                 self.maps.push(data);
-                Kind::Sparse {
+                ArenaKind::Sparse {
                     layer,
                     // The number fits, because there are fewer lists than inodes.
                     map: (self.maps.len() - 1) as u32,

@@ -37,7 +37,7 @@ impl Eq for Tree {}
 
 /// The content of a node, borrowed from the tree.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum View<'a> {
+pub(crate) enum NodeView<'a> {
     Directory(Children<'a>),
     /// A regular file whose content is contiguous.
     Flat {
@@ -235,18 +235,18 @@ impl Tree {
     /// If there is no such node.
     pub fn node(&self, node: NodeId) -> Node {
         let kind = match self.view(node) {
-            View::Directory(children) => {
+            NodeView::Directory(children) => {
                 let child = |index| (children.name(index).into(), children.node(index));
                 NodeKind::Directory((0..children.len()).map(child).collect())
             }
-            View::Flat { layer, size, device } => NodeKind::Regular {
+            NodeView::Flat { layer, size, device } => NodeKind::Regular {
                 layer,
                 data: FileData {
                     size,
                     layout: DataLayout::Flat { device },
                 },
             },
-            View::Sparse {
+            NodeView::Sparse {
                 layer,
                 size,
                 chunk_bits,
@@ -261,10 +261,10 @@ impl Tree {
                     },
                 },
             },
-            View::Symlink(target) => NodeKind::Symlink(target.into()),
-            View::CharDevice(device) => NodeKind::CharDevice(DeviceNumber::decode(device)),
-            View::BlockDevice(device) => NodeKind::BlockDevice(DeviceNumber::decode(device)),
-            View::Fifo => NodeKind::Fifo,
+            NodeView::Symlink(target) => NodeKind::Symlink(target.into()),
+            NodeView::CharDevice(device) => NodeKind::CharDevice(DeviceNumber::decode(device)),
+            NodeView::BlockDevice(device) => NodeKind::BlockDevice(DeviceNumber::decode(device)),
+            NodeView::Fifo => NodeKind::Fifo,
         };
         let attribute = |id: &AttributeId| {
             let (name, value) = self.attributes().get(*id);
@@ -300,22 +300,22 @@ impl Tree {
         &self.arena.sets.attributes
     }
 
-    pub(crate) fn view(&self, node: NodeId) -> View<'_> {
+    pub(crate) fn view(&self, node: NodeId) -> NodeView<'_> {
         match self.inode(node).kind {
-            Kind::Directory { first, len, .. } => View::Directory(Children {
+            Kind::Directory { first, len, .. } => NodeView::Directory(Children {
                 tree: self,
                 sorted: &self.sorted[first as usize..][..len as usize],
             }),
-            Kind::Flat { layer, size, device } => View::Flat { layer, size, device },
+            Kind::Flat { layer, size, device } => NodeView::Flat { layer, size, device },
             Kind::Sparse { layer, map } => {
                 let data = self.arena.map(map);
                 match &data.layout {
-                    DataLayout::Flat { device } => View::Flat {
+                    DataLayout::Flat { device } => NodeView::Flat {
                         layer,
                         size: data.size,
                         device: *device,
                     },
-                    DataLayout::Chunked { chunk_bits, chunks } => View::Sparse {
+                    DataLayout::Chunked { chunk_bits, chunks } => NodeView::Sparse {
                         layer,
                         size: data.size,
                         chunk_bits: *chunk_bits,
@@ -323,10 +323,10 @@ impl Tree {
                     },
                 }
             }
-            Kind::Symlink(target) => View::Symlink(self.arena.target(target)),
-            Kind::CharDevice(device) => View::CharDevice(device),
-            Kind::BlockDevice(device) => View::BlockDevice(device),
-            Kind::Fifo => View::Fifo,
+            Kind::Symlink(target) => NodeView::Symlink(self.arena.target(target)),
+            Kind::CharDevice(device) => NodeView::CharDevice(device),
+            Kind::BlockDevice(device) => NodeView::BlockDevice(device),
+            Kind::Fifo => NodeView::Fifo,
             Kind::Pending { .. } => unreachable!("links are settled when their layer ends"),
         }
     }

@@ -32,7 +32,7 @@ impl Hide {
 
 /// The result of reading a layer.
 #[derive(Debug)]
-pub(super) struct Reading {
+pub(super) struct LayerReading {
     /// Root of the layer's tree.
     pub root: Id,
     /// What the layer's markers hide of lower layers.
@@ -46,7 +46,7 @@ const PATH_BYTES: usize = 64;
 
 /// A layer that is being read into a tree of its own.
 #[derive(Debug)]
-pub(super) struct Upper<'a> {
+pub(super) struct UpperTree<'a> {
     arena: &'a mut Arena,
     layer: LayerIdx,
     toc: &'a PackedToc,
@@ -57,7 +57,7 @@ pub(super) struct Upper<'a> {
     hidden: HashMap<Box<[u8]>, Id>,
     /// Hard links in archive order.
     links: Vec<Link>,
-    /// See [`Reading::devices`].
+    /// See [`LayerReading::devices`].
     devices: Vec<u32>,
     /// Memory in bytes of hides, hidden entries, links and devices.
     bytes: usize,
@@ -69,9 +69,9 @@ pub(super) struct Upper<'a> {
     last: (Vec<u8>, Id),
 }
 
-impl<'a> Upper<'a> {
+impl<'a> UpperTree<'a> {
     /// Reads a layer that lies over the tree at `lower`.
-    pub fn read(arena: &'a mut Arena, lower: Id, layer: LayerIdx, toc: &'a PackedToc) -> Result<Reading, TreeError> {
+    pub fn read(arena: &'a mut Arena, lower: Id, layer: LayerIdx, toc: &'a PackedToc) -> Result<LayerReading, TreeError> {
         let mut upper = Self::new(arena, layer, toc)?;
         let damaged = |source| TreeError::Toc { layer, source };
         let mut entries = toc.entries().map_err(damaged)?;
@@ -82,7 +82,7 @@ impl<'a> Upper<'a> {
             upper.apply(number, &entry)?;
         }
         upper.settle_links(lower)?;
-        Ok(Reading {
+        Ok(LayerReading {
             root: upper.root,
             hides: upper.hides,
             devices: upper.devices,

@@ -107,9 +107,9 @@ fn merge(layers: Vec<Vec<TocEntry>>) -> Result<Tree, TreeError> {
 
 /// Maps each path to `what MODE UID nLINKS`, where `what` is `dir`, `fLAYER:TAG`, `-> TARGET` and so on.
 #[derive(Debug)]
-struct View(BTreeMap<String, (NodeId, String)>, Tree);
+struct MatrixView(BTreeMap<String, (NodeId, String)>, Tree);
 
-impl View {
+impl MatrixView {
     fn of(tree: Tree) -> Self {
         let mut rows = BTreeMap::new();
         let mut todo = vec![(String::new(), Tree::ROOT)];
@@ -175,7 +175,7 @@ impl View {
 
 #[test]
 fn base_alone() {
-    let view = View::over_base(vec![]);
+    let view = MatrixView::over_base(vec![]);
     view.children("", "d dd f g hl1 hl2 opq sl")
         .is("d", "dir 700 5 n2")
         .is("sl", "-> d 777 1 n1")
@@ -186,58 +186,58 @@ fn base_alone() {
 
 #[test]
 fn row_1_whiteout_then_file() {
-    View::over_base(vec![whiteout("f"), file("f", 50)]).is("f", "f1:50 644 1 n1");
+    MatrixView::over_base(vec![whiteout("f"), file("f", 50)]).is("f", "f1:50 644 1 n1");
 }
 
 #[test]
 fn row_2_file_then_whiteout() {
-    View::over_base(vec![file("g", 50), whiteout("g")]).is("g", "f1:50 644 1 n1");
+    MatrixView::over_base(vec![file("g", 50), whiteout("g")]).is("g", "f1:50 644 1 n1");
 }
 
 #[test]
 fn row_3_whiteout_then_directory() {
-    View::over_base(vec![whiteout("dd"), dir("dd"), file("dd/new", 50)]).children("dd", "new");
+    MatrixView::over_base(vec![whiteout("dd"), dir("dd"), file("dd/new", 50)]).children("dd", "new");
 }
 
 #[test]
 fn row_4_directory_then_whiteout() {
-    View::over_base(vec![dir("dd"), file("dd/new", 50), whiteout("dd")]).children("dd", "new");
+    MatrixView::over_base(vec![dir("dd"), file("dd/new", 50), whiteout("dd")]).children("dd", "new");
 }
 
 #[test]
 fn row_5_opaque_marker_last() {
-    View::over_base(vec![dir("opq"), file("opq/new", 50), opaque("opq")]).children("opq", "new");
+    MatrixView::over_base(vec![dir("opq"), file("opq/new", 50), opaque("opq")]).children("opq", "new");
 }
 
 #[test]
 fn row_6_opaque_marker_first() {
-    View::over_base(vec![opaque("opq"), dir("opq"), file("opq/new", 50)]).children("opq", "new");
+    MatrixView::over_base(vec![opaque("opq"), dir("opq"), file("opq/new", 50)]).children("opq", "new");
 }
 
 #[test]
 fn row_7_opaque_marker_alone() {
-    View::over_base(vec![opaque("d")])
+    MatrixView::over_base(vec![opaque("d")])
         .children("d", "")
         .is("d", "dir 700 5 n2");
 }
 
 #[test]
 fn row_8_directory_to_file() {
-    View::over_base(vec![file("d", 50)])
+    MatrixView::over_base(vec![file("d", 50)])
         .is("d", "f1:50 644 1 n1")
         .children("d", "");
 }
 
 #[test]
 fn row_9_file_to_directory() {
-    View::over_base(vec![dir("f"), file("f/x", 50)])
+    MatrixView::over_base(vec![dir("f"), file("f/x", 50)])
         .is("f", "dir 711 7 n2")
         .children("f", "x");
 }
 
 #[test]
 fn row_10_lower_symlink_as_parent_is_replaced() {
-    View::over_base(vec![file("sl/new", 50)])
+    MatrixView::over_base(vec![file("sl/new", 50)])
         .is("sl", "dir 755 0 n2")
         .children("sl", "new")
         .children("d", "a b");
@@ -245,7 +245,7 @@ fn row_10_lower_symlink_as_parent_is_replaced() {
 
 #[test]
 fn row_13_implied_parents() {
-    View::over_base(vec![file("d/ns/file", 50)])
+    MatrixView::over_base(vec![file("d/ns/file", 50)])
         .is("d", "dir 700 5 n3")
         .is("d/ns", "dir 755 0 n2")
         .children("d", "a b ns");
@@ -253,20 +253,20 @@ fn row_13_implied_parents() {
 
 #[test]
 fn row_14_root_entry_is_ignored() {
-    View::over_base(vec![xattr(dir(""), "user.x", "1")]).is("", "dir 755 0 n5");
+    MatrixView::over_base(vec![xattr(dir(""), "user.x", "1")]).is("", "dir 755 0 n5");
 }
 
 #[test]
 fn row_16_char_device_0_0_is_a_whiteout_and_other_devices_are_not() {
     let device = entry("g", EntryKind::CharDevice(DeviceNumber { major: 1, minor: 3 }));
-    View::over_base(vec![white_device("f"), device])
+    MatrixView::over_base(vec![white_device("f"), device])
         .children("", "d dd g hl1 hl2 opq sl")
         .is("g", "CharDevice(DeviceNumber { major: 1, minor: 3 }) 644 1 n1");
 }
 
 #[test]
 fn whiteout_devices_hide_directories_too_and_are_never_seen() {
-    View::over_base(vec![
+    MatrixView::over_base(vec![
         white_device("d"),
         dir("n"),
         white_device("n/x"),
@@ -275,28 +275,28 @@ fn whiteout_devices_hide_directories_too_and_are_never_seen() {
     .children("", "dd f g hl1 hl2 n none opq sl")
     .children("n", "")
     .children("none", "");
-    let alone = View::of(merge(vec![vec![white_device("x"), file("y", 1), white_device("dir/x")]]).unwrap());
+    let alone = MatrixView::of(merge(vec![vec![white_device("x"), file("y", 1), white_device("dir/x")]]).unwrap());
     alone.children("", "dir y").children("dir", "");
 }
 
 #[test]
 fn the_last_of_a_whiteout_device_and_another_entry_counts() {
-    View::over_base(vec![white_device("f"), file("f", 50), file("g", 51), white_device("g")])
+    MatrixView::over_base(vec![white_device("f"), file("f", 50), file("g", 51), white_device("g")])
         .children("", "d dd f hl1 hl2 opq sl")
         .is("f", "f1:50 644 1 n1");
-    View::over_base(vec![white_device("d"), file("d/x", 50)]).children("d", "a b x");
+    MatrixView::over_base(vec![white_device("d"), file("d/x", 50)]).children("d", "a b x");
 }
 
 #[test]
 fn row_17_whiteout_without_parent_entry() {
-    View::over_base(vec![whiteout("d/a")])
+    MatrixView::over_base(vec![whiteout("d/a")])
         .is("d", "dir 700 5 n2")
         .children("d", "b");
 }
 
 #[test]
 fn row_19_symlink_of_the_same_layer_as_parent() {
-    View::over_base(vec![symlink("ds", "d"), file("ds/q", 50)])
+    MatrixView::over_base(vec![symlink("ds", "d"), file("ds/q", 50)])
         .is("ds", "-> d 777 1 n1")
         .is("d", "dir 700 5 n2")
         .children("d", "a b q");
@@ -304,19 +304,19 @@ fn row_19_symlink_of_the_same_layer_as_parent() {
 
 #[test]
 fn row_19_also_for_whiteouts_and_dotdot() {
-    View::over_base(vec![symlink("dd/up", "../d"), whiteout("dd/up/a"), file("dd/up/x", 50)])
+    MatrixView::over_base(vec![symlink("dd/up", "../d"), whiteout("dd/up/a"), file("dd/up/x", 50)])
         .children("d", "b x")
         .children("dd", "old up");
 }
 
 #[test]
 fn row_23_file_twice() {
-    View::over_base(vec![file("x", 50), file("x", 51)]).is("x", "f1:51 644 1 n1");
+    MatrixView::over_base(vec![file("x", 50), file("x", 51)]).is("x", "f1:51 644 1 n1");
 }
 
 #[test]
 fn row_24_directory_twice_merges() {
-    View::over_base(vec![
+    MatrixView::over_base(vec![
         dir("x"),
         file("x/1", 50),
         owned(dir("x"), 0o700, 8),
@@ -328,51 +328,51 @@ fn row_24_directory_twice_merges() {
 
 #[test]
 fn row_25_file_then_directory_in_one_layer() {
-    View::over_base(vec![file("x", 50), dir("x"), file("x/1", 51)]).children("x", "1");
+    MatrixView::over_base(vec![file("x", 50), dir("x"), file("x/1", 51)]).children("x", "1");
 }
 
 #[test]
 fn row_26_directory_then_file_in_one_layer() {
-    View::over_base(vec![dir("x"), file("x/1", 50), file("x", 51)])
+    MatrixView::over_base(vec![dir("x"), file("x/1", 50), file("x", 51)])
         .is("x", "f1:51 644 1 n1")
         .children("x", "");
 }
 
 #[test]
 fn row_32_whiteout_and_opaque_after_a_new_file() {
-    View::over_base(vec![file("opq/o1", 50), whiteout("opq/o1"), opaque("opq")])
+    MatrixView::over_base(vec![file("opq/o1", 50), whiteout("opq/o1"), opaque("opq")])
         .children("opq", "o1")
         .is("opq/o1", "f1:50 644 1 n1");
 }
 
 #[test]
 fn row_33_opaque_root_hides_everything() {
-    View::over_base(vec![opaque(""), file("only", 50)]).children("", "only");
+    MatrixView::over_base(vec![opaque(""), file("only", 50)]).children("", "only");
 }
 
 #[test]
 fn row_36_directory_over_directory_replaces_attributes() {
-    let view = View::over_base(vec![xattr(dir("d"), "user.up", "2")]);
+    let view = MatrixView::over_base(vec![xattr(dir("d"), "user.up", "2")]);
     view.is("d", "dir 711 7 n2").children("d", "a b");
     assert_eq!(view.xattrs("d"), "user.up=2");
 }
 
 #[test]
 fn row_38_directory_without_attributes_clears_them() {
-    assert_eq!(View::over_base(vec![]).xattrs("d"), "user.low=1");
-    assert_eq!(View::over_base(vec![dir("d")]).xattrs("d"), "");
+    assert_eq!(MatrixView::over_base(vec![]).xattrs("d"), "user.low=1");
+    assert_eq!(MatrixView::over_base(vec![dir("d")]).xattrs("d"), "");
 }
 
 #[test]
 fn parent_entry_after_its_children() {
-    View::over_base(vec![file("n/x", 50), dir("n")])
+    MatrixView::over_base(vec![file("n/x", 50), dir("n")])
         .is("n", "dir 711 7 n2")
         .children("n", "x");
 }
 
 #[test]
 fn markers_make_no_directories() {
-    View::over_base(vec![
+    MatrixView::over_base(vec![
         whiteout("new/x"),
         opaque("other"),
         opaque("f"),
@@ -406,24 +406,24 @@ fn a_marker_below_a_lower_symlink_puts_a_directory_in_its_place() {
     // podman 4.3 and containerd 1.6 show such images in this way. umoci follows the symlink instead.
     for name in ["lib", "abs", "chain", "out", "gone", "loop"] {
         for marker in [whiteout(&format!("{name}/foo")), opaque(name)] {
-            View::of(merge(vec![symlinked(), vec![marker]]).unwrap())
+            MatrixView::of(merge(vec![symlinked(), vec![marker]]).unwrap())
                 .is(name, "dir 755 0 n2")
                 .children(name, "")
                 .children("usr/lib", "foo sub up");
         }
     }
-    View::of(merge(vec![symlinked(), vec![whiteout("lib/up/foo")]]).unwrap())
+    MatrixView::of(merge(vec![symlinked(), vec![whiteout("lib/up/foo")]]).unwrap())
         .children("lib", "up")
         .children("lib/up", "")
         .children("other", "foo");
-    View::of(merge(vec![symlinked(), vec![opaque("lib/sub"), file("lib/new", 50)]]).unwrap())
+    MatrixView::of(merge(vec![symlinked(), vec![opaque("lib/sub"), file("lib/new", 50)]]).unwrap())
         .children("lib", "new sub")
         .children("usr/lib/sub", "x");
 }
 
 #[test]
 fn a_marker_below_a_symlink_that_goes_away_makes_no_directory() {
-    let over = |second| View::of(merge(vec![symlinked(), second]).unwrap());
+    let over = |second| MatrixView::of(merge(vec![symlinked(), second]).unwrap());
     over(vec![whiteout("lib"), whiteout("lib/foo")]).children("", "abs chain gone loop other out usr");
     over(vec![whiteout("lib/foo"), whiteout("lib")]).children("", "abs chain gone loop other out usr");
     over(vec![whiteout("lib/foo"), symlink("lib", "other")])

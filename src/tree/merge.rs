@@ -1,13 +1,13 @@
 //! Applies layers one after another; see [`Merger`].
 //!
-//! The merger reads each layer into a tree of its own, the *upper* ([`Upper`]). The merger then removes from the
+//! The merger reads each layer into a tree of its own, the *upper* ([`UpperTree`]). The merger then removes from the
 //! *lower*, the tree of the layers below, what the layer's whiteouts hide. Last, the merger lays the upper over the
 //! lower. Whiteouts never touch the upper, so their place in the archive does not matter.
 
 use crate::memory::Charge;
 use crate::toc::PackedToc;
 use crate::tree::arena::{Arena, Full, Id, Kind, NONE, split};
-use crate::tree::layer::{Hide, Reading, Upper, full};
+use crate::tree::layer::{Hide, LayerReading, UpperTree, full};
 use crate::tree::{LayerIdx, Tree, TreeError};
 
 /// Merges layers into a [`Tree`].
@@ -70,7 +70,7 @@ impl Merger {
     /// Lays the next layer over the layers before it; the base layer comes first. After an error the merge is
     /// incomplete and useless.
     pub fn add(&mut self, layer: LayerIdx, toc: &PackedToc) -> Result<(), TreeError> {
-        let Reading { root, hides, devices } = Upper::read(&mut self.arena, self.root, layer, toc)?;
+        let LayerReading { root, hides, devices } = UpperTree::read(&mut self.arena, self.root, layer, toc)?;
         for hide in &hides {
             self.hide(hide);
         }

@@ -11,7 +11,7 @@ use crate::tree::{LayerIdx, Merger, NodeId, NodeKind, Tree};
 type Path = Vec<Vec<u8>>;
 
 #[derive(Debug, Clone, PartialEq)]
-enum Content {
+enum ModelContent {
     Directory {
         described: bool,
     },
@@ -26,7 +26,7 @@ enum Content {
 
 #[derive(Debug, Clone)]
 struct Object {
-    content: Content,
+    content: ModelContent,
     meta: Metadata,
     xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     layer: u32,
@@ -53,7 +53,7 @@ fn below(path: &Path, dir: &Path) -> bool {
 
 impl Model {
     fn is_directory(&self, id: usize) -> bool {
-        matches!(self.objects[id].content, Content::Directory { .. })
+        matches!(self.objects[id].content, ModelContent::Directory { .. })
     }
 
     /// Replaces the first symlink among the components until none is left.
@@ -70,7 +70,7 @@ impl Model {
                     }
                     _ => clean.push(name.clone()),
                 }
-                if let Some(Content::Symlink(target)) = names.get(&clean).map(|id| &self.objects[*id].content) {
+                if let Some(ModelContent::Symlink(target)) = names.get(&clean).map(|id| &self.objects[*id].content) {
                     clean.pop();
                     let start = if target.starts_with(b"/") { Path::new() } else { clean };
                     dir = [start, path_of(target), dir[at + 1..].to_vec()].concat();
@@ -94,7 +94,7 @@ impl Model {
             let dir = path[..depth].to_vec();
             if !own.get(&dir).is_some_and(|id| self.is_directory(*id)) {
                 let implied = Object {
-                    content: Content::Directory { described: false },
+                    content: ModelContent::Directory { described: false },
                     meta: Metadata {
                         mode: 0o755,
                         uid: 0,
@@ -133,16 +133,16 @@ impl Model {
                 continue;
             }
             let content = match &entry.kind {
-                EntryKind::Directory => Content::Directory { described: true },
-                EntryKind::Regular(data) | EntryKind::Hidden(data) => Content::File(layer, data.size),
-                EntryKind::Symlink(target) => Content::Symlink(target.to_vec()),
-                EntryKind::Hardlink(target) => Content::Waiting(path_of(target)),
+                EntryKind::Directory => ModelContent::Directory { described: true },
+                EntryKind::Regular(data) | EntryKind::Hidden(data) => ModelContent::File(layer, data.size),
+                EntryKind::Symlink(target) => ModelContent::Symlink(target.to_vec()),
+                EntryKind::Hardlink(target) => ModelContent::Waiting(path_of(target)),
                 EntryKind::Whiteout => {
                     whiteouts.insert(self.resolve(&own, &raw)?);
                     continue;
                 }
-                EntryKind::CharDevice(_) => Content::Whiteout,
-                _ => Content::Fifo,
+                EntryKind::CharDevice(_) => ModelContent::Whiteout,
+                _ => ModelContent::Fifo,
             };
             let xattrs = entry.xattrs.iter().map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
             let object = Object {
@@ -158,7 +158,7 @@ impl Model {
                 continue;
             }
             let path = self.resolve(&own, &raw)?;
-            if let Content::Waiting(target) = &object.content {
+            if let ModelContent::Waiting(target) = &object.content {
                 let now = own.get(&self.resolve(&own, target)?).or(hidden.get(target)).copied();
                 if now.is_some_and(|id| self.is_directory(id)) {
                     return Err(Refused);
@@ -169,7 +169,7 @@ impl Model {
                 });
                 metas.push((number, id));
                 self.put(&mut own, &path, id);
-            } else if let (Content::Directory { .. }, Some(&id)) = (&object.content, own.get(&path))
+            } else if let (ModelContent::Directory { .. }, Some(&id)) = (&object.content, own.get(&path))
                 && self.is_directory(id)
             {
                 self.objects[id] = object;
@@ -195,18 +195,18 @@ impl Model {
         for id in 0..self.objects.len() {
             // A link of an earlier layer that lost its name still waits, and means nothing any more.
             if self.objects[id].layer == layer
-                && let Content::Waiting(target) = &self.objects[id].content
+                && let ModelContent::Waiting(target) = &self.objects[id].content
                 && own.get(&self.resolve(&own, target)?).or(hidden.get(target)).is_none()
                 && whiteouts.contains(&self.resolve(&own, target)?)
             {
-                self.objects[id].content = Content::Whiteout;
+                self.objects[id].content = ModelContent::Whiteout;
             }
         }
         let at_end = own.clone();
         let bound = |id: usize| -> Result<usize, Refused> {
             let mut id = id;
             for _ in 0..=entries.len() {
-                let Content::Waiting(target) = &self.objects[id].content else {
+                let ModelContent::Waiting(target) = &self.objects[id].content else {
                     return if self.is_directory(id) { Err(Refused) } else { Ok(id) };
                 };
                 let here = self.resolve(&at_end, target)?;
@@ -223,13 +223,13 @@ impl Model {
             .map(|(n, id)| Ok((*n, bound(*id)?)))
             .collect::<Result<_, Refused>>()?;
         for (path, &id) in &at_end {
-            if let Content::Waiting(_) = self.objects[id].content {
+            if let ModelContent::Waiting(_) = self.objects[id].content {
                 own.insert(path.clone(), bound(id)?);
             }
         }
         for (number, id) in metas {
             let object = &mut self.objects[id];
-            if object.content != Content::Whiteout && (object.layer < layer || object.entry < number) {
+            if object.content != ModelContent::Whiteout && (object.layer < layer || object.entry < number) {
                 object.meta = entries[number].meta;
                 object
                     .xattrs
@@ -244,22 +244,22 @@ impl Model {
             let first_other = |names: &BTreeMap<Path, usize>| {
                 let ids = (1..=dir.len()).map_while(|depth| names.get(&dir[..depth]).copied());
                 ids.map(|id| &self.objects[id].content)
-                    .find(|content| !matches!(content, Content::Directory { .. }))
+                    .find(|content| !matches!(content, ModelContent::Directory { .. }))
             };
-            if matches!(first_other(&self.merged), Some(Content::Symlink(_))) && first_other(&own).is_none() {
+            if matches!(first_other(&self.merged), Some(ModelContent::Symlink(_))) && first_other(&own).is_none() {
                 let inside = [dir, &[b"inside".to_vec()]].concat();
                 self.put(&mut own, &inside, 0);
                 own.remove(&inside);
             }
         }
         for (path, id) in own {
-            if self.objects[id].content == Content::Whiteout {
+            if self.objects[id].content == ModelContent::Whiteout {
                 self.merged.retain(|other, _| !other.starts_with(&path));
                 continue;
             }
             match self.merged.get(&path) {
                 Some(&lower) if self.is_directory(lower) && self.is_directory(id) => {
-                    if self.objects[id].content == (Content::Directory { described: true }) {
+                    if self.objects[id].content == (ModelContent::Directory { described: true }) {
                         self.merged.insert(path, id);
                     }
                 }
@@ -279,7 +279,7 @@ impl Model {
             let object = &self.objects[*id];
             let mut meta = object.meta;
             let (what, nlink) = match &object.content {
-                Content::Directory { .. } => {
+                ModelContent::Directory { .. } => {
                     let dirs = self
                         .merged
                         .iter()
@@ -287,13 +287,13 @@ impl Model {
                     ("dir".to_owned(), 2 + dirs.count())
                 }
                 other => {
-                    if let Content::Symlink(_) = other {
+                    if let ModelContent::Symlink(_) = other {
                         meta.mode = 0o777;
                     }
                     let what = match other {
-                        Content::File(layer, tag) => format!("file {layer}:{tag}"),
-                        Content::Symlink(target) => format!("-> {}", target.escape_ascii()),
-                        Content::Fifo => "fifo".to_owned(),
+                        ModelContent::File(layer, tag) => format!("file {layer}:{tag}"),
+                        ModelContent::Symlink(target) => format!("-> {}", target.escape_ascii()),
+                        ModelContent::Fifo => "fifo".to_owned(),
                         other => unreachable!("{other:?} is not shown"),
                     };
                     (what, self.merged.values().filter(|other| *other == id).count())

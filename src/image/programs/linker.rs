@@ -33,7 +33,7 @@ pub(super) fn link(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -
 }
 
 /// A program and the directory it was found in.
-struct Found {
+struct FoundProgram {
     ino: Nid,
     at: Address,
     directory: Nid,
@@ -50,7 +50,7 @@ struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn new(tree: &'a Reader<Vec<u8>>, found: &[Found]) -> Self {
+    fn new(tree: &'a Reader<Vec<u8>>, found: &[FoundProgram]) -> Self {
         let mut directories = Vec::new();
         let mut walker = Walker::limited(tree, MOST_LOOKUPS);
         for path in LIBRARY_DIRECTORIES {
@@ -71,7 +71,7 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn link(&mut self, found: &[Found]) -> Vec<Record> {
+    fn link(&mut self, found: &[FoundProgram]) -> Vec<Record> {
         let mut records: Vec<Record> = found.iter().map(|found| self.record(found)).collect();
         // The cache file that the loader itself reads.
         let tree = self.walker.tree();
@@ -80,7 +80,7 @@ impl<'a> Linker<'a> {
             && let Some(at) = first_byte(tree, cache)
         {
             let position = records.len() as u32;
-            let loaded = |found: &Found| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
+            let loaded = |found: &FoundProgram| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
             for (record, _) in records.iter_mut().zip(found).filter(|(_, found)| loaded(found)) {
                 // Right behind the loader, which reads the cache first.
                 record.needs.insert(record.needs.len().min(1), position);
@@ -94,7 +94,7 @@ impl<'a> Linker<'a> {
         records
     }
 
-    fn record(&mut self, found: &Found) -> Record {
+    fn record(&mut self, found: &FoundProgram) -> Record {
         let program = &found.program;
         let mut needed: Vec<Nid> = Vec::new();
         if let Some(path) = &program.interpreter {
@@ -118,7 +118,7 @@ impl<'a> Linker<'a> {
 
     /// Finds a library that a program names in DT_NEEDED. The name is mostly a soname, which is searched like
     /// ld.so(8) does.
-    fn by_soname(&mut self, of: &Found, name: &[u8]) -> Option<Nid> {
+    fn by_soname(&mut self, of: &FoundProgram, name: &[u8]) -> Option<Nid> {
         if name.contains(&b'/') {
             return self.find(of.directory, name);
         }
@@ -154,7 +154,7 @@ impl<'a> Linker<'a> {
 }
 
 /// Finds all programs and libraries in the tree.
-fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<Found>, ErofsError> {
+fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<FoundProgram>, ErofsError> {
     let mut found = Vec::new();
     let mut directories = vec![(tree.root(), 0)];
     let mut seen = HashSet::new();
@@ -171,7 +171,7 @@ fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Ve
                     };
                     let of_layer = layers.get(layer.0 as usize).and_then(Option::as_ref);
                     let program = of_layer.and_then(|programs| programs.get(&offset)).cloned();
-                    found.extend(program.map(|program| Found {
+                    found.extend(program.map(|program| FoundProgram {
                         ino,
                         at: (layer.0, offset),
                         directory,

@@ -8,7 +8,7 @@ const PRECODE_ORDER: [u8; 19] = [16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3,
 
 /// The header of a dynamic block that is being read.
 #[derive(Debug)]
-pub(super) struct Header {
+pub(super) struct DynamicHeader {
     litlen: usize,
     dist: usize,
     precodes: usize,
@@ -16,7 +16,7 @@ pub(super) struct Header {
     precode: Precode,
 }
 
-impl Header {
+impl DynamicHeader {
     pub(super) fn new() -> Box<Self> {
         Box::new(Self {
             litlen: 0,
@@ -57,7 +57,7 @@ impl Inflate {
             self.header.lengths[usize::from(PRECODE_ORDER[have])] = length;
             have += 1;
         }
-        let Header { lengths, precode, .. } = &mut *self.header;
+        let DynamicHeader { lengths, precode, .. } = &mut *self.header;
         precode.load(lengths.first_chunk().expect("19 of 320 lengths"))?;
         self.phase = Phase::Lengths { have: 0 };
         Ok(true)

@@ -1,7 +1,7 @@
 //! The two loops that decode symbols into output.
 
 use super::tables::{
-    DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, Tables,
+    DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, BlockTables,
 };
 use super::track::Tracker;
 use super::{BUFFER, DeflateError, HISTORY, Inflate, MASK, SLACK, STOP};
@@ -39,7 +39,7 @@ impl Inflate {
         let data = *input;
         let mut unused = None;
         let tracker = if TRACK { &mut self.tracker } else { &mut unused };
-        let mut reader = Bits {
+        let mut reader = BitReader {
             bits: self.bits,
             count: self.count,
             at: 0,
@@ -122,9 +122,9 @@ impl Output<'_> {
 #[inline(always)]
 fn run<const TRACK: bool>(
     data: &[u8],
-    tables: &Tables,
+    tables: &BlockTables,
     tracker: &mut Option<Tracker>,
-    reader: &mut Bits,
+    reader: &mut BitReader,
     output: &mut Output<'_>,
 ) -> Result<bool, DeflateError> {
     let Some(in_stop) = data.len().checked_sub(ROUND) else {
@@ -192,7 +192,7 @@ fn run<const TRACK: bool>(
 /// Reads a distance. At least 14 bits are available: enough to look at the table, but not to consume the whole
 /// distance. Leaves enough bits to look at the next symbol.
 #[inline(always)]
-fn distance(data: &[u8], dist: &[u32; DIST_SIZE], reader: &mut Bits) -> Result<usize, DeflateError> {
+fn distance(data: &[u8], dist: &[u32; DIST_SIZE], reader: &mut BitReader) -> Result<usize, DeflateError> {
     let mut entry = dist[reader.peek(DIST_BITS)];
     if reader.count & 63 < DIST_MAX + LITLEN_BITS {
         reader.refill(data);
@@ -214,13 +214,13 @@ fn distance(data: &[u8], dist: &[u32; DIST_SIZE], reader: &mut Bits) -> Result<u
 /// The bit reader of the fast loop. The bits of `bits` above `count` are already those of `data[at..]`, so reading
 /// them again is harmless. Only the low byte of `count` has a meaning, so the reader can subtract whole entries from
 /// it without masking them.
-struct Bits {
+struct BitReader {
     bits: u64,
     count: u32,
     at: usize,
 }
 
-impl Bits {
+impl BitReader {
     /// Makes at least 56 bits available.
     #[inline(always)]
     fn refill(&mut self, data: &[u8]) {

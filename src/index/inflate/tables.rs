@@ -91,14 +91,14 @@ const fn precode_symbols() -> [u32; 19] {
 
 /// The two tables of the current block.
 #[derive(Debug, Clone)]
-pub(super) struct Tables {
+pub(super) struct BlockTables {
     pub(super) litlen: [u32; LITLEN_SIZE],
     pub(super) dist: [u32; DIST_SIZE],
     /// Whether the tables hold the fixed code. A run of fixed blocks then builds it only once.
     fixed: bool,
 }
 
-impl Tables {
+impl BlockTables {
     pub(super) fn new() -> Box<Self> {
         Box::new(Self {
             litlen: [EXCEPTIONAL | INVALID | 1; LITLEN_SIZE],

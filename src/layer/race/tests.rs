@@ -11,7 +11,7 @@ const SIZE: usize = 400_000;
 
 /// How the blob answers a request.
 #[derive(Debug, Clone, Copy)]
-enum Answer {
+enum BlobAnswer {
     /// All bytes at once.
     Good,
     /// So many bytes, then none.
@@ -25,16 +25,16 @@ enum Answer {
 
 /// A blob that answers its requests as planned. The last answer repeats for ever.
 #[derive(Debug)]
-struct Planned {
+struct PlannedBlob {
     digest: Digest,
     bytes: Bytes,
-    answers: Mutex<VecDeque<Answer>>,
+    answers: Mutex<VecDeque<BlobAnswer>>,
     asked: Mutex<Vec<(Range<u64>, bool)>>,
     link: Mutex<Link>,
 }
 
-impl Planned {
-    fn new(answers: &[Answer]) -> Arc<Self> {
+impl PlannedBlob {
+    fn new(answers: &[BlobAnswer]) -> Arc<Self> {
         let bytes: Bytes = (0..SIZE).map(|i| (i / 7 + i / 65_537) as u8).collect();
         Arc::new(Self {
             digest: Digest::of(&bytes),
@@ -70,14 +70,14 @@ impl Planned {
             })
         };
         Ok(match answer {
-            Answer::Good => pieces(bytes, 100_000, Duration::ZERO).boxed(),
-            Answer::Stalls(after) => {
+            BlobAnswer::Good => pieces(bytes, 100_000, Duration::ZERO).boxed(),
+            BlobAnswer::Stalls(after) => {
                 let some = bytes.slice(..after.min(bytes.len()));
                 pieces(some, 10_000, Duration::ZERO).chain(stream::pending()).boxed()
             }
-            Answer::Slow(size) => pieces(bytes, size, Duration::from_millis(100)).boxed(),
-            Answer::Silent => std::future::pending().await,
-            Answer::Fails => {
+            BlobAnswer::Slow(size) => pieces(bytes, size, Duration::from_millis(100)).boxed(),
+            BlobAnswer::Silent => std::future::pending().await,
+            BlobAnswer::Fails => {
                 return Err(BlobError::Unreachable {
                     host: "far".into(),
                     reason: "reset".into(),
@@ -92,7 +92,7 @@ impl Planned {
 }
 
 #[async_trait]
-impl BlobSource for Planned {
+impl BlobSource for PlannedBlob {
     fn digest(&self) -> &Digest {
         &self.digest
     }
@@ -114,7 +114,7 @@ impl BlobSource for Planned {
     }
 }
 
-fn origin(blob: &Arc<Planned>) -> Origin {
+fn origin(blob: &Arc<PlannedBlob>) -> Origin {
     Origin {
         blob: blob.clone(),
         lanes: Arc::default(),
@@ -124,7 +124,7 @@ fn origin(blob: &Arc<Planned>) -> Origin {
 }
 
 /// Reads a range and checks its bytes. Returns how long that took by the clock of the test.
-async fn read(origin: &Origin, blob: &Planned, range: Range<u64>) -> Duration {
+async fn read(origin: &Origin, blob: &PlannedBlob, range: Range<u64>) -> Duration {
     let start = tokio::time::Instant::now();
     let stream = origin.read(range.clone()).await.unwrap();
     let chunks: Vec<Bytes> = stream.try_collect().await.unwrap();
@@ -136,8 +136,8 @@ async fn read(origin: &Origin, blob: &Planned, range: Range<u64>) -> Duration {
 #[tokio::test]
 async fn what_comes_well_is_asked_for_once() {
     // One request is enough even if it takes a while: 50 kB in each tenth of a second.
-    for answer in [Answer::Good, Answer::Slow(50_000)] {
-        let blob = Planned::new(&[answer]);
+    for answer in [BlobAnswer::Good, BlobAnswer::Slow(50_000)] {
+        let blob = PlannedBlob::new(&[answer]);
         let origin = origin(&blob);
         read(&origin, &blob, 5..SIZE as u64).await;
         assert_eq!(blob.asked(), [(5..SIZE as u64, false)]);
@@ -148,12 +148,12 @@ async fn what_comes_well_is_asked_for_once() {
 #[tokio::test]
 async fn what_stalls_comes_over_another_connection() {
     for answer in [
-        Answer::Stalls(30_000),
-        Answer::Stalls(0),
-        Answer::Silent,
-        Answer::Slow(100),
+        BlobAnswer::Stalls(30_000),
+        BlobAnswer::Stalls(0),
+        BlobAnswer::Silent,
+        BlobAnswer::Slow(100),
     ] {
-        let blob = Planned::new(&[answer, Answer::Good]);
+        let blob = PlannedBlob::new(&[answer, BlobAnswer::Good]);
         let origin = origin(&blob);
         let took = read(&origin, &blob, 1_000..SIZE as u64).await;
         assert!(took < Duration::from_secs(3), "{answer:?}: {took:?}");
@@ -172,12 +172,12 @@ async fn what_stalls_comes_over_another_connection() {
 
 #[tokio::test]
 async fn a_second_connection_that_stalls_too_is_replaced() {
-    let blob = Planned::new(&[Answer::Stalls(10_000), Answer::Stalls(100_000), Answer::Good]);
+    let blob = PlannedBlob::new(&[BlobAnswer::Stalls(10_000), BlobAnswer::Stalls(100_000), BlobAnswer::Good]);
     let origin = origin(&blob);
     read(&origin, &blob, 0..SIZE as u64).await;
     assert_eq!(blob.asked().last().unwrap().0.start, 110_000);
     // A second connection that brings almost nothing is no better than the first, and the next attempt comes later.
-    let blob = Planned::new(&[Answer::Stalls(10_000), Answer::Slow(50), Answer::Good]);
+    let blob = PlannedBlob::new(&[BlobAnswer::Stalls(10_000), BlobAnswer::Slow(50), BlobAnswer::Good]);
     let origin = self::origin(&blob);
     read(&origin, &blob, 0..SIZE as u64).await;
     assert_eq!(blob.asked().len(), 3);
@@ -185,8 +185,8 @@ async fn a_second_connection_that_stalls_too_is_replaced() {
 
 #[tokio::test]
 async fn a_second_request_that_is_slower_or_fails_hurts_nobody() {
-    for second in [Answer::Silent, Answer::Fails, Answer::Slow(10)] {
-        let blob = Planned::new(&[Answer::Slow(1_000), second]);
+    for second in [BlobAnswer::Silent, BlobAnswer::Fails, BlobAnswer::Slow(10)] {
+        let blob = PlannedBlob::new(&[BlobAnswer::Slow(1_000), second]);
         let origin = origin(&blob);
         let end = 20_000;
         read(&origin, &blob, 0..end).await;
@@ -197,13 +197,13 @@ async fn a_second_request_that_is_slower_or_fails_hurts_nobody() {
 
 #[tokio::test]
 async fn the_error_of_the_last_request_is_the_error() {
-    let blob = Planned::new(&[Answer::Fails]);
+    let blob = PlannedBlob::new(&[BlobAnswer::Fails]);
     assert!(origin(&blob).read(0..10).await.is_err());
 }
 
 #[tokio::test]
 async fn a_patient_reading_asks_until_it_has_the_bytes() {
-    let blob = Planned::new(&[Answer::Fails, Answer::Fails, Answer::Fails, Answer::Good]);
+    let blob = PlannedBlob::new(&[BlobAnswer::Fails, BlobAnswer::Fails, BlobAnswer::Fails, BlobAnswer::Good]);
     let origin = Origin {
         patient: true,
         ..origin(&blob)
@@ -217,7 +217,7 @@ async fn a_patient_reading_asks_until_it_has_the_bytes() {
 
 #[tokio::test]
 async fn nothing_is_asked_twice_of_a_server_that_wants_to_be_left_alone() {
-    let blob = Planned::new(&[Answer::Silent, Answer::Good]);
+    let blob = PlannedBlob::new(&[BlobAnswer::Silent, BlobAnswer::Good]);
     blob.link.lock().unwrap().resting = true;
     let origin = origin(&blob);
     let waiting = tokio::time::timeout(Duration::from_millis(2_500), origin.read(0..10));

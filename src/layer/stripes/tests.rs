@@ -30,9 +30,9 @@ struct Far {
     most: Arc<AtomicUsize>,
 }
 
-struct Opened(Arc<AtomicUsize>);
+struct OpenedCount(Arc<AtomicUsize>);
 
-impl Drop for Opened {
+impl Drop for OpenedCount {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
@@ -69,7 +69,7 @@ impl BlobSource for Far {
                 what: "it".into(),
             });
         }
-        let opened = Opened(self.open.clone());
+        let opened = OpenedCount(self.open.clone());
         let now = self.open.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         let bytes = self.bytes.slice(range.start as usize..range.end as usize);

@@ -10,7 +10,7 @@ impl Mount {
             Some(image) => image.status(),
             None => self.preparation.status(),
         };
-        let record = &self.attached.record;
+        let record = &self.attachment.attached().record;
         let size: u64 = layers.iter().map(|l| l.size).sum();
         let fetched: u64 = layers.iter().map(|l| l.fetched).sum();
         let link = self.image.as_ref().and_then(|image| image.link());

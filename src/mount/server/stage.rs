@@ -1,20 +1,14 @@
 //! The transition from an image that is being prepared to one that is served, or that failed.
 
-use std::io;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
-
-use tokio::runtime::Handle;
-use tokio::sync::mpsc;
 
 use super::Mount;
 use crate::content::Content;
 use crate::fs::{FsError, ImageFs};
-use crate::fuse::{self, Stage};
+use crate::fuse::Stage;
 use crate::image::{Image, ImageError};
-use crate::mount::error::{MountError, system};
-use crate::task::TaskError;
+use crate::mount::error::MountError;
 
 impl Mount {
     /// Checks whether the preparation of the image makes progress, and tells the waiting requests if that has
@@ -40,7 +34,7 @@ impl Mount {
         }
         tracing::warn!(%error, "operations fail until something does");
         self.served.set(Stage::Failing(Arc::new(error)));
-        Ok(self.session.is_some())
+        Ok(!self.attachment.is_served())
     }
 
     /// Makes the image available to requests. If the preparation failed, requests get its error instead. Fails with
@@ -68,24 +62,6 @@ impl Mount {
             }
         };
         self.served.set(stage);
-        Ok(())
-    }
-
-    /// Starts the session, which takes requests from the kernel. Does nothing if the session was started before.
-    /// Sends the result of the session to `ended`.
-    pub(super) fn start_session(&mut self, ended: &mpsc::Sender<io::Result<()>>) -> Result<(), MountError> {
-        let Some(fuse) = self.session.take() else { return Ok(()) };
-        let (access, runtime) = (self.config.options.access(), Handle::current());
-        let (served, ended) = (self.served.clone(), ended.clone());
-        let serve = move || {
-            let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, served, runtime));
-            let result = std::panic::catch_unwind(serving);
-            let result = result.unwrap_or_else(|payload| Err(io::Error::other(TaskError::panicked(&*payload))));
-            // If the process is going down, the receiver is gone.
-            let _ = ended.blocking_send(result);
-        };
-        let thread = std::thread::Builder::new().name("fuse".to_owned());
-        thread.spawn(serve).map_err(system("start the FUSE session"))?;
         Ok(())
     }
 }

@@ -34,7 +34,7 @@ const MAX_PART_HEAD: usize = 8 << 10;
 
 /// Where the bytes of a response lie in the blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum BodyPlace {
     /// The response holds `skip` unwanted bytes, then `take` requested ones. `proven` is whether its headers prove
     /// the place.
     Part { skip: u64, take: u64, proven: bool },
@@ -46,9 +46,9 @@ pub(super) enum Place {
 
 /// Finds where the bytes of a response lie in the blob. The response belongs to a request for `wanted` of a blob of
 /// `size` bytes. `label` is its `Content-Range`. `length` is the number of its bytes, if stated.
-pub(super) fn place(label: Option<ContentRange>, length: Option<u64>, wanted: &Range<u64>, size: u64) -> Place {
+pub(super) fn place(label: Option<ContentRange>, length: Option<u64>, wanted: &Range<u64>, size: u64) -> BodyPlace {
     let asked = wanted.end - wanted.start;
-    let unproven = |take| Place::Part {
+    let unproven = |take| BodyPlace::Part {
         skip: 0,
         take,
         proven: false,
@@ -59,25 +59,25 @@ pub(super) fn place(label: Option<ContentRange>, length: Option<u64>, wanted: &R
         {
             let skip = wanted.start.checked_sub(range.start).filter(|skip| *skip <= MAX_SKIP);
             match skip {
-                Some(skip) if range.end > wanted.start => Place::Part {
+                Some(skip) if range.end > wanted.start => BodyPlace::Part {
                     skip,
                     take: range.end.min(wanted.end) - wanted.start,
                     proven: total.is_none_or(|total| total == size),
                 },
-                _ => Place::Elsewhere,
+                _ => BodyPlace::Elsewhere,
             }
         }
         (_, Some(length)) if length == asked => unproven(asked),
-        (Some(_), _) => Place::Elsewhere,
-        (None, Some(length)) if length == size => Place::Whole,
-        (None, Some(length)) if length > asked || length == 0 => Place::Elsewhere,
+        (Some(_), _) => BodyPlace::Elsewhere,
+        (None, Some(length)) if length == size => BodyPlace::Whole,
+        (None, Some(length)) if length > asked || length == 0 => BodyPlace::Elsewhere,
         (None, length) => unproven(length.unwrap_or(asked)),
     }
 }
 
 /// The body of a response. A look at its beginning does not consume it.
 #[derive(Debug)]
-pub(super) struct Content {
+pub(super) struct ResponseContent {
     reply: Reply,
     /// Bytes received and not yet given out.
     ready: Bytes,
@@ -85,7 +85,7 @@ pub(super) struct Content {
     decoder: Option<Decoder>,
 }
 
-impl Content {
+impl ResponseContent {
     pub(super) fn new(reply: Reply) -> Self {
         Self {
             reply,
@@ -251,7 +251,7 @@ mod tests {
     fn places() {
         // The request asks for 100..200 of 1000 bytes.
         let at = |label: &str, length: Option<u64>| place(ContentRange::parse(label), length, &(100..200), 1000);
-        let part = |skip, take, proven| Place::Part { skip, take, proven };
+        let part = |skip, take, proven| BodyPlace::Part { skip, take, proven };
         for (label, length, want) in [
             ("bytes 100-199/1000", Some(100), part(0, 100, true)),
             ("bytes 100-199/*", Some(100), part(0, 100, true)),
@@ -263,20 +263,20 @@ mod tests {
             ("bytes 0-999/1000", Some(1000), part(100, 100, true)),
             ("bytes 100-199/999", Some(100), part(0, 100, false)),
             // Other bytes.
-            ("bytes 0-99/1000", Some(100), Place::Elsewhere),
-            ("bytes 101-200/1000", Some(100), Place::Elsewhere),
-            ("bytes 0-99/1000", None, Place::Elsewhere),
+            ("bytes 0-99/1000", Some(100), BodyPlace::Elsewhere),
+            ("bytes 101-200/1000", Some(100), BodyPlace::Elsewhere),
+            ("bytes 0-99/1000", None, BodyPlace::Elsewhere),
             // Labels that contradict the length, are invalid or are missing.
             ("bytes 100-200/1000", Some(100), part(0, 100, false)),
             ("bytes=100-199/1000", Some(100), part(0, 100, false)),
             ("", Some(100), part(0, 100, false)),
             ("", Some(40), part(0, 40, false)),
-            ("", Some(1000), Place::Whole),
-            ("", Some(101), Place::Elsewhere),
-            ("", Some(0), Place::Elsewhere),
+            ("", Some(1000), BodyPlace::Whole),
+            ("", Some(101), BodyPlace::Elsewhere),
+            ("", Some(0), BodyPlace::Elsewhere),
             ("", None, part(0, 100, false)),
-            ("bytes 100-200/1000", Some(102), Place::Elsewhere),
-            ("bytes */1000", Some(5), Place::Elsewhere),
+            ("bytes 100-200/1000", Some(102), BodyPlace::Elsewhere),
+            ("bytes */1000", Some(5), BodyPlace::Elsewhere),
         ] {
             assert_eq!(at(label, length), want, "{label} {length:?}");
         }
@@ -286,7 +286,7 @@ mod tests {
             &(2 << 20..3 << 20),
             10_000_000,
         );
-        assert_eq!(far, Place::Elsewhere, "too much to receive for nothing");
+        assert_eq!(far, BodyPlace::Elsewhere, "too much to receive for nothing");
     }
 
     #[test]
@@ -316,7 +316,7 @@ mod tests {
             asked in 1u64..100,
         ) {
             let wanted = start..start + asked;
-            if let Place::Part { take, skip, .. } = place(ContentRange::parse(&label), length, &wanted, 1000) {
+            if let BodyPlace::Part { take, skip, .. } = place(ContentRange::parse(&label), length, &wanted, 1000) {
                 prop_assert!((1..=asked).contains(&take));
                 prop_assert!(skip <= MAX_SKIP);
                 prop_assert!(length.is_none_or(|length| skip + take <= length));

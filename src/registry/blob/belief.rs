@@ -15,10 +15,10 @@ const NO_RANGES_AT_FIRST: Duration = Duration::from_secs(5);
 const NO_RANGES_AT_MOST: Duration = Duration::from_secs(300);
 
 #[derive(Debug, Default)]
-pub(super) struct Belief(Mutex<State>);
+pub(super) struct Belief(Mutex<BeliefState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct BeliefState {
     no_ranges: Option<NoRanges>,
     /// A part arrived whose headers did not prove that it is the requested one.
     unproven_part: bool,
@@ -111,7 +111,7 @@ impl Belief {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, BeliefState> {
         self.0.lock().expect("no panic while locked")
     }
 }

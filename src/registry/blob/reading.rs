@@ -8,14 +8,14 @@ use bytes::{Buf as _, Bytes};
 use futures::stream::{self, StreamExt as _};
 
 use super::Core;
-use super::answer::Content;
+use super::answer::ResponseContent;
 use crate::blob::retry::Retry;
 use crate::blob::{BlobError, ByteStream};
 
 /// A run of blob bytes that one response delivers.
 #[derive(Debug)]
 pub(super) struct Body {
-    content: Content,
+    content: ResponseContent,
     skip: u64,
     left: u64,
     /// Whether the client guessed how to read the response. An early end may then mean that the guess was wrong.
@@ -159,7 +159,7 @@ impl Reading {
 
 impl Body {
     /// Makes a body that discards `skip` bytes and then delivers `left` bytes.
-    pub(super) fn new(content: Content, skip: u64, left: u64) -> Self {
+    pub(super) fn new(content: ResponseContent, skip: u64, left: u64) -> Self {
         Self {
             content,
             skip,

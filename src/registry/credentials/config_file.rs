@@ -24,7 +24,7 @@ pub enum AuthFileError {
     },
     /// An entry has a field of a wrong type.
     #[error("the entry for {key} is not one of a credential file")]
-    Entry {
+    AuthEntry {
         /// Key of the entry.
         key: String,
     },
@@ -38,7 +38,7 @@ pub enum AuthFileError {
 
 /// What a credential file holds for a repository.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum FoundCredentials {
     /// The file holds the credential itself.
     Credential(Credential),
     /// The file names a helper program that has to be asked.
@@ -59,17 +59,17 @@ pub enum Found {
 #[serde(rename_all = "camelCase")]
 pub struct AuthFile {
     #[serde(default, deserialize_with = "null_as_default")]
-    auths: Keyed<Slot<Entry>>,
+    auths: Keyed<KeyValue<AuthEntry>>,
     #[serde(default)]
     creds_store: Option<String>,
     #[serde(default, deserialize_with = "null_as_default")]
-    cred_helpers: Keyed<Slot<String>>,
+    cred_helpers: Keyed<KeyValue<String>>,
 }
 
 /// The value of a key. A value of a wrong type leaves the other entries of the file valid.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Slot<T> {
+enum KeyValue<T> {
     Null,
     Value(T),
     Odd(IgnoredAny),
@@ -85,27 +85,27 @@ where
 }
 
 #[derive(Debug, Default, Deserialize)]
-struct Entry {
+struct AuthEntry {
     #[serde(default)]
-    auth: Option<Text>,
+    auth: Option<Secret>,
     #[serde(default)]
     username: Option<String>,
     #[serde(default)]
-    password: Option<Text>,
+    password: Option<Secret>,
     #[serde(default)]
-    identitytoken: Option<Text>,
+    identitytoken: Option<Secret>,
     #[serde(default)]
-    registrytoken: Option<Text>,
+    registrytoken: Option<Secret>,
 }
 
 /// A secret during parsing. `Debug` does not print it.
 #[derive(Deserialize)]
 #[serde(transparent)]
-struct Text(String);
+struct Secret(String);
 
-impl std::fmt::Debug for Text {
+impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Text(..)")
+        f.write_str("Secret(..)")
     }
 }
 
@@ -133,26 +133,26 @@ impl AuthFile {
     }
 
     /// Looks up a repository of a registry.
-    pub fn find(&self, registry: &str, repository: &str) -> Result<Found, AuthFileError> {
+    pub fn find(&self, registry: &str, repository: &str) -> Result<FoundCredentials, AuthFileError> {
         let own = self.entry(registry, repository);
         let aliases = aliases(registry);
         let of_host = aliases.iter().flat_map(|alias| of_host(&self.cred_helpers, alias));
         let helper = of_host
             .filter_map(|(_, slot)| match slot {
-                Slot::Value(name) => Some(name),
-                Slot::Null | Slot::Odd(_) => None,
+                KeyValue::Value(name) => Some(name),
+                KeyValue::Null | KeyValue::Odd(_) => None,
             })
             .next()
             .or(self.creds_store.as_ref())
             .filter(|name| !name.is_empty());
         if let Some(name) = helper {
-            return Ok(Found::Helper {
+            return Ok(FoundCredentials::Helper {
                 name: name.clone(),
                 key: helper_key(registry).to_owned(),
                 otherwise: own.ok().flatten(),
             });
         }
-        Ok(own?.map_or(Found::Nothing, Found::Credential))
+        Ok(own?.map_or(FoundCredentials::Nothing, FoundCredentials::Credential))
     }
 
     fn entry(&self, registry: &str, repository: &str) -> Result<Option<Credential>, AuthFileError> {
@@ -189,14 +189,14 @@ fn of_host<'a, T>(keyed: &'a Keyed<T>, host: &'a str) -> impl Iterator<Item = (&
 /// Returns the first credential of some entries that mean the same. Skips entries without a credential. Returns the
 /// error of the first broken entry only if no entry has a credential.
 fn first_credential<'a>(
-    entries: impl Iterator<Item = (&'a String, &'a Slot<Entry>)>,
+    entries: impl Iterator<Item = (&'a String, &'a KeyValue<AuthEntry>)>,
 ) -> Result<Option<Credential>, AuthFileError> {
     let mut broken = None;
     for (key, slot) in entries {
         let credential = match slot {
-            Slot::Null => Ok(None),
-            Slot::Value(entry) => entry.credential(key),
-            Slot::Odd(_) => Err(AuthFileError::Entry { key: key.clone() }),
+            KeyValue::Null => Ok(None),
+            KeyValue::Value(entry) => entry.credential(key),
+            KeyValue::Odd(_) => Err(AuthFileError::AuthEntry { key: key.clone() }),
         };
         match credential {
             Ok(Some(credential)) => return Ok(Some(credential)),
@@ -207,10 +207,10 @@ fn first_credential<'a>(
     broken.map_or(Ok(None), Err)
 }
 
-impl Entry {
+impl AuthEntry {
     /// Returns `None` for an empty entry. An empty entry only marks that a credential store has a login for the host.
     fn credential(&self, key: &str) -> Result<Option<Credential>, AuthFileError> {
-        let some = |text: &Option<Text>| text.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty());
+        let some = |text: &Option<Secret>| text.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty());
         if let Some(token) = some(&self.registrytoken) {
             return Ok(Some(Credential::RegistryToken(Secret::new(token))));
         }
@@ -265,8 +265,8 @@ mod tests {
             .find(registry, repository)
             .unwrap()
         {
-            Found::Credential(Credential::Basic { username, .. }) => Some(username),
-            Found::Nothing => None,
+            FoundCredentials::Credential(Credential::Basic { username, .. }) => Some(username),
+            FoundCredentials::Nothing => None,
             other => panic!("{other:?}"),
         }
     }
@@ -347,7 +347,7 @@ mod tests {
         for nothing in ["null", "{}", r#"{"other":null}"#] {
             let json = format!(r#"{{"auths":{nothing},"credHelpers":{nothing},"credsStore":null}}"#);
             let file = AuthFile::parse(json.as_bytes()).unwrap();
-            assert_eq!(file.find("r.lan", "a").unwrap(), Found::Nothing);
+            assert_eq!(file.find("r.lan", "a").unwrap(), FoundCredentials::Nothing);
         }
         let json = r#"{"auths":{
             "r.lan":{"username":"u","password":"p"},
@@ -377,7 +377,7 @@ mod tests {
         };
         let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
         let basic = |user: &str, password: &str| {
-            Found::Credential(Credential::Basic {
+            FoundCredentials::Credential(Credential::Basic {
                 username: user.into(),
                 password: Secret::new(password),
             })
@@ -387,10 +387,10 @@ mod tests {
         assert_eq!(auth("u:p\0\0").unwrap(), basic("u", "p"));
         let unpadded = encode("u:pw").trim_end_matches('=').to_owned();
         assert_eq!(find(&format!(r#"{{"auth":"{unpadded}"}}"#)).unwrap(), basic("u", "pw"));
-        let identity = Found::Credential(Credential::IdentityToken(Secret::new("t")));
+        let identity = FoundCredentials::Credential(Credential::IdentityToken(Secret::new("t")));
         assert_eq!(auth("<token>:t").unwrap(), identity);
         assert_eq!(find(r#"{"auth":"eDp5","identitytoken":"t"}"#).unwrap(), identity);
-        let registry = Found::Credential(Credential::RegistryToken(Secret::new("r")));
+        let registry = FoundCredentials::Credential(Credential::RegistryToken(Secret::new("r")));
         assert_eq!(find(r#"{"registrytoken":"r"}"#).unwrap(), registry);
         assert!(matches!(auth("no colon"), Err(AuthFileError::Auth { .. })));
         assert!(find(r#"{"auth":"%%%"}"#).is_err());
@@ -401,7 +401,7 @@ mod tests {
         let json = r#"{"auths":{"b":{"username":"u","password":"p"}},"credsStore":"store","credHelpers":{"a":"ecr-login","docker.io":"hub"}}"#;
         let file = AuthFile::parse(json.as_bytes()).unwrap();
         let helper = |registry: &str| match file.find(registry, "x").unwrap() {
-            Found::Helper { name, key, otherwise } => (name, key, otherwise.is_some()),
+            FoundCredentials::Helper { name, key, otherwise } => (name, key, otherwise.is_some()),
             other => panic!("{other:?}"),
         };
         assert_eq!(helper("a"), ("ecr-login".into(), "a".into(), false));
@@ -420,7 +420,7 @@ mod tests {
             AuthFile::parse(br#"{"auths":{"h":{"username":"u","password":"hunter2","auth":"hunter2"}}}"#).unwrap();
         assert!(!format!("{file:?}").contains("hunter2"));
         let other = AuthFile::parse(br#"{"HttpHeaders":{"X":"y"},"psFormat":"z"}"#).unwrap();
-        assert_eq!(other.find("HttpHeaders", "a").unwrap(), Found::Nothing);
+        assert_eq!(other.find("HttpHeaders", "a").unwrap(), FoundCredentials::Nothing);
     }
 
     proptest! {

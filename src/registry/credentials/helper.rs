@@ -38,12 +38,12 @@ pub(super) enum HelperError {
     },
     /// The output is not the JSON of the protocol. The error does not show the output, which may hold the secret.
     #[error("the answer is not the JSON of the helper protocol")]
-    Answer,
+    HelperAnswer,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Answer {
+struct HelperAnswer {
     #[serde(default)]
     username: String,
     #[serde(default)]
@@ -94,7 +94,7 @@ async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperErr
             message: format!("{status}: {}", line.chars().take(200).collect::<String>()),
         });
     }
-    let answer: Answer = serde_json::from_slice(&text).map_err(|_| HelperError::Answer)?;
+    let answer: HelperAnswer = serde_json::from_slice(&text).map_err(|_| HelperError::HelperAnswer)?;
     if answer.username.is_empty() && answer.secret.is_empty() {
         return Ok(None);
     }
@@ -129,7 +129,7 @@ mod tests {
         assert!(matches!(script(none, "h").await, Ok(None)));
         let refused = script("echo session expired; exit 3", "h").await.unwrap_err();
         assert!(refused.to_string().contains("session expired"), "{refused}");
-        assert!(matches!(script("echo hello", "h").await, Err(HelperError::Answer)));
+        assert!(matches!(script("echo hello", "h").await, Err(HelperError::HelperAnswer)));
     }
 
     #[tokio::test]

@@ -186,7 +186,7 @@ impl SupportedKxGroup for P521 {
         let failed = |_| Error::FailedToGetRandomBytes;
         let private = agreement::PrivateKey::generate(&agreement::ECDH_P521).map_err(failed)?;
         let public = private.compute_public_key().map_err(failed)?;
-        Ok(Box::new(Exchange { private, public }))
+        Ok(Box::new(SecpExchange { private, public }))
     }
 
     fn ffdhe_group(&self) -> Option<FfdheGroup<'static>> {
@@ -198,12 +198,12 @@ impl SupportedKxGroup for P521 {
     }
 }
 
-struct Exchange {
+struct SecpExchange {
     private: agreement::PrivateKey,
     public: agreement::PublicKey,
 }
 
-impl ActiveKeyExchange for Exchange {
+impl ActiveKeyExchange for SecpExchange {
     fn complete(self: Box<Self>, peer: &[u8]) -> Result<SharedSecret, Error> {
         let invalid = Error::PeerMisbehaved(PeerMisbehaved::InvalidKeyShare);
         // TLS allows uncompressed points only (RFC 8446 section 4.2.8.2).

@@ -54,20 +54,20 @@ impl PackedToc {
     }
 
     /// Returns a reader of the entries, in archive order.
-    pub fn entries(&self) -> Result<Entries<'_>, TocError> {
+    pub fn entries(&self) -> Result<TocEntries<'_>, TocError> {
         let limits = Limits::default();
         let counts = [12, 16, 20].map(|at| self.count(at));
         if counts.iter().any(|&count| count as usize > limits.entries) || self.device_size() > limits.device_size {
             return Err(corrupt("it is larger than any layer may be"));
         }
         let no_zstd = |_| corrupt("its body is no zstd frame");
-        let mut zstd = zstd::Decoder::with_buffer(&self.body[..])
+        let mut zstd = zstd::TocDecoder::with_buffer(&self.body[..])
             .map_err(no_zstd)?
             .single_frame();
         zstd.window_log_max(WINDOW_LOG_MAX).map_err(no_zstd)?;
         let unfolded = zstd.take(RATIO_MAX.saturating_mul(self.body.len() as u64));
-        Ok(Entries {
-            decoder: Decoder::new(BufReader::with_capacity(BUFFER, unfolded), self.device_size()),
+        Ok(TocEntries {
+            decoder: TocDecoder::new(BufReader::with_capacity(BUFFER, unfolded), self.device_size()),
             left: counts[0],
         })
     }
@@ -121,23 +121,23 @@ fn corrupt(reason: &'static str) -> TocError {
 }
 
 type Decoded<T> = Result<T, &'static str>;
-type Unfolded<'a> = BufReader<Take<zstd::Decoder<'a, &'a [u8]>>>;
+type Unfolded<'a> = BufReader<Take<zstd::TocDecoder<'a, &'a [u8]>>>;
 
 /// Reads the entries of a [`PackedToc`]; made by [`PackedToc::entries`].
-pub struct Entries<'a> {
-    decoder: Decoder<Unfolded<'a>>,
+pub struct TocEntries<'a> {
+    decoder: TocDecoder<Unfolded<'a>>,
     left: u32,
 }
 
-impl fmt::Debug for Entries<'_> {
+impl fmt::Debug for TocEntries<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entries")
+        f.debug_struct("TocEntries")
             .field("left", &self.left)
             .finish_non_exhaustive()
     }
 }
 
-/// An entry as [`Entries`] reads it.
+/// An entry as [`TocEntries`] reads it.
 #[derive(Debug)]
 pub struct PackedEntry<'a> {
     /// See [`TocEntry::path`].
@@ -150,7 +150,7 @@ pub struct PackedEntry<'a> {
     pub xattrs: &'a [AttributeRef],
 }
 
-/// An extended attribute as [`Entries`] reads it.
+/// An extended attribute as [`TocEntries`] reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AttributeRef {
     /// An attribute that occurred before. The first new attribute of the table has number 0, the next new one 1, and
@@ -160,7 +160,7 @@ pub enum AttributeRef {
     New(Attribute),
 }
 
-impl Entries<'_> {
+impl TocEntries<'_> {
     /// Returns the next entry, or `None` after the last one.
     #[allow(clippy::should_implement_trait)] // It lends.
     pub fn next(&mut self) -> Result<Option<PackedEntry<'_>>, TocError> {
@@ -204,7 +204,7 @@ struct Known {
 }
 
 #[derive(Debug)]
-pub(super) struct Decoder<R> {
+pub(super) struct TocDecoder<R> {
     input: R,
     path: Vec<u8>,
     device: u64,
@@ -218,7 +218,7 @@ pub(super) struct Decoder<R> {
 
 const CUT: &str = "its body is cut short or no zstd frame";
 
-impl<R: BufRead> Decoder<R> {
+impl<R: BufRead> TocDecoder<R> {
     pub fn new(input: R, device_size: u64) -> Self {
         Self {
             input,

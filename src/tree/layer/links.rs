@@ -5,14 +5,14 @@
 
 use std::collections::HashSet;
 
-use super::{Hide, Upper};
+use super::{Hide, UpperTree};
 use crate::toc::{AttributeId, Metadata, PackedEntry, chmod_acl};
 use crate::tree::TreeError;
 use crate::tree::arena::{Arena, Id, Kind, NONE, SetId, WHITEOUT};
 
 /// A hard link entry and the inode it is bound to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Link {
+pub(super) struct HardLink {
     /// Number of the link's entry.
     entry: u32,
     /// Number of the link's name.
@@ -23,7 +23,7 @@ pub(super) struct Link {
     xattrs: SetId,
 }
 
-impl Upper<'_> {
+impl UpperTree<'_> {
     /// Binds an entry's name to the target of its hard link, or to a pending inode if the target is unknown so far.
     pub(super) fn hardlink(&mut self, number: u32, entry: &PackedEntry<'_>, target: &[u8]) -> Result<(), TreeError> {
         let xattrs = self.set(entry.path)?;
@@ -38,14 +38,14 @@ impl Upper<'_> {
         };
         let dir = self.parent(number, entry)?;
         let dirent = self.bind(dir, id, entry.path)?;
-        self.links.push(Link {
+        self.links.push(HardLink {
             entry: number,
             dirent,
             id,
             meta: entry.meta,
             xattrs,
         });
-        self.cover(size_of::<Link>(), entry.path)
+        self.cover(size_of::<HardLink>(), entry.path)
     }
 
     /// Returns what the hard link target `target` names in lower layers. `path` is the target without symlinks of
@@ -67,7 +67,7 @@ impl Upper<'_> {
     fn bind_links(&mut self, lower: Id, hides: &[Hide]) -> Result<(), TreeError> {
         let mut deleted = None;
         for link in 0..self.links.len() {
-            let Link { entry, id, .. } = self.links[link];
+            let HardLink { entry, id, .. } = self.links[link];
             let Kind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
                 continue;
             };
@@ -102,7 +102,7 @@ impl Upper<'_> {
         // all its links are applied.
         let mut changed: Vec<(Id, u32)> = Vec::new();
         for link in 0..self.links.len() {
-            let Link {
+            let HardLink {
                 entry,
                 dirent,
                 id,
@@ -136,7 +136,7 @@ impl Upper<'_> {
             let (id, _) = links[0];
             let mut set = self.arena.set(self.arena.get(id).xattrs).to_vec();
             for &(_, link) in links {
-                let Link { meta, xattrs, .. } = self.links[link as usize];
+                let HardLink { meta, xattrs, .. } = self.links[link as usize];
                 chmod(self.arena, &mut set, meta.mode);
                 set_xattrs(self.arena, &mut set, xattrs);
                 // chmod may make new values of access control lists, which take memory.
