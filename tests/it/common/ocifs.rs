@@ -351,6 +351,19 @@ impl Mounted {
         status
     }
 
+    /// Waits until the mount is in this state, at most for [`PATIENCE`].
+    pub fn reaches(&self, state: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status();
+            if status["state"] == state {
+                return;
+            }
+            assert!(Instant::now() < deadline, "never {state}: {status}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn umount(&self, options: &[&str]) -> Said {
         bounded(program(&self.home).arg("umount").args(options).arg(self.path()))
     }
