@@ -3,8 +3,8 @@
 //! Metadata comes straight from the mapped tree and never waits. A read either is answered at once or turns into a future
 //! that fetches. Nothing here knows FUSE; errno is chosen in [`error`] and nowhere else.
 //!
-//! Inode numbers are the EROFS nids of the tree, so they are the same on every host and after every remount, and there is no
-//! lookup count to keep.
+//! Inode numbers are the EROFS nids of the tree. An inode has one number on every host and after every remount, and
+//! no lookup count is needed.
 
 mod asked;
 pub mod error;

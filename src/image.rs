@@ -1,8 +1,8 @@
 //! An image opened for reading: its merged tree and its layers.
 //!
-//! [`Preparation`] is what is known once manifest and config are here: enough to mount. [`Preparation::finish`] then opens all
-//! layers side by side (from the store, or by streaming each once) and merges their tables into the tree, unless the store
-//! has the tree of this very manifest.
+//! A [`Preparation`] knows manifest and config, which is enough to mount. [`Preparation::finish`] opens all layers
+//! side by side, from the store or by streaming each once. Then `finish` merges their tables into the tree, unless
+//! the store has the tree of this manifest.
 //!
 //! Invariants: manifest and config are verified; a layer in use was verified against its digest and diffID, here or by the
 //! process that put its index into the store; the tree is made from such layers only.

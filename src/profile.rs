@@ -2,8 +2,8 @@
 //!
 //! A [`Recorder`] listens to the first seconds of a mount and notes which blocks of which layer's tar were read, in order. A
 //! [`Profile`] is what several such runs have in common, kept for an image manifest under a [`Label`]: one image starts
-//! different programs. It speaks of tars and not of blobs, spans or files, so it is as good for the same layers in another
-//! image, compressed or indexed in another way, on another machine.
+//! different programs. Its positions are offsets in the layers' tars. A profile is therefore as good for the same layers in
+//! another image or on another machine, compressed or indexed in another way.
 //!
 //! It is a hint. A wrong one costs bandwidth that nobody else wanted, never a wrong byte; so files from elsewhere are checked
 //! only for what could do harm: sizes.
@@ -14,12 +14,14 @@
 //!  "layers": [{"digest": "sha256:…", "diff_id": "sha256:…"}],
 //!  "ranges": [[0, 1048576, 65536, 12, 4]]}
 //! ```
-//! A range is: position in `layers`, offset and length in that layer's tar (bytes, multiples of [`BLOCK`]), milliseconds from
-//! the mount being ready to the first read of it, and its score. Ranges are in the order of their first reads.
+//! A range has five numbers. The first is the position of its layer in `layers`. Offset and length in that layer's tar
+//! follow (bytes, multiples of [`BLOCK`]). The fourth number is the milliseconds from the mount being ready to the first
+//! read of the range. The last is its score. Ranges are in the order of their first reads.
 //!
 //! # Several runs
-//! A block read for the first time scores [`FIRST_SCORE`], each later run that reads it adds one, up to [`BEST_SCORE`], each that
-//! does not takes one away, and at zero it is forgotten. The order is that of the last run; what that did not read follows.
+//! A block that is read for the first time scores [`FIRST_SCORE`]. Each later run that reads the block adds one, up
+//! to [`BEST_SCORE`]. Each run that does not read it takes one away, and at zero the block is forgotten. The order is
+//! that of the last run. The blocks that the last run did not read follow.
 
 mod format;
 mod recorder;
@@ -158,8 +160,8 @@ impl Profile {
         self.runs = self.runs.saturating_add(1);
     }
 
-    /// Takes over what another profile knows: all of it if that one is about the same layers, else what it says of those that
-    /// this one has too, as if one earlier run had read it.
+    /// Takes over what another profile knows. If both are about the same layers, takes over everything. Otherwise
+    /// takes over what the other profile says about shared layers, as if one earlier run had read it.
     pub fn adopt(&mut self, other: &Self) {
         let diff_ids = |profile: &Self| profile.layers.iter().map(|l| l.diff_id.clone()).collect::<Vec<_>>();
         if diff_ids(self) == diff_ids(other) {

@@ -6,8 +6,8 @@ use crate::toc::DEVICE_BLOCK;
 
 static ZEROS: [u8; DEVICE_BLOCK as usize] = [0; DEVICE_BLOCK as usize];
 
-/// The value from which the checksums of a layer start. It depends on the layer and on the place of the fragment, so the check
-/// also fails for the device of another layer in the place of this one, and for bytes that belong to another place.
+/// The value from which all checksums of a layer start. [`Seed::start`] adds the place of the fragment to it. A check
+/// therefore also fails for another layer's device in the place of this one, and for bytes of another place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Seed(u32);
 

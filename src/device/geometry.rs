@@ -1,7 +1,8 @@
 //! Where the spans of a layer lie in its data device, and which bytes share a checksum.
 //!
-//! A span has the device addresses from its *head*, the address of the first content byte at or behind its start in the tar, up
-//! to the head of the next span. Heads ascend; a span without content has the head of the one behind it.
+//! The *head* of a span is the device address of the first byte of content at or behind its start in the tar. A span
+//! has the device addresses from its head up to the head of the next span. Heads ascend. A span without content has the
+//! head of the span behind it.
 //!
 //! The unit of checking is the *fragment*: a block of 4096 bytes, cut wherever a head lies inside it. So a fragment has content
 //! of one span only, and a span can be checked before its neighbours are there. A fragment's checksum is that of a block if it

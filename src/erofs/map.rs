@@ -4,8 +4,9 @@ use crate::erofs::format::{BLOCK, Layout, NULL_BLOCK, u32_at};
 use crate::erofs::{ErofsError, FileType, Inode, Nid, Reader};
 use crate::tree::LayerIdx;
 
-/// Most chunks looked at in one [`Reader::map`]: with the smallest chunks as much as one FUSE read can ask for (1 MiB), and never
-/// so many that reading a sparse file piece by piece becomes quadratic.
+/// Most chunks that one call of [`Reader::map`] looks at. With the smallest chunks this is the most that one FUSE
+/// read can ask for (1 MiB). With more chunks, reading a long run of a sparse file piece by piece would take
+/// quadratic time.
 const MAX_CHUNK_RUN: u64 = 256;
 
 /// Where a run of a file's bytes comes from. Never empty, never beyond the end of the file.

@@ -11,14 +11,17 @@ use crate::blob::{Link, LinkId};
 /// What is assumed before anything was measured: a registry in the next region over a common uplink. Both are soon known.
 const GUESSED_RTT: Duration = Duration::from_millis(20);
 const GUESSED_BANDWIDTH: f64 = 25e6;
-/// The best size of a demand request, in products. Misses fall with the request size s as s^-0.57 (start-ups of six real
-/// programs), and s^-0.57 * (RTT + s / B) is least at 0.57 / 0.43 products.
+/// Best size of a demand request, in products.
+/// Misses fall with the request size s as `s^-0.57` (measured in start-ups of six real programs). The time spent
+/// waiting, `s^-0.57 * (RTT + s / B)`, is least at 0.57 / 0.43 products. Larger requests make readers wait for bytes
+/// that they do not need. Smaller ones cost more misses, each with a round trip.
 const REQUEST: f64 = 1.3;
 const SMALLEST_REQUEST: f64 = 64.0 * 1024.0;
 const LARGEST_REQUEST: f64 = 4.0 * 1024.0 * 1024.0;
-/// Requests in flight at a time. With enough of them one always delivers while others wait for their answers or grow their
-/// windows, and fewer would keep the link from showing what it can do. Small requests are more, so that their bytes together
-/// are as many as may be in flight. Each request holds a decoder.
+/// Requests in flight at a time: not fewer than the first, not more than the second. With enough of them, one always
+/// delivers while others wait for their responses or grow their congestion windows. Fewer would leave the link idle. More
+/// would cost memory, since each request holds a decoder. More of the small requests may be in flight, up to the same
+/// number of bytes.
 const FEWEST_REQUESTS: f64 = 6.0;
 const MOST_REQUESTS: f64 = 32.0;
 const SMALL_REQUEST: f64 = 256.0 * 1024.0;

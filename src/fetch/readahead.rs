@@ -31,11 +31,19 @@ use super::{Policy, Priority, Spans};
 const STREAMS: usize = 8;
 /// Files whose price is remembered.
 const FILES: usize = 64;
-/// Waits that are remembered, how many of them have to be close to each other, the share of the price of their surroundings
-/// that they have to have paid, and the least confidence: they come over a link that idles, for readers that wait.
+/// Waits that are remembered. With fewer, waits of other readers would hide those that lie close together. More would
+/// cost time for each wait.
 const WAITS: usize = 12;
+/// Waits that must lie close together before readahead fetches their surroundings. With fewer, readahead would fetch
+/// more bytes that no reader needs. With more, readers would wait more often before the surroundings come.
 const CLOSE_WAITS: usize = 3;
+/// Share of the price of their surroundings that close waits must have paid. A smaller share would fetch more bytes
+/// that no reader needs; a larger one would make readers wait more often. Less than the whole is enough, because the
+/// bytes come over a link that idles, for readers that wait.
 const SURROUNDINGS_SHARE: f64 = 0.75;
+/// Least confidence at which readahead fetches surroundings. A lower one would fetch more bytes that no reader needs;
+/// a higher one would make readers wait more often. It is below [`CONFIDENT`], because the bytes come over a link
+/// that idles.
 const SURROUNDINGS_CONFIDENT: f64 = 0.25;
 /// First windows shrink as the confidence falls from one to the other of these.
 const CONFIDENT: f64 = 0.4;

@@ -45,8 +45,8 @@ impl Early {
                 let learning = Learning::find(&context.store, opening.resolved(), &opening.repository(), &label);
                 learning.profile().clone()
             });
-            // A profile is fetched as soon as the layers are open, while the tree is still being read. In a task of its own,
-            // because it reads what the devices have.
+            // The replay begins as soon as the layers are open, while the tree is still being read. The replay is a
+            // separate task, because it reads the devices.
             let expects = profile.as_ref().is_some_and(|profile| profile.touches.is_empty());
             let early = profile.filter(|profile| !profile.touches.is_empty()).map(|profile| {
                 let opening = opening.clone();

@@ -221,8 +221,8 @@ impl Image {
         }
     }
 
-    /// A reader begins a file: if it is a program, what will be loaded with it is fetched, unless nothing is to be fetched
-    /// ahead but what lies right before readers, or a profile knows better.
+    /// Call it when a reader begins a file. If the file is a program, everything that its loader will ask for is fetched.
+    /// Nothing is fetched if a profile was replayed, or if only the bytes right in front of readers may be fetched ahead.
     pub fn started(self: &Arc<Self>, ino: Nid) {
         let Some(programs) = &self.programs else { return };
         if !self.eager.load(Ordering::Relaxed) || self.layers.are_profiled() {

@@ -153,9 +153,9 @@ impl Inflate {
         }
     }
 
-    /// A decoder at a restart: the first input byte's lowest `skip_bits` (0 to 7) bits belong to the block before, and
-    /// `window` (at most 32 KiB, the last byte being the one right before the restart) is the history. References past the
-    /// front of `window` read zeros, because a window is kept without the zeros at its front.
+    /// Makes a decoder at a restart. The lowest `skip_bits` (0 to 7) bits of the first input byte belong to the block
+    /// before. `window` is the history, at most 32 KiB that end right before the restart. References past the front of
+    /// `window` read zeros, because a window is kept without the zeros at its front.
     pub fn resume(window: &[u8], skip_bits: u8) -> Self {
         let mut inflate = Self::new();
         let window = &window[window.len().saturating_sub(HISTORY)..];

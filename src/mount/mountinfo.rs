@@ -18,7 +18,7 @@ pub(super) struct MountEntry {
     pub(super) root: String,
     pub(super) mountpoint: PathBuf,
     pub(super) fs_type: String,
-    /// What is mounted, as whoever mounted it called it.
+    /// The source that the mounting program named.
     pub(super) source: String,
 }
 

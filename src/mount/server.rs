@@ -303,8 +303,8 @@ impl Mount {
                     if self.session.is_some() {
                         return Ok(asked);
                     }
-                    // Whoever still uses the mount is served until the session ends by itself, and nothing is fetched for
-                    // anybody else.
+                    // The session ends by itself when the last user of the mount is gone. Until then it serves
+                    // these users. The background tasks stop, because there will be no new readers.
                     self.side.stop().await;
                     linger.get_or_insert_with(|| tokio::time::Instant::now() + LINGER);
                 }

@@ -109,17 +109,21 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
     if !record.is_alive() {
         return clear(&entry, &record).await.map(|()| None);
     }
+    let until = Instant::now() + LIMIT;
     if let Some((nobody, reason)) = still_used(&entry, &record) {
         // Another unmount may be about to end.
         if nobody && has_ended(&record).await {
             return clear(&entry, &record).await.map(|()| None);
+        }
+        // A process that stands still does not notice that its last user is gone.
+        if nobody && standstill(record.pid).is_some() {
+            return force(&entry, &record, lazy, until).await;
         }
         return Err(TakedownError::Detached {
             path: mountpoint.display().to_string(),
             reason,
         });
     }
-    let until = Instant::now() + LIMIT;
     // What is left in its socket would be read whenever it goes on.
     if standstill(record.pid).is_some() {
         return force(&entry, &record, lazy, until).await;

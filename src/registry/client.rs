@@ -57,7 +57,7 @@ enum Tags {
 }
 
 impl RegistryClient {
-    /// Builds a client. Nothing is contacted and, certificate files apart, nothing is read.
+    /// Builds a client. Reads the configured certificate files, but nothing else, and sends no request.
     pub fn new(config: RegistryConfig) -> Result<Self, BlobError> {
         Ok(Self {
             inner: Arc::new(Inner {

@@ -26,8 +26,11 @@ use crate::tree::{LayerIdx, Tree, TreeError};
 /// - A parent that is a symlink of the same layer is followed; a symlink of a lower layer is replaced by a directory, which is
 ///   what overlay engines show. That goes for the parents of markers too: `lib/.wh.foo` over a lower `lib -> usr/lib` leaves an
 ///   empty directory `lib`, and `usr/lib` as it is.
-/// - A hard link binds to what its target names in its own layer so far, else at the layer's end, else in lower layers (even in a
-///   directory that this layer makes opaque). Metadata of the link entry applies to the shared inode if it is the later one; attributes are added.
+/// - A hard link binds to what its target names in its own layer so far. If the target does not exist yet, the link
+///   binds to what the target names at the layer's end. If the layer does not have the target at all, the link binds
+///   to the target in lower layers, even in a directory that this layer makes opaque.
+/// - The metadata of a hard link entry applies to the shared inode if the link is the later entry. The attributes of
+///   the link entry are added to the attributes of the inode.
 ///
 /// ```
 /// use ocifs::toc::Toc;

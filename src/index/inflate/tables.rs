@@ -148,8 +148,8 @@ impl Precode {
 /// Fills `table` for the canonical Huffman code with these code lengths.
 ///
 /// Accepts what zlib accepts: a complete code; where `lone` is set also one single code of one bit, or no code at all (an
-/// error only if it is used). The table is grown by doubling: entries of codes of up to n bits fill the first 2^n places, which
-/// are then copied behind themselves before the codes of n + 1 bits are put in.
+/// error only if it is used). The table grows by doubling. First the entries of codes of up to n bits fill the first 2^n
+/// places. Then these places are copied to the 2^n places behind them, and the codes of n + 1 bits are put in.
 fn build(table: &mut [u32], width: u32, lengths: &[u8], symbols: &[u32], lone: bool) -> Result<(), DeflateError> {
     let mut counts = [0u16; MAX_CODE + 1];
     for &length in lengths {

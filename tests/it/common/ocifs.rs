@@ -17,9 +17,14 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Polls until `done`, at most for [`PATIENCE`].
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    poll(|| if done() { Ok(()) } else { Err(what) });
+}
+
+/// Polls until `attempt` is `Ok`, at most for [`PATIENCE`]. Panics with the last error.
+fn poll<E: std::fmt::Display>(mut attempt: impl FnMut() -> Result<(), E>) {
     let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "never happened: {what}");
+    while let Err(error) = attempt() {
+        assert!(Instant::now() < deadline, "never happened: {error}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -353,15 +358,13 @@ impl Mounted {
 
     /// Waits until the mount is in this state, at most for [`PATIENCE`].
     pub fn reaches(&self, state: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        poll(|| {
             let status = self.status();
-            if status["state"] == state {
-                return;
+            match status["state"] == state {
+                true => Ok(()),
+                false => Err(format!("{state}: {status}")),
             }
-            assert!(Instant::now() < deadline, "never {state}: {status}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        });
     }
 
     pub fn umount(&self, options: &[&str]) -> Said {
