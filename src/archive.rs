@@ -29,14 +29,14 @@ use bytes::Bytes;
 use crate::blob::file::{FileBlob, blocking};
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest, media_type};
-use image::Image;
+use image::ArchiveImage;
 use source::Archive;
 
 /// One image of a docker archive.
 pub struct DockerArchive {
     archive: Arc<Archive>,
     name: Option<String>,
-    image: Image,
+    image: ArchiveImage,
 }
 
 impl DockerArchive {

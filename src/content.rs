@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 pub use latency::ReadStatus;
 use latency::Reads;
 
-use self::asked::{FailedRanges, DeviceRange};
+use self::asked::{DeviceRange, FailedRanges};
 use self::trouble::ReadTrouble;
 use crate::erofs::Mapping;
 use crate::image::Image;

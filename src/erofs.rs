@@ -30,7 +30,7 @@ mod xattr;
 
 pub use dirent::FileType;
 pub use map::Mapping;
-pub use read::{Entries, Entry, Inode, Reader};
+pub use read::{Dirent, Dirents, Inode, Reader};
 pub use walk::{MOST_LINKS, WalkError, Walker};
 pub use write::{Planned, WriteSummary, write};
 pub use xattr::{Xattr, XattrIter};

@@ -55,7 +55,7 @@ pub use kept::{KeptOfLayer, kept_of_layer};
 pub use memory::SpanMemory;
 pub use open::{OpenError, Opened, open, stored_spans, stored_toc};
 pub use prefetch::Begun;
-pub use programs::{Programs, stored_programs};
+pub use programs::{LayerPrograms, stored_programs};
 use race::Origin;
 pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
 use touch::Touches;

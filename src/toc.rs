@@ -18,7 +18,7 @@
 //! PackedToc <-> Toc                                  all entries at once, as values
 //! ```
 //! A table can have millions of entries. The program therefore holds the table packed and reads it from front to back
-//! ([`Entries`]).
+//! ([`TocEntries`]).
 //!
 //! The reader interprets a tar as the engines that unpack layers do (containerd, docker, podman). Where these engines
 //! differ from POSIX, the reader follows the engines. The reader
@@ -46,7 +46,7 @@ mod sparse;
 mod xattr;
 
 pub use attributes::{Attribute, AttributeId, Attributes};
-pub use codec::{AttributeRef, Entries, PackedEntry, PackedToc};
+pub use codec::{AttributeRef, PackedEntry, PackedToc, TocEntries};
 pub use error::{NameProblem, TocError};
 pub use extents::ExtentTable;
 pub use reader::{Limits, TarReader};

@@ -22,7 +22,7 @@ mod merge;
 mod model;
 
 pub use finished::Tree;
-pub(crate) use finished::{Children, View};
+pub(crate) use finished::{Children, NodeView};
 pub use merge::Merger;
 
 use crate::memory::OverLimit;

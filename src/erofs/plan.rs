@@ -6,7 +6,7 @@ use crate::erofs::ErofsError;
 use crate::erofs::dirent::{FileType, Measure};
 use crate::erofs::format::{AttributeKinds, BLOCK, FIRST_INODE, INODE, Layout, SLOT};
 use crate::erofs::xattr::{self, SharedAttributes};
-use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
+use crate::tree::{Children, LayerIdx, NodeId, NodeView, Tree};
 
 /// Most entries of all chunk maps in one image, together 256 MiB. A few header bytes in a tar can claim exabytes of
 /// holes.
@@ -127,7 +127,7 @@ impl Plan {
         self.dropped_xattrs += dropped;
         let view = tree.view(id);
         match view {
-            View::Directory(children) => {
+            NodeView::Directory(children) => {
                 for index in 0..children.len() {
                     check_name(children.name(index))?;
                     let parent = self.parents.get_mut(children.node(index).0 as usize);
@@ -137,11 +137,11 @@ impl Plan {
                     return Err(Flaw::Unstorable("its entries are not sorted, or one occurs twice"));
                 }
             }
-            View::Flat { layer, size, device } => {
+            NodeView::Flat { layer, size, device } => {
                 let inside = Inside::of(layer, size, devices)?;
                 inside.check(size == 0 || inside.holds(device, size))?;
             }
-            View::Sparse {
+            NodeView::Sparse {
                 layer,
                 size,
                 chunk_bits,
@@ -156,7 +156,7 @@ impl Plan {
                     }
                 }
             }
-            View::Symlink(target) if target.is_empty() || target.len() > MAX_SYMLINK => {
+            NodeView::Symlink(target) if target.is_empty() || target.len() > MAX_SYMLINK => {
                 return Err(Flaw::Unstorable("a symlink target has 1 to 4095 bytes"));
             }
             _ => {}
@@ -167,7 +167,7 @@ impl Plan {
 
 impl InodeShape {
     /// Returns the shape of a node whose attributes take `xattr_size` bytes.
-    pub fn of(view: View<'_>, xattr_size: u32) -> Self {
+    pub fn of(view: NodeView<'_>, xattr_size: u32) -> Self {
         let plain = Self {
             layout: Layout::Plain,
             xattr_size,
@@ -176,7 +176,7 @@ impl InodeShape {
             blocks: 0,
         };
         match view {
-            View::Directory(children) => {
+            NodeView::Directory(children) => {
                 let mut measure = Measure::default();
                 for (name, _) in entries(children) {
                     measure.add(name);
@@ -184,15 +184,15 @@ impl InodeShape {
                 let (full, tail) = measure.finish();
                 plain.stored(full, tail)
             }
-            View::Symlink(target) => plain.stored(0, target.len() as u64),
-            View::Sparse { size, chunk_bits, .. } if size > 0 => Self {
+            NodeView::Symlink(target) => plain.stored(0, target.len() as u64),
+            NodeView::Sparse { size, chunk_bits, .. } if size > 0 => Self {
                 layout: Layout::Chunked,
                 size,
                 extra: size.div_ceil(BLOCK << chunk_bits) * 4,
                 ..plain
             },
-            View::Flat { size, .. } => Self { size, ..plain },
-            View::Sparse { .. } | View::CharDevice(_) | View::BlockDevice(_) | View::Fifo => plain,
+            NodeView::Flat { size, .. } => Self { size, ..plain },
+            NodeView::Sparse { .. } | NodeView::CharDevice(_) | NodeView::BlockDevice(_) | NodeView::Fifo => plain,
         }
     }
 
@@ -328,7 +328,7 @@ fn path_of(tree: &Tree, parents: &[NodeId], id: NodeId) -> Box<[u8]> {
     // A path has at most as many components as the tree has nodes, so the loop ends even if `parents` is no tree.
     while at != Tree::ROOT && names.len() < tree.len() {
         let parent = parents[at.0 as usize];
-        let View::Directory(children) = tree.view(parent) else {
+        let NodeView::Directory(children) = tree.view(parent) else {
             break;
         };
         let Some(index) = (0..children.len()).find(|index| children.node(*index) == at) else {
@@ -349,13 +349,13 @@ fn path_of(tree: &Tree, parents: &[NodeId], id: NodeId) -> Box<[u8]> {
 }
 
 /// Returns the type of a node.
-pub(super) fn file_type(view: View<'_>) -> FileType {
+pub(super) fn file_type(view: NodeView<'_>) -> FileType {
     match view {
-        View::Directory(_) => FileType::Directory,
-        View::Flat { .. } | View::Sparse { .. } => FileType::Regular,
-        View::Symlink(_) => FileType::Symlink,
-        View::CharDevice(_) => FileType::CharDevice,
-        View::BlockDevice(_) => FileType::BlockDevice,
-        View::Fifo => FileType::Fifo,
+        NodeView::Directory(_) => FileType::Directory,
+        NodeView::Flat { .. } | NodeView::Sparse { .. } => FileType::Regular,
+        NodeView::Symlink(_) => FileType::Symlink,
+        NodeView::CharDevice(_) => FileType::CharDevice,
+        NodeView::BlockDevice(_) => FileType::BlockDevice,
+        NodeView::Fifo => FileType::Fifo,
     }
 }

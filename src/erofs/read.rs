@@ -1,7 +1,7 @@
 //! Answers questions from an image's bytes, usually a memory map. The reader parses no part of the image
 //! in advance, and a lookup does not allocate.
 
-use crate::erofs::dirent::{Block, DIRENT};
+use crate::erofs::dirent::{DIRENT, DirBlock};
 use crate::erofs::format::{AttributeKinds, BLOCK, INODE, Layout, RawInode, SLOT, Superblock};
 use crate::erofs::plan::device_starts;
 use crate::erofs::xattr::{Xattr, XattrIter};
@@ -119,7 +119,10 @@ impl<B: AsRef<[u8]>> Reader<B> {
 
     /// Whether some inode may have an access control list. False only if none has.
     pub fn has_any_acl(&self) -> bool {
-        !matches!(self.superblock.attributes, Some(AttributeKinds::None | AttributeKinds::Plain))
+        !matches!(
+            self.superblock.attributes,
+            Some(AttributeKinds::None | AttributeKinds::Plain)
+        )
     }
 
     /// Whether this version of ocifs would make the same tree from the layers. Other versions made different trees of
@@ -244,12 +247,12 @@ impl<B: AsRef<[u8]>> Reader<B> {
         }
     }
 
-    fn dir_block(&self, dir: &Inode, index: u64) -> Result<Block<'_>, ErofsError> {
+    fn dir_block(&self, dir: &Inode, index: u64) -> Result<DirBlock<'_>, ErofsError> {
         let bytes = self.content_block(dir, index).ok_or(ErofsError::Corrupt {
             nid: dir.nid.0,
             what: "a directory block lies outside the image",
         })?;
-        Block::new(dir.nid.0, bytes)
+        DirBlock::new(dir.nid.0, bytes)
     }
 
     /// Returns block `index` of content that is stored in the image, cut at the end of the content.
@@ -284,7 +287,7 @@ pub struct Dirents<'a, B> {
     reader: &'a Reader<B>,
     dir: Inode,
     /// The block that contains `position`, once it is open.
-    block: Option<Block<'a>>,
+    block: Option<DirBlock<'a>>,
     position: u64,
 }
 

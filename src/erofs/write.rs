@@ -9,10 +9,10 @@ use std::io::{BufWriter, Write};
 use crate::erofs::ErofsError;
 use crate::erofs::dirent::{self, FileType, Measure};
 use crate::erofs::format::{BLOCK, INCOMPAT_CHUNKED, INODE, Layout, NULL_BLOCK, RawInode, SLOT, Superblock};
-use crate::erofs::plan::{Plan, InodeShape, entries, file_type};
+use crate::erofs::plan::{InodeShape, Plan, entries, file_type};
 use crate::erofs::xattr;
 use crate::oci::Digest;
-use crate::tree::{Children, LayerIdx, NodeId, Tree, View};
+use crate::tree::{Children, LayerIdx, NodeId, NodeView, Tree};
 
 /// What the writer wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,8 +129,8 @@ impl<W: Write> Emit<'_, W> {
             self.out.pad_to(u64::from(plan.nids[number as usize]) * SLOT)?;
             self.out.write(&self.inode(id, view, &shape, next_block))?;
             match (view, shape.layout) {
-                (View::Symlink(target), Layout::Inline) => self.scratch.extend_from_slice(target),
-                (View::Directory(children), Layout::Inline) => {
+                (NodeView::Symlink(target), Layout::Inline) => self.scratch.extend_from_slice(target),
+                (NodeView::Directory(children), Layout::Inline) => {
                     let (tail, keep) = (&mut self.scratch, shape.xattr_size as usize);
                     each_block(tree, plan, id, children, &mut |block| {
                         tail.truncate(keep);
@@ -142,7 +142,7 @@ impl<W: Write> Emit<'_, W> {
             }
             self.out.write(&self.scratch)?;
             if let (
-                View::Sparse {
+                NodeView::Sparse {
                     layer,
                     size,
                     chunk_bits,
@@ -158,14 +158,14 @@ impl<W: Write> Emit<'_, W> {
         self.out.pad_to(plan.first_block * BLOCK)
     }
 
-    fn inode(&self, id: NodeId, view: View<'_>, shape: &InodeShape, next_block: u64) -> [u8; INODE as usize] {
+    fn inode(&self, id: NodeId, view: NodeView<'_>, shape: &InodeShape, next_block: u64) -> [u8; INODE as usize] {
         let union = match view {
-            View::CharDevice(device) | View::BlockDevice(device) => device,
-            View::Flat { size: 0, .. } | View::Sparse { size: 0, .. } => 0,
-            View::Flat { layer, device, .. } => self.device_block(layer, device),
-            View::Sparse { chunk_bits, .. } => u32::from(chunk_bits),
-            View::Directory(_) | View::Symlink(_) if shape.blocks > 0 => next_block as u32,
-            View::Directory(_) | View::Symlink(_) | View::Fifo => 0,
+            NodeView::CharDevice(device) | NodeView::BlockDevice(device) => device,
+            NodeView::Flat { size: 0, .. } | NodeView::Sparse { size: 0, .. } => 0,
+            NodeView::Flat { layer, device, .. } => self.device_block(layer, device),
+            NodeView::Sparse { chunk_bits, .. } => u32::from(chunk_bits),
+            NodeView::Directory(_) | NodeView::Symlink(_) if shape.blocks > 0 => next_block as u32,
+            NodeView::Directory(_) | NodeView::Symlink(_) | NodeView::Fifo => 0,
         };
         let meta = self.tree.meta(id);
         let inode = RawInode {
@@ -204,7 +204,7 @@ impl<W: Write> Emit<'_, W> {
         for number in 0..self.tree.len() as u32 {
             let id = NodeId(number);
             let view = self.tree.view(id);
-            if !matches!(view, View::Directory(_) | View::Symlink(_)) {
+            if !matches!(view, NodeView::Directory(_) | NodeView::Symlink(_)) {
                 continue;
             }
             let measured = self.plan.shared.measure(self.tree, id);
@@ -223,8 +223,8 @@ impl<W: Write> Emit<'_, W> {
                 out.pad_to(out.position.next_multiple_of(BLOCK))
             };
             match view {
-                View::Symlink(target) => write_block(target)?,
-                View::Directory(children) => each_block(self.tree, self.plan, id, children, &mut write_block)?,
+                NodeView::Symlink(target) => write_block(target)?,
+                NodeView::Directory(children) => each_block(self.tree, self.plan, id, children, &mut write_block)?,
                 _ => {}
             }
         }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 
-use super::format::{SpanEntry, IndexHeader, Identity};
+use super::format::{Identity, IndexHeader, SpanEntry};
 use super::span_index::SpanIndex;
 use super::{Compression, DecodeSink, IndexError, MAX_SPAN, SpanId, SpanStart};
 

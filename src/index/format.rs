@@ -82,7 +82,12 @@ impl SpanEntry {
 }
 
 /// Writes an index file.
-pub(super) fn write(header: &IndexHeader, entries: &[SpanEntry], windows: &[u8], out: &mut impl Write) -> io::Result<()> {
+pub(super) fn write(
+    header: &IndexHeader,
+    entries: &[SpanEntry],
+    windows: &[u8],
+    out: &mut impl Write,
+) -> io::Result<()> {
     let mut hasher = blake3::Hasher::new();
     let mut put = |bytes: &[u8]| {
         hasher.update(bytes);

@@ -261,7 +261,9 @@ impl Gzip {
             GzipState::GzipHeader(header) if self.complete && matches!(header.field, HeaderField::Fixed { at: 1 }) => {
                 Ok(Some(size - 1))
             }
-            GzipState::GzipHeader(_) | GzipState::Body | GzipState::Trailer { .. } => Err(IndexError::Truncated { offset: size }),
+            GzipState::GzipHeader(_) | GzipState::Body | GzipState::Trailer { .. } => {
+                Err(IndexError::Truncated { offset: size })
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::decoder::SpanDecoder;
-use super::format::{self, SpanEntry, IndexHeader, malformed};
+use super::format::{self, IndexHeader, SpanEntry, malformed};
 use super::inflate::HISTORY;
 use super::zstd::{Room, room_within};
 use super::{Compression, IndexError, SpanId};

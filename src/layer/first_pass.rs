@@ -219,7 +219,9 @@ impl Batcher {
 
 impl DecodeSink for Batcher {
     fn span(&mut self, start: SpanStart) {
-        self.batch.events.push((self.batch.bytes.len(), DecodeEvent::Span(start)));
+        self.batch
+            .events
+            .push((self.batch.bytes.len(), DecodeEvent::Span(start)));
     }
 
     fn bytes(&mut self, bytes: &[u8]) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Flown, Landed, Layer, LayerError, flight};
-use crate::fetch::{Priority, Spans as _, Touch};
+use crate::fetch::{Priority, SpanTouch, Spans as _};
 
 /// What a request for spans started.
 #[derive(Debug, Default)]
@@ -52,7 +52,7 @@ impl Layer {
             // The reader's position in the span.
             let at = content.start.max(map.heads()[span as usize]);
             let file = map.run_around(at);
-            let touch = Touch {
+            let touch = SpanTouch {
                 span,
                 begins: file.as_ref().is_some_and(|file| file.start >= content.start),
                 file: file.map_or(span..span + 1, |file| map.spans(file)),

@@ -51,17 +51,21 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
     if !record.is_alive() {
         return clear(&entry, &record).await.map(|()| None);
     }
+    let until = Instant::now() + LIMIT;
     if let Some((nobody, reason)) = still_used(&entry, &record) {
         // The process may be about to end because of another unmount.
         if nobody && has_ended(&record).await {
             return clear(&entry, &record).await.map(|()| None);
+        }
+        // A process that stands still does not notice that its last user is gone.
+        if nobody && standstill(record.pid).is_some() {
+            return force(&entry, &record, lazy, until).await;
         }
         return Err(TakedownError::Detached {
             path: mountpoint.display().to_string(),
             reason,
         });
     }
-    let until = Instant::now() + LIMIT;
     // The process would read a request in its socket whenever it goes on. So it gets none while it is stopped.
     if standstill(record.pid).is_some() {
         return force(&entry, &record, lazy, until).await;

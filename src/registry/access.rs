@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::{StatusCode, Url};
 
-use super::auth::{self, Scheme, GrantTicket};
+use super::auth::{self, GrantTicket, Scheme};
 use super::client::RegistryClient;
 use super::endpoint::{Endpoint, Repository};
 use super::failure;

@@ -31,10 +31,10 @@ use futures::stream::{self, StreamExt as _};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderValue, RANGE};
 
-use self::answer::{ResponseContent, MAX_SKIP, BodyPlace, place};
+use self::answer::{BodyPlace, MAX_SKIP, ResponseContent, place};
 use self::belief::Belief;
 use self::reading::{Body, Reading};
-use super::access::Answer;
+use super::access::AuthorisedReply;
 use super::client::{RegistryClient, refusal};
 use super::content_range::ContentRange;
 use super::elsewhere::Elsewhere;
@@ -227,13 +227,15 @@ impl Core {
                 result => return result,
             }
         }
-        let Answer { reply, tried } = self.ask(None, apart, wait).await?;
+        let AuthorisedReply { reply, tried } = self.ask(None, apart, wait).await?;
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::OK => self.accept_whole(reply, wanted).await,
             StatusCode::PARTIAL_CONTENT => {
                 match place(answer::label(&reply), reply.length(), &(0..self.size), self.size) {
-                    BodyPlace::Part { skip: 0, take, .. } if take == self.size => self.accept_whole(reply, wanted).await,
+                    BodyPlace::Part { skip: 0, take, .. } if take == self.size => {
+                        self.accept_whole(reply, wanted).await
+                    }
                     _ => Err(self.protocol(&reply.host(), "a part although the whole was asked for")),
                 }
             }
@@ -251,7 +253,7 @@ impl Core {
         apart: bool,
         wait: Duration,
     ) -> Result<Body, BlobError> {
-        let Answer { reply, tried } = self.ask(Some(wanted), apart, wait).await?;
+        let AuthorisedReply { reply, tried } = self.ask(Some(wanted), apart, wait).await?;
         let from = reply.url.clone();
         let result = match reply.status() {
             StatusCode::PARTIAL_CONTENT => self.accept_part(reply, wanted, can_skip).await,
@@ -294,7 +296,7 @@ impl Core {
 
     /// Sends a request to the place where the blob was last found, then to the registry, then to the places that the
     /// image names.
-    async fn ask(&self, range: Option<&Range<u64>>, apart: bool, wait: Duration) -> Result<Answer, BlobError> {
+    async fn ask(&self, range: Option<&Range<u64>>, apart: bool, wait: Duration) -> Result<AuthorisedReply, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.apart = apart;
         if let Some(range) = range {
@@ -312,7 +314,7 @@ impl Core {
     async fn probe(&self, wait: Duration) -> Result<u64, BlobError> {
         let mut ask = Ask::get(self.repository.blob_url(&self.key.digest));
         ask.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
-        let Answer { reply, tried } = self.ask_registry(&ask, wait).await?;
+        let AuthorisedReply { reply, tried } = self.ask_registry(&ask, wait).await?;
         let size = match (reply.status(), answer::label(&reply)) {
             (StatusCode::PARTIAL_CONTENT, Some(ContentRange::Part { total, .. })) => total,
             // An empty blob has no first byte.
@@ -326,7 +328,7 @@ impl Core {
 
     /// Sends a request to the place where the blob was last found. Returns `None` if no place is known, or if that
     /// place does not have the blob (any more).
-    async fn ask_storage(&self, ask: &Ask, wait: Duration) -> Result<Option<Answer>, BlobError> {
+    async fn ask_storage(&self, ask: &Ask, wait: Duration) -> Result<Option<AuthorisedReply>, BlobError> {
         let Some(url) = self.client.redirects().get(&self.key) else {
             return Ok(None);
         };
@@ -354,7 +356,7 @@ impl Core {
 
     /// Sends a request to the registry. If the registry does not have the blob, tries the other places that the image
     /// names. Remembers the place that has the blob, so that later requests go there first.
-    async fn ask_everywhere(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {
+    async fn ask_everywhere(&self, ask: &Ask, wait: Duration) -> Result<AuthorisedReply, BlobError> {
         let answer = self.ask_registry(ask, wait).await?;
         if !matches!(answer.reply.status(), StatusCode::NOT_FOUND | StatusCode::GONE) {
             return Ok(answer);
@@ -380,7 +382,7 @@ impl Core {
         Ok(answer)
     }
 
-    async fn ask_registry(&self, ask: &Ask, wait: Duration) -> Result<Answer, BlobError> {
+    async fn ask_registry(&self, ask: &Ask, wait: Duration) -> Result<AuthorisedReply, BlobError> {
         let answer = self.client.request(&self.repository, ask, wait).await;
         self.meter
             .request(answer.as_ref().map_or(1, |answer| answer.reply.hops));

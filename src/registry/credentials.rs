@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
-pub use config_file::{AuthFile, AuthFileError, Found};
+pub use config_file::{AuthFile, AuthFileError, FoundCredentials};
 
 use super::secret::Secret;
 
@@ -137,11 +137,11 @@ impl ConfigFiles {
             }
         };
         match file.find(registry, repository) {
-            Ok(Found::Credential(credential)) => {
+            Ok(FoundCredentials::Credential(credential)) => {
                 tried.push(format!("{shown} has credentials"));
                 Some(credential)
             }
-            Ok(Found::Helper { name, key, otherwise }) => {
+            Ok(FoundCredentials::Helper { name, key, otherwise }) => {
                 let answer = helper::ask(&name, &key).await;
                 match answer {
                     Ok(Some(credential)) => {
@@ -155,7 +155,7 @@ impl ConfigFiles {
                 }
                 otherwise
             }
-            Ok(Found::Nothing) => {
+            Ok(FoundCredentials::Nothing) => {
                 tried.push(format!("{shown} has no entry for {registry}"));
                 None
             }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use reqwest::StatusCode;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
-use super::access::Answer;
+use super::access::AuthorisedReply;
 use super::client::{RegistryClient, refusal};
 use super::encoding::{self, Encoding};
 use super::endpoint::Repository;
@@ -88,7 +88,7 @@ impl RegistryClient {
         wanted: Option<&Digest>,
         wait: Duration,
     ) -> Result<Document, BlobError> {
-        let Answer { mut reply, tried } = self.request(repository, ask, wait).await?;
+        let AuthorisedReply { mut reply, tried } = self.request(repository, ask, wait).await?;
         if reply.status() != StatusCode::OK {
             return Err(refusal(reply, what, &tried).await);
         }

@@ -86,7 +86,7 @@ pub(super) enum BodyDecoder {
     Deflate,
     Zlib(ZlibDecoder<Vec<u8>>),
     Bare(DeflateDecoder<Vec<u8>>),
-    Zstd(Box<zstd::stream::write::BodyDecoder<'static, Vec<u8>>>),
+    Zstd(Box<zstd::stream::write::Decoder<'static, Vec<u8>>>),
 }
 
 impl std::fmt::Debug for BodyDecoder {
@@ -101,7 +101,7 @@ impl BodyDecoder {
             Coding::Gzip => Self::Gzip(MultiGzDecoder::new(Vec::new())),
             Coding::Deflate => Self::Deflate,
             Coding::Zstd => {
-                let mut decoder = zstd::stream::write::BodyDecoder::new(Vec::new())?;
+                let mut decoder = zstd::stream::write::Decoder::new(Vec::new())?;
                 decoder.window_log_max(ZSTD_WINDOW)?;
                 Self::Zstd(Box::new(decoder))
             }
@@ -217,7 +217,7 @@ pub(super) fn first_bytes(coding: Coding, head: &[u8]) -> Option<Vec<u8>> {
             true => ZlibReader::new(head).read(&mut first),
             false => DeflateReader::new(head).read(&mut first),
         },
-        Coding::Zstd => zstd::stream::read::BodyDecoder::new(head).ok()?.read(&mut first),
+        Coding::Zstd => zstd::stream::read::Decoder::new(head).ok()?.read(&mut first),
         Coding::Brotli => brotli(head).read(&mut first),
     };
     first.truncate(read.ok()?);

@@ -50,7 +50,7 @@ use std::sync::Arc;
 
 use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
 
-use super::blob::{Kind, RegistryBlob};
+use super::blob::{ReadKind, RegistryBlob};
 use super::client::RegistryClient;
 use super::elsewhere::Elsewhere;
 use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
@@ -161,7 +161,7 @@ impl Puller {
             digest.clone(),
             size,
             None,
-            Kind::Unchecked,
+            ReadKind::Unchecked,
             Elsewhere::default(),
         )
         .read(range)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::blob::{Kind, RegistryBlob};
+use super::blob::{ReadKind, RegistryBlob};
 use super::client::RegistryClient;
 use super::documents::MAX_CONFIG;
 use super::elsewhere::Elsewhere;
@@ -49,7 +49,7 @@ impl RegistrySource {
             descriptor.digest.clone(),
             size,
             descriptor.embedded().map(Into::into),
-            Kind::Layer { is_compressed },
+            ReadKind::Layer { is_compressed },
             Elsewhere::of(descriptor, &self.client.transport().config().foreign_layer_hosts),
         ))
     }

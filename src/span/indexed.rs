@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Piece, DecodeSpans, SpanMap};
+use super::{DecodeSpans, Piece, SpanMap};
 use crate::index::{self, IndexError, Room, SpanId, SpanIndex};
 use crate::oci::Digest;
 use crate::toc::ExtentTable;
@@ -130,12 +130,12 @@ impl SpanMap for IndexedSpans {
     }
 }
 
-impl DecodeSpans for index::DecodeSpans {
+impl DecodeSpans for index::SpanDecoder {
     fn push(&mut self, compressed: &[u8], sink: &mut dyn FnMut(u32, &[u8])) -> Result<(), IndexError> {
-        index::DecodeSpans::push(self, compressed, &mut |span, bytes| sink(span.0, bytes))
+        index::SpanDecoder::push(self, compressed, &mut |span, bytes| sink(span.0, bytes))
     }
 
     fn is_done(&self) -> bool {
-        index::DecodeSpans::is_done(self)
+        index::SpanDecoder::is_done(self)
     }
 }

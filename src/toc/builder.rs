@@ -8,8 +8,8 @@ use std::ops::Range;
 
 use super::codec::Packer;
 use super::error::{TocError, shown};
-use super::path::{self, Place};
-use super::sparse::{self, Fragment, Placed};
+use super::path::{self, EntryName};
+use super::sparse::{self, Placed, SparsePiece};
 use super::{DEVICE_BLOCK, DataLayout, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs};
 use crate::memory::Charge;
 
@@ -41,7 +41,7 @@ pub(super) struct FileContent {
     /// Logical size in bytes, holes included.
     pub size: u64,
     /// Fragments of a sparse file; `None` for other files.
-    pub map: Option<Vec<Fragment>>,
+    pub map: Option<Vec<SparsePiece>>,
 }
 
 /// The table under construction. The builder packs each entry at once, so an entry takes little memory. Extents stay
@@ -133,7 +133,7 @@ impl Builder {
     fn add(&mut self, item: Item, kind: EntryKind) -> Result<(), TocError> {
         let path = canonical_name(&item)?;
         match path::classify(&path) {
-            Place::Visible if path.is_empty() && kind != EntryKind::Directory => {
+            EntryName::Visible if path.is_empty() && kind != EntryKind::Directory => {
                 self.warn(|| {
                     format!(
                         "entry {} names the root but is no directory; it is left out",
@@ -142,13 +142,13 @@ impl Builder {
                 });
                 Ok(())
             }
-            Place::Visible => self.push(TocEntry {
+            EntryName::Visible => self.push(TocEntry {
                 path,
                 kind,
                 meta: item.meta,
                 xattrs: item.xattrs,
             }),
-            Place::Bookkeeping => Ok(()),
+            EntryName::Bookkeeping => Ok(()),
             place => self.mark(&item, place),
         }
     }
@@ -159,8 +159,8 @@ impl Builder {
         let first = self.extents.len();
         let path = canonical_name(&item)?;
         let hidden = match path::classify(&path) {
-            Place::Visible => false,
-            Place::Bookkeeping => true,
+            EntryName::Visible => false,
+            EntryName::Bookkeeping => true,
             place => {
                 self.mark(&item, place)?;
                 return Ok(first..first);
@@ -210,7 +210,7 @@ impl Builder {
                 offset: item.offset,
                 reason,
             })?;
-            let whole = [Fragment { offset: 0, len: size }];
+            let whole = [SparsePiece { offset: 0, len: size }];
             if size > 0 && map != whole {
                 self.check_map(map.len(), &item.name)?;
                 self.count_pieces(map.len(), item)?;
@@ -229,7 +229,7 @@ impl Builder {
 
     /// Charges for a sparse map of `pieces` fragments, and for the extents and chunks that the builder makes from it.
     pub fn check_map(&mut self, pieces: usize, name: &[u8]) -> Result<(), TocError> {
-        let bytes = pieces * (size_of::<Fragment>() + size_of::<Extent>() + size_of::<(u32, u64)>());
+        let bytes = pieces * (size_of::<SparsePiece>() + size_of::<Extent>() + size_of::<(u32, u64)>());
         self.cover(bytes, name)
     }
 
@@ -266,11 +266,11 @@ impl Builder {
     }
 
     /// Adds a whiteout or opaque marker: an entry whose kind follows from its name alone.
-    fn mark(&mut self, item: &Item, place: Place<'_>) -> Result<(), TocError> {
+    fn mark(&mut self, item: &Item, place: EntryName<'_>) -> Result<(), TocError> {
         let (path, kind) = match place {
-            Place::Whiteout(path) => (path, EntryKind::Whiteout),
-            Place::Opaque(dir) => (dir.into(), EntryKind::Opaque),
-            Place::Meaningless | Place::Visible | Place::Bookkeeping => {
+            EntryName::Whiteout(path) => (path, EntryKind::Whiteout),
+            EntryName::Opaque(dir) => (dir.into(), EntryKind::Opaque),
+            EntryName::Meaningless | EntryName::Visible | EntryName::Bookkeeping => {
                 self.warn(|| {
                     format!(
                         "entry {} has a reserved whiteout name and is left out",

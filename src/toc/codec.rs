@@ -39,7 +39,7 @@ use super::DEVICE_BLOCK;
 mod decode;
 mod encode;
 
-pub use decode::{AttributeRef, TocEntries, PackedEntry};
+pub use decode::{AttributeRef, PackedEntry, TocEntries};
 pub(super) use encode::Packer;
 
 const MAGIC: &[u8; 8] = b"ocifsTOC";

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use super::BLOCK;
-use super::sparse::{Fragment, push_fragment};
+use super::sparse::{SparsePiece, push_fragment};
 
 /// One block of a tar.
 pub(super) type TarBlock = [u8; BLOCK];
@@ -129,7 +129,7 @@ impl<'a> TarHeader<'a> {
 
     /// Returns the first pairs of an old GNU sparse map, and whether blocks with more pairs follow. `None` if a
     /// number does not parse.
-    pub fn sparse_map(&self) -> Option<(Vec<Fragment>, bool)> {
+    pub fn sparse_map(&self) -> Option<(Vec<SparsePiece>, bool)> {
         let mut map = Vec::new();
         sparse_pairs(&self.0[386..482], &mut map)?;
         Some((map, self.0[482] != 0))
@@ -138,19 +138,19 @@ impl<'a> TarHeader<'a> {
 
 /// Adds the pairs of a continuation block of an old GNU sparse map. Returns whether another block follows; `None` if
 /// a number does not parse.
-pub(super) fn sparse_continuation(block: &TarBlock, map: &mut Vec<Fragment>) -> Option<bool> {
+pub(super) fn sparse_continuation(block: &TarBlock, map: &mut Vec<SparsePiece>) -> Option<bool> {
     sparse_pairs(&block[..504], map)?;
     Some(block[504] != 0)
 }
 
-fn sparse_pairs(bytes: &[u8], map: &mut Vec<Fragment>) -> Option<()> {
+fn sparse_pairs(bytes: &[u8], map: &mut Vec<SparsePiece>) -> Option<()> {
     for pair in bytes.chunks_exact(24) {
         if pair[0] == 0 {
             break;
         }
         let offset = u64::try_from(number(&pair[..12])?).ok()?;
         let len = u64::try_from(number(&pair[12..])?).ok()?;
-        push_fragment(map, Fragment { offset, len });
+        push_fragment(map, SparsePiece { offset, len });
     }
     Some(())
 }

@@ -157,7 +157,10 @@ mod tests {
         // A marker is as long as the name it hides plus the prefix.
         let hidden = [b'a'; 255];
         let marker = canonical(&[b"d/.wh.", &hidden[..]].concat()).unwrap();
-        assert_eq!(classify(&marker), EntryName::Whiteout([b"d/", &hidden[..]].concat().into()));
+        assert_eq!(
+            classify(&marker),
+            EntryName::Whiteout([b"d/", &hidden[..]].concat().into())
+        );
         assert!(is_canonical(&marker) && !is_visible(&marker));
         assert_eq!(
             canonical(&[b"d/.wh.a", &hidden[..]].concat()),

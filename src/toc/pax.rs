@@ -7,7 +7,7 @@
 //! pax sparse style.
 
 use super::number::decimal;
-use super::sparse::{Fragment, push_fragment};
+use super::sparse::{SparsePiece, push_fragment};
 use super::xattr::RawXattrs;
 
 /// The values of the records; `None` for a keyword without a record.
@@ -35,7 +35,7 @@ pub(super) struct SparseRecords {
     /// Logical size in bytes (`GNU.sparse.size` or `.realsize`).
     pub size: Option<u64>,
     /// The map, in the styles that keep it in the header.
-    pub map: Option<Vec<Fragment>>,
+    pub map: Option<Vec<SparsePiece>>,
     /// A `GNU.sparse.offset` without its `GNU.sparse.numbytes` so far.
     offset: Option<u64>,
 }
@@ -160,7 +160,7 @@ impl SparseRecords {
                 let Some(offset) = self.offset.take() else {
                     return Err(PaxProblem::Structure("GNU.sparse.numbytes without GNU.sparse.offset"));
                 };
-                push_fragment(self.map.get_or_insert_default(), Fragment { offset, len });
+                push_fragment(self.map.get_or_insert_default(), SparsePiece { offset, len });
             }
             _ => {}
         }
@@ -233,12 +233,12 @@ fn time(text: &[u8]) -> Option<(i64, u32)> {
 }
 
 /// Parses a map of the form `offset,len,offset,len...`.
-fn sparse_map(text: &[u8]) -> Option<Vec<Fragment>> {
+fn sparse_map(text: &[u8]) -> Option<Vec<SparsePiece>> {
     let mut map = Vec::new();
     let mut numbers = text.split(|&b| b == b',');
     while let Some(offset) = numbers.next() {
         let (offset, len) = (decimal(offset)?, decimal(numbers.next()?)?);
-        push_fragment(&mut map, Fragment { offset, len });
+        push_fragment(&mut map, SparsePiece { offset, len });
     }
     Some(map)
 }
@@ -350,7 +350,7 @@ mod tests {
             ("GNU.sparse.offset", b"50"),
             ("GNU.sparse.numbytes", b"1"),
         ]);
-        let expected = vec![Fragment { offset: 10, len: 5 }, Fragment { offset: 50, len: 1 }];
+        let expected = vec![SparsePiece { offset: 10, len: 5 }, SparsePiece { offset: 50, len: 1 }];
         assert_eq!(Pax::parse(&pairs).unwrap().sparse.map.as_ref(), Some(&expected));
         let list = records(&[("GNU.sparse.map", b"10,5,50,1"), ("GNU.sparse.name", b"n")]);
         assert_eq!(Pax::parse(&list).unwrap().sparse.map, Some(expected));

@@ -24,9 +24,9 @@ use super::BLOCK;
 use super::Tables;
 use super::builder::{Builder, Item};
 use super::error::{TocError, describe, shown};
-use super::header::{self, Block, Header};
+use super::header::{self, TarBlock, TarHeader};
 use super::pax::{Pax, PaxProblem};
-use super::sparse::{Fragment, MapParser};
+use super::sparse::{MapParser, SparsePiece};
 use crate::memory::Charge;
 
 mod entry;
@@ -65,7 +65,7 @@ pub struct TarReader {
     state: TarState,
     /// Bytes consumed so far.
     pos: u64,
-    block: Block,
+    block: TarBlock,
     filled: usize,
     pending: Pending,
     /// Name of the entry read last, for messages.
@@ -91,7 +91,7 @@ impl Pending {
 #[derive(Debug)]
 enum TarState {
     /// Collecting a block that must be a header or zeros.
-    Header { after_zeros: bool },
+    TarHeader { after_zeros: bool },
     /// Collecting the payload of an extended header.
     Payload(Payload),
     /// Collecting a continuation block of an old GNU sparse map.
@@ -133,7 +133,7 @@ struct SparseFile {
     size: u64,
     /// Stored bytes that are not read yet.
     stored: u64,
-    map: Vec<Fragment>,
+    map: Vec<SparsePiece>,
 }
 
 impl TarReader {
@@ -146,7 +146,7 @@ impl TarReader {
     pub fn charged(limits: Limits, charge: Charge) -> Self {
         Self {
             builder: Builder::new(limits, charge),
-            state: TarState::Header { after_zeros: false },
+            state: TarState::TarHeader { after_zeros: false },
             pos: 0,
             block: [0; BLOCK],
             filled: 0,
@@ -171,9 +171,9 @@ impl TarReader {
     pub fn finish(mut self) -> Result<Tables, TocError> {
         let within = match self.state {
             TarState::Failed(error) => return Err(error),
-            TarState::Ended | TarState::Header { after_zeros: true } => None,
+            TarState::Ended | TarState::TarHeader { after_zeros: true } => None,
             TarState::Pad(_) if self.pending.is_empty() => None,
-            TarState::Header { after_zeros: false } => match &self.block[..self.filled] {
+            TarState::TarHeader { after_zeros: false } => match &self.block[..self.filled] {
                 rest if rest.iter().all(|&b| b == 0) && self.pending.is_empty() => None,
                 rest if self.pos == rest.len() as u64 => return Err(TocError::NotTar { seen: describe(rest) }),
                 _ => Some(format!("the header after entry {}", shown(&self.name))),
@@ -202,11 +202,11 @@ impl TarReader {
     /// The function takes the state out first, so every arm has to set the next state.
     fn step(&mut self, bytes: &[u8], content: &mut dyn FnMut(u64, &[u8])) -> Result<usize, TocError> {
         let used = match std::mem::replace(&mut self.state, TarState::Ended) {
-            TarState::Header { after_zeros } => {
+            TarState::TarHeader { after_zeros } => {
                 let (used, block) = self.collect_block(bytes);
                 match block {
                     Some(block) => self.header_block(&block, after_zeros)?,
-                    None => self.state = TarState::Header { after_zeros },
+                    None => self.state = TarState::TarHeader { after_zeros },
                 }
                 return Ok(used);
             }
@@ -277,7 +277,7 @@ impl TarReader {
 
     /// Adds bytes to the block and returns the block once it is full. Advances the position itself, unlike the other
     /// states, because the data that a header describes begins behind the block.
-    fn collect_block(&mut self, bytes: &[u8]) -> (usize, Option<Block>) {
+    fn collect_block(&mut self, bytes: &[u8]) -> (usize, Option<TarBlock>) {
         let taken = clip(bytes, (BLOCK - self.filled) as u64);
         self.block[self.filled..self.filled + taken.len()].copy_from_slice(taken);
         self.filled += taken.len();
@@ -290,11 +290,11 @@ impl TarReader {
     }
 
     /// Handles a whole block where a header must be. The state is `Ended` unless this function sets another one.
-    fn header_block(&mut self, block: &Block, after_zeros: bool) -> Result<(), TocError> {
+    fn header_block(&mut self, block: &TarBlock, after_zeros: bool) -> Result<(), TocError> {
         let offset = self.pos - BLOCK as u64;
         if block.iter().all(|&b| b == 0) {
             if !after_zeros {
-                self.state = TarState::Header { after_zeros: true };
+                self.state = TarState::TarHeader { after_zeros: true };
             }
             return Ok(());
         }
@@ -303,7 +303,7 @@ impl TarReader {
                 .warn(|| format!("a lone zero block before offset {offset} ends the tar; what follows is ignored"));
             return Ok(());
         }
-        let Some(header) = Header::new(block) else {
+        let Some(header) = TarHeader::new(block) else {
             if offset == 0 {
                 return Err(TocError::NotTar { seen: describe(block) });
             }
@@ -326,7 +326,7 @@ impl TarReader {
         }
     }
 
-    fn begin_payload(&mut self, header: Header<'_>, offset: u64, kind: PayloadKind) -> Result<(), TocError> {
+    fn begin_payload(&mut self, header: TarHeader<'_>, offset: u64, kind: PayloadKind) -> Result<(), TocError> {
         let size = self.size(&header, offset, None)?;
         let limit = self.builder.limits().payload;
         if size > limit {
@@ -397,7 +397,7 @@ fn pad(size: u64) -> u64 {
 
 fn padding(left: u64) -> TarState {
     if left == 0 {
-        TarState::Header { after_zeros: false }
+        TarState::TarHeader { after_zeros: false }
     } else {
         TarState::Pad(left)
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use crate::toc::{AttributeId, Attributes, DataLayout, DeviceNumber, FileData, Metadata};
-use crate::tree::arena::{Arena, Dirent, Id, Inode, Kind, NONE};
+use crate::tree::arena::{Arena, ArenaInode, ArenaKind, Dirent, Id, NONE};
 use crate::tree::{LayerIdx, Node, NodeId, NodeKind};
 
 /// The merged tree. A tree can have millions of nodes, so the nodes are packed. [`Tree::node`] returns one node as a
@@ -113,7 +113,7 @@ impl Tree {
             let (start, len, subdirectories) = tree.sort(dir, &mut queue);
             let inode = tree.arena.get_mut(dir);
             inode.born = 2 + subdirectories;
-            if let Kind::Directory { first, len: count, .. } = &mut inode.kind {
+            if let ArenaKind::Directory { first, len: count, .. } = &mut inode.kind {
                 (*first, *count) = (start, len);
             }
         }
@@ -151,11 +151,11 @@ impl Tree {
             }
             let inode = self.arena.get_mut(id);
             match inode.kind {
-                Kind::Directory { .. } => {
+                ArenaKind::Directory { .. } => {
                     directories += 1;
                     queue.push_back(id);
                 }
-                Kind::Symlink(_) => inode.meta.mode = 0o777,
+                ArenaKind::Symlink(_) => inode.meta.mode = 0o777,
                 _ => {}
             }
             inode.born = if is_new { 1 } else { inode.born + 1 };
@@ -180,19 +180,19 @@ impl Tree {
             let kind = match node.kind {
                 NodeKind::Directory(children) => {
                     directories.push((number, children));
-                    Kind::Directory {
+                    ArenaKind::Directory {
                         first: NONE,
                         len: 0,
                         implied: false,
                     }
                 }
                 NodeKind::Regular { layer, data } => arena.regular(layer, data),
-                NodeKind::Symlink(target) => Kind::Symlink(arena.text(&target).expect("there is no limit")),
-                NodeKind::CharDevice(device) => Kind::CharDevice(device.encoded()),
-                NodeKind::BlockDevice(device) => Kind::BlockDevice(device.encoded()),
-                NodeKind::Fifo => Kind::Fifo,
+                NodeKind::Symlink(target) => ArenaKind::Symlink(arena.text(&target).expect("there is no limit")),
+                NodeKind::CharDevice(device) => ArenaKind::CharDevice(device.encoded()),
+                NodeKind::BlockDevice(device) => ArenaKind::BlockDevice(device.encoded()),
+                NodeKind::Fifo => ArenaKind::Fifo,
             };
-            let inode = Inode {
+            let inode = ArenaInode {
                 meta: node.meta,
                 xattrs: arena.sets.intern(&ids).expect("there is no limit"),
                 born: node.nlink,
@@ -206,7 +206,7 @@ impl Tree {
                 sorted.push(arena.names.append(dir, &name, child.0));
             }
             let end = sorted.len() as u32;
-            if let Kind::Directory { first, len, .. } = &mut arena.get_mut(dir).kind {
+            if let ArenaKind::Directory { first, len, .. } = &mut arena.get_mut(dir).kind {
                 (*first, *len) = (start, end - start);
             }
         }
@@ -278,7 +278,7 @@ impl Tree {
         }
     }
 
-    fn inode(&self, node: NodeId) -> &Inode {
+    fn inode(&self, node: NodeId) -> &ArenaInode {
         self.arena.get(self.order[node.0 as usize])
     }
 
@@ -302,12 +302,12 @@ impl Tree {
 
     pub(crate) fn view(&self, node: NodeId) -> NodeView<'_> {
         match self.inode(node).kind {
-            Kind::Directory { first, len, .. } => NodeView::Directory(Children {
+            ArenaKind::Directory { first, len, .. } => NodeView::Directory(Children {
                 tree: self,
                 sorted: &self.sorted[first as usize..][..len as usize],
             }),
-            Kind::Flat { layer, size, device } => NodeView::Flat { layer, size, device },
-            Kind::Sparse { layer, map } => {
+            ArenaKind::Flat { layer, size, device } => NodeView::Flat { layer, size, device },
+            ArenaKind::Sparse { layer, map } => {
                 let data = self.arena.map(map);
                 match &data.layout {
                     DataLayout::Flat { device } => NodeView::Flat {
@@ -323,11 +323,11 @@ impl Tree {
                     },
                 }
             }
-            Kind::Symlink(target) => NodeView::Symlink(self.arena.target(target)),
-            Kind::CharDevice(device) => NodeView::CharDevice(device),
-            Kind::BlockDevice(device) => NodeView::BlockDevice(device),
-            Kind::Fifo => NodeView::Fifo,
-            Kind::Pending { .. } => unreachable!("links are settled when their layer ends"),
+            ArenaKind::Symlink(target) => NodeView::Symlink(self.arena.target(target)),
+            ArenaKind::CharDevice(device) => NodeView::CharDevice(device),
+            ArenaKind::BlockDevice(device) => NodeView::BlockDevice(device),
+            ArenaKind::Fifo => NodeView::Fifo,
+            ArenaKind::Pending { .. } => unreachable!("links are settled when their layer ends"),
         }
     }
 }

@@ -8,9 +8,9 @@ mod links;
 
 use std::collections::HashMap;
 
-use self::links::Link;
+use self::links::HardLink;
 use crate::toc::{AttributeId, AttributeRef, EntryKind, FileData, PackedEntry, PackedToc};
-use crate::tree::arena::{Arena, Full, Id, Inode, Kind, SetId, split};
+use crate::tree::arena::{Arena, ArenaInode, ArenaKind, Full, Id, SetId, split};
 use crate::tree::{LayerIdx, TreeError};
 
 /// What a layer hides of lower layers. Paths contain no symlinks of the layer itself.
@@ -56,7 +56,7 @@ pub(super) struct UpperTree<'a> {
     hides: Vec<Hide>,
     hidden: HashMap<Box<[u8]>, Id>,
     /// Hard links in archive order.
-    links: Vec<Link>,
+    links: Vec<HardLink>,
     /// See [`LayerReading::devices`].
     devices: Vec<u32>,
     /// Memory in bytes of hides, hidden entries, links and devices.
@@ -71,7 +71,12 @@ pub(super) struct UpperTree<'a> {
 
 impl<'a> UpperTree<'a> {
     /// Reads a layer that lies over the tree at `lower`.
-    pub fn read(arena: &'a mut Arena, lower: Id, layer: LayerIdx, toc: &'a PackedToc) -> Result<LayerReading, TreeError> {
+    pub fn read(
+        arena: &'a mut Arena,
+        lower: Id,
+        layer: LayerIdx,
+        toc: &'a PackedToc,
+    ) -> Result<LayerReading, TreeError> {
         let mut upper = Self::new(arena, layer, toc)?;
         let damaged = |source| TreeError::Toc { layer, source };
         let mut entries = toc.entries().map_err(damaged)?;
@@ -134,11 +139,11 @@ impl<'a> UpperTree<'a> {
             }
             EntryKind::Symlink(target) => {
                 let target = self.arena.text(target).map_err(|why| self.full(why, entry.path))?;
-                self.name_leaf(number, entry, Kind::Symlink(target))
+                self.name_leaf(number, entry, ArenaKind::Symlink(target))
             }
-            EntryKind::CharDevice(device) => self.name_leaf(number, entry, Kind::CharDevice(device.encoded())),
-            EntryKind::BlockDevice(device) => self.name_leaf(number, entry, Kind::BlockDevice(device.encoded())),
-            EntryKind::Fifo => self.name_leaf(number, entry, Kind::Fifo),
+            EntryKind::CharDevice(device) => self.name_leaf(number, entry, ArenaKind::CharDevice(device.encoded())),
+            EntryKind::BlockDevice(device) => self.name_leaf(number, entry, ArenaKind::BlockDevice(device.encoded())),
+            EntryKind::Fifo => self.name_leaf(number, entry, ArenaKind::Fifo),
         }
     }
 
@@ -182,7 +187,7 @@ impl<'a> UpperTree<'a> {
         covered.map_err(|why| self.full(why, path))
     }
 
-    fn regular(&mut self, data: &FileData) -> Kind {
+    fn regular(&mut self, data: &FileData) -> ArenaKind {
         self.arena.regular(self.layer, data.clone())
     }
 
@@ -202,13 +207,13 @@ impl<'a> UpperTree<'a> {
         let inode = self.arena.get_mut(id);
         inode.meta = entry.meta;
         inode.xattrs = set;
-        if let Kind::Directory { implied, .. } = &mut inode.kind {
+        if let ArenaKind::Directory { implied, .. } = &mut inode.kind {
             *implied = false;
         }
         Ok(())
     }
 
-    fn name_leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<(), TreeError> {
+    fn name_leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: ArenaKind) -> Result<(), TreeError> {
         let dir = self.parent(number, entry)?;
         let id = self.leaf(number, entry, kind)?;
         let dirent = self.bind(dir, id, entry.path)?;
@@ -219,13 +224,13 @@ impl<'a> UpperTree<'a> {
         Ok(())
     }
 
-    fn leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: Kind) -> Result<Id, TreeError> {
+    fn leaf(&mut self, number: u32, entry: &PackedEntry<'_>, kind: ArenaKind) -> Result<Id, TreeError> {
         let set = self.set(entry.path)?;
         self.push(number, entry, set, kind)
     }
 
-    fn push(&mut self, born: u32, entry: &PackedEntry<'_>, xattrs: SetId, kind: Kind) -> Result<Id, TreeError> {
-        let inode = Inode {
+    fn push(&mut self, born: u32, entry: &PackedEntry<'_>, xattrs: SetId, kind: ArenaKind) -> Result<Id, TreeError> {
+        let inode = ArenaInode {
             meta: entry.meta,
             xattrs,
             born,

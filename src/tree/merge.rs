@@ -6,7 +6,7 @@
 
 use crate::memory::Charge;
 use crate::toc::PackedToc;
-use crate::tree::arena::{Arena, Full, Id, Kind, NONE, split};
+use crate::tree::arena::{Arena, ArenaKind, Full, Id, NONE, split};
 use crate::tree::layer::{Hide, LayerReading, UpperTree, full};
 use crate::tree::{LayerIdx, Tree, TreeError};
 
@@ -171,7 +171,7 @@ impl Arena {
     /// Gives the directory `below` the metadata of the directory `above`, unless no entry describes `above`.
     fn describe(&mut self, above: Id, below: Id) {
         let above = *self.get(above);
-        if matches!(above.kind, Kind::Directory { implied: true, .. }) {
+        if matches!(above.kind, ArenaKind::Directory { implied: true, .. }) {
             return;
         }
         let below = self.get_mut(below);

@@ -132,7 +132,7 @@ fn a_first_pass_that_trickles_fails_reads_until_it_comes_on() {
     assert!(start.elapsed() < TIMEOUT / 2, "{:?}", start.elapsed());
     // The registry recovers, but the slow connection does not. The mount does not wait for it.
     registry.clear_faults();
-    eventually("it is ready", || mount.status()["state"] == "ready");
+    mount.reaches("ready");
     assert!(mount.read("f") == noise(1, 1 << 20));
     assert!(registry.count(&layer.path()) > 1);
 }
@@ -195,7 +195,7 @@ fn another_process_that_stalls_with_the_layer_is_not_waited_for_beyond_the_timeo
     assert_eq!(first.status()["state"], "preparing");
     registry.release();
     for mount in [&first, &mount] {
-        eventually("it is ready", || mount.status()["state"] == "ready");
+        mount.reaches("ready");
         assert!(mount.read("f") == noise(1, 1 << 20));
     }
 }
@@ -203,15 +203,10 @@ fn another_process_that_stalls_with_the_layer_is_not_waited_for_beyond_the_timeo
 #[test]
 fn what_waits_after_a_stall_can_be_killed() {
     let (registry, layer, _ocifs, mount) = first_contact(&[trickle()], &[]);
-    eventually("it has stalled", || mount.status()["state"] == "stalled");
+    mount.reaches("stalled");
     // The layer arrives again, slowly.
-    registry.clear_faults();
-    registry.fault(
-        &layer.path(),
-        usize::MAX,
-        Fault::Slow(5_000, Duration::from_millis(100)),
-    );
-    eventually("it comes on", || mount.status()["state"] == "preparing");
+    registry.change_fault(&layer.path(), Fault::Slow(5_000, Duration::from_millis(100)));
+    mount.reaches("preparing");
     let mut child = std::process::Command::new("stat")
         .arg(mount.join("f"))
         .stdout(std::process::Stdio::null())

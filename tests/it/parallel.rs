@@ -42,7 +42,7 @@ fn all_layers_are_asked_for_before_any_of_them_comes() {
     assert_eq!(mount.status()["state"], "preparing");
     assert_eq!(sources(&mount), ["pending"; 3]);
     registry.release();
-    eventually("the mount is ready", || mount.status()["state"] == "ready");
+    mount.reaches("ready");
     check_files(&mount);
 }
 
@@ -60,7 +60,7 @@ fn small_layers_are_ready_while_the_largest_still_comes() {
     assert_eq!(registry.count(&layers[2].path()), 1);
     assert_eq!(mount.status()["state"], "preparing");
     registry.release();
-    eventually("the mount is ready", || mount.status()["state"] == "ready");
+    mount.reaches("ready");
     assert_eq!(sources(&mount), ["streamed"; 3]);
     check_files(&mount);
 }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::{Address, PATH, Record, first_byte, in_path, join};
+use super::{Address, PATH, ProgramRecord, first_byte, in_path, join};
 use crate::erofs::{ErofsError, FileType, Mapping, Nid, Reader, Walker};
 use crate::layer;
 use crate::program::Program;
@@ -27,7 +27,10 @@ const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
 
 /// Finds the needs of all programs and libraries in the tree. `layers` has the programs of each layer, if they are
 /// known.
-pub(super) fn link(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<Record>, ErofsError> {
+pub(super) fn link(
+    tree: &Reader<Vec<u8>>,
+    layers: &[Option<layer::LayerPrograms>],
+) -> Result<Vec<ProgramRecord>, ErofsError> {
     let found = find(tree, layers)?;
     Ok(Linker::new(tree, &found).link(&found))
 }
@@ -71,8 +74,8 @@ impl<'a> Linker<'a> {
         }
     }
 
-    fn link(&mut self, found: &[FoundProgram]) -> Vec<Record> {
-        let mut records: Vec<Record> = found.iter().map(|found| self.record(found)).collect();
+    fn link(&mut self, found: &[FoundProgram]) -> Vec<ProgramRecord> {
+        let mut records: Vec<ProgramRecord> = found.iter().map(|found| self.record(found)).collect();
         // The cache file that the loader itself reads.
         let tree = self.walker.tree();
         if let Ok(cache) = self.walker.resolve(tree.root(), LOADER_CACHE)
@@ -80,12 +83,13 @@ impl<'a> Linker<'a> {
             && let Some(at) = first_byte(tree, cache)
         {
             let position = records.len() as u32;
-            let loaded = |found: &FoundProgram| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
+            let loaded =
+                |found: &FoundProgram| found.program.interpreter.is_some() && !found.program.libraries.is_empty();
             for (record, _) in records.iter_mut().zip(found).filter(|(_, found)| loaded(found)) {
                 // Right behind the loader, which reads the cache first.
                 record.needs.insert(record.needs.len().min(1), position);
             }
-            records.push(Record {
+            records.push(ProgramRecord {
                 at,
                 hot: places(tree, cache, 0..inode.size),
                 needs: Vec::new(),
@@ -94,7 +98,7 @@ impl<'a> Linker<'a> {
         records
     }
 
-    fn record(&mut self, found: &FoundProgram) -> Record {
+    fn record(&mut self, found: &FoundProgram) -> ProgramRecord {
         let program = &found.program;
         let mut needed: Vec<Nid> = Vec::new();
         if let Some(path) = &program.interpreter {
@@ -109,7 +113,7 @@ impl<'a> Linker<'a> {
         let known = needed.iter().filter_map(|ino| self.positions.get(&ino.0).copied());
         let known: Vec<u32> = known.collect();
         let (tree, hot) = (self.walker.tree(), program.hot.iter());
-        Record {
+        ProgramRecord {
             at: found.at,
             hot: hot.flat_map(|hot| places(tree, found.ino, hot.clone())).collect(),
             needs: known,
@@ -154,7 +158,7 @@ impl<'a> Linker<'a> {
 }
 
 /// Finds all programs and libraries in the tree.
-fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::Programs>]) -> Result<Vec<FoundProgram>, ErofsError> {
+fn find(tree: &Reader<Vec<u8>>, layers: &[Option<layer::LayerPrograms>]) -> Result<Vec<FoundProgram>, ErofsError> {
     let mut found = Vec::new();
     let mut directories = vec![(tree.root(), 0)];
     let mut seen = HashSet::new();

@@ -1,7 +1,7 @@
 //! The two loops that decode symbols into output.
 
 use super::tables::{
-    DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE, BlockTables,
+    BlockTables, DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE,
 };
 use super::track::Tracker;
 use super::{BUFFER, DeflateError, HISTORY, Inflate, MASK, SLACK, STOP};

@@ -172,7 +172,11 @@ async fn what_stalls_comes_over_another_connection() {
 
 #[tokio::test]
 async fn a_second_connection_that_stalls_too_is_replaced() {
-    let blob = PlannedBlob::new(&[BlobAnswer::Stalls(10_000), BlobAnswer::Stalls(100_000), BlobAnswer::Good]);
+    let blob = PlannedBlob::new(&[
+        BlobAnswer::Stalls(10_000),
+        BlobAnswer::Stalls(100_000),
+        BlobAnswer::Good,
+    ]);
     let origin = origin(&blob);
     read(&origin, &blob, 0..SIZE as u64).await;
     assert_eq!(blob.asked().last().unwrap().0.start, 110_000);
@@ -203,7 +207,12 @@ async fn the_error_of_the_last_request_is_the_error() {
 
 #[tokio::test]
 async fn a_patient_reading_asks_until_it_has_the_bytes() {
-    let blob = PlannedBlob::new(&[BlobAnswer::Fails, BlobAnswer::Fails, BlobAnswer::Fails, BlobAnswer::Good]);
+    let blob = PlannedBlob::new(&[
+        BlobAnswer::Fails,
+        BlobAnswer::Fails,
+        BlobAnswer::Fails,
+        BlobAnswer::Good,
+    ]);
     let origin = Origin {
         patient: true,
         ..origin(&blob)

@@ -23,7 +23,7 @@ use reqwest::header::{CONTENT_RANGE, CONTENT_TYPE};
 
 use crate::blob::BlobError;
 use crate::registry::content_range::ContentRange;
-use crate::registry::encoding::{Coding, Decoder, Encoding, first_bytes};
+use crate::registry::encoding::{BodyDecoder, Coding, Encoding, first_bytes};
 use crate::registry::transport::Reply;
 
 /// Most bytes to receive and discard in order to reach an offset: about as many as arrive in a round trip. A larger
@@ -82,7 +82,7 @@ pub(super) struct ResponseContent {
     /// Bytes received and not yet given out.
     ready: Bytes,
     /// Decompresses the received bytes, if they are to be decompressed.
-    decoder: Option<Decoder>,
+    decoder: Option<BodyDecoder>,
 }
 
 impl ResponseContent {
@@ -177,7 +177,7 @@ impl ResponseContent {
 
     /// Decompresses all bytes from here on.
     pub(super) fn decode(&mut self, coding: Coding) -> Result<(), BlobError> {
-        self.decoder = Some(Decoder::new(coding).map_err(|error| self.broken(&error))?);
+        self.decoder = Some(BodyDecoder::new(coding).map_err(|error| self.broken(&error))?);
         Ok(())
     }
 

@@ -87,25 +87,25 @@ where
 #[derive(Debug, Default, Deserialize)]
 struct AuthEntry {
     #[serde(default)]
-    auth: Option<Secret>,
+    auth: Option<SecretText>,
     #[serde(default)]
     username: Option<String>,
     #[serde(default)]
-    password: Option<Secret>,
+    password: Option<SecretText>,
     #[serde(default)]
-    identitytoken: Option<Secret>,
+    identitytoken: Option<SecretText>,
     #[serde(default)]
-    registrytoken: Option<Secret>,
+    registrytoken: Option<SecretText>,
 }
 
 /// A secret during parsing. `Debug` does not print it.
 #[derive(Deserialize)]
 #[serde(transparent)]
-struct Secret(String);
+struct SecretText(String);
 
-impl std::fmt::Debug for Secret {
+impl std::fmt::Debug for SecretText {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(..)")
+        f.write_str("SecretText(..)")
     }
 }
 
@@ -210,7 +210,7 @@ fn first_credential<'a>(
 impl AuthEntry {
     /// Returns `None` for an empty entry. An empty entry only marks that a credential store has a login for the host.
     fn credential(&self, key: &str) -> Result<Option<Credential>, AuthFileError> {
-        let some = |text: &Option<Secret>| text.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty());
+        let some = |text: &Option<SecretText>| text.as_ref().map(|t| t.0.clone()).filter(|t| !t.is_empty());
         if let Some(token) = some(&self.registrytoken) {
             return Ok(Some(Credential::RegistryToken(Secret::new(token))));
         }

@@ -129,7 +129,10 @@ mod tests {
         assert!(matches!(script(none, "h").await, Ok(None)));
         let refused = script("echo session expired; exit 3", "h").await.unwrap_err();
         assert!(refused.to_string().contains("session expired"), "{refused}");
-        assert!(matches!(script("echo hello", "h").await, Err(HelperError::HelperAnswer)));
+        assert!(matches!(
+            script("echo hello", "h").await,
+            Err(HelperError::HelperAnswer)
+        ));
     }
 
     #[tokio::test]

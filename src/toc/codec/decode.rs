@@ -61,7 +61,7 @@ impl PackedToc {
             return Err(corrupt("it is larger than any layer may be"));
         }
         let no_zstd = |_| corrupt("its body is no zstd frame");
-        let mut zstd = zstd::TocDecoder::with_buffer(&self.body[..])
+        let mut zstd = zstd::Decoder::with_buffer(&self.body[..])
             .map_err(no_zstd)?
             .single_frame();
         zstd.window_log_max(WINDOW_LOG_MAX).map_err(no_zstd)?;
@@ -121,7 +121,7 @@ fn corrupt(reason: &'static str) -> TocError {
 }
 
 type Decoded<T> = Result<T, &'static str>;
-type Unfolded<'a> = BufReader<Take<zstd::TocDecoder<'a, &'a [u8]>>>;
+type Unfolded<'a> = BufReader<Take<zstd::Decoder<'a, &'a [u8]>>>;
 
 /// Reads the entries of a [`PackedToc`]; made by [`PackedToc::entries`].
 pub struct TocEntries<'a> {
@@ -311,7 +311,7 @@ impl<R: BufRead> TocDecoder<R> {
 
     fn xattrs(&mut self) -> Decoded<()> {
         self.xattrs.clear();
-        let mut check = xattr::Check::default();
+        let mut check = xattr::ListCheck::default();
         for _ in 0..self.below(1 << 16)? {
             let number = self.below(self.attributes.len() as u64 + 1)?;
             let (id, xattr) = match usize::try_from(number)

@@ -1,17 +1,17 @@
 //! Makes an entry from its headers: what the type flag means, which field counts, how the content is mapped.
 
-use super::{Pending, Sparse, State, TarReader, clip, pad, padding};
-use crate::toc::builder::{Content, Item};
+use super::{Pending, SparseFile, TarReader, TarState, clip, pad, padding};
+use crate::toc::builder::{FileContent, Item};
 use crate::toc::error::{TocError, shown};
-use crate::toc::header::{self, Block, Field, Header};
+use crate::toc::header::{self, NumericField, TarBlock, TarHeader};
 use crate::toc::pax::Pax;
-use crate::toc::sparse::{Fragment, MapParser};
+use crate::toc::sparse::{MapParser, SparsePiece};
 use crate::toc::xattr::{self, Holder};
 use crate::toc::{DeviceNumber, EntryKind, Metadata};
 
 impl TarReader {
     /// Handles a header that describes an entry, together with the extended headers before it.
-    pub(super) fn entry(&mut self, header: Header<'_>, offset: u64, flag: u8) -> Result<(), TocError> {
+    pub(super) fn entry(&mut self, header: TarHeader<'_>, offset: u64, flag: u8) -> Result<(), TocError> {
         let Pending {
             pax,
             long_name,
@@ -97,8 +97,8 @@ impl TarReader {
             if stored == 0 {
                 return Err(bad("it is missing"));
             }
-            self.state = State::DataMap(
-                Box::new(Sparse {
+            self.state = TarState::DataMap(
+                Box::new(SparseFile {
                     item,
                     size,
                     stored,
@@ -115,7 +115,7 @@ impl TarReader {
         self.begin_content(item, stored, size, pax.sparse.map)
     }
 
-    fn old_sparse(&mut self, header: &Header<'_>, item: Item, stored: u64) -> Result<(), TocError> {
+    fn old_sparse(&mut self, header: &TarHeader<'_>, item: Item, stored: u64) -> Result<(), TocError> {
         let bad = |reason| TocError::BadSparse {
             entry: shown(&item.name),
             offset: item.offset,
@@ -127,9 +127,9 @@ impl TarReader {
         let (map, more) = header
             .sparse_map()
             .ok_or_else(|| bad("a number in it does not parse"))?;
-        let size = self.unsigned(header, item.offset, Field::REAL_SIZE)?;
+        let size = self.unsigned(header, item.offset, NumericField::REAL_SIZE)?;
         if more {
-            self.state = State::OldMap(Box::new(Sparse {
+            self.state = TarState::OldMap(Box::new(SparseFile {
                 item,
                 size,
                 stored,
@@ -140,7 +140,7 @@ impl TarReader {
         self.begin_content(item, stored, size, Some(map))
     }
 
-    pub(super) fn continue_old_map(&mut self, mut sparse: Box<Sparse>, block: &Block) -> Result<(), TocError> {
+    pub(super) fn continue_old_map(&mut self, mut sparse: Box<SparseFile>, block: &TarBlock) -> Result<(), TocError> {
         let Some(more) = header::sparse_continuation(block, &mut sparse.map) else {
             let Item { name, offset, .. } = sparse.item;
             return Err(TocError::BadSparse {
@@ -158,10 +158,10 @@ impl TarReader {
             });
         }
         if more {
-            self.state = State::OldMap(sparse);
+            self.state = TarState::OldMap(sparse);
             return Ok(());
         }
-        let Sparse {
+        let SparseFile {
             item,
             size,
             stored,
@@ -172,7 +172,7 @@ impl TarReader {
 
     pub(super) fn read_map(
         &mut self,
-        mut sparse: Box<Sparse>,
+        mut sparse: Box<SparseFile>,
         mut parser: MapParser,
         bytes: &[u8],
     ) -> Result<usize, TocError> {
@@ -189,12 +189,12 @@ impl TarReader {
         sparse.stored -= taken as u64;
         self.pos += taken as u64;
         if parser.is_complete() {
-            let Sparse { item, size, stored, .. } = *sparse;
+            let SparseFile { item, size, stored, .. } = *sparse;
             self.begin_content(item, stored, size, Some(parser.into_map()))?;
         } else if sparse.stored == 0 {
             return Err(bad(&sparse.item, "it is longer than the data"));
         } else {
-            self.state = State::DataMap(sparse, parser);
+            self.state = TarState::DataMap(sparse, parser);
         }
         Ok(taken)
     }
@@ -205,11 +205,11 @@ impl TarReader {
         item: Item,
         stored: u64,
         size: u64,
-        map: Option<Vec<Fragment>>,
+        map: Option<Vec<SparsePiece>>,
     ) -> Result<(), TocError> {
         let extents = self.builder.regular(
             item,
-            Content {
+            FileContent {
                 tar: self.pos,
                 stored,
                 size,
@@ -219,7 +219,7 @@ impl TarReader {
         if extents.is_empty() {
             self.skip(stored);
         } else {
-            self.state = State::Data {
+            self.state = TarState::Data {
                 extents,
                 done: 0,
                 pad: pad(stored),
@@ -228,15 +228,15 @@ impl TarReader {
         Ok(())
     }
 
-    fn item(&mut self, header: &Header<'_>, offset: u64, flag: u8, pax: &mut Pax) -> Result<Item, TocError> {
+    fn item(&mut self, header: &TarHeader<'_>, offset: u64, flag: u8, pax: &mut Pax) -> Result<Item, TocError> {
         let (mtime, mtime_nsec) = match pax.mtime {
             Some(time) => time,
-            None => (self.field(header, offset, Field::MTIME)?, 0),
+            None => (self.field(header, offset, NumericField::MTIME)?, 0),
         };
         let mut meta = Metadata {
-            mode: (self.field(header, offset, Field::MODE)? & 0o7777) as u16,
-            uid: self.owner(header, offset, Field::UID, pax.uid)?,
-            gid: self.owner(header, offset, Field::GID, pax.gid)?,
+            mode: (self.field(header, offset, NumericField::MODE)? & 0o7777) as u16,
+            uid: self.owner(header, offset, NumericField::UID, pax.uid)?,
+            gid: self.owner(header, offset, NumericField::GID, pax.gid)?,
             mtime,
             mtime_nsec,
         };
@@ -270,10 +270,10 @@ impl TarReader {
         })
     }
 
-    fn device(&mut self, header: &Header<'_>, offset: u64, flag: u8) -> Result<EntryKind, TocError> {
+    fn device(&mut self, header: &TarHeader<'_>, offset: u64, flag: u8) -> Result<EntryKind, TocError> {
         let (major, minor) = (
-            self.field(header, offset, Field::DEV_MAJOR)?,
-            self.field(header, offset, Field::DEV_MINOR)?,
+            self.field(header, offset, NumericField::DEV_MAJOR)?,
+            self.field(header, offset, NumericField::DEV_MINOR)?,
         );
         // Keep the lowest 12 and 20 bits, for which mknod(2) has room.
         let number = DeviceNumber {
@@ -296,16 +296,22 @@ impl TarReader {
         })
     }
 
-    pub(super) fn size(&self, header: &Header<'_>, offset: u64, pax: Option<u64>) -> Result<u64, TocError> {
+    pub(super) fn size(&self, header: &TarHeader<'_>, offset: u64, pax: Option<u64>) -> Result<u64, TocError> {
         match pax {
             Some(size) => Ok(size),
-            None => self.unsigned(header, offset, Field::SIZE),
+            None => self.unsigned(header, offset, NumericField::SIZE),
         }
     }
 
     /// Returns a user or group as chown(2) takes it from an engine that unpacks the layer. Of larger and negative
     /// numbers only the lowest 32 bits count. 4294967295 means "no change" to chown(2), which leaves root.
-    fn owner(&mut self, header: &Header<'_>, offset: u64, field: Field, pax: Option<i64>) -> Result<u32, TocError> {
+    fn owner(
+        &mut self,
+        header: &TarHeader<'_>,
+        offset: u64,
+        field: NumericField,
+        pax: Option<i64>,
+    ) -> Result<u32, TocError> {
         let id = match pax {
             Some(id) => id,
             None => self.field(header, offset, field)?,
@@ -322,17 +328,17 @@ impl TarReader {
         Ok(owner)
     }
 
-    fn unsigned(&self, header: &Header<'_>, offset: u64, field: Field) -> Result<u64, TocError> {
+    fn unsigned(&self, header: &TarHeader<'_>, offset: u64, field: NumericField) -> Result<u64, TocError> {
         u64::try_from(self.field(header, offset, field)?).map_err(|_| self.bad_field(header, offset, field))
     }
 
-    fn field(&self, header: &Header<'_>, offset: u64, field: Field) -> Result<i64, TocError> {
+    fn field(&self, header: &TarHeader<'_>, offset: u64, field: NumericField) -> Result<i64, TocError> {
         header
             .number(field)
             .ok_or_else(|| self.bad_field(header, offset, field))
     }
 
-    fn bad_field(&self, header: &Header<'_>, offset: u64, field: Field) -> TocError {
+    fn bad_field(&self, header: &TarHeader<'_>, offset: u64, field: NumericField) -> TocError {
         TocError::BadField {
             entry: shown(&self.name),
             offset,

@@ -1,6 +1,6 @@
 //! Compaction: removes inodes without a name, and moves the others together.
 
-use super::{Arena, Full, Id, Kind, NONE, Text};
+use super::{Arena, ArenaKind, Full, Id, NONE, TargetText};
 
 /// Arenas of fewer bytes are not compacted, because the memory saved is not worth the time.
 const WORTH: usize = 8 << 20;
@@ -48,13 +48,13 @@ impl Arena {
             }
             used[inode.xattrs.0 as usize] = true;
             match &mut inode.kind {
-                Kind::Directory { first, .. } => *first = NONE,
-                Kind::Symlink(Text { start, len }) => {
+                ArenaKind::Directory { first, .. } => *first = NONE,
+                ArenaKind::Symlink(TargetText { start, len }) => {
                     targets.copy_within(*start as usize..*start as usize + usize::from(*len), end);
                     *start = end as u32;
                     end += usize::from(*len);
                 }
-                Kind::Sparse { map, .. } => {
+                ArenaKind::Sparse { map, .. } => {
                     let data = &mut old_maps[*map as usize];
                     let empty = crate::toc::FileData {
                         size: 0,

@@ -5,7 +5,7 @@ use std::hash::BuildHasher as _;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use super::{Arena, Full, Id, Kind, NONE};
+use super::{Arena, ArenaKind, Full, Id, NONE};
 use crate::memory::OverLimit;
 
 /// One name of an inode.
@@ -130,7 +130,7 @@ impl Arena {
 
     pub fn first_mut(&mut self, dir: Id) -> &mut u32 {
         match &mut self.get_mut(dir).kind {
-            Kind::Directory { first, .. } => first,
+            ArenaKind::Directory { first, .. } => first,
             _ => unreachable!("only directories have names"),
         }
     }
@@ -138,7 +138,7 @@ impl Arena {
     /// Returns the number of a directory's first name, or [`NONE`].
     pub fn first(&self, dir: Id) -> u32 {
         match self.get(dir).kind {
-            Kind::Directory { first, .. } => first,
+            ArenaKind::Directory { first, .. } => first,
             _ => NONE,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::{Arena, Full, Id, Kind};
+use super::{Arena, ArenaKind, Full, Id};
 
 /// Most symlinks followed in one path before it counts as a loop, as in Linux (`MAXSYMLINKS`).
 const MAX_SYMLINKS: u32 = 40;
@@ -108,7 +108,7 @@ impl Arena {
 
     pub fn symlink(&self, id: Id) -> Option<&[u8]> {
         match self.get(id).kind {
-            Kind::Symlink(text) => Some(self.target(text)),
+            ArenaKind::Symlink(text) => Some(self.target(text)),
             _ => None,
         }
     }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use super::{Hide, UpperTree};
 use crate::toc::{AttributeId, Metadata, PackedEntry, chmod_acl};
 use crate::tree::TreeError;
-use crate::tree::arena::{Arena, Id, Kind, NONE, SetId, WHITEOUT};
+use crate::tree::arena::{Arena, ArenaKind, Id, NONE, SetId, WHITEOUT};
 
 /// A hard link entry and the inode it is bound to.
 #[derive(Debug, Clone, Copy)]
@@ -32,7 +32,7 @@ impl UpperTree<'_> {
             Some(id) => id,
             None => {
                 let target = self.arena.text(target).map_err(|why| self.full(why, entry.path))?;
-                let kind = Kind::Pending { target, bound: NONE };
+                let kind = ArenaKind::Pending { target, bound: NONE };
                 self.push(number, entry, SetId::EMPTY, kind)?
             }
         };
@@ -68,7 +68,7 @@ impl UpperTree<'_> {
         let mut deleted = None;
         for link in 0..self.links.len() {
             let HardLink { entry, id, .. } = self.links[link];
-            let Kind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
+            let ArenaKind::Pending { target, bound: NONE } = self.arena.get(id).kind else {
                 continue;
             };
             let name = self.arena.target(target);
@@ -79,7 +79,7 @@ impl UpperTree<'_> {
                     if deleted.get_or_insert_with(|| whiteouts(hides)).contains(&path[..]) {
                         // The target is deleted by this layer, so the link hides its own name too: the engines link
                         // it to the whiteout.
-                        self.arena.get_mut(id).kind = Kind::CharDevice(WHITEOUT);
+                        self.arena.get_mut(id).kind = ArenaKind::CharDevice(WHITEOUT);
                         continue;
                     }
                     self.find_lower(lower, &path, name)?
@@ -92,7 +92,7 @@ impl UpperTree<'_> {
                 }
                 Some(found) => found,
             };
-            self.arena.get_mut(id).kind = Kind::Pending { target, bound };
+            self.arena.get_mut(id).kind = ArenaKind::Pending { target, bound };
         }
         Ok(())
     }
@@ -154,7 +154,7 @@ impl UpperTree<'_> {
     fn settled(&mut self, entry: u32, id: Id) -> Result<Id, TreeError> {
         let mut chain = 0;
         let mut end = id;
-        while let Kind::Pending { bound, target } = self.arena.get(end).kind {
+        while let ArenaKind::Pending { bound, target } = self.arena.get(end).kind {
             chain += 1;
             if bound == NONE || chain > self.links.len() {
                 return Err(TreeError::HardlinkCycle {
@@ -166,7 +166,7 @@ impl UpperTree<'_> {
             end = bound;
         }
         let mut at = id;
-        while let Kind::Pending { bound, .. } = &mut self.arena.get_mut(at).kind {
+        while let ArenaKind::Pending { bound, .. } = &mut self.arena.get_mut(at).kind {
             at = std::mem::replace(bound, end);
         }
         Ok(end)

@@ -18,9 +18,14 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Polls until `done` returns true. Panics after [`PATIENCE`].
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    poll(|| if done() { Ok(()) } else { Err(what) });
+}
+
+/// Polls until `attempt` is `Ok`, at most for [`PATIENCE`]. Panics with the last error.
+fn poll<E: std::fmt::Display>(mut attempt: impl FnMut() -> Result<(), E>) {
     let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "never happened: {what}");
+    while let Err(error) = attempt() {
+        assert!(Instant::now() < deadline, "never happened: {error}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -351,6 +356,17 @@ impl Mounted {
         let works = !["dead", "unresponsive", "detached"].contains(&status["state"].as_str().unwrap());
         assert_eq!(said.code, Some(i32::from(!works)), "{said:?}");
         status
+    }
+
+    /// Waits until the mount is in this state, at most for [`PATIENCE`].
+    pub fn reaches(&self, state: &str) {
+        poll(|| {
+            let status = self.status();
+            match status["state"] == state {
+                true => Ok(()),
+                false => Err(format!("{state}: {status}")),
+            }
+        });
     }
 
     pub fn umount(&self, options: &[&str]) -> Said {

@@ -209,6 +209,11 @@ impl TestRegistry {
         self.state(|state| state.rules.iter().map(|(_, times, _)| times).sum())
     }
 
+    /// Applies this fault alone to all requests whose target contains `part`. No request falls between the old and the new one.
+    pub fn change_fault(&self, part: &str, fault: Fault) {
+        self.state(|state| state.rules = vec![(part.to_owned(), usize::MAX, fault)]);
+    }
+
     /// Removes all faults.
     pub fn clear_faults(&self) {
         self.state(|state| state.rules.clear());

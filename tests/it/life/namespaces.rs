@@ -12,7 +12,7 @@ use crate::common::namespace::LEAVE_OTHERS;
 use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, program, send, tool, wait};
 
 /// Starts a shell in a mount namespace of its own. The test writes lines to the shell.
-fn inside(script: &str, path: &Path) -> Child {
+pub(super) fn inside(script: &str, path: &Path) -> Child {
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"; {script}");
     let mut child = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-ec", &script])

@@ -8,9 +8,10 @@ use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
+use super::namespaces::inside;
 use super::{plain, problem, quick, row, rows, setup, umount};
 use crate::common::layers::{Blob, Tar, push};
-use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, alive, eventually, mounted_type, send};
+use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, Said, alive, eventually, mounted_type, send, wait};
 use crate::common::registry::TestRegistry;
 
 fn stop(mount: &Mounted) {
@@ -19,6 +20,40 @@ fn stop(mount: &Mounted) {
         let stat = fs::read_to_string(format!("/proc/{}/stat", mount.pid)).unwrap();
         stat.rsplit_once(") ").unwrap().1.starts_with('T')
     });
+}
+
+/// `umount` of a mount whose process is stopped. Tries again while the mount namespace of another test has a copy of the mount,
+/// which it has for a moment.
+fn end(mount: &Mounted, options: &[&str]) -> Said {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = umount(mount, options);
+        let told = [said.text(), &said.stderr].concat();
+        if !told.contains("another mount namespace has it") {
+            return said;
+        }
+        assert!(Instant::now() < deadline, "{said:?}");
+    }
+}
+
+#[test]
+fn a_stopped_process_is_ended_when_its_last_user_is_gone() {
+    let (ocifs, image) = setup();
+    let mount = ocifs.mount(&image);
+    let mut user = inside("echo in; read line", mount.path());
+    stop(&mount);
+    let said = umount(&mount, &[]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    for part in ["another mount namespace", &format!("{} sh", user.id())] {
+        assert!(said.stderr.contains(part), "{part}: {said:?}");
+    }
+    assert_eq!(row(mount.path())["state"], "detached");
+    drop(user.stdin.take());
+    wait(&mut user, "the user");
+    let said = end(&mount, &[]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    assert!(said.stderr.contains("was ended"), "{said:?}");
+    mount.assert_gone();
 }
 
 #[test]
@@ -44,7 +79,7 @@ fn stopped_processes_hold_up_nobody() {
         assert_eq!((said.code, &said.json()["state"]), (Some(1), &"unresponsive".into()));
     }
     for (mount, options) in mounts.iter().zip([&[][..], &["--lazy"], &["--json"], &[]]) {
-        let said = umount(mount, options);
+        let said = end(mount, options);
         assert_eq!(said.code, Some(0), "{said:?}");
         let told = [said.text(), &said.stderr].concat();
         assert!(
@@ -104,7 +139,7 @@ fn changes_outlive_a_stopped_process() {
     let mount = ocifs.mount_with(&image, &kept);
     fs::write(mount.join("new"), "new\n").unwrap();
     stop(&mount);
-    let said = umount(&mount, &[]);
+    let said = end(&mount, &[]);
     assert_eq!(said.code, Some(0), "{said:?}");
     mount.assert_gone();
     assert_eq!(fs::read(upper.join("new")).unwrap(), b"new\n");
@@ -115,7 +150,7 @@ fn changes_outlive_a_stopped_process() {
     let private = ocifs.mount_with(&image, &["--writable"]);
     fs::write(private.join("new"), "new\n").unwrap();
     stop(&private);
-    assert_eq!(umount(&private, &[]).code, Some(0));
+    assert_eq!(end(&private, &[]).code, Some(0));
     private.assert_gone();
     assert_eq!(fs::read_dir(ocifs.store().join("uppers")).unwrap().count(), 0);
 }
@@ -129,7 +164,7 @@ fn a_stopped_process_that_prepares_is_taken_down() {
     let ocifs = Ocifs::new();
     let mount = ocifs.mount_with(&format!("{}/app:1", registry.host()), &[]);
     stop(&mount);
-    assert_eq!(umount(&mount, &[]).code, Some(0));
+    assert_eq!(end(&mount, &[]).code, Some(0));
     mount.assert_gone();
 }
 
