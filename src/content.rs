@@ -156,18 +156,17 @@ impl Content {
         let mut reading = std::pin::pin!(self.read_waiting(parts, length));
         // The first poll requests the bytes that the reader waits for. Bytes that the program may load are requested
         // after it.
-        if let Poll::Ready(result) = futures::poll!(&mut reading) {
-            return result;
-        }
+        let first = futures::poll!(&mut reading);
         for place in places {
             self.image.started(place.layer, place.device.start);
         }
         let late = ContentError::Timeout {
             timeout: self.timeout.unwrap_or_default(),
         };
-        let result = match deadline {
-            None => reading.await,
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), reading)
+        let result = match (first, deadline) {
+            (Poll::Ready(result), _) => result,
+            (Poll::Pending, None) => reading.await,
+            (Poll::Pending, Some(deadline)) => tokio::time::timeout_at(deadline.into(), reading)
                 .await
                 .unwrap_or(Err(late)),
         };

@@ -24,6 +24,7 @@ mod budget;
 mod checksum;
 mod evict;
 mod file;
+mod fragment;
 mod geometry;
 mod handle;
 mod joined;
@@ -42,9 +43,10 @@ pub use file::SpanLock;
 pub use verify::{Verified, verify};
 pub use writer::DeviceWriter;
 
-use checksum::{Checksummer, Seed, recorded};
+use checksum::{Checksummer, recorded};
 use file::DeviceFile;
-use geometry::{Check, Fragment, Geometry};
+use fragment::{Check, Fragment, Seed};
+use geometry::Geometry;
 use joined::{Joined, footprint};
 
 use crate::os::{clear_way, gone, is_denied, is_foreign, is_symlink, open_regular};

@@ -106,8 +106,10 @@ pub enum CompleteError {
 
 fn not_kept(spans: usize, problem: Option<&str>) -> String {
     match problem {
-        Some(problem) => format!("not all of the image could be kept: {problem}"),
-        None => format!("not all of the image fits in the cache, {spans} spans are gone again: raise --cache-size"),
+        Some(problem) => format!("{spans} spans could not be kept: {problem}"),
+        None => {
+            format!("{spans} spans could not be kept, because the image does not fit in the cache: raise --cache-size")
+        }
     }
 }
 
@@ -210,9 +212,7 @@ impl Preparation {
             match self.assemble(context).await {
                 Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
                     tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
-                    if let Some(dir) = context.store.layer(&layer) {
-                        dir.forget()?;
-                    }
+                    context.forget(&layer)?;
                 }
                 result => return result,
             }

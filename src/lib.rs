@@ -1,7 +1,14 @@
 //! ocifs mounts an OCI or Docker image as a root file system and fetches only the bytes that are read.
 //!
-//! An image is a stack of compressed tars: no table of contents, no random access. ocifs gives every layer both, merges the
-//! layers' tables once into one immutable tree, and serves that tree through thin front ends.
+//! An image is a stack of compressed tars. A tar has no table of contents, and a compressed one has no random access. ocifs
+//! gives every layer both. It merges the layers' tables once into one immutable tree, and serves that tree through thin front
+//! ends.
+//!
+//! # Runtime
+//! The async functions of this crate need tokio's multi-thread runtime. They read and write local files with
+//! `tokio::task::block_in_place`, which hands the thread's other tasks to another thread, and which panics on a
+//! current-thread runtime. Most of these reads come from the page cache, and a task of its own for each would cost more
+//! than the read.
 //!
 //! # Glossary
 //! The words below mean one thing everywhere in this crate.

@@ -167,7 +167,7 @@ impl<'a, 'r> Elf<'a, 'r> {
             match entry.d_tag {
                 abi::DT_NEEDED if program.libraries.len() < MOST_LIBRARIES => program.libraries.extend(name(self)),
                 abi::DT_RUNPATH | abi::DT_RPATH => {
-                    let path = name(self)?;
+                    let path = name(self).unwrap_or_default();
                     let places = path.split(':').filter(|place| !place.is_empty());
                     let room = MOST_PLACES - program.search.len();
                     program.search.extend(places.take(room).map(str::to_owned));

@@ -38,6 +38,7 @@ mod codec;
 mod error;
 mod extents;
 mod header;
+mod limits;
 mod number;
 mod path;
 mod pax;
@@ -49,7 +50,8 @@ pub use attributes::{Attribute, AttributeId, Attributes};
 pub use codec::{AttributeRef, PackedEntry, PackedToc, TocEntries};
 pub use error::{NameProblem, TocError};
 pub use extents::ExtentTable;
-pub use reader::{Limits, TarReader};
+pub use limits::Limits;
+pub use reader::TarReader;
 pub(crate) use xattr::chmod as chmod_acl;
 
 use crate::memory::Charge;

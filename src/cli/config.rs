@@ -24,7 +24,7 @@ const SYSTEM_CONFIG: &str = "/etc/ocifs.toml";
 pub(super) struct Globals {
     #[command(flatten)]
     store: StoreArgs,
-    /// Memory for decoded data on its way to readers; with 256 MiB more also that for the tables of an image's files
+    /// Memory for decoded data on its way to readers; the tables of an image's files take at most that plus 192 MiB
     /// [default: 64MiB]
     #[arg(long, global = true, value_name = "SIZE")]
     memory: Option<Size>,

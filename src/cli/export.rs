@@ -52,7 +52,7 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> any
         (None, Format::Erofs) => disk(&fs, fetching, &mut io::stdout().lock()),
         (Some(path), format) => {
             let named = || format!("{}", path.display());
-            let mut output = Output::create(path).with_context(named)?;
+            let mut output = OutputFile::create(path).with_context(named)?;
             let file = output.file();
             match format {
                 Format::Tar => tar(&fs, fetching, &*file)?,
@@ -69,12 +69,12 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: ExportArgs) -> any
 
 /// The output file. A new file gets its name only when it is complete. If the path names something else than a
 /// regular file, such as a pipe, the output is written into it directly.
-enum Output<'a> {
+enum OutputFile<'a> {
     Whole(NamedTempFile, &'a Path),
     Special(File),
 }
 
-impl<'a> Output<'a> {
+impl<'a> OutputFile<'a> {
     fn create(path: &'a Path) -> io::Result<Self> {
         if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
             return Ok(Self::Special(File::options().write(true).open(path)?));
@@ -146,7 +146,7 @@ impl Write for Sparse<'_> {
 }
 
 /// A file of the image as a stream.
-struct Content<'a> {
+struct FileReader<'a> {
     fs: &'a ImageFs,
     fetching: &'a Fetching,
     ino: Nid,
@@ -155,7 +155,7 @@ struct Content<'a> {
     used: usize,
 }
 
-impl Read for Content<'_> {
+impl Read for FileReader<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.used == self.buffer.len() {
             let reading = self.fs.read(self.ino, self.offset, READ);
@@ -243,7 +243,7 @@ impl<W: Write> TarExport<'_, W> {
             FileType::BlockDevice => (EntryType::Block, 0),
             FileType::Fifo => (EntryType::Fifo, 0),
         };
-        let content = Content {
+        let content = FileReader {
             fs: self.fs,
             fetching: self.fetching,
             ino: attr.ino,

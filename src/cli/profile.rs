@@ -26,9 +26,9 @@ pub(super) enum ProfileCommand {
     /// Show what is known of the starts of an image's programs
     Show(ShowArgs),
     /// Write a profile to a file, or to standard output, for another machine
-    Export(ExportArgs),
+    Export(ProfileExportArgs),
     /// Take a profile from a file, or from standard input, in place of what is known
-    Import(ImportArgs),
+    Import(ProfileImportArgs),
 }
 
 /// Arguments of `profile show`.
@@ -46,7 +46,7 @@ pub(super) struct ShowArgs {
 
 /// Arguments of `profile export`.
 #[derive(Debug, Args)]
-pub(super) struct ExportArgs {
+pub(super) struct ProfileExportArgs {
     #[command(flatten)]
     image: ImageArgs,
     /// Which of the image's programs
@@ -59,7 +59,7 @@ pub(super) struct ExportArgs {
 
 /// Arguments of `profile import`.
 #[derive(Debug, Args)]
-pub(super) struct ImportArgs {
+pub(super) struct ProfileImportArgs {
     #[command(flatten)]
     image: ImageArgs,
     /// File to read, `-` for standard input
@@ -170,7 +170,7 @@ fn ranges(profile: &Profile) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn export(config: &Config, fetching: &Fetching, args: &ExportArgs) -> anyhow::Result<()> {
+fn export(config: &Config, fetching: &Fetching, args: &ProfileExportArgs) -> anyhow::Result<()> {
     let (context, preparation) = open(config, fetching, &args.image)?;
     let manifest = &preparation.resolved().manifest_document.digest;
     let profile = stored_profile(&context.store, manifest, &args.profile);
@@ -189,7 +189,7 @@ fn unknown(image: &str, label: &Label) -> anyhow::Error {
     )
 }
 
-fn import(config: &Config, fetching: &Fetching, args: &ImportArgs) -> anyhow::Result<()> {
+fn import(config: &Config, fetching: &Fetching, args: &ProfileImportArgs) -> anyhow::Result<()> {
     let profile = Profile::decode(&read(&args.file)?).with_context(|| format!("{}", args.file.display()))?;
     let (context, preparation) = open(config, fetching, &args.image)?;
     let label = args.profile.clone().unwrap_or_else(|| profile.label.clone());

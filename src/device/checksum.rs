@@ -1,36 +1,9 @@
 //! Checksums of fragments. A writer computes them while it writes content in device order.
 
-use super::geometry::Check;
-use crate::oci::Digest;
+use super::fragment::{Check, Seed};
 use crate::toc::DEVICE_BLOCK;
 
 static ZEROS: [u8; DEVICE_BLOCK as usize] = [0; DEVICE_BLOCK as usize];
-
-/// The value with which all checksums of a layer begin. A checksum depends on the layer and on the place of the
-/// fragment. Another layer's device in the place of this one does not pass, nor do bytes in another place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Seed(u32);
-
-impl Seed {
-    /// Returns the seed of the layer whose blob has this digest.
-    pub(super) fn of(layer: &Digest) -> Self {
-        let hash = blake3::hash(layer.to_string().as_bytes());
-        let mut first = [0; 4];
-        first.copy_from_slice(&hash.as_bytes()[..4]);
-        Self(u32::from_le_bytes(first))
-    }
-
-    /// Returns the checksum of a fragment before any of its bytes.
-    pub(super) fn start(self, check: Check) -> u32 {
-        let place = match check {
-            Check::Block(block) => block,
-            Check::Head(span) => u64::from(span) | 1 << 63,
-        };
-        // Multiplication by an odd number keeps any two places different. The shift keeps the upper half of the
-        // product.
-        self.0 ^ (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
-    }
-}
 
 /// Returns what is recorded for a fragment: its CRC-32C, or 1 where that is 0. A record of 0 stands for an absent
 /// fragment.
@@ -128,6 +101,7 @@ impl Checksummer {
 mod tests {
     use super::super::geometry::tests::geometry;
     use super::*;
+    use crate::oci::Digest;
 
     /// Adds content of spans with some gaps, in pieces of any size. Each fragment has the checksum of its bytes.
     #[test]

@@ -36,8 +36,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 
-use super::checksum::Seed;
-use super::geometry::{Check, Geometry};
+use super::fragment::{Check, Seed};
+use super::geometry::Geometry;
 use super::handle::Handle;
 use crate::os::{lock_bytes, unlock_bytes};
 use crate::toc::DEVICE_BLOCK;

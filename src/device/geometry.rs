@@ -16,25 +16,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::checksum::Seed;
+use super::fragment::{Check, Fragment, Seed};
 use crate::span::SpanMap;
 use crate::toc::DEVICE_BLOCK;
-
-/// Where the checksum of a fragment is recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Check {
-    /// For the block with this number: the fragment begins where the block does.
-    Block(u64),
-    /// For this span: the fragment begins with the span's first byte, inside a block.
-    Head(u32),
-}
-
-/// Bytes of the device that share a checksum.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fragment {
-    pub(super) range: Range<u64>,
-    pub(super) check: Check,
-}
 
 /// The places of all spans of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::checksum::{Checksummer, Seed};
+use super::checksum::Checksummer;
 use super::file::{Checks, DeviceFile};
+use super::fragment::Seed;
 use super::geometry::Geometry;
 use super::joined::{Joined, footprint, is_long};
 use super::{CacheBudget, DataDevice, DeviceError};

@@ -75,7 +75,7 @@ impl<'a> Planned<'a> {
         let mut emit = Emit {
             tree,
             plan,
-            out: Output {
+            out: ImageWriter {
                 head: Some((Vec::with_capacity(BLOCK as usize), superblock)),
                 inner: BufWriter::with_capacity(1 << 18, out),
                 position: 0,
@@ -111,7 +111,7 @@ fn uuid(seed: &Digest) -> [u8; 16] {
 struct Emit<'a, W: Write> {
     tree: &'a Tree,
     plan: &'a Plan,
-    out: Output<W>,
+    out: ImageWriter<W>,
     /// Attributes and tail of one inode, or one block.
     scratch: Vec<u8>,
 }
@@ -274,13 +274,13 @@ fn each_block(
 }
 
 /// Counts written bytes. Keeps the first block until it is complete and has its checksum.
-struct Output<W: Write> {
+struct ImageWriter<W: Write> {
     head: Option<(Vec<u8>, Superblock)>,
     inner: BufWriter<W>,
     position: u64,
 }
 
-impl<W: Write> Output<W> {
+impl<W: Write> ImageWriter<W> {
     fn write(&mut self, mut bytes: &[u8]) -> Result<(), ErofsError> {
         self.position += bytes.len() as u64;
         if let Some((head, superblock)) = &mut self.head {

@@ -2,7 +2,6 @@
 
 use std::io::{self, Write as _};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use super::Image;
 use super::prefetch::Layers;
@@ -12,8 +11,6 @@ use crate::profile::{LARGEST_FILE, Label, Profile, ProfileError, ProfiledLayer, 
 use crate::resolve::ResolvedImage;
 use crate::store::{Durability, Store, StoreError};
 
-/// How often to check whether a start is over.
-const LOOK: Duration = Duration::from_millis(500);
 /// Number of profiles of other images of a repository that are considered, newest first.
 const RELATIVES: usize = 8;
 
@@ -60,9 +57,7 @@ impl Learning {
             layers: image.layers.clone(),
             recorder,
         };
-        while !kept.recorder.is_over(Instant::now()) {
-            tokio::time::sleep(LOOK).await;
-        }
+        kept.recorder.over().await;
         // Learning writes files.
         let _ = tokio::task::spawn_blocking(move || drop(kept)).await;
     }

@@ -23,7 +23,7 @@ use crate::fetch::{Board, Flights, Lanes, Spans as _};
 use crate::memory::{Allowance, Charge, TABLES};
 use crate::oci::{DiffId, Digest};
 use crate::span::SpanMap;
-use crate::store::{LayerDir, Store};
+use crate::store::{LayerDir, Store, StoreError};
 
 /// Number of layers that are streamed at the same time. The number exceeds the number of cores, because many small
 /// layers wait for round trips, not for cores.
@@ -75,6 +75,13 @@ impl LayerContext {
     /// is. Readers that wait for such a layer get an error from the mount when the wait takes too long.
     pub fn patient(self) -> Self {
         Self { patient: true, ..self }
+    }
+
+    /// Removes the stored index of a layer, so that the next opening makes it again. Images that are open keep the
+    /// index that they have.
+    pub fn forget(&self, layer: &Digest) -> Result<(), StoreError> {
+        self.shared.forget(layer);
+        self.store.layer(layer).map_or(Ok(()), |dir| dir.forget())
     }
 }
 
@@ -189,6 +196,11 @@ impl SharedLayers {
     /// Returns the layer if it is open.
     pub(super) fn get(&self, digest: &Digest) -> Option<Arc<LayerData>> {
         self.0.lock().expect("no panic while locked").get(digest)?.upgrade()
+    }
+
+    /// Ends the sharing of a layer. Images that have it open keep it.
+    fn forget(&self, digest: &Digest) {
+        self.0.lock().expect("no panic while locked").remove(digest);
     }
 
     /// Shares a layer that was just opened. If the layer is shared already, returns the shared one.

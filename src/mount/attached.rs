@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::Flock;
 
 use super::error::{MountError, system};
-use super::registration::{MountRecord, RunEntry, Standing};
+use super::registration::{MountRecord, RunEntry};
+use super::standing::Standing;
 use super::{kernel, mountinfo, overlay};
 
 /// Everything that this process has to take down. Dropping it takes down whatever is left.

@@ -28,7 +28,7 @@ use crate::task::{self, TaskError};
 
 /// How the image is attached.
 #[derive(Debug, Clone)]
-pub(super) struct How {
+pub(super) struct AttachOptions {
     /// The source that the mount table shows.
     pub(super) source: String,
     /// The `-o` options.
@@ -40,7 +40,7 @@ pub(super) struct How {
 }
 
 /// The open /dev/fuse before a session takes its requests.
-struct Waiting {
+struct OpenFuse {
     fuse: OwnedFd,
     /// Watches for an unmount. It ends when the session starts: after that every request would wake it.
     watched: AsyncFd<OwnedFd>,
@@ -48,14 +48,14 @@ struct Waiting {
 
 /// A mount as the kernel has it.
 pub(super) struct Attachment {
-    how: How,
+    how: AttachOptions,
     attached: Attached,
     /// The mount point. `None` as soon as the process mounts on it.
     directory: Option<MountPoint>,
     /// The stage that decides what requests get.
     served: Arc<Served>,
     /// `None` once a session takes requests.
-    waiting: Option<Waiting>,
+    waiting: Option<OpenFuse>,
     /// The end of the session. `None` before it starts.
     session: Option<oneshot::Receiver<io::Result<()>>>,
     /// Completes when no process can reach the mount any more.
@@ -66,7 +66,7 @@ impl Attachment {
     /// Mounts the image on the mount point. The image of a writable mount is mounted in the run directory, which only
     /// this user can reach. `served` decides what requests will get.
     pub(super) fn attach(
-        how: How,
+        how: AttachOptions,
         mut attached: Attached,
         directory: MountPoint,
         served: Arc<Served>,
@@ -94,7 +94,7 @@ impl Attachment {
             attached,
             directory,
             served,
-            waiting: Some(Waiting { fuse, watched }),
+            waiting: Some(OpenFuse { fuse, watched }),
             session: None,
         })
     }
@@ -111,7 +111,7 @@ impl Attachment {
 
     /// Starts the session. Does nothing if it was started before.
     pub(super) fn start_session(&mut self) -> Result<(), MountError> {
-        let Some(Waiting { fuse, .. }) = self.waiting.take() else {
+        let Some(OpenFuse { fuse, .. }) = self.waiting.take() else {
             return Ok(());
         };
         let (access, runtime, served) = (self.how.options.access(), Handle::current(), self.served.clone());
@@ -186,7 +186,7 @@ impl Attachment {
 }
 
 /// Returns a future that completes when no process can reach the mount any more.
-fn abandoned(how: &How, attached: &Attached) -> Pin<Box<dyn Future<Output = ()>>> {
+fn abandoned(how: &AttachOptions, attached: &Attached) -> Pin<Box<dyn Future<Output = ()>>> {
     let device = attached.record.standing.as_ref().map(|s| s.device.clone());
     Box::pin(namespace::abandoned(device, how.parent))
 }

@@ -21,7 +21,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::mountinfo;
 use super::options::FuseOptions;
-use super::registration::Standing;
+use super::standing::Standing;
 use super::users::mount_id;
 
 /// Why a directory could not be mounted or unmounted.

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-use super::registration::Standing;
+use super::standing::Standing;
 
 /// One mounted file system.
 #[derive(Debug, Clone, PartialEq, Eq)]

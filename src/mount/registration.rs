@@ -30,7 +30,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use record::{MountRecord, Standing};
+pub use record::MountRecord;
 
 use super::privilege::{is_system_root, outer_uid};
 use crate::os::{gone, is_at, lock_bytes, private, until, until_blocking};

@@ -12,7 +12,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 use super::attached::Attached;
-use super::attachment::{Attachment, How};
+use super::attachment::{AttachOptions, Attachment};
 use super::control::{self, Control, Request, Response};
 use super::error::{MountError, system};
 use super::mountpoint::MountPoint;
@@ -126,7 +126,7 @@ pub async fn serve(
     let repository = preparation.repository();
     let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
     let served = Arc::<Served>::default();
-    let how = How {
+    let how = AttachOptions {
         source: config.image.clone(),
         options: config.options.clone(),
         upper: config.upper.clone(),

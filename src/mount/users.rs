@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::mountinfo;
 use super::process;
-use super::registration::Standing;
+use super::standing::Standing;
 
 /// Number of processes that a message names. It gives only the count of further ones. A larger value makes messages
 /// longer; a smaller one names fewer of the users.

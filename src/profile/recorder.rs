@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use super::{BLOCK, Block, MOST_BLOCKS};
 
 /// Time without a new block after which a start is over. A longer time records what the program does after its start.
@@ -20,6 +22,8 @@ const LONGEST: Duration = Duration::from_secs(60);
 pub struct Recorder {
     ready: Instant,
     over: AtomicBool,
+    /// Wakes the task that waits for the end of the start, at the first read.
+    begun: Notify,
     heard: Mutex<Heard>,
 }
 
@@ -37,6 +41,7 @@ impl Default for Recorder {
         Self {
             ready: Instant::now(),
             over: AtomicBool::new(false),
+            begun: Notify::new(),
             heard: Mutex::default(),
         }
     }
@@ -60,21 +65,37 @@ impl Recorder {
             }
             if heard.seen.insert(block) {
                 heard.run.push((block, at));
-                heard.first.get_or_insert(now);
+                if heard.first.is_none() {
+                    heard.first = Some(now);
+                    self.begun.notify_one();
+                }
                 heard.last = Some(now);
             }
         }
     }
 
-    /// Returns whether the start is over at `now`. From then on, no further reads are noted.
-    pub fn is_over(&self, now: Instant) -> bool {
-        if !self.over.load(Ordering::Relaxed) {
-            let heard = self.heard.lock().expect("no panic while locked");
-            let since = |then: Option<Instant>| then.map_or(Duration::ZERO, |then| now.saturating_duration_since(then));
-            let over = since(heard.last) >= QUIET || since(heard.first) >= LONGEST;
-            self.over.store(over, Ordering::Relaxed);
+    /// Completes when the start is over. Before the first read, it waits without waking up. One task may wait.
+    pub async fn over(&self) {
+        self.begun.notified().await;
+        while let Some(end) = self.end(Instant::now()) {
+            tokio::time::sleep_until(end.into()).await;
         }
-        self.over.load(Ordering::Relaxed)
+    }
+
+    /// Returns the earliest time at which the start can be over, or `None` if it is over at `now`. From then on, no
+    /// further reads are noted. A start without reads does not end.
+    fn end(&self, now: Instant) -> Option<Instant> {
+        if self.over.load(Ordering::Relaxed) {
+            return None;
+        }
+        let heard = self.heard.lock().expect("no panic while locked");
+        let (Some(first), Some(last)) = (heard.first, heard.last) else {
+            return Some(now + QUIET);
+        };
+        let end = (last + QUIET).min(first + LONGEST);
+        let over = end <= now;
+        self.over.store(over, Ordering::Relaxed);
+        (!over).then_some(end)
     }
 
     /// Ends listening. Returns the blocks that were read, in order and each once, with the milliseconds after which
@@ -93,24 +114,34 @@ mod tests {
     #[test]
     fn each_block_is_heard_once_in_order_until_it_is_quiet() {
         let recorder = Recorder::default();
-        assert!(!recorder.is_over(Instant::now() + LONGEST), "it has not begun");
+        assert!(recorder.end(Instant::now() + LONGEST).is_some(), "it has not begun");
         recorder.read(1, 2 * BLOCK..3 * BLOCK);
         recorder.read(0, BLOCK - 1..BLOCK + 1);
         recorder.read(0, 0..BLOCK);
         recorder.read(0, 0..0);
-        assert!(!recorder.is_over(Instant::now()));
-        assert!(recorder.is_over(Instant::now() + QUIET));
+        assert!(recorder.end(Instant::now()).is_some());
+        assert!(recorder.end(Instant::now() + QUIET).is_none());
         recorder.read(0, 9 * BLOCK..10 * BLOCK);
         let run = recorder.finish();
         let blocks: Vec<_> = run.iter().map(|(block, _)| (block.layer, block.number)).collect();
         assert_eq!(blocks, [(1, 2), (0, 0), (0, 1)]);
     }
 
+    #[tokio::test]
+    async fn an_end_is_waited_for_from_the_first_read_on() {
+        let recorder = Recorder::default();
+        let over = recorder.over();
+        let mut over = std::pin::pin!(over);
+        assert!(futures::poll!(&mut over).is_pending());
+        recorder.read(0, 0..BLOCK * (MOST_BLOCKS as u64 + 5));
+        over.await;
+    }
+
     #[test]
     fn it_stops_at_the_largest_profile() {
         let recorder = Recorder::default();
         recorder.read(0, 0..BLOCK * (MOST_BLOCKS as u64 + 5));
-        assert!(recorder.is_over(Instant::now()));
+        assert!(recorder.end(Instant::now()).is_none());
         assert_eq!(recorder.finish().len(), MOST_BLOCKS);
     }
 }

@@ -4,13 +4,13 @@
 //! and reduces it to one printable line. Errors never quote URLs or headers that the client sent.
 
 use std::error::Error as StdError;
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 use rustls::{CertificateError, OtherError};
 
-use super::transport::NotPublic;
 use crate::blob::BlobError;
 
 /// Most bytes read of an error body.
@@ -19,6 +19,11 @@ pub(super) const MAX_ERROR_BODY: usize = 16 * 1024;
 const MAX_MESSAGE: usize = 300;
 /// Longest accepted `Retry-After`. A longer one is cut to this.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// An address that the client did not connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is not a public address")]
+pub(super) struct NotPublic(pub(super) IpAddr);
 
 /// Turns a failure to get a response, or more of its body, into an error.
 pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {

@@ -56,7 +56,7 @@ use super::elsewhere::Elsewhere;
 use crate::blob::{BlobError, BlobSource, ByteStream, Document, ImageSource};
 use crate::oci::media_type::OCI_MANIFEST;
 use crate::oci::{Digest, DocumentError, DocumentKind, Manifest as OwnManifest, Platform, ReferenceSelector, classify};
-use crate::resolve::resolve_root;
+use crate::resolve::{ResolvedImage, resolve_root};
 
 /// Pulls images from one registry.
 #[derive(Debug, Clone)]
@@ -131,12 +131,14 @@ impl Puller {
         repository: &str,
         selector: impl Into<ReferenceSelector>,
     ) -> Result<ImageConfiguration, BlobError> {
-        let selector = selector.into();
-        let target = self.client.repository(&self.registry, repository)?;
-        let digest = match selector {
+        let digest = match selector.into() {
             ReferenceSelector::Digest(digest) => digest,
-            tagged => known(&self.manifest(repository, tagged).await?)?.config.digest,
+            tagged => {
+                let image = self.image(&self.source(repository, tagged)?).await?;
+                return parse(&image.config_document, "config");
+            }
         };
+        let target = self.client.repository(&self.registry, repository)?;
         parse(&self.client.small_blob(&target, &digest).await?, "config")
     }
 
@@ -179,23 +181,31 @@ impl Puller {
         selector: impl Into<ReferenceSelector>,
         directory: &Path,
     ) -> Result<PulledImage, BlobError> {
-        let document = self.manifest(repository, selector.into()).await?;
-        let known = known(&document)?;
-        let digest = ReferenceSelector::Digest(document.digest.clone());
-        let source = self.client.source(&self.registry, repository, digest)?;
-        let config = source.config(&known.config).await?;
-        let image = PulledImage {
-            digest: document.digest.clone(),
-            manifest_bytes: document.bytes.clone(),
-            manifest: parse(&document, "manifest")?,
-            config: parse(&config, "config")?,
+        let source = self.source(repository, selector.into())?;
+        let image = self.image(&source).await?;
+        let pulled = PulledImage {
+            digest: image.manifest_document.digest.clone(),
+            manifest_bytes: image.manifest_document.bytes.clone(),
+            manifest: parse(&image.manifest_document, "manifest")?,
+            config: parse(&image.config_document, "config")?,
         };
-        layout::write(&source, &document, &known, &config, directory).await?;
-        Ok(image)
+        layout::write(&source, &image, directory).await?;
+        Ok(pulled)
     }
 
     fn source(&self, repository: &str, selector: ReferenceSelector) -> Result<super::RegistrySource, BlobError> {
         self.client.source(&self.registry, repository, selector)
+    }
+
+    /// Fetches manifest and config, through image indexes if the source names one. A manifest that the source names
+    /// itself may be for any platform.
+    async fn image(&self, source: &super::RegistrySource) -> Result<ResolvedImage, BlobError> {
+        let root = source.root().await?;
+        let wanted = match kind(&root)? {
+            DocumentKind::Manifest => None,
+            DocumentKind::ImageIndex => Some(&self.platform),
+        };
+        resolve_root(source, root, wanted).await
     }
 
     async fn root(&self, repository: &str, selector: ReferenceSelector) -> Result<Document, BlobError> {

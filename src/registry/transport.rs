@@ -19,7 +19,6 @@ use bytes::Bytes;
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{StatusCode, Url};
 
-pub(super) use self::guard::NotPublic;
 use self::pools::Pools;
 use self::schemes::Schemes;
 use super::config::RegistryConfig;

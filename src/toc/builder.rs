@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use super::codec::Packer;
 use super::error::{TocError, shown};
+use super::limits::SYMLINK_MAX;
 use super::path::{self, EntryName};
 use super::sparse::{self, Placed, SparsePiece};
 use super::{DEVICE_BLOCK, DataLayout, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs};
@@ -15,9 +16,6 @@ use crate::memory::Charge;
 
 /// Most warnings that the builder keeps in full; it only counts the others.
 const MAX_WARNINGS: usize = 32;
-
-/// Longest target of a symbolic link in bytes: `PATH_MAX` without the NUL, the longest that the kernel accepts.
-pub(super) const SYMLINK_MAX: usize = 4095;
 
 /// What entries of every kind have.
 #[derive(Debug)]

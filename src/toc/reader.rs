@@ -20,40 +20,15 @@
 
 use std::ops::Range;
 
-use super::BLOCK;
-use super::Tables;
 use super::builder::{Builder, Item};
 use super::error::{TocError, describe, shown};
 use super::header::{self, TarBlock, TarHeader};
 use super::pax::{Pax, PaxProblem};
 use super::sparse::{MapParser, SparsePiece};
+use super::{BLOCK, Limits, Tables};
 use crate::memory::Charge;
 
 mod entry;
-
-/// Limits of what a tar may cost, except memory. [`Toc::decode`](super::Toc::decode) accepts only tables within the
-/// default limits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Most entries of one layer, plus fragments and chunks of its sparse files. An entry takes at least 512 bytes of
-    /// tar.
-    pub entries: usize,
-    /// Longest data device in bytes. A virtual disk of EROFS blocks can hold 16 TiB for all layers together.
-    pub device_size: u64,
-    /// Longest pax header or GNU long name in bytes. Go's reader, which other engines use for all layers, has the
-    /// same limit.
-    pub payload: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            entries: 10_000_000,
-            device_size: 8 << 40,
-            payload: 1 << 20,
-        }
-    }
-}
 
 /// Makes the table of contents of a tar from its bytes.
 ///

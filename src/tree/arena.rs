@@ -13,7 +13,7 @@ mod names;
 mod walk;
 mod xattrs;
 
-pub(super) use names::Dirent;
+pub(super) use names::ArenaDirent;
 use names::Names;
 pub(super) use walk::split;
 pub(super) use xattrs::SetId;
@@ -26,7 +26,7 @@ use crate::tree::LayerIdx;
 /// Position of an inode in its [`Arena`].
 pub(super) type Id = u32;
 
-/// Stands for "none" in the place of an [`Id`] or of the number of a [`Dirent`].
+/// Stands for "none" in the place of an [`Id`] or of the number of a [`ArenaDirent`].
 pub(super) const NONE: u32 = u32::MAX;
 
 /// Encoded form of [`DeviceNumber::WHITEOUT`](crate::toc::DeviceNumber::WHITEOUT).

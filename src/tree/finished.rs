@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use crate::toc::{AttributeId, Attributes, DataLayout, DeviceNumber, FileData, Metadata};
-use crate::tree::arena::{Arena, ArenaInode, ArenaKind, Dirent, Id, NONE};
+use crate::tree::arena::{Arena, ArenaDirent, ArenaInode, ArenaKind, Id, NONE};
 use crate::tree::{LayerIdx, Node, NodeId, NodeKind};
 
 /// The merged tree. A tree can have millions of nodes, so the nodes are packed. [`Tree::node`] returns one node as a
@@ -71,7 +71,7 @@ impl<'a> Children<'a> {
         self.sorted.len()
     }
 
-    fn dirent(&self, index: usize) -> &'a Dirent {
+    fn dirent(&self, index: usize) -> &'a ArenaDirent {
         &self.tree.arena.names.dirents[self.sorted[index] as usize]
     }
 

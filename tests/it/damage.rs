@@ -223,7 +223,7 @@ fn no_damage_to_any_file_is_served_and_all_of_it_heals() {
             let older = older(path, &store, old.path());
             {
                 let mount = scene.mount();
-                check(&mount, &what);
+                check(&mount, &format!("the store repaired for {what}"));
                 damage.inflict(path, &older);
                 check(&mount, &format!("{what} under a mount"));
             }

@@ -177,8 +177,8 @@ fn a_profile_of_another_version_is_left_as_it_is() {
     let [file] = files.collect::<Vec<_>>().try_into().unwrap();
     let later = std::fs::read_to_string(&file)
         .unwrap()
-        .replace("profile\":1", "profile\":2");
-    assert!(later.contains("profile\":2"));
+        .replace("profile\":2", "profile\":3");
+    assert!(later.contains("profile\":3"));
     std::fs::write(&file, &later).unwrap();
     scene.start(&["a1"]);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), later);

@@ -1,5 +1,5 @@
 //! Checks the source against the module table of the crate documentation. Also checks that the files of a directory
-//! do not use each other in a circle.
+//! do not use each other in a circle, and that no two types share a name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -51,7 +51,7 @@ fn a_module_uses_only_modules_of_lower_levels() {
     for entry in fs::read_dir("src").unwrap() {
         let path = entry.unwrap().path();
         let module = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        if module == "lib" || module == "main" {
+        if ["docs", "lib", "main"].contains(&module.as_str()) {
             continue;
         }
         let level = *levels
@@ -88,6 +88,45 @@ fn only_the_front_end_knows_fuser_and_only_the_registry_knows_http() {
                 .any(|l| !l.trim_start().starts_with("//") && l.contains(library));
             assert!(inside || !uses, "{} uses {library}", file.display());
         }
+    }
+}
+
+/// Returns the name of the type or trait that a line defines.
+fn defined(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let rest = match line.strip_prefix("pub") {
+        Some(rest) if rest.starts_with('(') => rest.split_once(')')?.1,
+        Some(rest) => rest,
+        None => line,
+    };
+    let (keyword, rest) = rest.trim_start().split_once(' ')?;
+    let name = rest.split(|c: char| !c.is_alphanumeric()).next()?;
+    (["struct", "enum", "trait", "type", "union"].contains(&keyword) && !name.is_empty()).then_some(name)
+}
+
+#[test]
+fn no_two_types_of_a_crate_share_a_name() {
+    // Names of associated types, which the traits give.
+    let given = ["Err", "Item"];
+    let mut files = Vec::new();
+    sources(Path::new("src"), &mut files);
+    let (command, library): (Vec<_>, Vec<_>) = files
+        .into_iter()
+        .partition(|file| file.starts_with("src/cli") || file.ends_with("main.rs"));
+    for files in [command, library] {
+        let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for file in files {
+            let code = fs::read_to_string(&file).unwrap();
+            for name in code.lines().filter_map(defined).filter(|name| !given.contains(name)) {
+                places
+                    .entry(name.to_owned())
+                    .or_default()
+                    .push(file.display().to_string());
+            }
+        }
+        assert!(places.len() > 10, "the definitions were not understood: {places:?}");
+        places.retain(|_, places| places.len() > 1);
+        assert!(places.is_empty(), "{places:#?}");
     }
 }
 

@@ -44,7 +44,7 @@ impl Inflate {
             count: self.count,
             at: 0,
         };
-        let mut output = Output {
+        let mut output = FastOutput {
             buf: (&mut *self.buf).try_into().expect("the buffer never changes its size"),
             pos: self.pos,
             valid: self.valid,
@@ -104,13 +104,13 @@ impl Inflate {
 }
 
 /// The output of the fast loop.
-struct Output<'a> {
+struct FastOutput<'a> {
     buf: &'a mut Buffer,
     pos: usize,
     valid: usize,
 }
 
-impl Output<'_> {
+impl FastOutput<'_> {
     #[inline(always)]
     fn literal(&mut self, entry: u32) {
         self.buf[self.pos & MASK] = (entry >> 16) as u8;
@@ -125,7 +125,7 @@ fn run<const TRACK: bool>(
     tables: &BlockTables,
     tracker: &mut Option<Tracker>,
     reader: &mut BitReader,
-    output: &mut Output<'_>,
+    output: &mut FastOutput<'_>,
 ) -> Result<bool, DeflateError> {
     let Some(in_stop) = data.len().checked_sub(ROUND) else {
         return Ok(false);

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay;
 use crate::mount::process::process_start;
+use crate::mount::standing::Standing;
 
 /// The facts about a mount that other processes know without asking its process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,16 +39,6 @@ pub struct MountRecord {
     /// The mount that the user sees, once it stands.
     #[serde(default)]
     pub standing: Option<Standing>,
-}
-
-/// The identity of a mount in the kernel, which stays the same wherever its directory is moved. It takes both
-/// fields, because the kernel reuses ids and device numbers of mounts that are gone.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Standing {
-    /// Id of the mount in the mount namespace of its process.
-    pub id: u64,
-    /// Device number of the file system, major:minor.
-    pub device: String,
 }
 
 impl MountRecord {

@@ -15,8 +15,9 @@ use tokio::fs;
 use tokio::io::AsyncWriteExt as _;
 
 use super::super::RegistrySource;
-use crate::blob::{BlobError, Document, ImageSource};
-use crate::oci::{Descriptor, Digest, Manifest as OwnManifest};
+use crate::blob::{BlobError, ImageSource as _};
+use crate::oci::{Descriptor, Digest};
+use crate::resolve::ResolvedImage;
 
 /// Layers fetched at a time. Several fill the link while one stream is slow. More would cost connections and buffers.
 const PARALLEL: usize = 4;
@@ -24,18 +25,11 @@ const PARALLEL: usize = 4;
 const BUFFER: usize = 256 * 1024;
 
 /// Writes the blobs of an image, then the files that name it: `oci-layout` and `index.json`.
-pub(super) async fn write(
-    source: &RegistrySource,
-    manifest: &Document,
-    known: &OwnManifest,
-    config: &Document,
-    directory: &Path,
-) -> Result<(), BlobError> {
+pub(super) async fn write(source: &RegistrySource, image: &ResolvedImage, directory: &Path) -> Result<(), BlobError> {
     // An image may list the same layer more than once.
     let mut seen = HashSet::new();
-    let fetches: Vec<_> = known
-        .layers
-        .iter()
+    let layers = image.layers().iter();
+    let fetches: Vec<_> = layers
         .filter(|layer| seen.insert(&layer.digest))
         .map(|layer| fetch(source, layer, directory))
         .collect();
@@ -43,13 +37,14 @@ pub(super) async fn write(
         .buffer_unordered(PARALLEL)
         .try_collect::<()>()
         .await?;
-    for document in [config, manifest] {
+    let manifest = &image.manifest_document;
+    for document in [&image.config_document, manifest] {
         publish(&blob_path(directory, &document.digest), &document.bytes).await?;
     }
     publish(&directory.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).await?;
     let index = serde_json::json!({
         "schemaVersion": 2,
-        "manifests": [{"mediaType": super::manifest_type(known), "digest": manifest.digest, "size": manifest.bytes.len()}],
+        "manifests": [{"mediaType": super::manifest_type(&image.manifest), "digest": manifest.digest, "size": manifest.bytes.len()}],
     });
     publish(&directory.join("index.json"), index.to_string().as_bytes()).await
 }

@@ -13,10 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// An address that the client did not connect to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{0} is not a public address")]
-pub(crate) struct NotPublic(IpAddr);
+use crate::registry::failure::NotPublic;
 
 /// A resolver that returns public addresses only.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{self, BufRead, BufReader, Read as _, Take, Write};
 
 use super::{HASH, HEAD, MAGIC, PackedToc, RATIO_MAX, VERSION, WHAT, after, tag, u32_at};
-use crate::toc::builder::SYMLINK_MAX;
+use crate::toc::limits::SYMLINK_MAX;
 use crate::toc::{
     Attribute, AttributeId, DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, FileData, Limits, Metadata, Toc,
     TocEntry, TocError, extents, path, xattr,

@@ -10,7 +10,7 @@ use crate::memory::OverLimit;
 
 /// One name of an inode.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::tree) struct Dirent {
+pub(in crate::tree) struct ArenaDirent {
     /// The directory that the name is in.
     pub dir: Id,
     /// The inode, or [`NONE`] once the name is removed.
@@ -22,12 +22,12 @@ pub(in crate::tree) struct Dirent {
 }
 
 /// Memory in bytes that a name takes: its record, its place in the hash table, and its place in the finished tree.
-const DIRENT_BYTES: usize = size_of::<Dirent>() + 14;
+const DIRENT_BYTES: usize = size_of::<ArenaDirent>() + 14;
 
 /// All names of an [`Arena`].
 #[derive(Debug, Default)]
 pub(in crate::tree) struct Names {
-    pub dirents: Vec<Dirent>,
+    pub dirents: Vec<ArenaDirent>,
     pub text: Vec<u8>,
     /// Numbers of the dirents that are not removed.
     index: HashTable<u32>,
@@ -39,7 +39,7 @@ impl Names {
         self.dirents.len() * DIRENT_BYTES + self.text.len()
     }
 
-    pub fn name(&self, dirent: &Dirent) -> &[u8] {
+    pub fn name(&self, dirent: &ArenaDirent) -> &[u8] {
         &self.text[dirent.start as usize..][..dirent.len.into()]
     }
 
@@ -78,7 +78,7 @@ impl Names {
 
     /// Keeps only the names for which `keep` returns true, in their order. `keep` may change the dirents that it
     /// keeps.
-    pub fn retain(&mut self, mut keep: impl FnMut(&mut Dirent) -> bool) {
+    pub fn retain(&mut self, mut keep: impl FnMut(&mut ArenaDirent) -> bool) {
         let Self { dirents, text, .. } = self;
         let mut end = 0;
         // The bytes of names lie in the order of dirents, so they only move towards the front.
@@ -104,7 +104,7 @@ impl Names {
     /// Adds a name without checking for an existing one. Returns its number.
     pub fn append(&mut self, dir: Id, name: &[u8], id: Id) -> u32 {
         let number = self.dirents.len() as u32;
-        self.dirents.push(Dirent {
+        self.dirents.push(ArenaDirent {
             dir,
             id,
             next: NONE,

@@ -94,7 +94,7 @@ async fn nested_indexes_are_followed_to_a_depth() {
         .fetch_manifest("org/app", ReferenceSelector::tag("deep5"))
         .await
         .unwrap_err();
-    assert!(error.to_string().contains("more than 4 image indexes"), "{error}");
+    assert!(error.to_string().contains("more than 4 deep"), "{error}");
     assert_eq!(registry.log().len(), 5, "the fifth index is not opened");
 }
 
