@@ -9,7 +9,7 @@
 
 pub mod file;
 mod link;
-pub mod retry;
+pub(crate) mod retry;
 
 use std::fmt::Debug;
 use std::ops::Range;

@@ -149,7 +149,7 @@ impl DataDevice {
     }
 
     /// Returns whether spans can be written to the device.
-    pub fn is_writable(&self) -> bool {
+    pub(crate) fn is_writable(&self) -> bool {
         self.file.is_writable()
     }
 
@@ -292,7 +292,7 @@ impl DataDevice {
     }
 
     /// Returns the bytes on disk that the content of a span takes, in whole blocks. The pieces ascend.
-    pub fn footprint(pieces: &[Piece]) -> u64 {
+    pub(crate) fn footprint(pieces: &[Piece]) -> u64 {
         footprint(pieces.iter().map(|piece| (piece.device, piece.len)))
     }
 
@@ -331,7 +331,7 @@ impl DataDevice {
 
     /// Marks a damaged span absent, so that a reader fetches it again. The caller holds the span's lock. Does nothing
     /// if the lock is one of another file.
-    pub fn drop_span(&self, lock: &SpanLock, span: u32) -> io::Result<()> {
+    pub(crate) fn drop_span(&self, lock: &SpanLock, span: u32) -> io::Result<()> {
         match lock.is_of(&self.file) {
             true => evict::clear(&self.file, span),
             false => Ok(()),

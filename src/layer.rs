@@ -49,15 +49,15 @@ pub use data::LayerContext;
 use data::LayerData;
 pub use first_pass::FirstPassError;
 use flight::Run;
-pub use flight::{Flown, flown};
+pub(crate) use flight::{Flown, flown};
 pub use health::Health;
 pub use kept::{KeptOfLayer, kept_of_layer};
-pub use memory::SpanMemory;
-pub use open::{OpenError, Opened, open, stored_spans, stored_toc};
-pub use prefetch::Begun;
-pub use programs::{LayerPrograms, stored_programs};
+pub use open::{OpenError, stored_toc};
+pub(crate) use open::{Opened, open, stored_spans};
+pub(crate) use programs::{LayerPrograms, stored_programs};
 use race::Origin;
-pub use stats::{IndexSource, LayerStats, LayerStatus, progress};
+pub(crate) use stats::LayerStats;
+pub use stats::{IndexSource, LayerStatus, progress};
 use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
@@ -66,6 +66,7 @@ use crate::index::IndexError;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
+use crate::task::TaskError;
 
 /// Why bytes of a layer cannot be read. All readers of a flight share the error.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -88,6 +89,14 @@ pub enum LayerError {
         span: u32,
         /// What is wrong with the bytes.
         source: Arc<IndexError>,
+    },
+    /// The task that fetches the bytes ended without a result.
+    #[error("layer {layer}: {source}")]
+    Task {
+        /// Digest of the layer.
+        layer: Digest,
+        /// Why the task ended.
+        source: TaskError,
     },
     /// The process is shutting down.
     #[error("layer {layer}: unmounting")]
@@ -184,18 +193,13 @@ impl Layer {
         self.data.keeps()
     }
 
-    /// Whether there is a disk that fetched spans can be written to, full or not.
-    pub fn has_disk(&self) -> bool {
-        self.data.disk.device().is_some_and(|device| device.is_writable())
-    }
-
     /// Whether the span is on the local device, so that a read of it needs no flight.
-    pub fn is_local(&self, span: u32) -> bool {
+    pub(crate) fn is_local(&self, span: u32) -> bool {
         self.data.is_local(span)
     }
 
     /// Bytes of decoded spans that memory may hold.
-    pub fn memory_budget(&self) -> u64 {
+    pub(crate) fn memory_budget(&self) -> u64 {
         self.data.context.memory.budget() as u64
     }
 

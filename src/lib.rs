@@ -37,7 +37,7 @@
 //!
 //! | level | modules |
 //! |---|---|
-//! | 0 | [`oci`] `memory` [`os`] `task` |
+//! | 0 | [`oci`] `memory` `os` `task` |
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] `program` |
 //! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
 //! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
@@ -64,6 +64,8 @@ pub mod layout;
 mod memory;
 pub mod mount;
 pub mod oci;
+// For the command of this package, which polls and removes files as the library does.
+#[doc(hidden)]
 pub mod os;
 pub mod profile;
 mod program;
@@ -75,6 +77,8 @@ pub mod store;
 mod task;
 pub mod toc;
 pub mod tree;
+
+pub use task::TaskError;
 
 #[cfg(any(doc, doctest))]
 pub mod docs {

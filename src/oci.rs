@@ -25,7 +25,7 @@ pub use digest::{Algorithm, DiffId, Digest, DigestError, DigestHasher};
 pub use document::{DocumentError, DocumentKind, ImageIndex, MAX_DOCUMENT, MAX_LAYERS, Manifest, classify};
 pub(crate) use image_ref::listing;
 pub use image_ref::{ImageRef, ImageRefError};
-pub use mountable::is_companion;
+pub(crate) use mountable::is_companion;
 pub use platform::PlatformError;
 pub use reference::{Reference, ReferenceError};
 pub use refusal::Refusal;

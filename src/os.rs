@@ -1,7 +1,7 @@
 //! What several modules need of the file system and the clock: private files, locks on bytes, and waiting by polling.
 
 mod lock;
-pub mod private;
+pub(crate) mod private;
 mod regular;
 mod until;
 
@@ -11,9 +11,10 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-pub use lock::{lock_bytes, unlock_bytes};
-pub use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_regular};
-pub use until::{until, until_blocking};
+pub(crate) use lock::{lock_bytes, unlock_bytes};
+pub(crate) use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_regular};
+pub use until::until;
+pub(crate) use until::until_blocking;
 
 /// Returns the result of removing or renaming something, where it is no error that the thing is gone already.
 pub fn gone(removed: io::Result<()>) -> io::Result<()> {
@@ -24,13 +25,13 @@ pub fn gone(removed: io::Result<()>) -> io::Result<()> {
 }
 
 /// Returns whether `path` is a name of the open file.
-pub fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
+pub(crate) fn is_at(file: BorrowedFd<'_>, path: &Path) -> bool {
     let open = file.try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
     matches!((open, fs::metadata(path)), (Ok(open), Ok(named)) if open.ino() == named.ino() && open.dev() == named.dev())
 }
 
 /// Returns whether an error means that something may not be written.
-pub fn is_denied(error: &io::Error) -> bool {
+pub(crate) fn is_denied(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied
@@ -38,6 +39,6 @@ pub fn is_denied(error: &io::Error) -> bool {
 }
 
 /// Returns the bytes that a file takes on disk.
-pub fn on_disk(metadata: &fs::Metadata) -> u64 {
+pub(crate) fn on_disk(metadata: &fs::Metadata) -> u64 {
     metadata.blocks() * 512
 }

@@ -45,13 +45,13 @@ use crate::oci::{DiffId, Digest};
 pub const BLOCK: u64 = 16 << 10;
 /// Most blocks in a profile: one gigabyte, more than any start needs. A larger bound lets a profile fetch more bytes
 /// that no reader needs; a smaller one cuts the profiles of large starts.
-pub const MOST_BLOCKS: usize = 1 << 16;
+pub(crate) const MOST_BLOCKS: usize = 1 << 16;
 /// Score of a block that one run has read. A larger score keeps blocks for longer that only one run reads; a smaller
 /// one forgets blocks that one run happens not to read.
-pub const FIRST_SCORE: u8 = 2;
+pub(crate) const FIRST_SCORE: u8 = 2;
 /// Highest score. After this many runs without the block, the block is forgotten. A larger score keeps blocks for
 /// longer that no run reads; a smaller one forgets blocks that some runs do not read.
-pub const BEST_SCORE: u8 = 4;
+pub(crate) const BEST_SCORE: u8 = 4;
 
 /// Names the program of an image that a profile is about.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -158,7 +158,7 @@ impl Profile {
 
     /// Returns the profile by device address. `of_tar` takes the position of a layer and a range of its tar. It
     /// returns where the content of that range is in the layer's data device.
-    pub fn in_devices(mut self, of_tar: impl Fn(usize, Range<u64>) -> Vec<Range<u64>>) -> Self {
+    pub(crate) fn in_devices(mut self, of_tar: impl Fn(usize, Range<u64>) -> Vec<Range<u64>>) -> Self {
         if self.space == Space::Device {
             return self;
         }
@@ -183,7 +183,7 @@ impl Profile {
 
     /// Learns from a run: from blocks of data devices and the milliseconds after which they were read. `run` is in
     /// order, with each block once. The profile must be one by device address.
-    pub fn learn(&mut self, run: &[(Block, u32)]) {
+    pub(crate) fn learn(&mut self, run: &[(Block, u32)]) {
         let mut known: HashMap<Block, u8> = self.touches.iter().map(|t| (t.block, t.score)).collect();
         let mut touches: Vec<Touch> = run
             .iter()
@@ -208,7 +208,7 @@ impl Profile {
 
     /// Takes over what another profile knows. If both are about the same layers, takes over everything. Otherwise
     /// takes over what the other profile says about shared layers, as if one earlier run had read it.
-    pub fn adopt(&mut self, other: &Self) {
+    pub(crate) fn adopt(&mut self, other: &Self) {
         let diff_ids = |profile: &Self| profile.layers.iter().map(|l| l.diff_id.clone()).collect::<Vec<_>>();
         self.space = other.space;
         if diff_ids(self) == diff_ids(other) {

@@ -26,30 +26,29 @@
 //! - The client never holds a whole body, except documents (at most 16 MiB), token responses and tag lists (at most 1
 //!   MiB).
 //!
-//! The parsers of server responses are pure: [`challenge::parse`], [`content_range::ContentRange::parse`],
-//! [`encoding::decode`], [`expiry::url_lifetime`], [`token::parse`], [`failure::message`],
-//! [`credentials::AuthFile::parse`].
+//! The parsers of server responses are pure: bytes or text in, values out. They are in `challenge`, `content_range`,
+//! `encoding`, `expiry`, `token`, `failure` and [`credentials`].
 
 mod access;
 mod auth;
 mod blob;
-pub mod challenge;
+mod challenge;
 mod client;
 mod config;
-pub mod content_range;
+mod content_range;
 pub mod credentials;
 mod documents;
 mod elsewhere;
-pub mod encoding;
+mod encoding;
 mod endpoint;
-pub mod expiry;
-pub mod failure;
+mod expiry;
+mod failure;
 mod puller;
 mod redirects;
 mod secret;
 mod source;
 mod stats;
-pub mod token;
+mod token;
 mod transport;
 
 pub use blob::RegistryBlob;
@@ -62,3 +61,13 @@ pub use puller::{PulledImage, Puller};
 pub use secret::Secret;
 pub use source::RegistrySource;
 pub use stats::{BlobStats, HostStats};
+
+#[cfg(fuzzing)]
+pub mod parsers {
+    //! The parsers of server responses, for fuzzing.
+
+    pub use super::challenge::parse as parse_challenge;
+    pub use super::content_range::ContentRange;
+    pub use super::failure::message as parse_error;
+    pub use super::token::parse as parse_token;
+}

@@ -53,7 +53,7 @@ pub use draft::Draft;
 pub use layer_dir::LayerDir;
 pub use partial::Partial;
 use sealed::SealingWriter;
-pub use sealed::read_sealed;
+pub(crate) use sealed::read_sealed;
 pub use trees::StoredTree;
 
 use crate::os::{is_denied, is_foreign, on_disk, open_or_replace, open_regular, read_regular};
@@ -185,7 +185,7 @@ impl Store {
     }
 
     /// Returns whether anything can be kept.
-    pub fn is_writable(&self) -> bool {
+    pub(crate) fn is_writable(&self) -> bool {
         self.writable
     }
 
@@ -240,20 +240,20 @@ impl Store {
 
     /// Returns the bytes on disk of everything that the limit of the cache covers: the bytes of
     /// [`Store::data_usage`], trees, and files being written.
-    pub fn cache_usage(&self) -> Result<u64, StoreError> {
+    pub(crate) fn cache_usage(&self) -> Result<u64, StoreError> {
         let trees: u64 = self.trees()?.iter().map(|tree| tree.bytes).sum();
         Ok(self.data_usage()? + trees + self.draft_usage()?)
     }
 
     /// Returns the bytes on disk of files being written.
-    pub fn draft_usage(&self) -> Result<u64, StoreError> {
+    pub(crate) fn draft_usage(&self) -> Result<u64, StoreError> {
         let entries = self.entries("tmp")?;
         let sizes = entries.iter().filter_map(|entry| entry.metadata().ok());
         Ok(sizes.map(|metadata| on_disk(&metadata)).sum())
     }
 
     /// Opens the file whose lock the evicting process holds. Creates the file if it is missing.
-    pub fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
+    pub(crate) fn eviction_lock(&self) -> Result<(File, PathBuf), StoreError> {
         let path = self.writable_root()?.join("eviction.lock");
         match open_or_replace(private().create(true).truncate(false), &path) {
             Ok(file) => Ok((file, path)),
@@ -287,7 +287,7 @@ impl Store {
     }
 
     /// Writes a file like [`Store::publish`], with a seal that [`read_sealed`] checks.
-    pub fn publish_sealed(
+    pub(crate) fn publish_sealed(
         &self,
         target: &Path,
         durability: Durability,

@@ -32,7 +32,7 @@ impl From<JoinError> for TaskError {
 
 impl TaskError {
     /// Makes the error of a panic with this payload (see [`std::panic::catch_unwind`]).
-    pub fn panicked(payload: &(dyn Any + Send)) -> Self {
+    pub(crate) fn panicked(payload: &(dyn Any + Send)) -> Self {
         let text = payload.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
         Self::Panicked {

@@ -92,7 +92,7 @@ impl Link {
 
     /// Returns the bytes per second of all streams together below which the link counts as stalled. A slow but steady
     /// link was measured as slow, and does not count as stalled.
-    pub fn useful_rate(&self) -> f64 {
+    pub(crate) fn useful_rate(&self) -> f64 {
         let share = self.bandwidth.unwrap_or(0.0) / STALLED_SHARE;
         share.clamp(LEAST_USEFUL, MOST_USEFUL)
     }

@@ -11,18 +11,18 @@ use super::BlobError;
 
 /// First delay. It is about two round trips on a bad link, because a lost connection is usually back at once. A
 /// larger delay keeps readers waiting after such a loss; a smaller one retries before the link is back.
-pub const FIRST_DELAY: Duration = Duration::from_millis(200);
+pub(crate) const FIRST_DELAY: Duration = Duration::from_millis(200);
 /// Longest delay. A reader that waits for a page should notice a recovered registry within seconds. A larger delay
 /// notices it later; a smaller one sends more requests to a registry that is down.
-pub const LONGEST_DELAY: Duration = Duration::from_secs(10);
+pub(crate) const LONGEST_DELAY: Duration = Duration::from_secs(10);
 /// Attempts at a host that has never answered. A mistyped or switched-off registry should be reported in a second,
 /// not at the deadline. A host that did answer before is worth waiting for. More attempts report the mistake later;
 /// fewer give up a host after one lost connection.
-pub const FIRST_CONTACT_ATTEMPTS: u32 = 3;
+pub(crate) const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// Longest wait for the head of one response, however long the deadline is. A longer wait notices a dead connection
 /// later; a shorter one gives up a slow server too early.
-pub const LONGEST_WAIT: Duration = Duration::from_secs(60);
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// How persistent an operation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,13 +55,13 @@ impl Retry {
     }
 
     /// Notes that bytes arrived. The deadline and the delays start over.
-    pub fn progressed(&mut self) {
+    pub(crate) fn progressed(&mut self) {
         self.progress = Instant::now();
         self.streak = 0;
     }
 
     /// Leaves `time` out of the deadline, because the caller and not the operation took it.
-    pub fn excuse(&mut self, time: Duration) {
+    pub(crate) fn excuse(&mut self, time: Duration) {
         self.progress = (self.progress + time).min(Instant::now());
     }
 
@@ -73,7 +73,7 @@ impl Retry {
     /// Returns how long one attempt may wait for the first byte of a response. That is half of the deadline while
     /// more than half is left. A connection that died silently then leaves time for another attempt. It is never more
     /// than [`LONGEST_WAIT`].
-    pub fn attempt_wait(&self) -> Duration {
+    pub(crate) fn attempt_wait(&self) -> Duration {
         let half = self.policy.deadline / 2;
         let remaining = self.remaining();
         let wait = if remaining > half { half } else { remaining };
@@ -118,7 +118,7 @@ impl Retry {
 
 /// Returns the delay before attempt `failures + 1`: between half of the nominal delay and all of it. `jitter` is in
 /// 0..1.
-pub fn backoff(failures: u32, jitter: f64) -> Duration {
+pub(crate) fn backoff(failures: u32, jitter: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let nominal = (FIRST_DELAY * (1 << doublings)).min(LONGEST_DELAY);
     nominal.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0)

@@ -118,7 +118,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
     }
 
     /// Whether some inode may have an access control list. False only if none has.
-    pub fn has_any_acl(&self) -> bool {
+    pub(crate) fn has_any_acl(&self) -> bool {
         !matches!(
             self.superblock.attributes,
             Some(AttributeKinds::None | AttributeKinds::Plain)
@@ -127,7 +127,7 @@ impl<B: AsRef<[u8]>> Reader<B> {
 
     /// Whether this version of ocifs would make the same tree from the layers. Other versions made different trees of
     /// some layers.
-    pub fn is_current(&self) -> bool {
+    pub(crate) fn is_current(&self) -> bool {
         self.superblock.attributes.is_some()
     }
 

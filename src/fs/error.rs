@@ -87,7 +87,7 @@ impl ToErrno for LayerError {
                 // network.
                 _ => Errno::EIO,
             },
-            Self::Corrupt { .. } => Errno::EIO,
+            Self::Corrupt { .. } | Self::Task { .. } => Errno::EIO,
             Self::Closed { .. } => Errno::ESHUTDOWN,
         }
     }

@@ -51,7 +51,7 @@ impl SpanIndexBuilder {
     }
 
     /// Returns the memory in bytes that grows with the number of spans.
-    pub fn bytes_of_spans(&self) -> u64 {
+    pub(crate) fn bytes_of_spans(&self) -> u64 {
         (self.entries.len() * size_of::<SpanEntry>()) as u64
     }
 

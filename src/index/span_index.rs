@@ -66,7 +66,7 @@ impl SpanIndex {
     }
 
     /// Returns the memory in bytes that grows with the number of spans.
-    pub fn bytes_of_spans(&self) -> u64 {
+    pub(crate) fn bytes_of_spans(&self) -> u64 {
         size_of_val(&*self.entries) as u64
     }
 

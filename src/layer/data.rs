@@ -35,11 +35,11 @@ pub struct LayerContext {
     /// The store of indexes and data devices.
     pub store: Store,
     /// Decoded spans in memory.
-    pub memory: Arc<SpanMemory>,
+    pub(crate) memory: Arc<SpanMemory>,
     /// Memory limit of the image's tables, besides the spans in memory.
-    pub tables: Arc<Allowance>,
+    pub(crate) tables: Arc<Allowance>,
     /// Disk space limit of the data devices.
-    pub budget: Arc<CacheBudget>,
+    pub(crate) budget: Arc<CacheBudget>,
     /// Problems that the mount works around.
     pub health: Arc<Health>,
     /// Whether to retry failed requests of a layer that is being streamed without a deadline.
@@ -49,7 +49,7 @@ pub struct LayerContext {
     pub(super) shared: Arc<SharedLayers>,
     pub(super) ahead: Ahead,
     /// The queues in which requests wait for their passes.
-    pub lanes: Arc<Lanes>,
+    pub(crate) lanes: Arc<Lanes>,
 }
 
 impl LayerContext {

@@ -1,10 +1,11 @@
 //! Flights: fetch, decode and deliver spans that are not local.
 
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::task::JoinHandle;
 
 use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
@@ -12,6 +13,7 @@ use crate::blob::{BlobError, Verdict};
 use crate::device::SpanLock;
 use crate::fetch::Pass;
 use crate::index::IndexError;
+use crate::task::TaskError;
 
 /// How often a span that fails its check is fetched. The second attempt asks by range again. The third fetches the
 /// blob from its start up to the span. The server, or a cache in front of it, may be wrong about ranges only.
@@ -64,21 +66,33 @@ impl Run {
 pub type Flown = JoinHandle<Result<Vec<u32>, LayerError>>;
 
 /// Waits for the result of a flight.
-pub async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
+pub(crate) async fn flown(flight: Flown) -> Result<Vec<u32>, LayerError> {
     match flight.await {
         Ok(outcome) => outcome,
-        // The runtime is shutting down, so the result does not matter. Or the task panicked, and its spans ended as
-        // closed.
+        // The runtime is shutting down, so the result does not matter.
         Err(_) => Ok(Vec::new()),
     }
 }
 
-/// Starts a flight, which first waits for its pass.
-pub(super) fn start(run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
+/// Starts a flight, which first waits for its pass. If the flight panics, its readers get the text of the panic.
+pub(super) fn start(mut run: Run, pass: impl Future<Output = Arc<Pass>> + Send + 'static) -> Flown {
     let runtime = run.layer.runtime.clone();
     runtime.spawn(async move {
         let mut ticket = FlightTicket(Some(pass.await));
-        fly(run, &mut ticket).await
+        // Of a run that panicked, only the claim is used again. It consists of whole steps.
+        let flying = AssertUnwindSafe(fly(&mut run, &mut ticket)).catch_unwind();
+        let outcome = flying.await.unwrap_or_else(|payload| {
+            Err(LayerError::Task {
+                layer: run.layer.digest().clone(),
+                source: TaskError::panicked(&*payload),
+            })
+        });
+        if let Err(error) = &outcome {
+            // Readers that wait for these spans report the error. Without readers, the error affects no program.
+            tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
+            run.claim.land_all(&Err(error.clone()));
+        }
+        outcome.map(|()| run.left)
     })
 }
 
@@ -102,13 +116,13 @@ impl FlightTicket {
     }
 }
 
-/// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts. Every span ends with bytes or an error.
-async fn fly(mut run: Run, ticket: &mut FlightTicket) -> Result<Vec<u32>, LayerError> {
+/// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts.
+async fn fly(run: &mut Run, ticket: &mut FlightTicket) -> Result<(), LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let (mut from_start, mut failed_checks) = (false, 0);
     for attempt in 1..=ATTEMPTS {
-        outcome = attempt_run(&layer, &mut run, ticket, from_start || attempt == ATTEMPTS).await;
+        outcome = attempt_run(&layer, run, ticket, from_start || attempt == ATTEMPTS).await;
         match &outcome {
             Err(error @ LayerError::Corrupt { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "span failed its check, fetching it again");
@@ -129,12 +143,7 @@ async fn fly(mut run: Run, ticket: &mut FlightTicket) -> Result<Vec<u32>, LayerE
             _ => break,
         }
     }
-    if let Err(error) = &outcome {
-        // Readers that wait for these spans report the error. Without readers, the error affects no program.
-        tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
-        run.claim.land_all(&Err(error.clone()));
-    }
-    outcome.map(|()| run.left)
+    outcome
 }
 
 /// Locks spans, then decodes them. If another process has locked a span that a reader needs, the flight waits for

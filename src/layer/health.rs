@@ -54,7 +54,7 @@ impl Health {
     }
 
     /// Records that a write to the store succeeded.
-    pub fn store_works(&self) {
+    pub(crate) fn store_works(&self) {
         if self.any.load(Ordering::Relaxed) {
             self.change(|trouble| {
                 if trouble.store.take().is_some() {
@@ -65,7 +65,7 @@ impl Health {
     }
 
     /// Waits until a write to the store fails. Returns at once if the last one failed.
-    pub async fn store_trouble(&self) {
+    pub(crate) async fn store_trouble(&self) {
         while self.trouble.lock().expect("no panic while locked").store.is_none() {
             self.store_failed.notified().await;
         }

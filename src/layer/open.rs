@@ -373,7 +373,7 @@ fn load(
 }
 
 /// Reads the stored spans of a layer. `None` if a part of the index is missing or damaged.
-pub fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
+pub(crate) fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
     };

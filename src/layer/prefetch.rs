@@ -25,13 +25,13 @@ impl Layer {
     }
 
     /// Records that a profile names the span. Readahead then makes no guesses when the span is read.
-    pub fn foresee(&self, span: u32) {
+    pub(crate) fn foresee(&self, span: u32) {
         self.touches.foresee(span);
     }
 
     /// Undoes [`Layer::foresee`] for all spans, so that readahead makes guesses again. To be called if the foreseen
     /// spans could not be fetched.
-    pub fn forget_foreseen(&self) {
+    pub(crate) fn forget_foreseen(&self) {
         self.touches.forget();
     }
 
@@ -90,7 +90,7 @@ impl Layer {
     }
 
     /// Fetches the spans of a range of the device, which a reader will need soon. Returns when they are in flight.
-    pub async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
+    pub(crate) async fn fetch_ahead(self: &Arc<Self>, device: Range<u64>) {
         let Some(content) = self.spans().content(device) else {
             return;
         };
@@ -128,7 +128,7 @@ impl Layer {
 
     /// The next run of spans from `from` on that are not local. The run has at most `batch` compressed bytes, or is
     /// one span. `None` if there is no such span, or if spans cannot be kept on disk.
-    pub fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
+    pub(crate) fn next_missing(&self, from: u32, batch: u64) -> Option<Range<u32>> {
         let mut run = from..from;
         while self.keeps() && run.end < self.spans().span_count() {
             let span = run.end;
@@ -151,7 +151,7 @@ impl Layer {
 
     /// Waits until a span is local, whichever process fetches it. Without a disk that keeps it, waits until a flight
     /// has delivered it.
-    pub async fn await_span(self: &Arc<Self>, span: u32) -> Result<(), LayerError> {
+    pub(crate) async fn await_span(self: &Arc<Self>, span: u32) -> Result<(), LayerError> {
         while let Some(mut flight) = self.want(span..span + 1) {
             // The flight first announces the bytes. The flight ends when the span is on the device, if the span can
             // be kept at all.

@@ -81,7 +81,7 @@ pub(super) fn keep(store: &Store, layer: &Digest, programs: LayerPrograms) -> Re
 }
 
 /// Reads the programs of a layer from the store. `None` if they were not looked up, or cannot be read.
-pub fn stored_programs(store: &Store, layer: &Digest) -> Option<LayerPrograms> {
+pub(crate) fn stored_programs(store: &Store, layer: &Digest) -> Option<LayerPrograms> {
     let path = store.layer(layer)?.programs();
     let size = std::fs::metadata(&path).ok()?.len();
     if size > LARGEST_FILE {

@@ -148,7 +148,7 @@ impl LayerStats {
     }
 
     /// Number of spans that were fetched and verified.
-    pub fn spans_landed(&self) -> u64 {
+    pub(crate) fn spans_landed(&self) -> u64 {
         self.landed.load(Ordering::Relaxed)
     }
 
@@ -181,7 +181,7 @@ impl LayerStats {
     }
 
     /// How often another process that streams the layer has shown progress.
-    pub fn beats(&self) -> u64 {
+    pub(crate) fn beats(&self) -> u64 {
         self.beats.load(Ordering::Relaxed)
     }
 
@@ -196,7 +196,7 @@ impl LayerStats {
     }
 
     /// Whether the layer is being opened with no task waiting: this machine has work to do.
-    pub fn is_working(&self) -> bool {
+    pub(crate) fn is_working(&self) -> bool {
         self.opening.load(Ordering::Relaxed) > 0 && self.waiting.load(Ordering::Relaxed) == 0
     }
 
@@ -220,7 +220,7 @@ impl LayerStats {
     }
 
     /// The present counters, with the digest `layer`. The numbers of local spans are zero.
-    pub fn snapshot(&self, layer: &Digest) -> LayerStatus {
+    pub(crate) fn snapshot(&self, layer: &Digest) -> LayerStatus {
         LayerStatus {
             digest: layer.to_string(),
             size: self.size,

@@ -271,7 +271,7 @@ impl RunEntry {
 
     /// Waits for the turn like [`RunEntry::turn`], but blocks the thread. Returns `None` if the turn did not come
     /// in time.
-    pub fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
+    pub(crate) fn turn_at_last(&self) -> Result<Option<File>, RegistrationError> {
         until_blocking(LOOK, PATIENCE, || self.try_turn())
     }
 
@@ -292,7 +292,7 @@ impl RunEntry {
 
     /// Registers a mount. Fails if another live process has a mount there. If `log` is given, it is the log file of
     /// the process, and gets its final name.
-    pub fn register(&self, record: &MountRecord, log: Option<&Path>) -> Result<(), RegistrationError> {
+    pub(crate) fn register(&self, record: &MountRecord, log: Option<&Path>) -> Result<(), RegistrationError> {
         self.create()?;
         self.check_free()?;
         self.make_room(record.pid)?;

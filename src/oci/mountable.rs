@@ -35,7 +35,7 @@ impl Manifest {
 
     /// Returns what the manifest is if its config turns out not to be an image's: an artifact, unless the config is
     /// declared as an image's.
-    pub fn refusal_without_config(&self) -> Option<Refusal> {
+    pub(crate) fn refusal_without_config(&self) -> Option<Refusal> {
         let config = &self.config.media_type;
         let declared = config.is_empty() || media_type::is_image_config(config);
         (!declared).then(|| Refusal::artifact(self.artifact_type.as_deref().unwrap_or(config)))
@@ -91,7 +91,7 @@ fn is_nydus_layer(layer: &Descriptor) -> bool {
 
 /// Returns whether an image index entry accompanies the images and is none itself. Such entries are attestations,
 /// nydus alternatives, and indexes such as SOCI v2. An index of SOCI v2 has the platform and media type of its image.
-pub fn is_companion(entry: &Descriptor) -> bool {
+pub(crate) fn is_companion(entry: &Descriptor) -> bool {
     let artifact = entry.artifact_type.as_deref().unwrap_or_default();
     let unknown = entry
         .platform

@@ -322,7 +322,7 @@ pub fn runs(wanted: &Platform, offered: &Platform) -> bool {
 }
 
 /// Returns the platform of an index entry, if the entry names an architecture.
-pub fn has_platform(entry: &Descriptor) -> Option<&Platform> {
+pub(crate) fn has_platform(entry: &Descriptor) -> Option<&Platform> {
     entry.platform.as_ref().filter(|p| !p.architecture.is_empty())
 }
 

@@ -12,12 +12,12 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 /// Locks bytes of a file for this open file alone. Returns false if another open file has a lock on any of the bytes.
-pub fn lock_bytes(file: &File, bytes: Range<u64>) -> io::Result<bool> {
+pub(crate) fn lock_bytes(file: &File, bytes: Range<u64>) -> io::Result<bool> {
     set(file, bytes, libc::F_WRLCK)
 }
 
 /// Gives a lock back.
-pub fn unlock_bytes(file: &File, bytes: Range<u64>) -> io::Result<()> {
+pub(crate) fn unlock_bytes(file: &File, bytes: Range<u64>) -> io::Result<()> {
     set(file, bytes, libc::F_UNLCK).map(drop)
 }
 

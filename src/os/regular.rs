@@ -13,7 +13,7 @@ use nix::libc;
 use super::gone;
 
 /// Opens a regular file without waiting.
-pub fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
     match file.metadata()?.is_file() {
         true => Ok(file),
@@ -22,7 +22,7 @@ pub fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> 
 }
 
 /// Returns all bytes of a regular file that has at most `most` bytes.
-pub fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let file = open_regular(File::options().read(true), path)?;
     let too_long = || io::Error::new(io::ErrorKind::InvalidData, format!("it is longer than {most} bytes"));
     let length = file.metadata()?.len();
@@ -47,7 +47,7 @@ pub fn is_foreign(error: &io::Error) -> bool {
 }
 
 /// Removes anything that lies at a path, of any type.
-pub fn clear_way(path: &Path) -> io::Result<()> {
+pub(crate) fn clear_way(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
         Ok(_) => gone(fs::remove_file(path)),
@@ -61,7 +61,7 @@ pub fn is_symlink(path: &Path) -> bool {
 }
 
 /// Opens a regular file. Anything else at the path is removed first. `options` say whether a missing file is created.
-pub fn open_or_replace(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+pub(crate) fn open_or_replace(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     match open_regular(options, path) {
         // A symbolic link that leads nowhere is also in the way of a new file.
         Err(error) if is_foreign(&error) || is_symlink(path) => {

@@ -19,7 +19,7 @@ pub async fn until<T, E>(
 }
 
 /// Polls like [`until`], on a thread that may block.
-pub fn until_blocking<T, E>(
+pub(crate) fn until_blocking<T, E>(
     pause: Duration,
     patience: Duration,
     mut look: impl FnMut() -> Result<Option<T>, E>,

@@ -46,22 +46,6 @@ impl ContentRange {
             total,
         })
     }
-
-    /// Checks the response to a request for `asked` of a blob of `size` bytes. Returns the end of the bytes in the
-    /// body, which may be fewer than requested. The error says what is wrong with the response.
-    pub fn check(&self, asked: &Range<u64>, size: u64) -> Result<u64, String> {
-        match self {
-            Self::Part { total: Some(total), .. } if *total != size => {
-                Err(format!("the blob has {total} bytes there, {size} expected"))
-            }
-            Self::Part { range, .. } if range.start != asked.start || range.end > asked.end => Err(format!(
-                "bytes {}..{} were sent, {}..{} asked for",
-                range.start, range.end, asked.start, asked.end
-            )),
-            Self::Part { range, .. } => Ok(range.end),
-            Self::Unsatisfied { total } => Err(format!("no range of {total} bytes")),
-        }
-    }
 }
 
 /// Parses a number of digits only, because `u64::from_str` would accept a sign.
@@ -101,17 +85,6 @@ mod tests {
             ContentRange::parse("bytes */7"),
             Some(ContentRange::Unsatisfied { total: 7 })
         );
-    }
-
-    #[test]
-    fn answers_are_checked_against_the_request() {
-        let check = |header: &str| ContentRange::parse(header).unwrap().check(&(10..20), 100);
-        assert_eq!(check("bytes 10-19/100"), Ok(20));
-        assert_eq!(check("bytes 10-14/*"), Ok(15));
-        assert!(check("bytes 9-19/100").is_err());
-        assert!(check("bytes 10-20/100").is_err());
-        assert!(check("bytes 10-19/101").is_err());
-        assert!(check("bytes */100").is_err());
     }
 
     proptest! {

@@ -12,14 +12,14 @@ use base64::Engine as _;
 use reqwest::Url;
 
 /// Lifetime of a URL that states none. The shortest lifetime seen is about five minutes, that of ghcr's URLs.
-pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(4 * 60);
+pub(crate) const DEFAULT_LIFETIME: Duration = Duration::from_secs(4 * 60);
 /// Subtracted from a stated lifetime, for clock differences and requests in flight.
 const MARGIN: Duration = Duration::from_secs(15);
 /// Longest trusted lifetime: S3 signs for at most seven days.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Returns how long from `now` the URL may be used, or zero if its validity is over.
-pub fn url_lifetime(url: &Url, now: SystemTime) -> Duration {
+pub(crate) fn url_lifetime(url: &Url, now: SystemTime) -> Duration {
     let Some(end) = url_expiry(url) else {
         return DEFAULT_LIFETIME;
     };
@@ -28,7 +28,7 @@ pub fn url_lifetime(url: &Url, now: SystemTime) -> Duration {
 }
 
 /// Returns the end of validity that the URL states, if it states one.
-pub fn url_expiry(url: &Url) -> Option<SystemTime> {
+pub(crate) fn url_expiry(url: &Url) -> Option<SystemTime> {
     let get = |name: &str| {
         let (_, value) = url.query_pairs().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
         Some(value.into_owned())

@@ -16,7 +16,7 @@ const LONGEST: u64 = 16 << 20;
 
 impl Store {
     /// Returns where a document is kept.
-    pub fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
+    pub(crate) fn document_path(&self, digest: &Digest) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         Some(
             root.join("documents")
@@ -56,7 +56,7 @@ impl Store {
     }
 
     /// Keeps a document. The caller has verified it against `digest`.
-    pub fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn put_document(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         let path = self.document_path(digest).ok_or(StoreError::Unavailable)?;
         if fs::symlink_metadata(&path).is_ok_and(|found| found.len() == bytes.len() as u64 && found.is_file()) {
             return Ok(());
@@ -65,7 +65,7 @@ impl Store {
     }
 
     /// Returns the digest of the document that an image's name meant the last time.
-    pub fn root_document(&self, name: &str) -> Option<Digest> {
+    pub(crate) fn root_document(&self, name: &str) -> Option<Digest> {
         let path = self.name_path(name)?;
         match read_sealed(&path) {
             Ok(content) => std::str::from_utf8(&content?).ok()?.parse().ok(),
@@ -77,7 +77,7 @@ impl Store {
     }
 
     /// Remembers which document an image's name means.
-    pub fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
+    pub(crate) fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
         if self.root_document(name).as_ref() == Some(digest) {
             self.touch_root_document(name);
             return Ok(());
@@ -87,7 +87,7 @@ impl Store {
     }
 
     /// Returns the files that say what images' names mean.
-    pub fn root_documents(&self) -> Result<Vec<PathBuf>, StoreError> {
+    pub(crate) fn root_documents(&self) -> Result<Vec<PathBuf>, StoreError> {
         Ok(self
             .entries("documents/of")?
             .into_iter()
@@ -96,7 +96,7 @@ impl Store {
     }
 
     /// Returns how long ago the meaning of an image's name was last confirmed.
-    pub fn root_document_age(&self, name: &str) -> Option<Duration> {
+    pub(crate) fn root_document_age(&self, name: &str) -> Option<Duration> {
         let modified = fs::metadata(self.name_path(name)?).ok()?.modified().ok()?;
         modified.elapsed().ok()
     }

@@ -59,7 +59,7 @@ impl Draft {
     }
 
     /// Gives the file its name, unless another file has the name already. Then the other file stays.
-    pub fn publish_new(self, target: &Path) -> io::Result<()> {
+    pub(crate) fn publish_new(self, target: &Path) -> io::Result<()> {
         create_parent(target)?;
         match fs::hard_link(&self.path, target) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
@@ -121,12 +121,12 @@ fn drafts(directory: &Path) -> impl Iterator<Item = PathBuf> {
 
 impl Store {
     /// Makes a draft: a file that is being written and has no name of its own yet.
-    pub fn draft(&self) -> Result<Draft, StoreError> {
+    pub(crate) fn draft(&self) -> Result<Draft, StoreError> {
         self.draft_of("file")
     }
 
     /// Makes a draft like [`Store::draft`] for a file of a layer. The usage of the layer includes the draft.
-    pub fn layer_draft(&self, layer: &super::LayerDir) -> Result<Draft, StoreError> {
+    pub(crate) fn layer_draft(&self, layer: &super::LayerDir) -> Result<Draft, StoreError> {
         self.draft_of(&layer.name())
     }
 

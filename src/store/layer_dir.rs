@@ -65,7 +65,7 @@ impl LayerDir {
     }
 
     /// Returns whether `lock` is still the file that [`LayerDir::lock_file`] opens.
-    pub fn is_lock_file(&self, lock: &File) -> bool {
+    pub(crate) fn is_lock_file(&self, lock: &File) -> bool {
         is_at(lock.as_fd(), &self.path.join("lock"))
     }
 

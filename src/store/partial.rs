@@ -111,7 +111,7 @@ impl Partial {
     }
 
     /// Deletes the kept bytes, and keeps no others from then on. Returns whether there were any and they are gone.
-    pub fn discard(&self) -> bool {
+    pub(crate) fn discard(&self) -> bool {
         let mut state = self.state.lock().expect("no panic while locked");
         state.closed = true;
         let Some(file) = state.file.take() else {
@@ -172,13 +172,13 @@ impl LayerDir {
     }
 
     /// Returns when the last of the kept bytes came, in seconds since 1970. Returns none if no bytes are kept.
-    pub fn partial_used(&self) -> Option<u64> {
+    pub(crate) fn partial_used(&self) -> Option<u64> {
         let modified = fs::metadata(self.partial()).and_then(|m| m.modified()).ok()?;
         Some(SystemTime::duration_since(&modified, UNIX_EPOCH).map_or(0, |d| d.as_secs()))
     }
 
     /// Deletes the kept bytes, unless they are in use. Returns whether they are gone.
-    pub fn remove_partial(&self) -> Result<bool, StoreError> {
+    pub(crate) fn remove_partial(&self) -> Result<bool, StoreError> {
         let path = self.partial();
         let file = match open_regular(File::options().read(true), &path) {
             Ok(file) => file,

@@ -27,7 +27,7 @@ impl Store {
     }
 
     /// Remembers that there is a profile of an image of this repository.
-    pub fn mark_profile(&self, repository: &str, manifest: &Digest, label: &str) -> Result<(), StoreError> {
+    pub(crate) fn mark_profile(&self, repository: &str, manifest: &Digest, label: &str) -> Result<(), StoreError> {
         let root = self.root.as_ref().ok_or(StoreError::Unavailable)?;
         let mark = repository_dir(root, repository).join(profile_name(manifest, label));
         // Make a new file each time, so that its time of modification is that of the profile.
@@ -36,7 +36,7 @@ impl Store {
 
     /// Returns the manifests of a repository that may have a profile with this label. The newest come first; `most`
     /// bounds their number.
-    pub fn profiles_of(&self, repository: &str, label: &str, most: usize) -> Vec<Digest> {
+    pub(crate) fn profiles_of(&self, repository: &str, label: &str, most: usize) -> Vec<Digest> {
         let Some(root) = &self.root else { return Vec::new() };
         let Ok(entries) = fs::read_dir(repository_dir(root, repository)) else {
             return Vec::new();

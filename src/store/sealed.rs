@@ -77,7 +77,7 @@ impl<W: Write> Write for SealingWriter<'_, W> {
 
 /// Returns the content of the sealed file at `path`. Returns none if there is no file. Fails with
 /// [`StoreError::Damaged`] if the file is damaged or not sealed.
-pub fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+pub(crate) fn read_sealed(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
     let damaged = |reason| StoreError::Damaged {
         path: path.to_owned(),
         reason,

@@ -35,19 +35,19 @@ impl Store {
     }
 
     /// Records that a tree was used. The record is a hint for eviction.
-    pub fn touch_tree(&self, path: &Path) {
+    pub(crate) fn touch_tree(&self, path: &Path) {
         touch(path);
     }
 
     /// Returns where the merged tree of the image with this manifest is kept.
-    pub fn tree_path(&self, manifest: &Digest) -> Option<PathBuf> {
+    pub(crate) fn tree_path(&self, manifest: &Digest) -> Option<PathBuf> {
         let root = self.root.as_ref()?;
         let name = format!("{}-{}.erofs", manifest.algorithm().name(), manifest.hex());
         Some(root.join("trees").join(name))
     }
 
     /// Returns where the file is kept that says what the programs of an image need.
-    pub fn programs_path(&self, manifest: &Digest) -> Option<PathBuf> {
+    pub(crate) fn programs_path(&self, manifest: &Digest) -> Option<PathBuf> {
         Some(self.tree_path(manifest)?.with_extension("programs"))
     }
 }

@@ -43,7 +43,7 @@ impl AttributePlace {
 
 impl Attributes {
     /// Returns the number of an attribute, and whether it is new.
-    pub fn intern(&mut self, name: &[u8], value: &[u8]) -> (AttributeId, bool) {
+    pub(crate) fn intern(&mut self, name: &[u8], value: &[u8]) -> (AttributeId, bool) {
         let hash = self.hasher.hash_one((name, value));
         let same = |id: &AttributeId| self.get(*id) == (name, value);
         if let Some(id) = self.index.find(hash, same) {

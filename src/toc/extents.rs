@@ -97,7 +97,7 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
     }
 
     /// Returns the tar offset at which the last content ends.
-    pub fn tar_end(&self) -> u64 {
+    pub(crate) fn tar_end(&self) -> u64 {
         let last = self.len().checked_sub(1).map(|last| self.extent(last));
         last.map_or(0, |extent| extent.tar + extent.len)
     }
@@ -131,7 +131,7 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
 
     /// Returns the part of a device range from its first byte of content to its last; `None` if the whole range reads
     /// as zeros.
-    pub fn content_in_device(&self, range: Range<u64>) -> Option<Range<u64>> {
+    pub(crate) fn content_in_device(&self, range: Range<u64>) -> Option<Range<u64>> {
         let start = |extent: &Extent| extent.device;
         let first = self.first_behind(range.start, start);
         // `last` is the first extent that ends behind the range's last byte. The last extent that begins within the
@@ -153,7 +153,7 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
 
     /// Returns the whole extent around a device address, mostly the content of one file; `None` if the address is not
     /// content.
-    pub fn around_device(&self, device: u64) -> Option<Extent> {
+    pub(crate) fn around_device(&self, device: u64) -> Option<Extent> {
         let index = self.first_behind(device, |extent| extent.device);
         let extent = (index < self.len()).then(|| self.extent(index));
         extent.filter(|extent| extent.device <= device)

@@ -118,7 +118,7 @@ impl TarReader {
     }
 
     /// Makes a reader that charges its tables to `charge`.
-    pub fn charged(limits: Limits, charge: Charge) -> Self {
+    pub(crate) fn charged(limits: Limits, charge: Charge) -> Self {
         Self {
             builder: Builder::new(limits, charge),
             state: TarState::TarHeader { after_zeros: false },

@@ -61,7 +61,7 @@ impl Merger {
     }
 
     /// Starts a merge that charges its memory to `charge`.
-    pub fn charged(charge: Charge) -> Result<Self, TreeError> {
+    pub(crate) fn charged(charge: Charge) -> Result<Self, TreeError> {
         let mut arena = Arena::new(charge);
         let root = arena.implied_directory(0).map_err(|why| full(LayerIdx(0), why, b""))?;
         Ok(Self { arena, root })

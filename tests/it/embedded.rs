@@ -1,0 +1,104 @@
+//! A program that embeds the library and serves several images from one process.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ocifs::content::Content;
+use ocifs::fs::ImageFs;
+use ocifs::image::{Confirm, NamedImage};
+use ocifs::layer::LayerContext;
+use ocifs::registry::RegistryConfig;
+use ocifs::source;
+use ocifs::store::Store;
+use ocifs::tree::LayerIdx;
+
+use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::ocifs::Ocifs;
+use crate::common::registry::TestRegistry;
+
+const SIZE: usize = 3 << 20;
+
+/// Opens an image as an embedding program does.
+async fn open(registry: &TestRegistry, name: &str, context: &LayerContext) -> (ImageFs, Arc<Content>) {
+    let image = format!("{}/{name}:1", registry.host()).parse().unwrap();
+    let named = source::open(&image, RegistryConfig::default()).await.unwrap();
+    let named = NamedImage::new(named, None, context.store.clone(), Confirm::Always);
+    let opening = named.open(context, None).await.unwrap();
+    let image = opening.preparation.finish(context).await.unwrap();
+    let content = Arc::new(Content::new(image, Some(Duration::from_secs(30))));
+    (ImageFs::new(content.clone()), content)
+}
+
+async fn read(fs: &ImageFs, name: &str) -> Vec<u8> {
+    let attr = fs.lookup(fs.root(), name.as_bytes()).unwrap().unwrap();
+    fs.read(attr.ino, 0, SIZE).await.unwrap()
+}
+
+/// Returns how many open files of this process have this path.
+fn opened(path: &Path) -> usize {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
+    links.filter(|target| target == path).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_of_one_process_share_a_layer_and_have_their_own_statistics() {
+    let registry = TestRegistry::start();
+    let layer = |name: &str, seed| Blob::gzip(&Tar::new().file(name, noise(seed, SIZE)).finish());
+    let base = layer("shared", 1);
+    let own = [("one", layer("own", 2)), ("two", layer("own", 3))];
+    let ocifs = Ocifs::new();
+    for (name, layer) in &own {
+        push(&registry, name, "1", &[base.clone(), layer.clone()]);
+        drop(ocifs.mount(&format!("{}/{name}:1", registry.host())));
+    }
+    // The store knows the layers and has none of their data.
+    ocifs.ok(["cache", "drop"]);
+    registry.clear_log();
+    let context = LayerContext::new(Store::open(ocifs.store()).unwrap(), 64 << 20, 1 << 30);
+    let (one, content_of_one) = open(&registry, "one", &context).await;
+    let (two, content_of_two) = open(&registry, "two", &context).await;
+    let layers = |position| [&one, &two].map(|fs| fs.image().layer(LayerIdx(position)).clone());
+
+    // Both images have one index of the base layer, and one each of their own layers.
+    let [a, b] = layers(0);
+    assert!(std::ptr::addr_eq(a.spans(), b.spans()));
+    let [c, d] = layers(1);
+    assert!(!std::ptr::addr_eq(c.spans(), d.spans()));
+
+    // Readers of both images wait for the same flights: each byte is fetched once.
+    registry.latency(Duration::from_millis(20));
+    let (from_one, from_two) = tokio::join!(read(&one, "shared"), read(&two, "shared"));
+    assert!(from_one == noise(1, SIZE) && from_two == noise(1, SIZE));
+    let fetched = a.status().fetched + b.status().fetched;
+    let size = base.bytes.len() as u64;
+    assert!(fetched <= size + 64, "{fetched} of {size}");
+    assert_eq!(
+        registry.count(&base.path()) as u64,
+        a.status().requests + b.status().requests
+    );
+    // They share the data device, so the process has it open once.
+    let device = ocifs
+        .store()
+        .join("layers")
+        .join(base.digest().to_string().replace(':', "-"));
+    assert_eq!(opened(&device.canonicalize().unwrap().join("data")), 1);
+    assert_eq!(a.status().local_spans, b.status().local_spans);
+
+    // Each image counts its own reads and requests.
+    for status in [a.status(), b.status()] {
+        assert_eq!((status.misses, status.served), (1, SIZE as u64), "{status:?}");
+    }
+    assert!(read(&one, "own").await == noise(2, SIZE));
+    assert_eq!((c.status().misses, d.status().misses), (1, 0));
+    assert_eq!((c.status().requests > 0, d.status().requests), (true, 0));
+    assert_eq!((content_of_one.reads().waited, content_of_two.reads().waited), (2, 1));
+
+    // The data lives as long as one of the images is open.
+    drop((a, b, c, d));
+    drop((one, content_of_one));
+    assert!(read(&two, "shared").await == noise(1, SIZE));
+    drop((two, content_of_two));
+    assert_eq!(opened(&device.canonicalize().unwrap().join("data")), 0);
+}
