@@ -15,7 +15,7 @@
 //! * A process fills or evicts a span only while it holds the span's open-file-description lock
 //!   ([`DataDevice::try_lock`]). The evictor uses a file descriptor of its own, so that it also conflicts with
 //!   fillers of its own process. A process that breaks this rule costs a fetch and never a wrong byte.
-//! * A reader drops a span whose fragment does not match ([`DataDevice::drop_span`]), and fetches it again.
+//! * A reader drops a span whose fragment does not match (`DataDevice::drop_span`), and fetches it again.
 //!
 //! A file gets its name when it is complete: empty (no span is present) or whole (every span is present, written by a
 //! pass that verified the layer). A device belongs to one span index. A device that cannot be written is only read.

@@ -20,11 +20,11 @@
 //! ready to the first read of the range. The last is its score. Ranges are in the order of their first reads.
 //!
 //! In version 1 of the format, offset and length are those in the layer's tar ([`Space::Tar`]). Such a profile is
-//! translated when the layers are open ([`Profile::in_devices`]).
+//! translated when the layers are open (`Profile::in_devices`).
 //!
 //! # Several runs
-//! A block that is read for the first time scores [`FIRST_SCORE`]. Each later run that reads the block adds one, up
-//! to [`BEST_SCORE`]. Each run that does not read it takes one away, and at zero the block is forgotten. The order is
+//! A block that is read for the first time scores `FIRST_SCORE`. Each later run that reads the block adds one, up
+//! to `BEST_SCORE`. Each run that does not read it takes one away, and at zero the block is forgotten. The order is
 //! that of the last run. The blocks that the last run did not read follow.
 
 mod format;
@@ -139,7 +139,7 @@ pub struct Profile {
     pub layers: Vec<ProfiledLayer>,
     /// The space in which the numbers of blocks count.
     pub space: Space,
-    /// Each block once, in the order of first reads; at most [`MOST_BLOCKS`].
+    /// Each block once, in the order of first reads; at most `MOST_BLOCKS`.
     pub touches: Vec<Touch>,
 }
 

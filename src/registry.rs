@@ -13,7 +13,7 @@
 //! - **Redirects.** The client follows redirects itself. Credentials stay at the first origin. Further requests for a
 //!   blob go to its final URL directly, until that URL expires.
 //! - **Streams.** A stream resumes at the exact offset after a transient failure, within the deadline of
-//!   [`RegistryConfig::timeout`]. The rules are in [`crate::blob::retry`].
+//!   [`RegistryConfig::timeout`]. The rules are in `crate::blob::retry`.
 //! - **Embedding.** [`Puller`] offers five operations for programs that only pull.
 //!
 //! # Invariants

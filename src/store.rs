@@ -23,7 +23,7 @@
 //! - A file outside `tmp` is complete, because its writer renamed it there. Only `partial` grows in its place, and
 //!   its bytes are not believed before they are verified.
 //! - Documents are checked against the digest in their name when they are read.
-//! - Spans, toc, extents, programs and trees are checked against the seal that they carry ([`read_sealed`]).
+//! - Spans, toc, extents, programs and trees are checked against the seal that they carry (`read_sealed`).
 //! - A profile that does not parse counts as none.
 //! - `data` follows the rules of [`crate::device`].
 //! - Deleting any of the files except `uppers`, at any time, costs fetches and nothing else.

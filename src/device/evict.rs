@@ -39,7 +39,7 @@ impl Evicted {
 /// What may be evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// Data of layers, and trees: keeps [`Store::cache_usage`] below a size.
+    /// Data of layers, and trees: keeps `Store::cache_usage` below a size.
     Cache,
     /// Data of layers only.
     Data,

@@ -213,7 +213,7 @@ impl RunEntry {
     }
 
     /// Creates a log file for a mount that is about to be registered here. Returns the file and its path.
-    /// [`RunEntry::register`] gives it its final name. If the process of an earlier mount removes the directory
+    /// `RunEntry::register` gives it its final name. If the process of an earlier mount removes the directory
     /// meanwhile, tries again.
     pub fn create_log(&self) -> Result<(File, PathBuf), RegistrationError> {
         let path = self.path.join(format!("log.{}", std::process::id()));

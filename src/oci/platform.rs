@@ -289,7 +289,7 @@ fn normal_cpu<'a>(architecture: &'a str, variant: &'a str) -> (&'a str, &'a str)
 }
 
 /// Returns the entry of an image index that a host of platform `wanted` takes: the earliest of those at the best
-/// level. Skips entries that are not images ([`is_companion`]), and entries without a platform.
+/// level. Skips entries that are not images (`is_companion`), and entries without a platform.
 pub fn choose<'a>(entries: &'a [Descriptor], wanted: &Platform) -> Result<&'a Descriptor, PlatformError> {
     let wanted = wanted.normalized();
     let offers = || {
