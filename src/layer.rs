@@ -279,20 +279,19 @@ impl Layer {
 
     /// Copies the bytes that `span` has of the device from `offset` on to their place in `buf`.
     async fn copy_span(self: &Arc<Self>, span: u32, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
-        let end = offset + buf.len() as u64;
+        let range = self.spans().device_range(span);
+        let (from, to) = (range.start.max(offset), range.end.min(offset + buf.len() as u64));
+        if from >= to {
+            return Ok(());
+        }
         let clip = |piece: Piece| {
-            let (from, to) = (piece.device.max(offset), (piece.device + piece.len).min(end));
-            (from < to).then(|| Piece {
-                span: piece.span + (from - piece.device),
-                device: from,
-                len: to - from,
+            let (start, end) = (piece.device.max(from), (piece.device + piece.len).min(to));
+            (start < end).then(|| Piece {
+                span: piece.span + (start - piece.device),
+                device: start,
+                len: end - start,
             })
         };
-        let pieces: Vec<Piece> = self.spans().pieces(span).into_iter().filter_map(clip).collect();
-        let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else {
-            return Ok(());
-        };
-        let (from, to) = (first.device, last.device + last.len);
         let target = &mut buf[(from - offset) as usize..(to - offset) as usize];
         loop {
             // The bytes usually come from the page cache. If they do not, the runtime runs other tasks on other
@@ -304,7 +303,7 @@ impl Layer {
                 Landed::Bytes(bytes) => {
                     // The failed read of the device may have left bytes between the pieces.
                     target.fill(0);
-                    for piece in &pieces {
+                    for piece in self.spans().pieces(span).into_iter().filter_map(clip) {
                         let source = &bytes[piece.span as usize..][..piece.len as usize];
                         target[(piece.device - from) as usize..][..source.len()].copy_from_slice(source);
                     }

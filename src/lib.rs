@@ -4,6 +4,37 @@
 //! gives every layer both. It merges the layers' tables once into one immutable tree, and serves that tree through thin front
 //! ends.
 //!
+//! # Embedding
+//! A program serves any number of images with one [`layer::LayerContext`]. Images that have a layer in common share its
+//! index, its data device and its requests.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use ocifs::content::Content;
+//! use ocifs::fs::ImageFs;
+//! use ocifs::image::{Confirm, NamedImage};
+//! use ocifs::layer::LayerContext;
+//! use ocifs::registry::RegistryConfig;
+//! use ocifs::source;
+//! use ocifs::store::Store;
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let store = Store::open("/var/lib/ocifs".as_ref())?;
+//! // 64 MiB of memory for decoded data, 10 GiB of disk for cached data.
+//! let context = LayerContext::new(store.clone(), 64 << 20, 10 << 30);
+//! let named = source::open(&"alpine:latest".parse()?, RegistryConfig::default()).await?;
+//! let opening = NamedImage::new(named, None, store, Confirm::default()).open(&context, None).await?;
+//! let image = opening.preparation.finish(&context).await?;
+//! let fs = ImageFs::new(Arc::new(Content::new(image, Some(Duration::from_secs(30)))));
+//! let etc = fs.lookup(fs.root(), b"etc")?.ok_or("there is no /etc")?;
+//! let release = fs.lookup(etc.ino, b"alpine-release")?.ok_or("this is not Alpine")?;
+//! println!("{}", String::from_utf8_lossy(&fs.read(release.ino, 0, 4096).await?));
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Runtime
 //! The async functions of this crate need tokio's multi-thread runtime. They read and write local files with
 //! `tokio::task::block_in_place`, which hands the thread's other tasks to another thread, and which panics on a

@@ -123,10 +123,15 @@ pub trait SpanMap: fmt::Debug + Send + Sync {
         }
     }
 
-    /// Returns whether a span has any content.
-    fn has_content(&self, span: u32) -> bool {
+    /// Returns the device addresses of a span: from its head up to the head of the next one.
+    fn device_range(&self, span: u32) -> Range<u64> {
         let heads = self.heads();
         let next = heads.get(span as usize + 1).copied().unwrap_or(self.device_size());
-        heads[span as usize] < next
+        heads[span as usize]..next
+    }
+
+    /// Returns whether a span has any content.
+    fn has_content(&self, span: u32) -> bool {
+        !self.device_range(span).is_empty()
     }
 }

@@ -126,7 +126,7 @@ def draw_links(rows, main):
     rows = [row for row in rows if row["limit_s"]]
     if not rows:
         sys.exit("plot.py: no results with a limit")
-    links = sorted(ordered(rows, lambda row: row["link"]), key=rate_and_rtt)
+    links = sorted(ordered(rows, lambda row: row["link"]), key=rtt_and_rate)
     keys, workloads = ordered(rows, key), ordered(rows, lambda row: row["workload"])
     colour = colours(keys)
     columns = min(4, len(workloads))
@@ -168,7 +168,7 @@ def draw_links(rows, main):
     return figure
 
 
-def rate_and_rtt(link):
+def rtt_and_rate(link):
     """Sort key of links: loopback first, then by round trip, then by rate."""
     if link == "loopback":
         return (0, 0)

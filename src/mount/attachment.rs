@@ -32,7 +32,7 @@ pub(super) struct AttachOptions {
     /// The source that the mount table shows.
     pub(super) source: String,
     /// The `-o` options.
-    pub(super) options: FuseOptions,
+    pub(super) fuse: FuseOptions,
     /// The directories for changes, if the root is writable.
     pub(super) upper: Option<Upper>,
     /// The process that counts as a user of the mount, if there is one.
@@ -48,7 +48,7 @@ struct OpenFuse {
 
 /// A mount as the kernel has it.
 pub(super) struct Attachment {
-    how: AttachOptions,
+    options: AttachOptions,
     attached: Attached,
     /// The mount point. `None` as soon as the process mounts on it.
     directory: Option<MountPoint>,
@@ -66,14 +66,14 @@ impl Attachment {
     /// Mounts the image on the mount point. The image of a writable mount is mounted in the run directory, which only
     /// this user can reach. `served` decides what requests will get.
     pub(super) fn attach(
-        how: AttachOptions,
+        options: AttachOptions,
         mut attached: Attached,
         directory: MountPoint,
         served: Arc<Served>,
     ) -> Result<Self, MountError> {
         let lower = attached.record.lower.clone();
-        let mount = |target: &Path| kernel::mount(&how.source, target, &lower, &how.options);
-        let (fuse, directory) = if how.upper.is_some() {
+        let mount = |target: &Path| kernel::mount(&options.source, target, &lower, &options.fuse);
+        let (fuse, directory) = if options.upper.is_some() {
             private::directory(&lower).map_err(system("create the directory below the overlay"))?;
             let fuse = mount(&lower)?;
             attached.add(&lower)?;
@@ -89,8 +89,8 @@ impl Attachment {
         let watched = kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?;
         attached.turn = None;
         Ok(Self {
-            abandoned: abandoned(&how, &attached),
-            how,
+            abandoned: abandoned(&options, &attached),
+            options,
             attached,
             directory,
             served,
@@ -114,7 +114,7 @@ impl Attachment {
         let Some(OpenFuse { fuse, .. }) = self.waiting.take() else {
             return Ok(());
         };
-        let (access, runtime, served) = (self.how.options.access(), Handle::current(), self.served.clone());
+        let (access, runtime, served) = (self.options.fuse.access(), Handle::current(), self.served.clone());
         let (ended, session) = oneshot::channel();
         let serve = move || {
             let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, served, runtime));
@@ -132,12 +132,12 @@ impl Attachment {
     /// Puts the overlay of a writable mount on the mount point, and unmounts the image's own mount. Does nothing for
     /// other mounts. The session must have been started, because the overlay reads the root.
     pub(super) async fn attach_overlay(&mut self) -> Result<(), MountError> {
-        let Some(upper) = self.how.upper.clone() else {
+        let Some(upper) = self.options.upper.clone() else {
             return Ok(());
         };
         let lower = self.attached.record.lower.clone();
         let directory = self.directory.take().ok_or_else(replaced)?;
-        let options = self.how.options.clone();
+        let options = self.options.fuse.clone();
         let mounting = task::blocking(move || {
             let target = directory.handle();
             let lock = overlay::mount(&lower, &upper, &target, directory.path(), &options)?;
@@ -146,7 +146,7 @@ impl Attachment {
         let mounted = mounting.await.map_err(io::Error::other);
         let (lock, place) = mounted.map_err(system("mount the overlay"))??;
         self.attached.cover(place, lock)?;
-        self.abandoned = abandoned(&self.how, &self.attached);
+        self.abandoned = abandoned(&self.options, &self.attached);
         Ok(())
     }
 
@@ -186,9 +186,9 @@ impl Attachment {
 }
 
 /// Returns a future that completes when no process can reach the mount any more.
-fn abandoned(how: &AttachOptions, attached: &Attached) -> Pin<Box<dyn Future<Output = ()>>> {
+fn abandoned(options: &AttachOptions, attached: &Attached) -> Pin<Box<dyn Future<Output = ()>>> {
     let device = attached.record.standing.as_ref().map(|s| s.device.clone());
-    Box::pin(namespace::abandoned(device, how.parent))
+    Box::pin(namespace::abandoned(device, options.parent))
 }
 
 /// Waits for the end of a session. Waits for ever if there is none.

@@ -126,14 +126,14 @@ pub async fn serve(
     let repository = preparation.repository();
     let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
     let served = Arc::<Served>::default();
-    let how = AttachOptions {
+    let options = AttachOptions {
         source: config.image.clone(),
-        options: config.options.clone(),
+        fuse: config.options.clone(),
         upper: config.upper.clone(),
         parent: config.log.is_none().then_some(config.parent),
     };
     let attached = Attached::new(entry, record, turn);
-    let attachment = Attachment::attach(how, attached, directory, served.clone())?;
+    let attachment = Attachment::attach(options, attached, directory, served.clone())?;
     let mut mount = Mount {
         attachment,
         side: Side::new(config.prefetch, &learning, replay),

@@ -1,8 +1,9 @@
 //! Foreign layers: layers whose descriptors name places outside the registry. If the registry does not have such a
 //! layer, the client looks for it in these places.
 //!
-//! An image decides these URLs. The client therefore sends requests only to hosts that the user has allowed, and
-//! never with the registry's credentials. It verifies the bytes against the layer's digest, as for every layer.
+//! An image decides these URLs. The client therefore sends requests only to hosts that the user has allowed. The
+//! registry's credentials are not sent there. If such a host asks for a login, the client sends the login that the
+//! user has for that host. It verifies the bytes against the layer's digest, as for every layer.
 
 use reqwest::Url;
 
