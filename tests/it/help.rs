@@ -26,6 +26,7 @@ const COMMANDS: &[&[&str]] = &[
     &["cache", "list"],
     &["cache", "prune"],
     &["cache", "drop"],
+    &["cache", "verify"],
 ];
 
 /// Returns the help of a command. The option is `--help`, or `-h` for the short one.
