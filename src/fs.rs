@@ -1,8 +1,8 @@
 //! The file system of an image, independent of the kernel: names, attributes and bytes.
 //!
 //! Metadata comes from the tree in memory, so metadata operations never wait. A read is split into ranges of the
-//! layers' data devices, which the content ([`crate::content`]) delivers. Nothing in this module knows FUSE. Only
-//! [`error`] chooses errno values.
+//! layers' data devices, which the content ([`crate::content`]) delivers. Nothing in this module knows FUSE.
+//! [`error`] chooses the errno of every error.
 //!
 //! Inode numbers are the EROFS nids of the tree. An inode has one number on every host and after every remount, and
 //! no lookup count is needed.

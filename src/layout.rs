@@ -65,7 +65,7 @@ impl OciLayout {
                     reason: format!("it has {len} bytes, more than the {MAX_DOCUMENT} allowed for a document"),
                 });
             }
-            // Hand-made indexes say -1 or 0. The digest decides.
+            // Hand-made indexes give the size -1 or 0. Such a size is ignored, because the digest is checked below.
             if size > 0 && size.unsigned_abs() != len {
                 return Err(wrong_size(&path, size, len));
             }

@@ -56,9 +56,10 @@
 //! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
 //! | *restart* | place in a compressed blob where decoding can begin; a gzip one carries a *window* | checkpoint table |
 //! | *span index* | spans, restarts and digests of one layer ([`index::SpanIndex`]) | index (alone) |
-//! | *span map* | a layer's spans by device address, wherever that is known from ([`span::SpanMap`]) | span table |
+//! | *span map* | a layer's spans by device address, from whatever source ([`span::SpanMap`]) | span table |
 //! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
 //! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
+//! | *flight* | a fetch of spans in progress, with all readers that wait for it | request |
 //! | *tree* | merged view of all layers ([`tree::Tree`]) | snapshot, rootfs |
 //! | *ino* | inode number; the EROFS nid, the same on every host | handle |
 //! | *whiteout* | tar entry that hides a lower layer's entry | deletion |

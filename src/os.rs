@@ -16,7 +16,7 @@ pub(crate) use regular::{clear_way, is_foreign, is_symlink, open_or_replace, ope
 pub use until::until;
 pub(crate) use until::until_blocking;
 
-/// Returns the result of removing or renaming something, where it is no error that the thing is gone already.
+/// Turns the error of a removal or rename into success if there was nothing to remove or rename.
 pub fn gone(removed: io::Result<()>) -> io::Result<()> {
     match removed {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -1,6 +1,6 @@
 //! Profiles: what the start of a program reads, learned from earlier runs.
 //!
-//! A [`Recorder`] listens to the first seconds of a mount. It notes which blocks of which layer's data device were
+//! A [`Recorder`] listens while a program starts. It notes which blocks of which layer's data device were
 //! read, in order. A [`Profile`] is what several such runs have in common. It is kept for an image manifest under a
 //! [`Label`], because one image starts different programs. Device addresses follow from the layer's tar alone. A
 //! profile is therefore as good for the same layers in another image or on another machine, compressed or indexed in

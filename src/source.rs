@@ -15,7 +15,8 @@ pub struct NamedSource {
     pub source: Arc<dyn ImageSource>,
     /// The digest in the name. The image must have this digest, whatever the source says.
     pub pinned: Option<Digest>,
-    /// Whether the source is the only copy of its content. A local file or directory is; a registry is not.
+    /// Whether the image is in a local file or directory. Such a source is asked at every opening, because it answers
+    /// at once and its names may mean something else each time.
     pub is_local: bool,
 }
 

@@ -26,7 +26,9 @@
 //! - Spans, toc, extents, programs and trees are checked against the seal that they carry (`read_sealed`).
 //! - A profile that does not parse counts as none.
 //! - `data` follows the rules of [`crate::device`].
-//! - Deleting any of the files except `uppers`, at any time, costs fetches and nothing else.
+//! - Any file except those in `uppers` may be deleted at any time. A deleted index, tree or piece of data is made or
+//!   fetched again. A deleted profile is learned again, and a deleted document is missed only while its registry
+//!   cannot be reached.
 //! - A store that cannot be written is only read. It keeps no new files.
 //! - [`Store::unavailable`] replaces a store that cannot even be opened. It remembers nothing, and the mount goes on
 //!   from memory.

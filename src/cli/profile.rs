@@ -49,7 +49,7 @@ pub(super) struct ShowArgs {
 pub(super) struct ProfileExportArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// Which of the image's programs
+    /// Label of the profile: which of the image's programs it is for
     #[arg(long, value_name = "LABEL", default_value = "default")]
     profile: Label,
     /// Write to this file

@@ -34,7 +34,7 @@ pub(super) struct Geometry {
 }
 
 impl Geometry {
-    /// Returns the places of these spans.
+    /// Returns the geometry of these spans.
     pub(super) fn of(spans: &dyn SpanMap) -> Self {
         Self {
             size: spans.device_size(),

@@ -84,7 +84,7 @@ pub(super) struct Measure {
 }
 
 impl Measure {
-    /// Adds the next name. Returns whether it begins a new block.
+    /// Adds the next name. Returns whether the block before it is full, so that the name begins another block.
     pub fn add(&mut self, name: &[u8]) -> bool {
         let size = DIRENT as u64 + name.len() as u64;
         let turn = self.used + size > BLOCK;

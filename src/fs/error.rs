@@ -57,7 +57,7 @@ impl ToErrno for FsError {
                 _ => Errno::EIO,
             },
             Self::Content(error) => error.errno(),
-            // EIO, like for an image that cannot be prepared at all: a program cannot use the difference.
+            // The same as for an image that cannot be prepared at all, because no operation works in either case.
             Self::Stalled { .. } => Errno::EIO,
             Self::Interrupted => Errno::EINTR,
             Self::IsDirectory => Errno::EISDIR,

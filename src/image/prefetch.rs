@@ -21,7 +21,7 @@ const UNDER_WAY: usize = 64;
 /// The open layers of an image.
 #[derive(Debug)]
 pub(super) struct Layers {
-    /// Base first.
+    /// The layers, base first.
     pub(super) all: Vec<Arc<Layer>>,
     /// Whether earlier starts tell what this start will read.
     profiled: AtomicBool,

@@ -81,7 +81,7 @@ pub(super) fn make(
             return Ok(reader);
         }
     }
-    // There is no store, or its file was deleted in this moment.
+    // There is no store, or the file that was just written cannot be read back.
     in_memory(
         &Planned::new(&merge()?, sizes, tables.limit())?,
         manifest,

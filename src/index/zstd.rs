@@ -27,7 +27,8 @@ const ROOM_STEP: usize = 4 << 20;
 pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
 
 /// Allows or refuses memory for a decoder's window. The first argument is the number of bytes that the decoder is
-/// about to use. The second one is the number of bytes that it may use later. The call may wait.
+/// about to use. The second one is the number of bytes that it may use later. It may
+/// wait for memory, if the caller of the decoder made it so.
 pub type Room = Box<dyn FnMut(u64, u64) -> Result<(), OverLimit> + Send>;
 
 /// Makes the room of a single decoder that has `limit` bytes to itself.

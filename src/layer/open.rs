@@ -16,7 +16,7 @@ use crate::device::DataDevice;
 use crate::index::SpanIndex;
 use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest};
-use crate::span::IndexedSpans;
+use crate::span::{IndexedSpans, SpanMap};
 use crate::store::{Durability, LayerDir, Partial, Store, StoreError, read_sealed};
 use crate::task::{TaskError, joined};
 use crate::toc::{ExtentTable, PackedToc};
@@ -214,7 +214,8 @@ async fn stream(
             .exactly(of_toc as u64)
             .and_then(|()| charge.exactly(spans.memory()));
         covered.map_err(too_much(blob.digest()))?;
-        let data = data(&context, &dir, (spans, charge), device);
+        let diff_id = spans.index().diff_id().clone();
+        let data = data(&context, &dir, diff_id, (Box::new(spans), charge), device);
         let layer = Layer::new(
             if kept {
                 context.shared.share(data)
@@ -296,15 +297,16 @@ async fn kept(dir: &LayerDir, size: u64) -> Result<Option<Partial>, OpenError> {
 fn data(
     context: &LayerContext,
     dir: &Option<LayerDir>,
-    (spans, charge): (IndexedSpans, Charge),
+    diff_id: DiffId,
+    (spans, charge): (Box<dyn SpanMap>, Charge),
     device: Option<DataDevice>,
 ) -> LayerData {
-    let (digest, diff_id) = (spans.index().blob_digest().clone(), spans.index().diff_id().clone());
+    let digest = spans.layer().clone();
     LayerData {
         disk: LayerDisk::new(digest.clone(), device, context.budget.clone(), context.health.clone()),
         digest,
         diff_id,
-        spans: Box::new(spans),
+        spans,
         _charge: charge,
         home: dir.clone(),
         context: context.clone(),
@@ -367,7 +369,13 @@ fn load(
     let mut charge = context.tables.charge();
     charge.exactly(spans.memory()).map_err(too_much(blob.digest()))?;
     stats.set_source(IndexSource::Store);
-    let data = data(context, &Some(dir.clone()), (spans, charge), device);
+    let data = data(
+        context,
+        &Some(dir.clone()),
+        diff_id.clone(),
+        (Box::new(spans), charge),
+        device,
+    );
     let layer = Layer::new(context.shared.share(data), blob, stats);
     Ok(Some(Opened { layer, toc: None }))
 }

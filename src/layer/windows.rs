@@ -176,8 +176,8 @@ mod tests {
         })
     }
 
-    /// Lets `decoders` ask at the same time, each in turn for these MiB of those MiB that it may come to use. Returns how each
-    /// ended.
+    /// Lets `decoders` ask for memory at the same time. In each step, a decoder asks for the first number of MiB, and says
+    /// with the second one how many it may need in all. Returns how each decoder ended.
     async fn grow(windows: &Windows, decoders: usize, steps: &[(u64, u64)]) -> Vec<Result<(), OverLimit>> {
         let growing = (0..decoders).map(|_| {
             let (mut room, steps) = (windows.room(None), steps.to_vec());

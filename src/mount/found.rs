@@ -25,7 +25,7 @@ pub(super) fn find(run: &RunDir, mountpoint: &Path) -> Result<Option<(RunEntry, 
     if own.as_ref().is_some_and(is_there) {
         return Ok(own.map(|record| (entry, record)));
     }
-    // The mount at this place counts, even if the path had another name when it was mounted.
+    // Or a mount that was made under another path and is here now, because a parent directory was renamed.
     let mut records = run.records()?;
     let moved = records
         .iter()

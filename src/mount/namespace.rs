@@ -21,7 +21,8 @@ use super::users::{all, namespace, namespace_of};
 
 /// Name of the environment variable that marks the background process behind a mount.
 pub const SERVE: &str = "OCIFS_SERVE";
-/// Name of the process namespace of the machine. Its number is fixed (kernel: include/linux/proc_ns.h).
+/// Target of `/proc/PID/ns/pid` for a process in the machine's first PID namespace. The number is fixed (kernel:
+/// include/linux/proc_ns.h).
 const MACHINE: &str = "pid:[4026531836]";
 /// Pause before the second of two looks that must both find no process. One look can miss a process that starts
 /// while this process reads /proc. A larger value delays the end of the mount; with a smaller one, both looks may

@@ -23,7 +23,7 @@ pub struct ImageConfig {
     /// Defaults for running a container.
     #[serde(deserialize_with = "null_as_default")]
     pub config: RunConfig,
-    /// The layers.
+    /// The diffIDs of the layers.
     #[serde(deserialize_with = "null_as_default")]
     pub rootfs: RootFs,
 }

@@ -1,4 +1,4 @@
-//! Listens to the first seconds of a mount.
+//! Records which blocks are read while a program starts.
 
 use std::collections::HashSet;
 use std::ops::Range;

@@ -48,7 +48,7 @@ pub(super) struct SealingWriter<'a, W> {
 }
 
 impl<'a, W: Write> SealingWriter<'a, W> {
-    /// Begins the file that will be at `path`.
+    /// Begins to seal a file that will be published at `path`.
     pub(super) fn new(path: &Path, out: &'a mut W) -> Self {
         Self {
             out,

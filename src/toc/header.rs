@@ -101,7 +101,7 @@ impl<'a> TarHeader<'a> {
         text(&self.0[157..257])
     }
 
-    /// Returns the name, with the prefix if the layout has one.
+    /// Returns the name, with the prefix if this flavour of header has a prefix field.
     pub fn name(&self) -> Vec<u8> {
         let name = text(&self.0[..100]);
         let prefix = match self.flavour() {

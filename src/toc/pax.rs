@@ -1,9 +1,9 @@
 //! The records of a pax extended header (POSIX.1-2017, pax, "pax Extended Header"): `LEN SP KEY=VALUE LF`, where LEN
 //! includes itself.
 //!
-//! A record with an empty value has no effect: the header's own field stays in force, and an attribute is not set.
-//! Go's reader, which other engines use, drops such an attribute too. If a keyword occurs twice, the last value
-//! counts. `GNU.sparse.offset` and `GNU.sparse.numbytes` are exceptions: their repetitions are the map of the oldest
+//! A record with an empty value cancels the earlier records of its keyword: the header's own field counts again, and
+//! an attribute is not set. Go's reader, which other engines use, drops such an attribute too. If a keyword occurs
+//! twice, the last value counts. `GNU.sparse.offset` and `GNU.sparse.numbytes` are exceptions: their repetitions are the map of the oldest
 //! pax sparse style.
 
 use super::number::decimal;
@@ -109,7 +109,7 @@ impl Pax {
 
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<(), PaxProblem> {
         if value.is_empty() {
-            // As if there were no such record, also before it: what the header says counts.
+            // Cancels earlier records of the keyword, so that the header's own field counts again.
             self.clear(key);
             return Ok(());
         }

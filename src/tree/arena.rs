@@ -42,8 +42,8 @@ pub(super) const IMPLIED: Metadata = Metadata {
     mtime_nsec: 0,
 };
 
-/// Most inodes of all layers together: about three times the most entries of one layer. Few paths can imply many
-/// directories.
+/// Most inodes of all layers together: about three times the most entries of one layer. There may be more inodes than
+/// entries, because one long path can imply thousands of directories.
 const MAX_INODES: usize = 32 << 20;
 
 /// Memory in bytes that an inode takes: its record, and its places in the finished tree and in the plan of the EROFS

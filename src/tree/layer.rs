@@ -61,9 +61,9 @@ pub(super) struct UpperTree<'a> {
     devices: Vec<u32>,
     /// Memory in bytes of hides, hidden entries, links and devices.
     bytes: usize,
-    /// The arena's numbers of the table's attributes, by the table's numbers.
+    /// Ids of the table's attributes in the arena, by their ids in the table.
     attributes: Vec<AttributeId>,
-    /// The arena's numbers of the current entry's attributes.
+    /// Ids of the current entry's attributes in the arena.
     xattrs: Vec<AttributeId>,
     /// The directory of the last entry, with its path. Most entries are in the same directory as the entry before.
     last: (Vec<u8>, Id),

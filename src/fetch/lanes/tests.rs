@@ -31,7 +31,7 @@ async fn demand_goes_at_once_however_much_else_is_under_way() {
     assert_eq!((under_way.len(), queued.len()), (4, 16), "two megabytes fill this link");
     let demand = enter(&lanes, Priority::Demand, 500_000).now_or_never();
     assert!(demand.is_some());
-    // A reader waits. While it does, the lane does not replace requests that end until few bytes are left in flight.
+    // While a reader waits, no request starts in place of one that ended, until few bytes are in flight.
     under_way.pop();
     under_way.pop();
     assert_eq!(lanes.load().others, 2);

@@ -36,7 +36,7 @@ pub struct MountRecord {
     /// The private upper directory to delete at the end.
     #[serde(with = "optional_path_bytes")]
     pub scratch: Option<PathBuf>,
-    /// The mount that the user sees, once it stands.
+    /// Identity of the mount at the mount point. `None` until it is made.
     #[serde(default)]
     pub standing: Option<Standing>,
 }

@@ -24,7 +24,7 @@ impl Mount {
             return Ok(false);
         }
         if !is {
-            tracing::info!("the image comes on again");
+            tracing::info!("the image is arriving again");
             self.served.set(Stage::Preparing);
             return Ok(false);
         }
@@ -32,7 +32,7 @@ impl Mount {
         if self.config.require_ready {
             return Err(MountError::Stalled(error));
         }
-        tracing::warn!(%error, "operations fail until something does");
+        tracing::warn!(%error, "operations fail until data arrives");
         self.served.set(Stage::Failing(Arc::new(error)));
         Ok(!self.attachment.is_served())
     }

@@ -1,5 +1,8 @@
 //! Finds which bytes of a blob a response holds, judged by its headers as far as they make sense.
 //!
+//! The table is for responses with status 206, and for those with status 200 that look like a part. `blob.rs` decides by
+//! the status which responses those are.
+//!
 //! | response to a request for a range | taken as |
 //! |---|---|
 //! | a `Content-Range` that fits the length and contains the start of the range | what it says, cut to the range |

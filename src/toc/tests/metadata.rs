@@ -166,7 +166,7 @@ fn attributes_that_a_file_cannot_have_are_dropped() {
         );
         assert_eq!(toc.warnings.len(), 4 - kept.len(), "{:?}", toc.warnings);
     }
-    // Engines enforce only the access control lists of SCHILY.xattr records.
+    // Engines enforce only the access control lists of SCHILY.xattr records. Lists in other records are ignored.
     let others = pax(&[
         (
             "SCHILY.acl.access",
