@@ -44,9 +44,13 @@ impl Attached {
         let entry = mountinfo::at(path).map_err(system("read the mount table"))?;
         // If another program has already unmounted it, there is nothing to take down.
         let Some(entry) = entry else { return Ok(()) };
-        self.mounts.push(entry.standing());
+        let standing = Standing {
+            unique: kernel::unique_id(path),
+            ..entry.standing()
+        };
+        self.mounts.push(standing.clone());
         if self.record.lower == self.record.mountpoint || entry.fs_type != "fuse.ocifs" {
-            self.record.standing = Some(entry.standing());
+            self.record.standing = Some(standing);
             self.entry.write(&self.record)?;
         }
         Ok(())
@@ -65,9 +69,10 @@ impl Attached {
         Ok(())
     }
 
-    /// Forgets the mounts, because another program has already unmounted them.
+    /// Forgets the mounts that have no unique id, because another program has unmounted them. Other mounts may have
+    /// their numbers by now.
     pub(super) fn forget_mounts(&mut self) {
-        self.mounts.clear();
+        self.mounts.retain(|mount| mount.unique.is_some());
     }
 
     /// Unmounts everything. Without `lazy` it stops with an error at the first mount that is in use, and that mount

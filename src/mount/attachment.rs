@@ -56,6 +56,8 @@ pub(super) struct Attachment {
     served: Arc<Served>,
     /// `None` once a session takes requests.
     waiting: Option<OpenFuse>,
+    /// The connection to the kernel, to see whether the file system is still mounted.
+    connection: OwnedFd,
     /// The end of the session. `None` before it starts.
     session: Option<oneshot::Receiver<io::Result<()>>>,
     /// Completes when no process can reach the mount any more.
@@ -87,6 +89,7 @@ impl Attachment {
             (fuse, None)
         };
         let watched = kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?;
+        let connection = fuse.try_clone().map_err(system("watch /dev/fuse"))?;
         attached.turn = None;
         Ok(Self {
             abandoned: abandoned(&options, &attached),
@@ -95,6 +98,7 @@ impl Attachment {
             directory,
             served,
             waiting: Some(OpenFuse { fuse, watched }),
+            connection,
             session: None,
         })
     }
@@ -168,20 +172,35 @@ impl Attachment {
                 tracing::info!("unmounted");
             }
         }
-        self.attached.forget_mounts();
+        self.forget_if_unmounted();
+    }
+
+    /// Forgets mounts that another program has unmounted, as far as only their numbers identify them.
+    fn forget_if_unmounted(&mut self) {
+        if !kernel::is_mounted(&self.connection) {
+            self.attached.forget_mounts();
+        }
     }
 
     /// Unmounts everything. Without `lazy` it stops with an error at the first mount that is in use.
     pub(super) fn detach(&mut self, lazy: bool) -> Result<(), MountError> {
+        self.forget_if_unmounted();
         self.attached.detach(lazy)
     }
 
     /// Takes everything down: mounts, registration, private upper directory.
     pub(super) fn take_down(mut self) -> Result<(), MountError> {
-        self.attached.detach(true)?;
+        self.detach(true)?;
         self.attached.unregister()?;
         self.attached.discard();
         Ok(())
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        // What is attached is taken down when it is dropped.
+        self.forget_if_unmounted();
     }
 }
 

@@ -7,22 +7,28 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::mount::MntFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
 use nix::sys::stat::Mode;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use rustix::fs::{AtFlags, StatxFlags, statx};
+
 use super::mountinfo;
 use super::options::FuseOptions;
 use super::standing::Standing;
 use super::users::mount_id;
+
+/// Flag of statx(2) for the unique id of a mount (kernel: include/uapi/linux/stat.h).
+const MNT_ID_UNIQUE: u32 = 0x4000;
 
 /// Why a directory could not be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -193,6 +199,19 @@ pub(super) fn watch(fuse: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     registered.map_err(io::Error::from)
 }
 
+/// Whether the file system that `fuse` serves is still mounted somewhere. As long as it is, no other file system has
+/// its device number.
+pub(super) fn is_mounted(fuse: &OwnedFd) -> bool {
+    // The kernel reports the end of the connection as an error condition, whether it is asked for or not.
+    let mut polled = [PollFd::new(fuse.as_fd(), PollFlags::empty())];
+    match poll(&mut polled, PollTimeout::ZERO) {
+        Ok(_) => !polled[0]
+            .revents()
+            .is_some_and(|events| events.contains(PollFlags::POLLERR)),
+        Err(_) => true,
+    }
+}
+
 /// Waits until the file system is no longer mounted anywhere, whichever program unmounted it. Waits for ever if
 /// `watched` is `None`.
 pub(super) async fn gone(watched: Option<&AsyncFd<OwnedFd>>) {
@@ -224,15 +243,21 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
     // The open descriptor holds the directory above the mount. So no part of the path to it can be replaced between
     // the check and the unmount. A descriptor of the mount itself would make the mount busy.
     let parent = hold(parent).map_err(failed)?;
-    if id_at(&handle(&parent).join(name)).map_err(failed)? != Some(mount.id) {
+    let place = handle(&parent).join(name);
+    let (id, unique) = (id_at(&place).map_err(failed)?, unique_id(&place));
+    if id != Some(mount.id) {
         // Another program may have unmounted it in this moment.
         return match mountinfo::find(mount).map_err(unreadable)? {
             Some(_) => Err(KernelMountError::Covered { mountpoint }),
             None => Ok(()),
         };
     }
+    if mount.unique.zip(unique).is_some_and(|(wanted, found)| wanted != found) {
+        // The mount is gone, and another one has its numbers.
+        return Ok(());
+    }
     let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() } | MntFlags::UMOUNT_NOFOLLOW;
-    match nix::mount::umount2(&handle(&parent).join(name), flags) {
+    match nix::mount::umount2(&place, flags) {
         Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
         Err(Errno::EBUSY) => Err(KernelMountError::Busy { mountpoint }),
         Err(Errno::EPERM) => unmount_by_helper(&mountpoint, &handle(&parent), lazy),
@@ -260,6 +285,15 @@ fn id_at(path: &Path) -> io::Result<Option<u64>> {
     };
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", held.as_raw_fd()))?;
     Ok(mount_id(&info))
+}
+
+/// Returns the unique id of the mount in which a path lies (statx(2), `STATX_MNT_ID_UNIQUE`). `None` if the kernel does
+/// not tell. Asks the kernel only, and not the file system, which may not answer.
+pub(super) fn unique_id(path: &Path) -> Option<u64> {
+    let held = hold(path).ok()?;
+    let unique = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+    let found = statx(&held, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, unique).ok()?;
+    (found.stx_mask & MNT_ID_UNIQUE != 0).then_some(found.stx_mnt_id)
 }
 
 fn unmount_by_helper(mountpoint: &Path, parent: &Path, lazy: bool) -> Result<(), KernelMountError> {

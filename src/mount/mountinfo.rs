@@ -24,11 +24,13 @@ pub(super) struct MountEntry {
 }
 
 impl MountEntry {
-    /// Returns the id and device number, which together identify this mount among all present mounts.
+    /// Returns the id and device number, which together identify this mount among all present mounts. The table does
+    /// not have the unique id.
     pub(super) fn standing(&self) -> Standing {
         Standing {
             id: self.id,
             device: self.device.clone(),
+            unique: None,
         }
     }
 

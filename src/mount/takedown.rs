@@ -147,11 +147,12 @@ async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError
 fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
     for mount in record.mounts()? {
         // If a mount is gone, the kernel may give its numbers to a mount of another process. That mount is
-        // registered at its own mount point.
+        // registered at its own mount point, and has another unique id if the kernel has such ids.
         let own = [&record.mountpoint, &record.lower].contains(&&mount.mountpoint);
         let other = entry.beside(&mount.mountpoint).record()?;
         if own || other.is_none_or(|other| other.pid == record.pid) {
-            kernel::unmount(&mount.standing(), lazy)?;
+            let known = record.standing.as_ref().filter(|standing| mount.is(standing));
+            kernel::unmount(&known.cloned().unwrap_or_else(|| mount.standing()), lazy)?;
         }
     }
     Ok(())

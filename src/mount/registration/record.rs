@@ -62,6 +62,8 @@ impl MountRecord {
     /// Returns the mounts of this record in this mount namespace, the topmost first.
     pub(in crate::mount) fn mounts(&self) -> io::Result<impl Iterator<Item = MountEntry>> {
         let mut table = mountinfo::table()?;
+        // The kernel may give the numbers of a mount that is gone to one of another program.
+        table.retain(|mount| mount.fs_type == "fuse.ocifs" || overlay::is_ours(mount));
         table.retain(|mount| match &self.standing {
             // A copy of the mount in another mount namespace has another id.
             Some(standing) => {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
 use super::namespaces::inside;
@@ -54,6 +55,32 @@ fn a_stopped_process_is_ended_when_its_last_user_is_gone() {
     assert_eq!(said.code, Some(0), "{said:?}");
     assert!(said.stderr.contains("was ended"), "{said:?}");
     mount.assert_gone();
+}
+
+/// The kernel gives the numbers of a mount that is gone to the next one. A process that learns late that its mount is
+/// gone must not unmount the next one.
+#[test]
+fn a_process_leaves_a_later_mount_with_the_numbers_of_its_own_alone() {
+    let (ocifs, image) = setup();
+    for signal in [None, Some(Signal::SIGTERM)].repeat(8) {
+        let first = ocifs.mount(&image);
+        assert!(first.join("hello").exists());
+        stop(&first);
+        umount2(first.path(), MntFlags::MNT_DETACH).unwrap();
+        let second = ocifs.mount(&image);
+        assert!(second.join("hello").exists());
+        // The process finds both at once: the end of its mount, and a reason to take it down.
+        let unmounting = signal.is_none().then(|| umount(&first, &["--lazy"]));
+        if let Some(signal) = signal {
+            send(first.pid, signal);
+        }
+        if alive(first.pid) {
+            send(first.pid, Signal::SIGCONT);
+        }
+        eventually("the first process has ended", || !alive(first.pid));
+        assert!(second.join("hello").exists(), "{signal:?} {unmounting:?}");
+        assert_eq!(second.umount(&[]).code, Some(0));
+    }
 }
 
 #[test]
