@@ -1,7 +1,7 @@
 //! Waiting for the tasks and threads of this program.
 //!
-//! A task that panics ends without a result. The caller that waits for it gets the text of the panic as an error, so
-//! that the user sees what went wrong and not only that something did.
+//! A task that panics ends without a result. The caller that waits for it gets the text of the panic as an error, and
+//! the user sees what went wrong.
 
 use std::any::Any;
 

@@ -44,10 +44,7 @@ impl Attached {
         let entry = mountinfo::at(path).map_err(system("read the mount table"))?;
         // If another program has already unmounted it, there is nothing to take down.
         let Some(entry) = entry else { return Ok(()) };
-        let standing = Standing {
-            unique: kernel::unique_id(path),
-            ..entry.standing()
-        };
+        let standing = kernel::identify(path, entry.standing());
         self.mounts.push(standing.clone());
         if self.record.lower == self.record.mountpoint || entry.fs_type != "fuse.ocifs" {
             self.record.standing = Some(standing);

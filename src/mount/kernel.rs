@@ -244,15 +244,19 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
     // the check and the unmount. A descriptor of the mount itself would make the mount busy.
     let parent = hold(parent).map_err(failed)?;
     let place = handle(&parent).join(name);
-    let (id, unique) = (id_at(&place).map_err(failed)?, unique_id(&place));
-    if id != Some(mount.id) {
+    let ids = ids_at(&place).map_err(failed)?;
+    if ids.id != Some(mount.id) {
         // Another program may have unmounted it in this moment.
         return match mountinfo::find(mount).map_err(unreadable)? {
             Some(_) => Err(KernelMountError::Covered { mountpoint }),
             None => Ok(()),
         };
     }
-    if mount.unique.zip(unique).is_some_and(|(wanted, found)| wanted != found) {
+    if mount
+        .unique
+        .zip(ids.unique)
+        .is_some_and(|(wanted, found)| wanted != found)
+    {
         // The mount is gone, and another one has its numbers.
         return Ok(());
     }
@@ -276,24 +280,37 @@ fn hold(path: &Path) -> io::Result<OwnedFd> {
     Ok(open(path, flags, Mode::empty())?)
 }
 
-/// Returns the id of the mount in which a path lies. `None` if the path does not exist, or the kernel does not
-/// tell.
-fn id_at(path: &Path) -> io::Result<Option<u64>> {
+/// The ids of the mount in which a path lies, as far as the kernel tells them. None if the path does not exist.
+#[derive(Debug, Default)]
+struct MountIds {
+    id: Option<u64>,
+    unique: Option<u64>,
+}
+
+/// Returns the ids of the mount in which a path lies. Asks the kernel only, and not the file system, which may not
+/// answer.
+fn ids_at(path: &Path) -> io::Result<MountIds> {
     let held = match hold(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(MountIds::default()),
         held => held?,
     };
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", held.as_raw_fd()))?;
-    Ok(mount_id(&info))
+    let wanted = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+    let found = statx(&held, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted);
+    // Without statx, or without this flag of it, the kernel has no unique ids.
+    let found = found.ok().filter(|found| found.stx_mask & MNT_ID_UNIQUE != 0);
+    Ok(MountIds {
+        id: mount_id(&info),
+        unique: found.map(|found| found.stx_mnt_id),
+    })
 }
 
-/// Returns the unique id of the mount in which a path lies (statx(2), `STATX_MNT_ID_UNIQUE`). `None` if the kernel does
-/// not tell. Asks the kernel only, and not the file system, which may not answer.
-pub(super) fn unique_id(path: &Path) -> Option<u64> {
-    let held = hold(path).ok()?;
-    let unique = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
-    let found = statx(&held, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, unique).ok()?;
-    (found.stx_mask & MNT_ID_UNIQUE != 0).then_some(found.stx_mnt_id)
+/// Returns the identity of the mount at `path` with its unique id. Leaves the unique id out if another mount is there
+/// by now, or if the kernel does not tell it.
+pub(super) fn identify(path: &Path, mount: Standing) -> Standing {
+    let ids = ids_at(path).unwrap_or_default();
+    let unique = ids.unique.filter(|_| ids.id == Some(mount.id));
+    Standing { unique, ..mount }
 }
 
 fn unmount_by_helper(mountpoint: &Path, parent: &Path, lazy: bool) -> Result<(), KernelMountError> {

@@ -12,11 +12,8 @@
 //!                      Ended                             +--> Pad --> Header
 //! ```
 //! The caller may split the bytes anywhere. The parser passes content on as slices of the caller's bytes and never
-//! copies it. The parser keeps only:
-//! - the block that it is reading,
-//! - extended headers until their entry comes, at most 1 MiB of payload each,
-//! - the map of a sparse file that it is reading,
-//! - the tables.
+//! copies it. Besides the tables it keeps the block that it is reading, and the map of a sparse file that it is reading.
+//! It keeps extended headers until their entry comes, at most 1 MiB of payload each.
 
 use std::ops::Range;
 

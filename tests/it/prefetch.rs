@@ -166,6 +166,58 @@ fn a_profile_moves_to_another_machine() {
     assert!(error.contains("not a profile"), "{error}");
 }
 
+/// Profiles of version 1 of the format name ranges of tars.
+#[test]
+fn a_profile_of_the_first_version_is_replayed_and_continued() {
+    const BLOCK: usize = 128 << 10;
+    let scene = Scene::new();
+    scene.start(&["b6"]);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("profile.json");
+    let path = file.to_str().unwrap();
+    let export = || -> Value {
+        scene.ocifs.ok(["profile", "export", "--output", path, &scene.image]);
+        serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap()
+    };
+    let mut profile = export();
+    assert_eq!(profile["ocifs-profile"], 2);
+    // The file a5 in the first layer. Each file of the tar has a header of 512 bytes.
+    let start = 5 * (FILE + 512) + 512;
+    let (from, to) = (start / BLOCK * BLOCK, (start + FILE).next_multiple_of(BLOCK));
+    profile["ocifs-profile"] = 1.into();
+    profile["ranges"] = serde_json::json!([[0, from, to - from, 0, 2]]);
+    std::fs::write(&file, profile.to_string()).unwrap();
+    scene.ocifs.ok(["profile", "import", &scene.image, path]);
+    scene.cold();
+    {
+        let mount = scene.mount("profile");
+        eventually("the profile is replayed", || prefetched(&mount));
+        eventually("its bytes are here", || mount.status()["in_flight"]["others"] == 0);
+        let before = scene.layer_requests();
+        assert!(mount.read("a5") == noise(105, FILE));
+        assert_eq!(
+            (scene.layer_requests(), before > 0),
+            (before, true),
+            "all of it was there"
+        );
+    }
+    // The next version names the places of a5 in the data device, where files begin at blocks of 4096 bytes.
+    let continued = export();
+    assert_eq!(continued["ocifs-profile"], 2);
+    let ranges = continued["ranges"].as_array().unwrap();
+    let scored = |at: usize| {
+        let holds = |range: &&Value| {
+            let (start, length) = (range[1].as_u64().unwrap(), range[2].as_u64().unwrap());
+            range[0] == 0 && (start..start + length).contains(&(at as u64))
+        };
+        ranges.iter().find(holds).map(|range| range[4].as_u64().unwrap())
+    };
+    assert!(
+        (5 * FILE..6 * FILE).step_by(BLOCK).all(|at| scored(at) == Some(3)),
+        "{continued}"
+    );
+}
+
 #[test]
 fn a_profile_of_another_version_is_left_as_it_is() {
     let scene = Scene::new();

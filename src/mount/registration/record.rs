@@ -63,8 +63,9 @@ impl MountRecord {
     pub(in crate::mount) fn mounts(&self) -> io::Result<impl Iterator<Item = MountEntry>> {
         let mut table = mountinfo::table()?;
         // The kernel may give the numbers of a mount that is gone to one of another program.
-        table.retain(|mount| mount.fs_type == "fuse.ocifs" || overlay::is_ours(mount));
+        let by_ocifs = |mount: &MountEntry| mount.fs_type == "fuse.ocifs" || overlay::is_ours(mount);
         table.retain(|mount| match &self.standing {
+            _ if !by_ocifs(mount) => false,
             // A copy of the mount in another mount namespace has another id.
             Some(standing) => {
                 mount.is(standing) || (mount.device == standing.device && mount.mountpoint == self.mountpoint)
