@@ -115,7 +115,15 @@ enum Landed {
     LookAgain,
 }
 
-type Landing = Result<Landed, LayerError>;
+/// Why a flight delivers no bytes for a span.
+#[derive(Debug, Clone)]
+struct FlightFailure {
+    error: LayerError,
+    /// The counters of the view that started the flight, and whose source the flight asked.
+    of: Arc<LayerStats>,
+}
+
+type Landing = Result<Landed, FlightFailure>;
 
 /// A layer as one mount uses it. All mounts of the layer share its data. Each mount has its own source, statistics,
 /// recorder and guesses.
@@ -323,7 +331,26 @@ impl Layer {
             };
         };
         let landed = flight.wait_for(Option::is_some).await.map_err(|_| self.closed())?;
-        landed.clone().expect("waited for a value")
+        let landing = landed.clone().expect("waited for a value");
+        self.landed(landing)
+    }
+
+    /// Returns what a flight delivered. A failure of another image's flight says nothing about the source of this
+    /// image, so the reader looks again, and then asks this source.
+    fn landed(&self, landing: Landing) -> Result<Landed, LayerError> {
+        match landing {
+            Ok(landed) => Ok(landed),
+            Err(failure) if Arc::ptr_eq(&failure.of, &self.stats) => Err(failure.error),
+            Err(_) => Ok(Landed::LookAgain),
+        }
+    }
+
+    /// Makes the landing of spans whose flight, started by this view, failed.
+    fn failed(&self, error: LayerError) -> Landing {
+        Err(FlightFailure {
+            error,
+            of: self.stats.clone(),
+        })
     }
 
     fn closed(&self) -> LayerError {
@@ -367,7 +394,7 @@ impl Layer {
             let run = match runs.last_mut() {
                 Some(run) if run.spans.end == group.start => run,
                 _ => {
-                    let lost = Err(self.closed());
+                    let lost = self.failed(self.closed());
                     runs.push(Run::new(self.clone(), group.start, board.claim(lost)));
                     runs.last_mut().expect("just added")
                 }

@@ -90,7 +90,7 @@ pub(super) fn start(mut run: Run, pass: impl Future<Output = Arc<Pass>> + Send +
         if let Err(error) = &outcome {
             // Readers that wait for these spans report the error. Without readers, the error affects no program.
             tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
-            run.claim.land_all(&Err(error.clone()));
+            run.claim.land_all(&run.layer.failed(error.clone()));
         }
         outcome.map(|()| run.left)
     })

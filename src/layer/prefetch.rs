@@ -156,10 +156,10 @@ impl Layer {
             // The flight first announces the bytes. The flight ends when the span is on the device, if the span can
             // be kept at all.
             while flight.changed().await.is_ok() {}
-            match &*flight.borrow() {
-                Some(Ok(Landed::Bytes(_))) => break,
-                Some(Err(error)) => return Err(error.clone()),
-                Some(Ok(Landed::LookAgain)) | None => {}
+            let landing = flight.borrow().clone();
+            match landing.map(|landing| self.landed(landing)).transpose()? {
+                Some(Landed::Bytes(_)) => break,
+                Some(Landed::LookAgain) | None => {}
             }
         }
         Ok(())

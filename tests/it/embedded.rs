@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ocifs::content::Content;
-use ocifs::fs::ImageFs;
+use ocifs::fs::{FsError, ImageFs};
 use ocifs::image::{Confirm, NamedImage};
 use ocifs::layer::LayerContext;
 use ocifs::registry::RegistryConfig;
@@ -15,7 +15,7 @@ use ocifs::tree::LayerIdx;
 
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::Ocifs;
-use crate::common::registry::TestRegistry;
+use crate::common::registry::{Fault, TestRegistry};
 
 const SIZE: usize = 3 << 20;
 
@@ -30,9 +30,13 @@ async fn open(registry: &TestRegistry, name: &str, context: &LayerContext) -> (I
     (ImageFs::new(content.clone()), content)
 }
 
-async fn read(fs: &ImageFs, name: &str) -> Vec<u8> {
+async fn try_read(fs: &ImageFs, name: &str) -> Result<Vec<u8>, FsError> {
     let attr = fs.lookup(fs.root(), name.as_bytes()).unwrap().unwrap();
-    fs.read(attr.ino, 0, SIZE).await.unwrap()
+    fs.read(attr.ino, 0, SIZE).await
+}
+
+async fn read(fs: &ImageFs, name: &str) -> Vec<u8> {
+    try_read(fs, name).await.unwrap()
 }
 
 /// Returns how many open files of this process have this path.
@@ -101,4 +105,25 @@ async fn images_of_one_process_share_a_layer_and_have_their_own_statistics() {
     assert!(read(&two, "shared").await == noise(1, SIZE));
     drop((two, content_of_two));
     assert_eq!(opened(&device.canonicalize().unwrap().join("data")), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn trouble_with_the_registry_of_one_image_does_not_disturb_another_image() {
+    let (sick, well) = (TestRegistry::start(), TestRegistry::start());
+    let base = Blob::gzip(&Tar::new().file("shared", noise(1, SIZE)).finish());
+    let ocifs = Ocifs::new();
+    for registry in [&sick, &well] {
+        push(registry, "app", "1", &[base.clone()]);
+        drop(ocifs.mount(&format!("{}/app:1", registry.host())));
+    }
+    ocifs.ok(["cache", "drop"]);
+    let context = LayerContext::new(Store::open(ocifs.store()).unwrap(), 64 << 20, 1 << 30);
+    let (one, _content) = open(&sick, "app", &context).await;
+    let (two, _content) = open(&well, "app", &context).await;
+    sick.latency(Duration::from_millis(50));
+    sick.fault(&base.path(), usize::MAX, Fault::status(404));
+    // The reader of the second image waits for the flights that the reader of the first one has started.
+    let (from_one, from_two) = tokio::join!(try_read(&one, "shared"), try_read(&two, "shared"));
+    assert!(from_one.is_err());
+    assert!(from_two.unwrap() == noise(1, SIZE));
 }
