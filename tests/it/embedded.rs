@@ -113,7 +113,7 @@ async fn trouble_with_the_registry_of_one_image_does_not_disturb_another_image()
     let base = Blob::gzip(&Tar::new().file("shared", noise(1, SIZE)).finish());
     let ocifs = Ocifs::new();
     for registry in [&sick, &well] {
-        push(registry, "app", "1", &[base.clone()]);
+        push(registry, "app", "1", std::slice::from_ref(&base));
         drop(ocifs.mount(&format!("{}/app:1", registry.host())));
     }
     ocifs.ok(["cache", "drop"]);
