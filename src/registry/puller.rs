@@ -10,17 +10,17 @@
 //! #     let config = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]}}"#;
 //! #     let digest = ocifs::oci::Digest::of(config.as_bytes());
 //! #     let manifest = format!(r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{digest}","size":{}}},"layers":[]}}"#, config.len());
-//! #     std::thread::spawn(move || -> std::io::Result<()> {
-//! #         for stream in listener.incoming() {
-//! #             let mut reader = BufReader::new(stream?);
-//! #             let mut target = String::new();
-//! #             reader.read_line(&mut target)?;
-//! #             let mut line = String::new();
-//! #             while reader.read_line(&mut line)? > 2 { line.clear(); }
-//! #             let body = if target.contains("/manifests/") { manifest.as_str() } else { config };
-//! #             write!(reader.get_mut(), "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
-//! #         }
-//! #         Ok(())
+//! #     let answer = move |mut stream: std::net::TcpStream| -> std::io::Result<()> {
+//! #         let mut lines = BufReader::new(stream.try_clone()?).lines();
+//! #         let Some(target) = lines.next().transpose()? else { return Ok(()) };
+//! #         while lines.next().transpose()?.is_some_and(|header| !header.is_empty()) {}
+//! #         let body = if target.contains("/manifests/") { manifest.as_str() } else { config };
+//! #         write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+//! #     };
+//! #     // A client may open a connection that it closes unused: that is the end of this connection, not of the server.
+//! #     std::thread::spawn(move || for stream in listener.incoming().flatten() {
+//! #         let answer = answer.clone();
+//! #         std::thread::spawn(move || answer(stream).unwrap_or_else(|error| eprintln!("{error}")));
 //! #     });
 //! #     Ok(host)
 //! # }
