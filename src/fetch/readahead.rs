@@ -361,7 +361,8 @@ impl ReadStream {
         }
         self.window = (2 * self.window).clamp(policy.request(), policy.longest_window());
         let from = self.end;
-        self.end = spans.reach(from, self.window - ahead);
+        // The stream may have fetched more when the link was faster.
+        self.end = spans.reach(from, self.window.saturating_sub(ahead));
         (self.end > from).then_some(from..self.end)
     }
 }
@@ -447,6 +448,35 @@ mod tests {
     #[test]
     fn a_sequential_reader_waits_once() {
         assert_eq!(replay(0..1000, 1000), (100_000_000, 1));
+    }
+
+    #[test]
+    fn a_stream_goes_on_when_the_link_becomes_slower() {
+        let (fast, spans) = (policy(), Even(1000));
+        let slow = Policy::of(Link {
+            rtt: Some(Duration::from_millis(1)),
+            bandwidth: Some(1e6),
+            warm: 0,
+            ..Link::LOCAL
+        });
+        for change in 0..60 {
+            let (mut readahead, mut end) = (Readahead::default(), 0);
+            for span in 0..200 {
+                let touch = SpanTouch {
+                    span,
+                    file: span..span + 1,
+                    begins: true,
+                    waits: span >= end,
+                };
+                end = end.max(span + 1);
+                let policy = if span < change { fast } else { slow };
+                for (run, _) in readahead.touched(&touch, &spans, |span| span >= end, policy) {
+                    end = end.max(run.end);
+                }
+                let ahead = spans.bytes(span..end);
+                assert!(ahead <= fast.longest_window() + 100_000, "{change}, {span}: {ahead}");
+            }
+        }
     }
 
     #[test]
