@@ -1,9 +1,9 @@
-//! The content of an image, as every front end reads it.
+//! The content of an image, as every door reads it.
 //!
-//! A front end (a FUSE directory, a disk) maps the requested bytes to ranges of the layers' data devices. Then the
-//! front end asks this module for these ranges. Local bytes come at once; for other bytes the reader waits.
+//! A door (a FUSE directory, a disk) maps the requested bytes to ranges of the layers' data devices. Then it asks this
+//! module for these ranges. Local bytes come at once; for other bytes the reader waits.
 //!
-//! This module decides what is the same for the readers of all front ends:
+//! This module decides what is the same for the readers of all doors:
 //! - How long a read may wait (`asked`).
 //! - How reading times are counted (`latency`).
 //! - Which reading problems `status` shows (`trouble`).
@@ -58,6 +58,8 @@ impl ContentError {
 pub struct Content {
     image: Arc<Image>,
     timeout: Option<Duration>,
+    /// Whether readers keep what they get.
+    kept: bool,
     asked: FailedRanges,
     reads: Reads,
     trouble: ReadTrouble,
@@ -71,10 +73,22 @@ impl Content {
         Self {
             image,
             timeout,
+            kept: false,
             asked: FailedRanges::default(),
             reads: Reads::default(),
             trouble: ReadTrouble::default(),
         }
+    }
+
+    /// States that the readers keep what they get. The kernel does so when it reads files through FUSE. The data devices'
+    /// own pages are then released.
+    pub fn kept_by_readers(self) -> Self {
+        Self { kept: true, ..self }
+    }
+
+    /// How long a read may wait. `None` means for ever.
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        self.timeout
     }
 
     /// The image.
@@ -85,6 +99,11 @@ impl Content {
     /// How many reads there were, and how long they took.
     pub fn reads(&self) -> ReadStatus {
         self.reads.snapshot()
+    }
+
+    /// Whether a read waits.
+    pub(crate) fn has_waiting_reads(&self) -> bool {
+        self.reads.waiting() > 0
     }
 
     /// Describes the present problem with reading, if there is one.
@@ -112,6 +131,9 @@ impl Content {
                         return Ok(false);
                     }
                     let place = DeviceRange::new(layer, offset, now.len());
+                    if self.kept {
+                        self.image.layer(layer).kept_by_reader(place.device.clone());
+                    }
                     self.image.started(layer, offset);
                     first.get_or_insert(place);
                 }
@@ -130,11 +152,21 @@ impl Content {
     /// Reads the first `length` bytes of the parts. Waits for missing bytes, at most for the timeout, whereas
     /// [`Content::read_local`] never waits.
     pub async fn read(&self, parts: &[Mapping], length: usize) -> Result<Vec<u8>, ContentError> {
+        self.read_since(Instant::now(), parts, length).await
+    }
+
+    /// Reads like [`Content::read`]. The timeout counts from `began`, because the reader has waited since then.
+    pub(crate) async fn read_since(
+        &self,
+        began: Instant,
+        parts: &[Mapping],
+        length: usize,
+    ) -> Result<Vec<u8>, ContentError> {
         let places = places(parts, length);
         let Some(timeout) = self.timeout else {
             return self.read_until(None, &places, parts, length).await;
         };
-        let wait = self.asked.wait(places.clone(), timeout, Instant::now());
+        let wait = self.asked.wait(places.clone(), timeout, began);
         if wait.is_over() {
             return Err(ContentError::Timeout { timeout });
         }

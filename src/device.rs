@@ -177,6 +177,11 @@ impl DataDevice {
         Ok(found)
     }
 
+    /// Tells the kernel that the pages of a range need not be kept. Pages that are not written to the disk yet stay.
+    pub fn release_pages(&self, range: Range<u64>) {
+        self.file.release_pages(range);
+    }
+
     /// Reads like [`DataDevice::read`], but does not count as a use of the spans.
     fn read_unnoticed(
         &self,

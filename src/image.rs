@@ -168,6 +168,19 @@ impl Preparation {
         self.source.repository()
     }
 
+    /// Whether the store has the index of every layer and the tree, so that the image will be ready at once.
+    pub fn is_in_store(&self, context: &LayerContext) -> bool {
+        let manifest = &self.resolved.manifest_document.digest;
+        let tree = context.store.tree_path(manifest);
+        self.is_indexed(&context.store) && tree.is_some_and(|path| path.exists())
+    }
+
+    /// Whether the store has the index of every layer.
+    fn is_indexed(&self, store: &Store) -> bool {
+        let indexed = |layer: &Descriptor| store.layer(&layer.digest).is_some_and(|dir| dir.spans().exists());
+        self.resolved.layers().iter().all(indexed)
+    }
+
     /// Returns the counters of each layer, base first, also before the image is ready.
     pub fn status(&self) -> Vec<LayerStatus> {
         let layers = self.resolved.layers().iter();

@@ -33,6 +33,7 @@ mod open;
 mod prefetch;
 mod programs;
 mod race;
+mod regions;
 mod stats;
 mod stripes;
 mod touch;
@@ -235,6 +236,16 @@ impl Layer {
             self.read_ahead_of(self.touch(&content));
         }
         present
+    }
+
+    /// Counts a range of the device that a reader has got and keeps. When such readers have got all of a region, tells the
+    /// kernel to release the region's pages of the device.
+    pub(crate) fn kept_by_reader(&self, device: Range<u64>) {
+        for region in self.data.regions.count(device) {
+            if let Some(device) = self.data.disk.device() {
+                device.release_pages(region);
+            }
+        }
     }
 
     /// Fills `buf`, which must be zeros, from device offset `offset`, and fetches missing spans. Cancel safe: a

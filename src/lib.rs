@@ -1,8 +1,8 @@
 //! ocifs mounts an OCI or Docker image as a root file system and fetches only the bytes that are read.
 //!
 //! An image is a stack of compressed tars. A tar has no table of contents, and a compressed one has no random access. ocifs
-//! gives every layer both. It merges the layers' tables once into one immutable tree, and serves that tree through thin front
-//! ends.
+//! gives every layer both. It merges the layers' tables once into one immutable tree, and serves that tree through thin
+//! doors.
 //!
 //! # Embedding
 //! A program serves any number of images with one [`layer::LayerContext`]. Images that have a layer in common share its
@@ -60,6 +60,7 @@
 //! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
 //! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
 //! | *flight* | a fetch of spans in progress, with all readers that wait for it | request |
+//! | *door* | way for others to reach an image: a FUSE directory, the kernel's EROFS, the disk as a file, NBD, vhost-user-blk | front end |
 //! | *tree* | merged view of all layers ([`tree::Tree`]) | snapshot, rootfs |
 //! | *ino* | inode number; the EROFS nid, the same on every host | handle |
 //! | *whiteout* | tar entry that hides a lower layer's entry | deletion |
@@ -76,7 +77,7 @@
 //! | 4 | [`source`] [`layer`] |
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
-//! | 7 | [`fs`] |
+//! | 7 | [`fs`] [`disk`] |
 //! | 8 | `fuse` |
 //! | 9 | [`mount`] |
 //! | 10 | `cli`, which is the command and no part of the library |
@@ -85,6 +86,7 @@ pub mod archive;
 pub mod blob;
 pub mod content;
 pub mod device;
+pub mod disk;
 pub mod erofs;
 mod fetch;
 pub mod fs;

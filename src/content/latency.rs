@@ -93,6 +93,11 @@ impl Reads {
         }
     }
 
+    /// Number of reads that wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     /// The present counts and times of all reads.
     pub fn snapshot(&self) -> ReadStatus {
         let all = Histogram::default();
@@ -103,7 +108,7 @@ impl Reads {
         ReadStatus {
             at_once: self.at_once.count(),
             waited: self.waited.count(),
-            waiting: self.waiting.load(Ordering::Relaxed),
+            waiting: self.waiting(),
             p50: all.quantile(0.5),
             p99: all.quantile(0.99),
             waited_p50: self.waited.quantile(0.5),

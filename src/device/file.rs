@@ -232,6 +232,19 @@ impl DeviceFile {
         Ok(())
     }
 
+    /// Tells the kernel that the pages of a range need not be kept. The call is a hint, so a failure does not matter.
+    pub(super) fn release_pages(&self, range: Range<u64>) {
+        if let Ok(file) = self.handle.file() {
+            let length = (range.end - range.start) as i64;
+            let _ = posix_fadvise(
+                &*file,
+                range.start as i64,
+                length,
+                PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+            );
+        }
+    }
+
     fn records(&self) -> u64 {
         records(self.geometry.size, self.geometry.spans())
     }

@@ -31,11 +31,7 @@ impl Early {
     /// Begins with an image that the store knows. Returns `None` if a layer would have to be streamed. Replays the
     /// profile with this label, if one is given. Must be called on the runtime.
     pub fn begin(preparation: Preparation, context: &LayerContext, label: Option<Label>) -> Option<Self> {
-        let indexed = |layer: &crate::oci::Descriptor| {
-            let dir = context.store.layer(&layer.digest);
-            dir.is_some_and(|dir| dir.spans().exists())
-        };
-        if !preparation.resolved().layers().iter().all(indexed) {
+        if !preparation.is_indexed(&context.store) {
             return None;
         }
         let preparation = Arc::new(preparation);

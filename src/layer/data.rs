@@ -16,6 +16,7 @@ use super::Landing;
 use super::disk::{LayerDisk, Miss};
 use super::health::Health;
 use super::memory::SpanMemory;
+use super::regions::Regions;
 use super::stripes::Ahead;
 use super::windows::Windows;
 use crate::device::{CacheBudget, DataDevice};
@@ -98,6 +99,8 @@ pub(super) struct LayerData {
     pub(super) home: Option<LayerDir>,
     pub(super) context: LayerContext,
     pub(super) flights: Arc<Flights<Landing>>,
+    /// How much of each region was read by readers that keep it.
+    pub(super) regions: Regions,
 }
 
 impl LayerData {

@@ -8,6 +8,7 @@ use super::disk::LayerDisk;
 use super::first_pass::{self, Destination, FirstPassError, Indexed};
 use super::programs;
 use super::race::Origin;
+use super::regions::Regions;
 use super::turn::Turn;
 use super::{IndexSource, Layer, LayerStats};
 use crate::blob::retry::backoff;
@@ -306,6 +307,7 @@ fn data(
         disk: LayerDisk::new(digest.clone(), device, context.budget.clone(), context.health.clone()),
         digest,
         diff_id,
+        regions: Regions::new(spans.device_size()),
         spans,
         _charge: charge,
         home: dir.clone(),
