@@ -78,7 +78,7 @@
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
 //! | 7 | [`fs`] [`disk`] |
-//! | 8 | `fuse` |
+//! | 8 | `fuse` [`nbd`] |
 //! | 9 | [`mount`] |
 //! | 10 | `cli`, which is the command and no part of the library |
 
@@ -97,6 +97,7 @@ pub mod layer;
 pub mod layout;
 mod memory;
 pub mod mount;
+pub mod nbd;
 pub mod oci;
 // For the command of this package, which polls and removes files as the library does.
 #[doc(hidden)]
