@@ -78,7 +78,7 @@
 //! | 5 | [`image`] |
 //! | 6 | [`content`] |
 //! | 7 | [`fs`] [`disk`] |
-//! | 8 | `fuse` [`nbd`] |
+//! | 8 | `fuse` [`nbd`] [`vhost_blk`] |
 //! | 9 | [`mount`] |
 //! | 10 | `cli`, which is the command and no part of the library |
 
@@ -112,6 +112,7 @@ pub mod store;
 mod task;
 pub mod toc;
 pub mod tree;
+pub mod vhost_blk;
 
 pub use task::TaskError;
 
