@@ -5,8 +5,10 @@
 //! and 2 for wrong arguments. If a signal ended the command, the exit status is 128 plus the number of the signal.
 
 mod allocator;
+mod background;
 mod cache;
 mod config;
+mod disk;
 mod export;
 mod fetching;
 mod files;
@@ -60,12 +62,17 @@ Registry logins come from docker's config.json (with credential helpers) and con
 enum Command {
     /// Mount an image on a directory
     Mount(mount::MountArgs),
-    /// Take a mount down
+    /// Serve an image as a disk for virtual machines
+    ///
+    /// The disk is read-only and has one EROFS file system. At least one of --file, --nbd and --vhost-user-blk is needed. The
+    /// command returns when the disk can be read. `ocifs umount` with the directory or a socket ends it.
+    Disk(disk::DiskArgs),
+    /// Take a mount or a disk down
     #[command(visible_alias = "unmount")]
     Umount(mounts::UmountArgs),
-    /// List the mounts of this user
+    /// List the mounts and disks of this user
     List(mounts::ListArgs),
-    /// Show how a mount is doing: state, and per layer what was fetched
+    /// Show how a mount or a disk is doing: state, and per layer what was fetched
     Status(mounts::StatusArgs),
     /// Show manifest, config and layers of an image without fetching any layer
     Inspect(inspect::InspectArgs),
@@ -204,6 +211,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
     raise_file_limit();
     let command = match command {
         Command::Mount(args) => return mount::run(&config, args, started),
+        Command::Disk(args) => return disk::run(&config, args, started),
         Command::Cache(command) => return cache::run(&config, command),
         command => command,
     };

@@ -1,6 +1,6 @@
-//! FUSE front end: connects [`ImageFs`] to the kernel. Only this module knows fuser.
+//! FUSE: connects [`ImageFs`] and the disk of an image to the kernel. Only this module knows fuser.
 //!
-//! The front end is fast because the kernel caches almost everything. Names, attributes, absent names, links and
+//! It is fast because the kernel caches almost everything. Names, attributes, absent names, links and
 //! pages of an immutable tree stay valid for ever. OPEN and OPENDIR are answered with ENOSYS once. After that the
 //! kernel sends no OPEN, RELEASE or FLUSH at all, and keeps pages and directories cached.
 //!
@@ -12,10 +12,11 @@
 //! the module `watch` ends its wait after a signal.
 
 mod attr;
+mod disk_files;
+mod read_reply;
 mod served;
 mod watch;
 
-use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,8 +30,11 @@ use fuser::{
 };
 use tokio::runtime::Handle;
 
+pub use disk_files::{DISK_FILE, DiskFiles};
 pub use served::{Served, Stage};
 
+use self::disk_files::DiskAdapter;
+use self::read_reply::{reply_at_once, reply_later};
 use self::watch::Watch;
 use crate::erofs::Nid;
 use crate::fs::kernel::{NOT_NEEDED, VALID};
@@ -86,23 +90,57 @@ impl Access {
     }
 }
 
+/// What a session answers requests from.
+#[derive(Debug, Clone)]
+pub enum Service {
+    /// The directory tree of an image.
+    Tree(Arc<Served>),
+    /// The disk of an image.
+    Disk(DiskFiles),
+}
+
 /// Serves requests from `fuse` (an open /dev/fuse that is mounted) until the file system is unmounted. Blocks.
 /// `runtime` runs the reads that have to wait.
-pub fn serve(fuse: OwnedFd, access: Access, served: Arc<Served>, runtime: Handle) -> io::Result<()> {
+pub fn serve(fuse: OwnedFd, access: Access, service: Service, runtime: Handle) -> io::Result<()> {
+    let watch: Arc<Watch> = Arc::default();
+    let watching = runtime.spawn(watch.clone().run());
+    let result = match service {
+        Service::Tree(served) => run(
+            Adapter {
+                served,
+                access,
+                watch,
+                runtime,
+            },
+            fuse,
+            access,
+        ),
+        Service::Disk(files) => run(DiskAdapter { files, watch, runtime }, fuse, access),
+    };
+    watching.abort();
+    result
+}
+
+/// Runs a session until the file system is unmounted.
+fn run(adapter: impl Filesystem, fuse: OwnedFd, access: Access) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
     config.acl = access.session();
-    let watch: Arc<Watch> = Arc::default();
-    let watching = runtime.spawn(watch.clone().run());
-    let adapter = Adapter {
-        served,
-        access,
-        watch,
-        runtime,
-    };
-    let result = Session::from_fd(adapter, fuse, config.acl, config).and_then(Session::run);
-    watching.abort();
-    result
+    Session::from_fd(adapter, fuse, config.acl, config).and_then(Session::run)
+}
+
+/// Asks the kernel for capabilities, and for the largest reads and the most of them.
+fn configure(config: &mut KernelConfig, wanted: InitFlags) {
+    // Old kernels lack some of these capabilities. Without them an operation is slower, or the kernel refuses ID-mapped
+    // mounts.
+    let offered = wanted & config.capabilities();
+    if let Err(refused) = config.add_capabilities(offered) {
+        tracing::warn!(?refused, "the kernel offers a capability and refuses it");
+    }
+    // If the kernel does not take a value, the nearest one that it takes is as good.
+    let _ = config.set_max_write(MAX_READ);
+    let _ = config.set_max_background(MAX_BACKGROUND);
+    let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
 }
 
 #[derive(Debug)]
@@ -172,12 +210,12 @@ fn not_needed() -> Errno {
 
 fn lookup_attr(fs: &ImageFs, parent: INodeNo, name: &OsStr) -> Result<Option<fuser::FileAttr>, Errno> {
     let found = fs.lookup(nid(fs, parent), name.as_bytes());
-    Ok(found.map_err(report)?.map(|a| attr::to_fuse(fs, &a)))
+    Ok(found.map_err(report)?.map(|a| attr::to_fuse(&a)))
 }
 
 fn attr_of(fs: &ImageFs, ino: INodeNo) -> Result<fuser::FileAttr, Errno> {
     let found = fs.attr(nid(fs, ino));
-    Ok(attr::to_fuse(fs, &found.map_err(report)?))
+    Ok(attr::to_fuse(&found.map_err(report)?))
 }
 
 /// Logs an error that a program will see, and returns fuser's errno for it.
@@ -213,16 +251,7 @@ impl Filesystem for Adapter {
         // An image that is not ready may have access control lists.
         let has_acls = self.served.ready().is_none_or(ImageFs::has_acls);
         let wanted = wanted | self.access.flags(has_acls);
-        // Old kernels lack some of these capabilities. Without them an operation is slower, or the kernel refuses
-        // ID-mapped mounts.
-        let offered = wanted & config.capabilities();
-        if let Err(refused) = config.add_capabilities(offered) {
-            tracing::warn!(?refused, "the kernel offers a capability and refuses it");
-        }
-        // If the kernel does not take a value, the nearest one that it takes is as good.
-        let _ = config.set_max_write(MAX_READ);
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
+        configure(config, wanted);
         Ok(())
     }
 
@@ -278,21 +307,12 @@ impl Filesystem for Adapter {
         self.answer(request, reply, move |fs, reply| {
             let nid = nid(fs, ino);
             let size = size.min(MAX_READ) as usize;
-            let Some(reply) = read_at_once(fs, nid, offset, size, reply) else {
-                return;
-            };
+            let here = reply_at_once(size, reply, |buffer| fs.read_local(nid, offset, buffer));
+            let Some(reply) = here else { return };
             let fs = fs.clone();
             runtime.spawn(async move {
-                let mut watched = watch.add(thread);
-                let read = tokio::select! {
-                    biased;
-                    read = fs.read(nid, offset, size) => read,
-                    () = watched.interrupted() => Err(FsError::Interrupted),
-                };
-                match read {
-                    Ok(bytes) => reply.data(&bytes),
-                    Err(error) => reply.error(errno(&error)),
-                }
+                let read = async { fs.read(nid, offset, size).await.map_err(|error| errno(&error)) };
+                reply_later(watch.add(thread), reply, read).await;
             });
         });
     }
@@ -300,9 +320,8 @@ impl Filesystem for Adapter {
     fn readdir(&self, request: &Request, ino: INodeNo, _handle: FileHandle, offset: u64, reply: ReplyDirectory) {
         self.answer(request, reply, move |fs, mut reply| {
             let listed = fs.read_dir(nid(fs, ino), offset, |entry| {
-                let ino = attr::fuse_ino(fs, entry.ino);
                 !reply.add(
-                    ino,
+                    INodeNo(entry.ino.0),
                     entry.next,
                     attr::fuse_type(entry.file_type),
                     OsStr::from_bytes(entry.name),
@@ -327,7 +346,7 @@ impl Filesystem for Adapter {
             let mut failed = None;
             let listed = fs.read_dir(nid(fs, ino), offset, |entry| match fs.attr(entry.ino) {
                 Ok(found) => {
-                    let attr = attr::to_fuse(fs, &found);
+                    let attr = attr::to_fuse(&found);
                     let name = OsStr::from_bytes(entry.name);
                     !reply.add(attr.ino, entry.next, name, &VALID, &attr, Generation(0))
                 }
@@ -394,25 +413,4 @@ impl Filesystem for Adapter {
             Ok(_) => reply.ok(),
         });
     }
-}
-
-/// Answers a read if all bytes are local. Otherwise returns the reply to the caller.
-fn read_at_once(fs: &ImageFs, nid: Nid, offset: u64, size: usize, reply: ReplyData) -> Option<ReplyData> {
-    READ_BUFFER.with_borrow_mut(|buffer| {
-        // The buffer only grows: clearing it again for every read would cost as much as the copy.
-        if buffer.len() < size {
-            buffer.resize(size, 0);
-        }
-        match fs.read_local(nid, offset, &mut buffer[..size]) {
-            Ok(Some(length)) => reply.data(&buffer[..length]),
-            Ok(None) => return Some(reply),
-            Err(error) => reply.error(report(error)),
-        }
-        None
-    })
-}
-
-thread_local! {
-    /// One buffer per thread that takes requests. Allocating a megabyte for each read would cost more than the copy.
-    static READ_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }

@@ -122,4 +122,7 @@ pub mod docs {
 
     #[doc = include_str!("docs/architecture.md")]
     pub mod architecture {}
+
+    #[doc = include_str!("docs/microvm.md")]
+    pub mod microvm {}
 }

@@ -12,13 +12,16 @@ use super::text::{self, shown};
 use super::units::human;
 use ocifs::content::ReadStatus;
 use ocifs::erofs::MOST_LINKS;
-use ocifs::mount::{self, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus, RunDir};
+use ocifs::mount::{
+    self, Carrier, DISK_FILE, DiskDoors, DoorAddress, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus,
+    RunDir,
+};
 
 /// Arguments of `umount`.
 #[derive(Debug, Args)]
 pub(super) struct UmountArgs {
-    /// Directories that are mounted on
-    #[arg(required = true)]
+    /// Directories that are mounted on, or the directory, socket or HOST:PORT of a disk
+    #[arg(required = true, value_name = "PLACE")]
     mountpoints: Vec<PathBuf>,
     /// Detach at once, even if in use; users keep what they have open until the process is gone
     #[arg(short, long)]
@@ -41,7 +44,8 @@ pub(super) struct ListArgs {
 /// Fails if the mount is dead, does not answer, or is unmounted and only somebody else still uses it.
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
-    /// Directory that is mounted on
+    /// Directory that is mounted on, or the directory, socket or HOST:PORT of a disk
+    #[arg(value_name = "PLACE")]
     mountpoint: PathBuf,
     /// Print a JSON object
     #[arg(long)]
@@ -69,7 +73,12 @@ pub(super) fn locate(path: &Path) -> anyhow::Result<PathBuf> {
 
 /// Returns the path by which a running mount is known, as [`locate`] does. If the path leads nowhere, it is only made
 /// absolute: the mount may still be registered under that path.
+///
+/// HOST:PORT is the name of a disk with an NBD port, so it is returned as it is.
 fn known(path: &Path) -> anyhow::Result<PathBuf> {
+    if let Some(Ok(address)) = path.to_str().and_then(DoorAddress::parse_tcp) {
+        return Ok(address.to_string().into());
+    }
     let is_gone = |error: &anyhow::Error| {
         let cause = error.downcast_ref::<std::io::Error>();
         cause.is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
@@ -137,13 +146,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
         say!("{}", serde_json::to_string_pretty(&mounts)?);
         return Ok(());
     }
-    say!(
-        "{:<10} {:>8} {:>20}  {:<40} IMAGE",
-        "STATE",
-        "PID",
-        "FETCHED",
-        "MOUNTPOINT"
-    );
+    say!("{:<10} {:>8} {:>20}  {:<40} IMAGE", "STATE", "PID", "FETCHED", "PLACE");
     for m in mounts {
         let fetched = format!("{} of {}", human(m.fetched), human(m.size));
         say!(
@@ -154,6 +157,15 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
             shown(&m.mountpoint),
             shown(&m.image)
         );
+        for door in m.disk.iter().flat_map(DiskDoors::places).skip(1) {
+            say!(
+                "{:<10} {:>8} {:>20}  {}",
+                "",
+                "",
+                "",
+                shown(&door.display().to_string())
+            );
+        }
         if let Some(problem) = &m.problem {
             say!("{:<10} {}", "", shown(problem));
         }
@@ -170,9 +182,9 @@ pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
     }
     match status.state {
         MountState::Preparing | MountState::Stalled | MountState::Ready | MountState::Failed => Ok(()),
-        MountState::Dead => bail!("the process behind this mount is dead"),
-        MountState::Unresponsive => bail!("the process behind this mount does not answer"),
-        MountState::Detached => bail!("this is not mounted any more, only still in use"),
+        MountState::Dead => bail!("the process that served it is dead"),
+        MountState::Unresponsive => bail!("the process that serves it does not answer"),
+        MountState::Detached => bail!("it was taken down, but programs still use it"),
     }
 }
 
@@ -187,11 +199,17 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
             .unwrap_or("the registry was not to be asked");
         say!("tag         last confirmed at {since}: {reason}");
     }
-    say!(
-        "mounted on  {}{}",
-        shown(&status.mountpoint),
-        if status.writable { " (writable)" } else { "" }
-    );
+    match &status.disk {
+        Some(doors) => show_doors(doors)?,
+        None => {
+            let writable = if status.writable { ", writable" } else { "" };
+            let carrier = match status.via {
+                Carrier::Fuse => "FUSE",
+                Carrier::Erofs => "EROFS",
+            };
+            say!("mounted on  {} (by {carrier}{writable})", shown(&status.mountpoint));
+        }
+    }
     say!("process     {}, up {:.0} s", status.pid, status.uptime);
     match (status.stalled_seconds, status.rate) {
         (Some(seconds), Some(rate)) => say!(
@@ -246,6 +264,22 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     say!("memory      {}", human(status.memory));
     say!("");
     show_layers(status)
+}
+
+fn show_doors(doors: &DiskDoors) -> anyhow::Result<()> {
+    if let Some(directory) = &doors.file {
+        say!(
+            "file        {}",
+            shown(&directory.join(DISK_FILE).display().to_string())
+        );
+    }
+    if let Some(address) = &doors.nbd {
+        say!("nbd         {}", shown(&address.to_string()));
+    }
+    if let Some(path) = &doors.vhost_user_blk {
+        say!("vhost-user  {}", shown(&path.display().to_string()));
+    }
+    Ok(())
 }
 
 fn show_prefetch(prefetch: &PrefetchStatus) -> anyhow::Result<()> {

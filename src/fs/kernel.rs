@@ -12,8 +12,9 @@ use crate::erofs::Nid;
 /// jiffies, and this value does not overflow there.
 pub const VALID: Duration = Duration::from_secs(1_000_000_000);
 
-/// The protocol's number of the root directory. No inode has the nid 1: the first inode lies behind the superblock,
-/// at nid 36.
+/// The protocol's number of the root directory in requests. No inode has the nid 1: the first inode lies behind the
+/// superblock, at nid 36. The kernel never asks for the root by a name, so no answer needs this number: LOOKUP does not
+/// lead there, and the entries "." and ".." of READDIRPLUS are not taken as inodes (fs/fuse/readdir.c).
 pub const ROOT: u64 = 1;
 
 /// Inode number in the answer to LOOKUP of an absent name. With [`VALID`] the kernel remembers that the name is
@@ -26,11 +27,6 @@ pub const ABSENT: u64 = 0;
 pub const NOT_NEEDED: Errno = Errno::ENOSYS;
 
 impl ImageFs {
-    /// The protocol's number of an inode; [`ROOT`] for the root directory.
-    pub fn number(&self, ino: Nid) -> u64 {
-        if ino == self.root() { ROOT } else { ino.0 }
-    }
-
     /// The inode that has this number in the protocol.
     pub fn inode(&self, number: u64) -> Nid {
         if number == ROOT { self.root() } else { Nid(number) }

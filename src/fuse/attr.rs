@@ -4,17 +4,13 @@ use std::time::UNIX_EPOCH;
 
 use fuser::{FileAttr, INodeNo};
 
-use crate::erofs::{FileType, Nid};
+use crate::erofs::FileType;
 use crate::fs::kernel::ABSENT;
-use crate::fs::{Attr, ImageFs, mtime};
+use crate::fs::{Attr, mtime};
 use crate::toc::DEVICE_BLOCK;
 
 /// Block size shown by stat(2) and statfs(2).
 pub(super) const BLOCK: u32 = DEVICE_BLOCK as u32;
-
-pub(super) fn fuse_ino(fs: &ImageFs, nid: Nid) -> INodeNo {
-    INodeNo(fs.number(nid))
-}
 
 pub(super) fn fuse_type(file_type: FileType) -> fuser::FileType {
     match file_type {
@@ -27,11 +23,12 @@ pub(super) fn fuse_type(file_type: FileType) -> fuser::FileType {
     }
 }
 
-pub(super) fn to_fuse(fs: &ImageFs, attr: &Attr) -> FileAttr {
+/// The inode number that programs see is the nid, also of the root directory, as in a mount by the kernel's EROFS.
+pub(super) fn to_fuse(attr: &Attr) -> FileAttr {
     let inode = &attr.inode;
     let mtime = mtime(inode);
     FileAttr {
-        ino: fuse_ino(fs, attr.ino),
+        ino: INodeNo(attr.ino.0),
         size: inode.size,
         blocks: inode.size.div_ceil(512),
         atime: mtime,

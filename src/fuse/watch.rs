@@ -77,6 +77,8 @@ struct WaitingThread {
     since: Instant,
     /// When the task first saw a pending signal that the thread handles.
     signalled: Option<Instant>,
+    /// Whether only the end of the thread ends the request.
+    until_end: bool,
     interrupt: oneshot::Sender<()>,
 }
 
@@ -111,6 +113,16 @@ impl Watch {
 
     /// Watches the thread behind a request that waits. With thread number 0, no thread is watched.
     pub(super) fn add(self: &Arc<Self>, thread: u32) -> Watched {
+        self.watch(thread, false)
+    }
+
+    /// Watches like [`Watch::add`], but signals that the thread handles do not end the request. For a request of another
+    /// file system, which would make an I/O error of the interruption.
+    pub(super) fn add_until_end(self: &Arc<Self>, thread: u32) -> Watched {
+        self.watch(thread, true)
+    }
+
+    fn watch(self: &Arc<Self>, thread: u32, until_end: bool) -> Watched {
         let (interrupt, interrupted) = oneshot::channel();
         let mut state = self.state();
         let id = state.next;
@@ -119,6 +131,7 @@ impl Watch {
             thread,
             since: Instant::now(),
             signalled: None,
+            until_end,
             interrupt,
         };
         if thread != 0 {
@@ -189,6 +202,7 @@ impl Watch {
                     false
                 }
                 Some(Thread::Ends) => true,
+                Some(Thread::Handles { .. }) if waiting.until_end => false,
                 Some(Thread::Handles { in_call: true }) => true,
                 Some(Thread::Handles { in_call: false }) => {
                     let since = *waiting.signalled.get_or_insert(now);

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::control::ControlError;
 use super::kernel::KernelMountError;
@@ -40,6 +41,28 @@ pub enum MountError {
     /// The preparation of the image stalled for longer than the timeout.
     #[error(transparent)]
     Stalled(FsError),
+    /// The image could not be prepared, and a disk or EROFS cannot show an error in its place.
+    #[error(transparent)]
+    Unusable(Arc<FsError>),
+    /// EROFS would show the tree to users that the options keep out.
+    #[error(
+        "EROFS cannot keep other users out, so it serves only mounts of root without noallow_other; use --via fuse"
+    )]
+    OpenToAll,
+    /// No socket could be opened.
+    #[error("cannot listen at {address}: {source}")]
+    Listen {
+        /// The address of the socket.
+        address: String,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// Clients are connected to the disk.
+    #[error("the disk is in use, clients connected: {clients} (end the virtual machines first, or use --lazy)")]
+    Connected {
+        /// Number of clients.
+        clients: usize,
+    },
     /// A system call for signals, sockets, threads, files or the mount table failed.
     #[error("cannot {action}: {source}")]
     System {

@@ -10,6 +10,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
@@ -22,6 +23,7 @@ use tokio::io::unix::AsyncFd;
 
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
+use super::kernel_call::KernelCall;
 use super::mountinfo;
 use super::options::FuseOptions;
 use super::standing::Standing;
@@ -212,25 +214,43 @@ pub(super) fn is_mounted(fuse: &OwnedFd) -> bool {
     }
 }
 
-/// Waits until the file system is no longer mounted anywhere, whichever program unmounted it. Waits for ever if
-/// `watched` is `None`.
-pub(super) async fn gone(watched: Option<&AsyncFd<OwnedFd>>) {
-    match watched {
+/// Waits until the file system is no longer mounted anywhere, whichever program unmounted it.
+pub(super) async fn gone(watched: &AsyncFd<OwnedFd>) {
+    if watched.ready(Interest::ERROR).await.is_err() {
         // If the descriptor cannot be watched, the session will find the end when it starts.
-        Some(watched) if watched.ready(Interest::ERROR).await.is_ok() => {}
-        _ => std::future::pending().await,
+        std::future::pending().await
     }
 }
 
+/// A system call umount2(2).
+pub(super) type UnmountCall = KernelCall<nix::Result<()>>;
+
+/// How far an unmount is. In both cases, the mount is gone from the mount table.
+#[derive(Debug)]
+pub(super) enum Unmount {
+    /// The call has returned. The file system may have other users.
+    Done,
+    /// The call has not returned: the kernel flushes changes, or waits for reads that it began.
+    Unfinished(UnmountCall),
+}
+
+/// Time after which an unmount that has not returned is looked at. A larger value delays the answer to a program that
+/// unmounts; a smaller one looks at unmounts that are about to return.
+const UNMOUNT_LOOK: Duration = Duration::from_millis(100);
+/// Time within which a mount must be gone from the mount table. A larger value delays the error; a smaller one reports
+/// a busy machine.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(1);
+
 /// Detaches the mount `mount`, wherever it has been moved, and no other mount. With `lazy`, detaches it at once,
-/// even if it is in use. Succeeds if the mount is already gone.
-pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountError> {
+/// even if it is in use. Succeeds if the mount is already gone. A caller that does not care when the kernel has finished
+/// may drop the result.
+pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<Unmount, KernelMountError> {
     let unreadable = |source| KernelMountError::Unmount {
         mountpoint: PathBuf::from("/proc/self/mountinfo"),
         source,
     };
     let Some(found) = mountinfo::find(mount).map_err(unreadable)? else {
-        return Ok(());
+        return Ok(Unmount::Done);
     };
     let mountpoint = found.mountpoint;
     let failed = |source: io::Error| KernelMountError::Unmount {
@@ -244,12 +264,14 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
     // the check and the unmount. A descriptor of the mount itself would make the mount busy.
     let parent = hold(parent).map_err(failed)?;
     let place = handle(&parent).join(name);
+    let place_of_thread = format!("/proc/thread-self/fd/{}", parent.as_raw_fd());
+    let place_of_thread = Path::new(&place_of_thread).join(name);
     let ids = ids_at(&place).map_err(failed)?;
     if ids.id != Some(mount.id) {
         // Another program may have unmounted it in this moment.
         return match mountinfo::find(mount).map_err(unreadable)? {
             Some(_) => Err(KernelMountError::Covered { mountpoint }),
-            None => Ok(()),
+            None => Ok(Unmount::Done),
         };
     }
     if mount
@@ -258,15 +280,36 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<(), KernelMountErr
         .is_some_and(|(wanted, found)| wanted != found)
     {
         // The mount is gone, and another one has its numbers.
-        return Ok(());
+        return Ok(Unmount::Done);
     }
     let flags = if lazy { MntFlags::MNT_DETACH } else { MntFlags::empty() } | MntFlags::UMOUNT_NOFOLLOW;
-    match nix::mount::umount2(&place, flags) {
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+    let unmount = move || nix::mount::umount2(&place_of_thread, flags);
+    let call = KernelCall::start(Some(parent.as_fd()), unmount).map_err(failed)?;
+    let deadline = Instant::now() + UNMOUNT_LIMIT;
+    let result = loop {
+        if let Some(result) = call.wait(UNMOUNT_LOOK).map_err(failed)? {
+            break result;
+        }
+        if !stands(mount).map_err(unreadable)? {
+            return Ok(Unmount::Unfinished(call));
+        }
+        if Instant::now() > deadline {
+            return Err(failed(io::ErrorKind::TimedOut.into()));
+        }
+    };
+    match result {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(Unmount::Done),
         Err(Errno::EBUSY) => Err(KernelMountError::Busy { mountpoint }),
-        Err(Errno::EPERM) => unmount_by_helper(&mountpoint, &handle(&parent), lazy),
+        Err(Errno::EPERM) => unmount_by_helper(&mountpoint, &handle(&parent), lazy).map(|()| Unmount::Done),
         Err(e) => Err(failed(e.into())),
     }
+}
+
+/// Whether a mount is in this mount namespace. Another one that has got its numbers does not count, as far as the kernel
+/// tells them apart.
+fn stands(mount: &Standing) -> io::Result<bool> {
+    let found = mountinfo::find(mount)?;
+    Ok(found.is_some_and(|found| mount.may_be(&identify(&found.mountpoint, found.standing()))))
 }
 
 /// Returns a path that leads to an open file of this process.

@@ -13,7 +13,9 @@ use nix::sys::stat::Mode;
 
 use super::error::{MountError, system};
 use super::kernel::{self, handle};
-use super::mountinfo;
+use super::mountinfo::{self, MountEntry};
+use super::registration::RunDir;
+use super::socket_table::is_bound;
 
 /// How long a FUSE mount may take to show that it is dead. A dead mount fails at once. So a larger value only
 /// delays the refusal of a mount that is alive and slow. On a busy machine, a smaller one may take a dead mount for
@@ -31,11 +33,11 @@ impl MountPoint {
     /// Opens the directory at an absolute path without symlinks, and checks that it can be mounted on. First
     /// unmounts a dead ocifs mount at the path. That mount has no registration; it may be left after the run
     /// directory was lost.
-    pub(super) async fn open(path: &Path, nonempty: bool) -> Result<Self, MountError> {
+    pub(super) async fn open(run: &RunDir, path: &Path, nonempty: bool) -> Result<Self, MountError> {
         let refuse = |reason: &str| refuse(path, reason.to_owned());
         let there = mountinfo::at(path).map_err(system("read the mount table"))?;
-        if let Some(mount) = there.filter(|mount| mount.fs_type == "fuse.ocifs") {
-            if !is_dead(path).await {
+        if let Some(mount) = there.filter(|mount| run.made(mount)) {
+            if !is_dead(run, path, &mount).await {
                 return Err(refuse("an ocifs mount is there already (`ocifs umount` takes it down)"));
             }
             kernel::unmount(&mount.standing(), true)?;
@@ -84,8 +86,12 @@ fn refuse(path: &Path, reason: String) -> MountError {
     }
 }
 
-/// Whether the FUSE mount at `path` is dead: no process serves it.
-async fn is_dead(path: &Path) -> bool {
+/// Whether the mount at `path` is dead: no process serves it.
+async fn is_dead(run: &RunDir, path: &Path, mount: &MountEntry) -> bool {
+    // The kernel's EROFS answers from what it knows. The process behind it would listen at its control socket.
+    if let Some(socket) = run.control_of(mount) {
+        return !is_bound(&socket);
+    }
     let path = path.to_owned();
     let asking = tokio::task::spawn_blocking(move || fs::metadata(path));
     match tokio::time::timeout(PATIENCE, asking).await {
@@ -102,20 +108,21 @@ mod tests {
     async fn a_directory_is_held_whatever_gets_its_name() {
         let top = tempfile::tempdir().unwrap();
         let top = top.path().canonicalize().unwrap();
+        let run = RunDir::open().unwrap();
         let (path, other) = (top.join("a/m"), top.join("b"));
         fs::create_dir_all(&path).unwrap();
         fs::create_dir(&other).unwrap();
-        let opened = MountPoint::open(&path, false).await.unwrap();
+        let opened = MountPoint::open(&run, &path, false).await.unwrap();
         fs::rename(&path, top.join("moved")).unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
         assert_eq!(opened.place().unwrap(), top.join("moved"));
-        let error = MountPoint::open(&path, false).await.unwrap_err();
+        let error = MountPoint::open(&run, &path, false).await.unwrap_err();
         assert!(error.to_string().contains("not a directory"), "{error}");
 
         fs::create_dir_all(top.join("b/m")).unwrap();
         fs::remove_dir_all(top.join("a")).unwrap();
         std::os::unix::fs::symlink(&other, top.join("a")).unwrap();
-        let error = MountPoint::open(&path, false).await.unwrap_err();
+        let error = MountPoint::open(&run, &path, false).await.unwrap_err();
         assert!(error.to_string().contains("symbolic link"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! `-o` options of a mount (mount(8), fuse(8)).
+//! Options of a mount: what serves it, and `-o` (mount(8), fuse(8)).
 
 use std::os::fd::RawFd;
 
@@ -14,6 +14,18 @@ use crate::fuse::Access;
 pub struct UnknownOption {
     /// The option as the user wrote it.
     pub option: String,
+}
+
+/// What serves a directory tree.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Via {
+    /// The kernel's EROFS if the kernel can do that and the image is ready at once, or awaited. Otherwise FUSE.
+    #[default]
+    Auto,
+    /// FUSE.
+    Fuse,
+    /// The kernel's EROFS. Needs [`MountConfig::require_ready`](super::MountConfig::require_ready).
+    Erofs,
 }
 
 /// The options that the kernel gets for a mount.

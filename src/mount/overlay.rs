@@ -25,6 +25,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags};
 
 use super::kernel::handle;
+use super::kernel_call::KernelCall;
 use super::mountinfo::MountEntry;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
@@ -241,17 +242,22 @@ impl<'a> OverlayDirs<'a> {
             // succeed, but operations that need an attribute would fail, such as replacing a directory.
             data.push(",userxattr");
         }
-        let mount =
-            |data: &OsString| nix::mount::mount(Some(SOURCE), target, Some("overlay"), flags, Some(data.as_os_str()));
+        // The kernel reads the root of the image, which this process serves.
+        let mount = |data: OsString| {
+            let target = target.to_owned();
+            let call = move || nix::mount::mount(Some(SOURCE), &target, Some("overlay"), flags, Some(data.as_os_str()));
+            let result = KernelCall::start(None, call).and_then(KernelCall::join);
+            result.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO)))?
+        };
         if volatile {
             let mut data = data.clone();
             data.push(",volatile");
-            match mount(&data) {
+            match mount(data) {
                 Err(Errno::EINVAL) => {}
                 result => return result,
             }
         }
-        mount(&data)
+        mount(data)
     }
 
     /// Mounts with fuse-overlayfs, which runs as this user and looks up the directories by name.

@@ -6,6 +6,7 @@
 //!        log           the log of the process, if it runs in the background
 //!        log.PID       the log of a process that is not registered (yet); PID is the process that waits for it
 //!        lower/        where the image is mounted until the overlay of a writable mount is put together
+//!        disk/         where the disk of the image is mounted until the kernel's EROFS holds it
 //! RUN/ID-PID/            the same files, for a process that still serves users after its mount point was used again
 //! RUN/locks/mountpoints  a process locks one byte of it for each mount point that it is about to use
 //! RUN/changes/ID         private upper directories, if there is no store to hold them
@@ -30,8 +31,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use record::MountRecord;
+pub use record::{AttachPhase, Carrier, MountRecord};
 
+use super::mountinfo::MountEntry;
 use super::privilege::{is_system_root, outer_uid};
 use crate::os::{gone, is_at, lock_bytes, private, until, until_blocking};
 
@@ -70,13 +72,13 @@ pub enum RegistrationError {
         lock: PathBuf,
     },
     /// A live process already has a mount there.
-    #[error("{} is an ocifs mount of {image} already (process {pid})", mountpoint.display())]
+    #[error("ocifs serves {image} at {} already (process {pid})", place.display())]
     Taken {
-        /// The mount point.
-        mountpoint: PathBuf,
-        /// The image that is mounted there.
+        /// The mount point, or the door of a disk.
+        place: PathBuf,
+        /// The image that is served there.
         image: String,
-        /// The process that serves the mount.
+        /// The process that serves it.
         pid: u32,
     },
 }
@@ -123,6 +125,23 @@ impl RunDir {
         RunEntry {
             path: self.path.join(id_of(mountpoint)),
         }
+    }
+
+    /// Whether ocifs made this mount, as far as that is visible without its registration: a FUSE mount, or an EROFS file
+    /// system from a file in the run directory.
+    pub(super) fn made(&self, mount: &MountEntry) -> bool {
+        match mount.fs_type.as_str() {
+            "fuse.ocifs" => true,
+            "erofs" => Path::new(&mount.source).starts_with(&self.path),
+            _ => false,
+        }
+    }
+
+    /// Returns the control socket of the process behind an EROFS file system that lies in the run directory.
+    pub(super) fn control_of(&self, mount: &MountEntry) -> Option<PathBuf> {
+        let disk = Path::new(&mount.source).strip_prefix(&self.path).ok()?;
+        let id = disk.components().next().filter(|_| mount.fs_type == "erofs")?;
+        Some(self.path.join(id).join("control"))
     }
 
     /// Returns the path of a private upper directory, for use if there is no store to hold it.
@@ -191,6 +210,11 @@ impl RunEntry {
         self.path.join("lower")
     }
 
+    /// Returns the path where the disk is mounted until the kernel's EROFS holds it.
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk")
+    }
+
     /// Creates the directory.
     pub fn create(&self) -> Result<(), RegistrationError> {
         private::directory(&self.path).map_err(self.io(&self.path))
@@ -244,15 +268,31 @@ impl RunEntry {
 
     /// Fails if another live process has a mount there.
     pub fn check_free(&self) -> Result<(), RegistrationError> {
-        let own = std::process::id();
-        let Some(other) = self.record()?.filter(|r| r.is_alive() && r.pid != own) else {
+        match self.record()? {
+            Some(record) => self.check_place(&record, &record.mountpoint),
+            None => Ok(()),
+        }
+    }
+
+    /// Fails if another live process serves an image at one of these places.
+    pub(super) fn check_places(&self, places: &[PathBuf]) -> Result<(), RegistrationError> {
+        for (_, record) in self.run().records()? {
+            if let Some(place) = places.iter().find(|place| record.is_at(place)) {
+                self.check_place(&record, place)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_place(&self, other: &MountRecord, place: &Path) -> Result<(), RegistrationError> {
+        if !other.is_alive() || other.pid == std::process::id() {
             return Ok(());
-        };
+        }
         // A process whose mount is gone is about to end, or serves the remaining users.
-        match other.is_mounted().map_err(self.io(Path::new("/proc/self/mountinfo")))? {
+        match other.is_in_use().map_err(self.io(Path::new("/proc/self/mountinfo")))? {
             true => Err(RegistrationError::Taken {
-                mountpoint: other.mountpoint,
-                image: other.image,
+                place: place.to_owned(),
+                image: other.image.clone(),
                 pid: other.pid,
             }),
             false => Ok(()),
@@ -351,7 +391,9 @@ impl RunEntry {
         if log.is_none_or(|log| is_at(log, &log_path)) {
             gone(fs::remove_file(&log_path)).map_err(self.io(&log_path))?;
         }
-        gone(fs::remove_dir(&lower)).map_err(self.io(&lower))?;
+        for directory in [lower, self.disk()] {
+            gone(fs::remove_dir(&directory)).map_err(self.io(&directory))?;
+        }
         match fs::remove_dir(&self.path) {
             // Another process is about to mount here.
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
@@ -382,6 +424,10 @@ mod tests {
             writable: false,
             scratch: None,
             standing: None,
+            carrier: Carrier::Fuse,
+            disk_mount: None,
+            disk: None,
+            phase: AttachPhase::Attached,
         };
         let (old, path) = entry.create_log().unwrap();
         entry.register(&record, Some(&path)).unwrap();

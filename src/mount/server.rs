@@ -1,8 +1,9 @@
-//! The process behind a mount.
+//! The process behind a mount or a disk.
 
 mod report;
 mod stage;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,37 +13,86 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 use super::attached::Attached;
-use super::attachment::{AttachOptions, Attachment};
+use super::attachment::directory::{AttachOptions, DirectoryAttachment};
+use super::attachment::disk::DiskAttachment;
+use super::attachment::{Attachment, ImageStage};
 use super::control::{self, Control, Request, Response};
+use super::doors::DiskDoors;
 use super::error::{MountError, system};
 use super::mountpoint::MountPoint;
-use super::options::FuseOptions;
+use super::options::{FuseOptions, Via};
 use super::overlay::Upper;
 use super::prefetch::{Prefetch, Side};
 use super::process::process_start;
-use super::registration::{MountRecord, RunDir, RunEntry};
+use super::registration::{AttachPhase, Carrier, MountRecord, RunDir, RunEntry};
 use super::signals::Signals;
 use super::stall::Stall;
 use super::takedown;
 use crate::content::Content;
 use crate::fs::FsError;
-use crate::fuse::Served;
+use crate::fuse::Access;
 use crate::image::{Image, Learning, Opening, Preparation, Unconfirmed};
 use crate::layer::LayerContext;
 use crate::os::{gone, private};
 use crate::profile::Label;
 
-/// The image, the mount point, and how to mount.
+/// A directory to mount an image on.
 #[derive(Debug, Clone)]
-pub struct MountConfig {
-    /// The image as the user wrote it.
-    pub image: String,
+pub struct DirectoryConfig {
     /// The mount point: the absolute path of a directory, without symlinks.
     pub mountpoint: PathBuf,
     /// The `-o` options.
     pub options: FuseOptions,
     /// The directories for changes, if the root is writable.
     pub upper: Option<Upper>,
+    /// What serves the tree.
+    pub via: Via,
+}
+
+impl DirectoryConfig {
+    /// Checks that the carrier and the options fit together. [`serve`] does so too.
+    pub fn check(&self) -> Result<(), MountError> {
+        match self.via == Via::Erofs && !self.options.allow_other {
+            true => Err(MountError::OpenToAll),
+            false => Ok(()),
+        }
+    }
+}
+
+/// How an image is served.
+#[derive(Debug, Clone)]
+pub enum Shape {
+    /// As a directory tree.
+    Directory(DirectoryConfig),
+    /// As a disk with these doors, at least one.
+    Disk(DiskDoors),
+}
+
+impl Shape {
+    /// Whether all readers are the kernel, which keeps what it reads. The clients of a socket may keep nothing.
+    fn is_read_by_the_kernel_alone(&self) -> bool {
+        match self {
+            Self::Directory(_) => true,
+            Self::Disk(doors) => doors.nbd.is_none() && doors.vhost_user_blk.is_none(),
+        }
+    }
+
+    /// The places at which other commands find it. The first one names the registration.
+    fn places(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Directory(directory) => vec![directory.mountpoint.clone()],
+            Self::Disk(doors) => doors.places(),
+        }
+    }
+}
+
+/// The image, and how to serve it.
+#[derive(Debug, Clone)]
+pub struct MountConfig {
+    /// The image as the user wrote it.
+    pub image: String,
+    /// How the image is served.
+    pub shape: Shape,
     /// What to fetch although no reader asked for it.
     pub prefetch: Prefetch,
     /// The label of the profile: which of the image's programs will run.
@@ -60,11 +110,11 @@ pub struct MountConfig {
     pub log: Option<PathBuf>,
 }
 
-/// An event in the life of a mount. `Mounted` comes first, then either `Ready` or `Failed`.
+/// An event in the life of a mount. `Attached` comes first, then either `Ready` or `Failed`.
 #[derive(Debug)]
 pub enum Event {
-    /// The mount point is mounted.
-    Mounted,
+    /// The mount point is mounted, or the doors of the disk are open.
+    Attached,
     /// The process answers requests from the image.
     Ready(Arc<Image>),
     /// The process answers requests with this error.
@@ -74,6 +124,9 @@ pub enum Event {
 /// How long `umount` waits for the last user to go after an unmount. The process serves these users for as long as
 /// they need. A larger value delays `umount`; a smaller one makes it report users that are about to go.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long an unmount waits for clients that are about to go. A larger value delays the refusal while clients stay; a
+/// smaller one refuses right after the end of a virtual machine.
+const GOING: Duration = Duration::from_millis(300);
 /// Pause between two checks of a store that could not be written. A larger value delays caching after the store
 /// recovers; a smaller one writes more to a store with trouble.
 const STORE_LOOK: Duration = Duration::from_secs(2);
@@ -107,39 +160,40 @@ pub async fn serve(
     opening: Opening,
     events: impl Fn(Event),
 ) -> Result<(), MountError> {
+    if let Shape::Directory(directory) = &config.shape {
+        directory.check()?;
+    }
     // From here on a signal makes the process take down its mount, instead of killing it.
     let signals = Signals::catch(&[libc::SIGHUP]).map_err(system("handle signals"))?;
-    let entry = RunDir::open()?.entry(&config.mountpoint);
+    let run = RunDir::open()?;
+    let places = config.shape.places();
+    let entry = run.entry(&places[0]);
     let turn = entry.turn().await?;
-    entry.check_free()?;
+    match &config.shape {
+        Shape::Directory(_) => entry.check_free()?,
+        // Its places may be those of any other disk.
+        Shape::Disk(_) => entry.check_places(&places)?,
+    }
     if let Some(dead) = entry.record()?.filter(|record| !record.is_alive()) {
         takedown::clear_now(&entry, &dead)?;
     }
-    let directory = MountPoint::open(&config.mountpoint, config.options.nonempty).await?;
     let Opening {
         preparation,
         replay,
         unconfirmed,
     } = opening;
-    let record = record(&config, &preparation, &entry);
-    entry.register(&record, config.log.as_deref())?;
-    let repository = preparation.repository();
-    let learning = Learning::find(&context.store, preparation.resolved(), &repository, &config.label);
-    let served = Arc::<Served>::default();
-    let options = AttachOptions {
-        source: config.image.clone(),
-        fuse: config.options.clone(),
-        upper: config.upper.clone(),
-        parent: config.log.is_none().then_some(config.parent),
-    };
-    let attached = Attached::new(entry, record, turn);
-    let attachment = Attachment::attach(options, attached, directory, served.clone())?;
+    let learning = Learning::find(
+        &context.store,
+        preparation.resolved(),
+        &preparation.repository(),
+        &config.label,
+    );
+    let attachment = plan(&config, &context, &preparation, entry, turn).await?;
     let mut mount = Mount {
         attachment,
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         content: None,
-        served,
         stall: Stall::new(patience(&config), Instant::now()),
         config,
         context,
@@ -147,16 +201,13 @@ pub async fn serve(
         unconfirmed,
         image: None,
         failure: None,
-        mounted: Duration::ZERO,
+        began: Instant::now(),
+        mounted: None,
         ready: None,
     };
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
-    mount.mounted = mount.config.started.elapsed();
-    if mount.config.upper.is_none() {
-        events(Event::Mounted);
-    }
     let asked = mount.run(requests, signals, events).await;
     looking.abort();
     mount.side.stop().await;
@@ -165,6 +216,68 @@ pub async fn serve(
     respond(asked, &Response::Unmounted);
     control.close().await;
     Ok(())
+}
+
+/// Registers the process, and plans how it attaches the image.
+async fn plan(
+    config: &MountConfig,
+    context: &LayerContext,
+    preparation: &Preparation,
+    entry: RunEntry,
+    turn: File,
+) -> Result<Box<dyn Attachment>, MountError> {
+    let record = record(config, preparation, &entry);
+    let register = |record| entry.register(record, config.log.as_deref());
+    let (source, parent) = (config.image.clone(), config.log.is_none().then_some(config.parent));
+    match &config.shape {
+        Shape::Directory(directory) => {
+            let mountpoint = MountPoint::open(&entry.run(), &directory.mountpoint, directory.options.nonempty).await?;
+            register(&record)?;
+            let via = via(config, directory, context, preparation);
+            let options = AttachOptions {
+                source,
+                fuse: directory.options.clone(),
+                upper: directory.upper.clone(),
+                parent,
+                via,
+            };
+            // FUSE is mounted at once. For EROFS, the registration holds the place until the image is ready.
+            let at_once = via == Via::Fuse;
+            let attached = Attached::new(entry, record, at_once.then_some(turn));
+            let mut attachment = DirectoryAttachment::new(options, attached, mountpoint);
+            if at_once {
+                attachment.enter(ImageStage::Preparing).await?;
+            }
+            Ok(Box::new(attachment))
+        }
+        Shape::Disk(doors) => {
+            let directory = match &doors.file {
+                Some(path) => Some(MountPoint::open(&entry.run(), path, false).await?),
+                None => None,
+            };
+            register(&record)?;
+            let config = Arc::from(&preparation.resolved().config_document.bytes[..]);
+            let attached = Attached::new(entry, record, None);
+            let doors = doors.clone();
+            Ok(Box::new(DiskAttachment::new(
+                source, doors, directory, config, parent, attached,
+            )))
+        }
+    }
+}
+
+/// Returns the carrier that was asked for, with [`Via::Auto`] narrowed to [`Via::Fuse`] where only FUSE can serve the tree.
+fn via(config: &MountConfig, directory: &DirectoryConfig, context: &LayerContext, preparation: &Preparation) -> Via {
+    if directory.via != Via::Auto {
+        return directory.via;
+    }
+    let soon = config.require_ready || preparation.is_in_store(context);
+    // EROFS cannot keep other users out.
+    let open = directory.options.access() == Access::Everybody;
+    match soon && open && nix::unistd::geteuid().is_root() {
+        true => Via::Auto,
+        false => Via::Fuse,
+    }
 }
 
 /// Checks at intervals, while the store cannot be written, whether it can be written again.
@@ -201,7 +314,7 @@ async fn lingered(until: Option<tokio::time::Instant>) {
 
 /// A mount and its state in this process.
 struct Mount {
-    attachment: Attachment,
+    attachment: Box<dyn Attachment>,
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
@@ -211,14 +324,14 @@ struct Mount {
     /// The profile to learn. `None` once the image is ready.
     learning: Option<Learning>,
     content: Option<Arc<Content>>,
-    /// The stage that decides what requests get.
-    served: Arc<Served>,
     /// Whether the preparation of the image makes progress.
     stall: Stall,
     image: Option<Arc<Image>>,
     failure: Option<Arc<FsError>>,
-    /// Time from the start of the process until the image was mounted.
-    mounted: Duration,
+    /// When the preparation of the image began.
+    began: Instant,
+    /// Time from the start of the process until the image was attached.
+    mounted: Option<Duration>,
     /// Time from the start of the process until the image was ready.
     ready: Option<Duration>,
 }
@@ -239,28 +352,27 @@ impl Mount {
         let mut linger = None;
         let (preparation, context) = (self.preparation.clone(), self.context.clone());
         let mut preparing = std::pin::pin!(preparation.finish(&context));
+        // The outcome of the preparation, until it is reported: after the attachment.
+        let mut outcome = None;
         loop {
+            if self.mounted.is_none() && self.attachment.is_attached() {
+                self.mounted = Some(self.config.started.elapsed());
+                events(Event::Attached);
+            }
+            if let Some(event) = outcome.take() {
+                events(event);
+            }
             tokio::select! {
                 prepared = &mut preparing, if prepares => {
                     prepares = false;
-                    self.prepared(prepared)?;
-                    self.attachment.start_session()?;
-                    if self.config.upper.is_some() {
-                        self.attachment.attach_overlay().await?;
-                        events(Event::Mounted);
-                    }
-                    match (&self.image, &self.failure) {
-                        (Some(image), _) => events(Event::Ready(image.clone())),
-                        (None, Some(error)) => events(Event::Failed(error.to_string())),
-                        (None, None) => {}
-                    }
+                    outcome = Some(self.prepared(prepared).await?);
                 }
-                _ = look.tick(), if prepares => {
-                    if self.look()? {
-                        self.attachment.start_session()?;
-                    }
-                }
+                _ = look.tick(), if prepares => self.look().await?,
                 Some((request, answer)) = requests.recv() => {
+                    if request == (Request::Unmount { lazy: false }) {
+                        // A client that has just ended may still count.
+                        let _ = tokio::time::timeout(GOING, self.attachment.unused()).await;
+                    }
                     let Some(answer) = self.answer(request, answer) else { continue };
                     asked.push(answer);
                     if !self.attachment.is_served() {
@@ -272,8 +384,12 @@ impl Mount {
                     linger.get_or_insert_with(|| tokio::time::Instant::now() + LINGER);
                 }
                 () = lingered(linger) => {
-                    linger = None;
-                    respond(std::mem::take(&mut asked), &Response::Detached);
+                    // The kernel may be about to take the file system down, which ends the session.
+                    let is_unmounting = self.attachment.attached().unfinished().any();
+                    linger = is_unmounting.then(|| tokio::time::Instant::now() + LINGER);
+                    if !is_unmounting {
+                        respond(std::mem::take(&mut asked), &Response::Detached);
+                    }
                 }
                 () = self.attachment.ended() => return Ok(asked),
                 _ = signals.next() => return Ok(asked),
@@ -311,21 +427,33 @@ impl Mount {
 /// Returns the record that registers this mount.
 fn record(config: &MountConfig, preparation: &Preparation, entry: &RunEntry) -> MountRecord {
     let pid = std::process::id();
+    let mountpoint = config.shape.places().swap_remove(0);
+    let upper = match &config.shape {
+        Shape::Directory(directory) => directory.upper.as_ref(),
+        Shape::Disk(_) => None,
+    };
     MountRecord {
         pid,
         started: process_start(pid).unwrap_or(0),
         image: config.image.clone(),
         digest: preparation.resolved().manifest_document.digest.to_string(),
-        mountpoint: config.mountpoint.clone(),
-        lower: match config.upper {
+        lower: match upper {
             Some(_) => entry.lower(),
-            None => config.mountpoint.clone(),
+            None => mountpoint.clone(),
         },
-        writable: config.upper.is_some(),
-        scratch: match &config.upper {
+        mountpoint,
+        writable: upper.is_some(),
+        scratch: match upper {
             Some(Upper::Private(scratch)) => Some(scratch.clone()),
             _ => None,
         },
         standing: None,
+        carrier: Carrier::Fuse,
+        disk_mount: None,
+        disk: match &config.shape {
+            Shape::Directory(_) => None,
+            Shape::Disk(doors) => Some(doors.clone()),
+        },
+        phase: AttachPhase::Pending,
     }
 }

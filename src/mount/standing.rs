@@ -17,3 +17,13 @@ pub struct Standing {
     #[serde(default)]
     pub unique: Option<u64>,
 }
+
+impl Standing {
+    /// Whether `other` may be this mount or a copy of it: the file system is the same as far as the numbers tell. A copy
+    /// in another mount namespace has other ids. A later mount that got both numbers has another unique id.
+    pub(super) fn may_be(&self, other: &Self) -> bool {
+        let differ = |(ours, theirs)| ours != theirs;
+        let is_later = self.id == other.id && self.unique.zip(other.unique).is_some_and(differ);
+        self.device == other.device && !is_later
+    }
+}

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::doors::DiskDoors;
 use super::prefetch::PrefetchStatus;
+use super::registration::Carrier;
 use crate::blob::Link;
 use crate::content::ReadStatus;
 use crate::fetch::Load;
@@ -60,7 +62,7 @@ pub struct MountStatus {
     /// When the registry last confirmed the tag and why it is unconfirmed, if the tag was resolved without its
     /// registry.
     pub unconfirmed: Option<Unconfirmed>,
-    /// The mount point.
+    /// The mount point. For a disk, the first of its places: directory, NBD address, vhost-user socket.
     pub mountpoint: String,
     /// The whole mount point in base64, if it is not UTF-8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -75,6 +77,12 @@ pub struct MountStatus {
     pub problem: Option<String>,
     /// Whether the mount is writable.
     pub writable: bool,
+    /// What serves the directory tree.
+    #[serde(default)]
+    pub via: Carrier,
+    /// Where the disk can be reached, if the image is served as one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskDoors>,
     /// Seconds since the start of the process.
     pub uptime: f64,
     /// Seconds from the start of the process until the image was mounted. The overlay of a writable mount comes

@@ -100,6 +100,8 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         state,
         problem: Some(problem),
         writable: record.writable,
+        via: record.carrier,
+        disk: record.disk.clone(),
         uptime: 0.0,
         mount_seconds: 0.0,
         ready_seconds: None,

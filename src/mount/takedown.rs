@@ -2,7 +2,8 @@
 //!
 //! If that process is healthy, `umount` asks it, and it takes down everything itself. If it is dead, or does not
 //! answer within a second, `umount` unmounts on its own and needs no other process. No change to a writable mount
-//! is lost by that, because the changes are in the upper directory.
+//! is lost by that, because the changes are in the upper directory. The kernel may still flush them, or wait for reads of
+//! its own, after `umount` has answered.
 //!
 //! If the process behind the mount did not answer and its mount has no users left, `umount` ends it.
 
@@ -12,11 +13,17 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::control::{self, ControlError, Request, Response};
+use super::doors::DiskDoors;
 use super::error::{TakedownError, not_mounted};
 use super::found::{ends_within, find, has_ended, registered, still_used, users};
+use super::kernel::{Unmount, UnmountCall};
 use super::process::{Process, standstill};
-use super::registration::{MountRecord, RunDir, RunEntry};
+use super::registration::{AttachPhase, MountRecord, RunDir, RunEntry};
+use super::socket_file::remove_dead;
+use super::socket_table;
+use super::users::Users;
 use super::{kernel, mountinfo, overlay};
+use crate::os::gone;
 
 /// How long a process without a mount gets to end by itself, and again after SIGTERM. A larger value delays
 /// `umount`; with a smaller one, SIGTERM or SIGKILL hits processes that are about to end.
@@ -42,9 +49,7 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
         // If the registration was lost, because /run was cleared for example, the type of the mount still
         // identifies it.
         return match mountinfo::at(mountpoint)? {
-            Some(mount) if mount.fs_type == "fuse.ocifs" => {
-                Ok(kernel::unmount(&mount.standing(), lazy).map(|()| None)?)
-            }
+            Some(mount) if run.made(&mount) => Ok(kernel::unmount(&mount.standing(), lazy).map(|_| None)?),
             _ => Err(not_mounted(mountpoint)),
         };
     };
@@ -99,7 +104,16 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
 /// Takes down a mount whose process is alive and does not answer.
 async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instant) -> Result<Remainder, TakedownError> {
     let why = standstill(record.pid).map(|why| format!(" ({why})"));
-    unmount_all(entry, record, lazy).map_err(|error| match error {
+    if let Some(doors) = &record.disk {
+        let clients = socket_table::count(doors);
+        if clients > 0 && !lazy {
+            let (pid, why) = (record.pid, why.unwrap_or_default());
+            return Err(TakedownError::Refused {
+                message: format!("process {pid} does not answer{why}, and clients are connected to it: {clients}"),
+            });
+        }
+    }
+    let calls = unmount_all(entry, record, lazy).map_err(|error| match error {
         TakedownError::Kernel(source) => TakedownError::Unresponsive {
             pid: record.pid,
             why: why.clone(),
@@ -107,9 +121,23 @@ async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instan
         },
         error => error,
     })?;
+    // Before it attaches and after it detaches, the process has no sockets. What is in their places then is another's.
+    let sockets = record.disk.iter().filter(|_| record.phase == AttachPhase::Attached);
+    for socket in sockets.flat_map(DiskDoors::socket_files) {
+        gone(std::fs::remove_file(socket)).map_err(system("remove the socket of a disk"))?;
+    }
     let pid = record.pid;
     let why = why.unwrap_or_default();
-    if let Some(users) = users(entry, record).filter(|users| !users.is_empty()) {
+    // A call that is still in the kernel holds the last reference to its file system, so nobody uses that. Whoever seems to
+    // use it uses another one that has got its numbers. Only the end of the process lets the call return.
+    let users = match calls.iter().any(|call| !call.is_finished()) {
+        true => record
+            .disk
+            .as_ref()
+            .map(|doors| Users::default().and_clients(socket_table::count(doors))),
+        false => users(entry, record),
+    };
+    if let Some(users) = users.filter(|users| !users.is_empty()) {
         return Ok(Some(format!(
             "it is unmounted, but process {pid} does not answer{why} and cannot be ended: {users}"
         )));
@@ -143,8 +171,10 @@ async fn end(record: &MountRecord, until: Instant) -> Result<bool, TakedownError
     process.ends_within(left).await.map_err(&held)
 }
 
-/// Unmounts everything that a mount's process attached. Without `lazy` it stops at the first mount that is in use.
-fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(), TakedownError> {
+/// Unmounts everything that a mount's process attached. Without `lazy` it stops at the first mount that is in use. Returns
+/// the calls that the kernel has not finished: it flushes changes, or waits for reads that the end of the process fails.
+fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<Vec<UnmountCall>, TakedownError> {
+    let mut calls = Vec::new();
     for mount in record.mounts()? {
         // If a mount is gone, the kernel may give its numbers to a mount of another process. That mount is
         // registered at its own mount point, and has another unique id if the kernel has such ids.
@@ -152,10 +182,13 @@ fn unmount_all(entry: &RunEntry, record: &MountRecord, lazy: bool) -> Result<(),
         let other = entry.beside(&mount.mountpoint).record()?;
         if own || other.is_none_or(|other| other.pid == record.pid) {
             let known = record.standing.as_ref().filter(|standing| mount.is(standing));
-            kernel::unmount(&known.cloned().unwrap_or_else(|| mount.standing()), lazy)?;
+            let standing = known.cloned().unwrap_or_else(|| mount.standing());
+            if let Unmount::Unfinished(call) = kernel::unmount(&standing, lazy)? {
+                calls.push(call);
+            }
         }
     }
-    Ok(())
+    Ok(calls)
 }
 
 /// Takes down everything that a dead process left. Nothing works there any more, so it unmounts at once, even if
@@ -174,6 +207,9 @@ pub(super) fn clear_now(entry: &RunEntry, record: &MountRecord) -> Result<(), Ta
     unmount_all(entry, record, true)?;
     if let Some(scratch) = &record.scratch {
         overlay::discard(scratch);
+    }
+    for socket in record.disk.iter().flat_map(DiskDoors::socket_files) {
+        remove_dead(socket).map_err(system("remove the socket of a dead disk"))?;
     }
     Ok(entry.remove(None)?)
 }

@@ -45,9 +45,16 @@ pub(super) struct Users {
     namespaces: Vec<u32>,
     /// Processes that have a file of it open, run a program of it, or have their working or root directory in it.
     files: Vec<u32>,
+    /// Number of clients that are connected to a socket of a disk.
+    clients: usize,
 }
 
 impl Users {
+    /// Adds clients that are connected to the sockets of a disk.
+    pub(super) fn and_clients(self, clients: usize) -> Self {
+        Self { clients, ..self }
+    }
+
     /// Finds the users of a mount other than its own process `server`. Reads only /proc, so it never waits for the
     /// file system itself.
     pub(super) fn of(mount: &Standing, server: u32) -> Self {
@@ -92,6 +99,11 @@ impl fmt::Display for Users {
         }
         if !self.files.is_empty() {
             kinds.push(format!("files or directories are in use ({})", processes(&self.files)));
+        }
+        match self.clients {
+            0 => {}
+            1 => kinds.push("one client is connected to the disk".to_owned()),
+            clients => kinds.push(format!("{clients} clients are connected to the disk")),
         }
         match kinds.is_empty() {
             true => f.write_str("it is about to end, or somebody uses the mount who cannot be seen from here"),
@@ -168,13 +180,17 @@ mod tests {
             mountpoints: vec!["/copy".into()],
             namespaces: vec![1],
             files: vec![u32::MAX, u32::MAX, u32::MAX, u32::MAX],
+            clients: 2,
         };
         let text = users.to_string();
         assert!(
             text.starts_with("a copy is mounted on /copy, another mount namespace has it (process 1 "),
             "{text}"
         );
-        assert!(text.ends_with(" and 1 more)"), "{text}");
+        assert!(
+            text.ends_with(" and 1 more), 2 clients are connected to the disk"),
+            "{text}"
+        );
     }
 
     #[test]

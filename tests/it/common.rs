@@ -1,9 +1,11 @@
 //! Helpers that several test modules share.
 
 pub mod closed_port;
+pub mod disk;
 pub mod docker_registry;
 pub mod layers;
 pub mod namespace;
+pub mod nbd;
 pub mod oci_layout;
 pub mod ocifs;
 pub mod reader;

@@ -197,6 +197,79 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         seed("reference", name, &[text.as_bytes()]);
     }
 
+    let nbd_request = |command: u16, offset: u64, length: u32| {
+        let head = [
+            &0x2560_9513u32.to_be_bytes()[..],
+            &[0, 0],
+            &command.to_be_bytes(),
+            &[1; 8],
+        ]
+        .concat();
+        [&head[..], &offset.to_be_bytes(), &length.to_be_bytes()].concat()
+    };
+    let option = |number: u32, data: &[u8]| {
+        let head = [
+            b"IHAVEOPT",
+            &number.to_be_bytes()[..],
+            &(data.len() as u32).to_be_bytes(),
+        ]
+        .concat();
+        [&head[..], data].concat()
+    };
+    let flags = 3u32.to_be_bytes();
+    let go = [&flags[..], &option(3, b""), &option(6, &[0; 6]), &option(7, &[0; 6])].concat();
+    let requests = [
+        nbd_request(0, 512, 4096),
+        nbd_request(1, 0, 2),
+        b"ab".to_vec(),
+        nbd_request(2, 0, 0),
+    ]
+    .concat();
+    seed("nbd", "go", &[&go, &requests]);
+    seed(
+        "nbd",
+        "export-name",
+        &[&flags, &option(1, b""), &nbd_request(5, 0, 4096)],
+    );
+    seed("nbd", "abort", &[&flags, &option(2, b"")]);
+
+    // Messages of a monitor: features, a queue, configuration, the end of the queue.
+    let message = |code: u32, payload: &[u8]| {
+        let head = [code, 1, payload.len() as u32].map(u32::to_ne_bytes).concat();
+        [&head[..], payload].concat()
+    };
+    let config = [0u32, 4, 0, 0].map(u32::to_ne_bytes).concat();
+    let mut messages = [
+        message(3, b""),
+        message(1, b""),
+        message(16, &(1u64 << 9).to_ne_bytes()),
+    ]
+    .concat();
+    messages.extend(
+        [
+            message(8, &[0, 0, 0, 0, 16, 0, 0, 0]),
+            message(24, &config),
+            message(11, &[0; 8]),
+        ]
+        .concat(),
+    );
+    seed("virtio", "messages", &[&[0], &messages]);
+    // A read in the memory of a guest: header, 512 bytes of data, status.
+    let mut memory = vec![0; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
+    for (index, (address, length, flags, next)) in [(0x800u64, 16u32, 1u16, 1u16), (0x900, 512, 3, 2), (0xc00, 1, 2, 0)]
+        .into_iter()
+        .enumerate()
+    {
+        let link = [flags.to_le_bytes(), next.to_le_bytes()].concat();
+        put(
+            16 * index,
+            &[&address.to_le_bytes()[..], &length.to_le_bytes(), &link].concat(),
+        );
+    }
+    put(0x102, &1u16.to_le_bytes());
+    seed("virtio", "read", &[&[1], &[0; 320], &memory]);
+
     for (name, text) in [
         (
             "bearer",

@@ -10,6 +10,7 @@ use crate::common::ocifs::{bounded, isolate};
 const COMMANDS: &[&[&str]] = &[
     &[],
     &["mount"],
+    &["disk"],
     &["umount"],
     &["list"],
     &["status"],

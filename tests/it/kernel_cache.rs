@@ -23,7 +23,7 @@ fn mounted() -> (TestRegistry, Ocifs, Mounted) {
     let registry = TestRegistry::start();
     push(&registry, "app", "1", &[Blob::gzip(&tar.finish())]);
     let ocifs = Ocifs::new();
-    let mount = ocifs.mount(&format!("{}/app:1", registry.host()));
+    let mount = ocifs.mount_with(&format!("{}/app:1", registry.host()), &["--via", "fuse"]);
     (registry, ocifs, mount)
 }
 

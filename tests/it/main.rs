@@ -9,6 +9,7 @@ mod common;
 mod content;
 mod damage;
 mod deadlines;
+mod disk;
 mod embedded;
 mod erofs;
 mod failures;

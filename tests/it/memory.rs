@@ -36,7 +36,7 @@ fn memory_keeps_what_was_read_last_and_no_more_than_it_may() {
         let ocifs = Ocifs::at(&file.path().join("store"));
         let mount = ocifs.mount_with(
             &format!("{}/app:1", registry.host()),
-            &["--memory", "1MiB", "--wait", "ready"],
+            &["--memory", "1MiB", "--wait", "ready", "--via", "fuse"],
         );
         let problem = mount.status()["problem"].clone();
         assert!(problem.as_str().is_some_and(|p| p.contains("store")), "{problem}");

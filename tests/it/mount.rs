@@ -186,10 +186,16 @@ fn signals_to_the_process_unmount() {
 fn a_killed_process_leaves_a_mount_that_is_dead_and_can_be_cleared() {
     let (_registry, image, _) = hello_image();
     let ocifs = Ocifs::new();
-    let mount = ocifs.mount(&image);
+    for (via, fs_type) in [("fuse", "fuse.ocifs"), ("erofs", "erofs")] {
+        kill_and_clear(&ocifs, &image, via, fs_type);
+    }
+}
+
+fn kill_and_clear(ocifs: &Ocifs, image: &str, via: &str, fs_type: &str) {
+    let mount = ocifs.mount_with(image, &["--via", via]);
     send(mount.pid, Signal::SIGKILL);
     eventually("the process is dead", || !alive(mount.pid));
-    assert_eq!(mounted_type(mount.path()).as_deref(), Some("fuse.ocifs"));
+    assert_eq!(mounted_type(mount.path()).as_deref(), Some(fs_type));
     let status = mount.status();
     assert_eq!(status["state"], "dead");
     assert!(status["problem"].as_str().unwrap().contains("ocifs umount"), "{status}");
@@ -206,7 +212,7 @@ fn a_killed_process_leaves_a_mount_that_is_dead_and_can_be_cleared() {
     assert!(!mount.registration().exists());
 
     let path = mount.path().to_str().unwrap();
-    ocifs.ok(["mount", "--wait", "ready", &image, path]);
+    ocifs.ok(["mount", "--wait", "ready", image, path]);
     assert_eq!(mount.read("hello"), b"hello, world\n");
     assert_eq!(mount.umount(&[]).code, Some(0));
 }
@@ -276,7 +282,8 @@ fn interrupting_a_waiting_mount_leaves_nothing() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        eventually("it is mounted", || mounted_type(path).is_some());
+        let is_listed = || ocifs.ok(["list"]).text().contains(path.to_str().unwrap());
+        eventually("it is registered", is_listed);
         let list = ocifs.ok(["list", "--json"]).json();
         let row = list
             .as_array()

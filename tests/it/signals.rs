@@ -24,6 +24,10 @@ struct Scene {
 impl Scene {
     /// Mounts an image without a timeout, from a registry that stops answering. The image has files `f0`...
     fn new() -> Self {
+        Self::via("fuse")
+    }
+
+    fn via(via: &str) -> Self {
         let registry = TestRegistry::start();
         let tar = (0..40).fold(Tar::new(), |tar, i| {
             let name = format!("f{i}");
@@ -34,7 +38,7 @@ impl Scene {
         push(&registry, "app", "1", std::slice::from_ref(&layer));
         let image = format!("{}/app:1", registry.host());
         let ocifs = Ocifs::with(&["--timeout", "never"]).learns(&image);
-        let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none"]);
+        let mount = ocifs.mount_with(&image, &["--wait", "ready", "--prefetch", "none", "--via", via]);
         registry.hold(&layer.path());
         Self {
             registry,
@@ -58,9 +62,16 @@ impl Scene {
 
 #[test]
 fn every_way_to_read_ends_with_a_fatal_signal() {
-    let scene = Scene::new();
+    for via in ["fuse", "erofs"] {
+        end_every_way_to_read(via);
+    }
+}
+
+fn end_every_way_to_read(via: &str) {
+    let scene = Scene::via(via);
     let mut file = 0;
-    for way in WAYS {
+    // The kernel's EROFS has no direct I/O on a file system that lies in a file.
+    for way in WAYS.into_iter().filter(|way| (*way, via) != ("direct", "erofs")) {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGKILL] {
             let reader = scene.reader(|path| Reader::start(way, path), file);
             file += 1;
@@ -91,6 +102,19 @@ fn a_program_that_handles_signals_gets_them_while_it_reads() {
     let ended = reader.end();
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert!(ended.took.unwrap() < Duration::from_secs(1) + SOON, "{ended:?}");
+}
+
+#[test]
+fn a_program_that_handles_signals_gets_its_bytes_from_erofs() {
+    let scene = Scene::via("erofs");
+    let reader = scene.reader(|path| Reader::start("alarm", path), 0);
+    // The alarm comes after a second. The process checks for signals several times within this pause.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(scene.waiting(), 1);
+    scene.registry.release();
+    let ended = reader.end();
+    assert!(ended.took.is_some(), "{ended:?}");
+    assert!(scene.mount.read("f0") == noise(1, FILE));
 }
 
 #[test]

@@ -2,12 +2,13 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, eventually, mounted_type, send, wait};
+use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, mounted_type, send, tool, wait};
 use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 256 << 10;
@@ -18,10 +19,16 @@ struct Scene {
     layer: Blob,
     _ocifs: Ocifs,
     mount: Mounted,
+    /// A directory that can be the upper layer of an overlay.
+    scratch: Tmpfs,
 }
 
 impl Scene {
     fn new(timeout: &str) -> Self {
+        Self::with(&["--via", "fuse"], timeout)
+    }
+
+    fn with(options: &[&str], timeout: &str) -> Self {
         let registry = TestRegistry::start();
         let layer = Blob::gzip(&Tar::new().file("f", noise(6, SIZE)).finish());
         push(&registry, "app", "1", std::slice::from_ref(&layer));
@@ -29,7 +36,7 @@ impl Scene {
         let ocifs = Ocifs::with(&["--timeout", timeout]);
         drop(ocifs.mount(&image));
         ocifs.ok(["cache", "drop"]);
-        let mount = ocifs.mount(&image);
+        let mount = ocifs.mount_with(&image, options);
         registry.clear_log();
         registry.hold(&layer.path());
         Self {
@@ -37,7 +44,50 @@ impl Scene {
             layer,
             _ocifs: ocifs,
             mount,
+            scratch: Tmpfs::new("4m"),
         }
+    }
+
+    /// A scene in which the kernel reads ahead and waits for the registry. No program waits for the bytes.
+    fn reading_ahead(options: &[&str], timeout: &str) -> Self {
+        const ADVISE: &str = "import os, sys
+file = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)";
+        let scene = Self::with(options, timeout);
+        // Not in this process: children that other tests start have all of its open files until they run their program.
+        tool(
+            "python3",
+            ["-c".as_ref(), ADVISE.as_ref(), scene.mount.join("f").as_os_str()],
+        );
+        scene.awaits_read();
+        eventually("the layer is asked for", || {
+            scene.registry.count(&scene.layer.path()) > 0
+        });
+        scene
+    }
+
+    fn awaits_read(&self) {
+        eventually("the read waits", || self.mount.status()["reads"]["waiting"] != 0);
+    }
+
+    /// Unmounts with success.
+    fn umount(&self, options: &[&str]) {
+        let said = self.mount.umount(options);
+        assert_eq!(said.code, Some(0), "{said:?}");
+    }
+
+    /// Lets more time pass than the process takes to find out that only unwanted reads are left.
+    fn outlasts_looks(&self) {
+        std::thread::sleep(Duration::from_secs(2));
+    }
+
+    /// Checks that nothing of the mount is left, although the registry has not answered.
+    fn assert_gone(&self) {
+        self.mount.assert_gone();
+        // A process that has ended may be a zombie. A thread that is still in the kernel would be listed beside it.
+        let threads = || std::fs::read_dir(format!("/proc/{}/task", self.mount.pid)).map_or(0, Iterator::count);
+        eventually("no thread of the process is left", || threads() <= 1);
+        assert_ne!(self.registry.count(&self.layer.path()), 0);
     }
 
     /// Starts a process whose read waits for the registry.
@@ -115,4 +165,112 @@ fn a_signal_to_the_process_ends_a_read_that_would_wait_for_ever() {
     send(scene.mount.pid, Signal::SIGTERM);
     assert!(!wait(&mut reader, "the reader").success());
     scene.mount.assert_gone();
+}
+
+/// Options that lead to different mounts.
+const WAYS: [&[&str]; 4] = [
+    &["--via", "fuse"],
+    &["--via", "erofs"],
+    &["--via", "fuse", "--writable"],
+    &["--via", "erofs", "--writable"],
+];
+
+/// The kernel's EROFS cannot be unmounted before all its reads have ended.
+#[test]
+fn readahead_that_nobody_waits_for_holds_up_no_unmount() {
+    for options in WAYS {
+        for lazy in [&[][..], &["--lazy"]] {
+            let scene = Scene::reading_ahead(options, "never");
+            scene.umount(lazy);
+            scene.assert_gone();
+        }
+    }
+}
+
+#[test]
+fn readahead_that_nobody_waits_for_holds_up_no_end_of_the_process() {
+    for options in WAYS {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            let scene = Scene::reading_ahead(options, "never");
+            send(scene.mount.pid, signal);
+            eventually("the process ends", || !alive(scene.mount.pid));
+            let said = scene.mount.umount(&[]);
+            assert_eq!(said.code == Some(0), signal == Signal::SIGKILL, "{options:?}: {said:?}");
+            scene.assert_gone();
+        }
+    }
+}
+
+#[test]
+fn readahead_that_nobody_waits_for_holds_up_no_unmount_of_a_stopped_process() {
+    for options in WAYS {
+        let scene = Scene::reading_ahead(options, "never");
+        send(scene.mount.pid, Signal::SIGSTOP);
+        scene.umount(&[]);
+        scene.assert_gone();
+    }
+}
+
+/// Over EROFS, another program's unmount waits for the reads, which end in time.
+#[test]
+fn readahead_that_nobody_waits_for_ends_in_time_when_another_program_unmounts() {
+    for options in WAYS {
+        let scene = Scene::reading_ahead(options, "2s");
+        let mut umount = Command::new("umount").arg(scene.mount.path()).spawn().unwrap();
+        assert!(wait(&mut umount, "umount").success(), "{options:?}");
+        scene.assert_gone();
+    }
+}
+
+/// Users keep a mount alive however long they wait, also if it is unmounted everywhere.
+#[test]
+fn a_reader_gets_its_bytes_after_a_lazy_unmount() {
+    for options in WAYS {
+        let scene = Scene::with(options, "never");
+        let mut reader = scene.reader();
+        scene.umount(&["--lazy"]);
+        scene.outlasts_looks();
+        assert!(
+            reader.try_wait().unwrap().is_none(),
+            "{options:?}: the reader still waits"
+        );
+        scene.registry.release();
+        assert!(wait(&mut reader, "the reader").success(), "{options:?}");
+        scene.mount.assert_gone();
+    }
+}
+
+/// An overlay of another program is a user that nobody can see.
+#[test]
+fn an_overlay_on_a_mount_keeps_it_alive() {
+    for via in ["fuse", "erofs"] {
+        let scene = Scene::with(&["--via", via], "never");
+        let [upper, work, merged] = ["upper", "work", "merged"].map(|name| {
+            let path = scene.scratch.path().join(name);
+            std::fs::create_dir(&path).unwrap();
+            path
+        });
+        let lower = scene.mount.path().display();
+        let overlay = format!(
+            "lowerdir={lower},upperdir={},workdir={}",
+            upper.display(),
+            work.display()
+        );
+        tool(
+            "mount",
+            ["-t", "overlay", "-o", &overlay, "overlay", merged.to_str().unwrap()],
+        );
+        let reading = std::thread::spawn({
+            let path = merged.join("f");
+            move || std::fs::read(path)
+        });
+        scene.awaits_read();
+        scene.umount(&[]);
+        scene.outlasts_looks();
+        assert!(alive(scene.mount.pid) && !reading.is_finished(), "{via}");
+        scene.registry.release();
+        assert!(reading.join().unwrap().unwrap() == noise(6, SIZE), "{via}");
+        tool("umount", [&merged]);
+        scene.mount.assert_gone();
+    }
 }

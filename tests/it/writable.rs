@@ -373,7 +373,7 @@ fn mount_options_reach_the_kernel() {
         let line = mount_line(mount.path());
         assert_eq!(line.split(' ').nth(5), Some(&*format!("{flags},noatime")), "{line}");
     }
-    let mount = ocifs.mount_with(&image, &[]);
+    let mount = ocifs.mount_with(&image, &["--via", "fuse"]);
     let line = mount_line(mount.path());
     assert!(
         line.contains("allow_other") && line.contains("default_permissions"),

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
+use crate::mount::doors::DiskDoors;
 use crate::mount::mountinfo::{self, MountEntry};
 use crate::mount::overlay;
+use crate::mount::path_bytes;
 use crate::mount::process::process_start;
 use crate::mount::standing::Standing;
 
@@ -24,21 +26,57 @@ pub struct MountRecord {
     pub image: String,
     /// Digest of the image's manifest.
     pub digest: String,
-    /// The mount point that the user gave.
-    #[serde(with = "path_bytes")]
+    /// The mount point that the user gave. For a disk, its first place ([`DiskDoors::places`]).
+    #[serde(with = "path_bytes::required")]
     pub mountpoint: PathBuf,
     /// Where the image itself is mounted. This is the mount point, or, for a writable mount until the overlay
     /// stands, a directory of its own.
-    #[serde(with = "path_bytes")]
+    #[serde(with = "path_bytes::required")]
     pub lower: PathBuf,
     /// Whether the mount is writable: an overlay lies on top of the image.
     pub writable: bool,
     /// The private upper directory to delete at the end.
-    #[serde(with = "optional_path_bytes")]
+    #[serde(with = "path_bytes::optional")]
     pub scratch: Option<PathBuf>,
     /// Identity of the mount at the mount point. `None` until it is made.
     #[serde(default)]
     pub standing: Option<Standing>,
+    /// What serves the directory tree.
+    #[serde(default)]
+    pub carrier: Carrier,
+    /// Where the disk is mounted until the kernel's EROFS holds it.
+    #[serde(default, with = "path_bytes::optional")]
+    pub disk_mount: Option<PathBuf>,
+    /// Where the disk can be reached, if the image is served as one.
+    #[serde(default)]
+    pub disk: Option<DiskDoors>,
+    /// How far the attachment is.
+    #[serde(default)]
+    pub phase: AttachPhase,
+}
+
+/// What serves a directory tree.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Carrier {
+    /// FUSE, and behind it the process.
+    #[default]
+    Fuse,
+    /// The kernel's EROFS. The process serves only the disk below it.
+    Erofs,
+}
+
+/// How far an attachment is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttachPhase {
+    /// The process will attach the image when it is ready.
+    Pending,
+    /// The image was attached. Another program may have unmounted it since.
+    #[default]
+    Attached,
+    /// The process has taken the disk away from new users, and serves those that are left.
+    Detached,
 }
 
 impl MountRecord {
@@ -54,24 +92,41 @@ impl MountRecord {
         process_start(self.pid) == Some(self.started)
     }
 
-    /// Whether any mount of this record exists in this mount namespace.
-    pub(in crate::mount) fn is_mounted(&self) -> io::Result<bool> {
-        Ok(self.mounts()?.next().is_some())
+    /// Whether this record occupies its places, provided that its process is alive.
+    pub(in crate::mount) fn is_in_use(&self) -> io::Result<bool> {
+        match (self.phase, &self.disk) {
+            (AttachPhase::Pending, _) => Ok(true),
+            (AttachPhase::Attached, Some(_)) => Ok(true),
+            (AttachPhase::Detached, _) => Ok(false),
+            (AttachPhase::Attached, None) => Ok(self.mounts()?.next().is_some()),
+        }
+    }
+
+    /// Whether a path is one of the places of this record.
+    pub(in crate::mount) fn is_at(&self, path: &Path) -> bool {
+        let places = self.disk.as_ref().map(DiskDoors::places).unwrap_or_default();
+        self.mountpoint == path || places.iter().any(|place| place == path)
     }
 
     /// Returns the mounts of this record in this mount namespace, the topmost first.
     pub(in crate::mount) fn mounts(&self) -> io::Result<impl Iterator<Item = MountEntry>> {
         let mut table = mountinfo::table()?;
         // The kernel may give the numbers of a mount that is gone to one of another program.
-        let by_ocifs = |mount: &MountEntry| mount.fs_type == "fuse.ocifs" || overlay::is_ours(mount);
+        let by_ocifs = |mount: &MountEntry| {
+            let by_erofs = self.carrier == Carrier::Erofs && mount.fs_type == "erofs";
+            mount.fs_type == "fuse.ocifs" || by_erofs || overlay::is_ours(mount)
+        };
         table.retain(|mount| match &self.standing {
             _ if !by_ocifs(mount) => false,
+            // A process that was killed may have left what is below its overlay or EROFS.
+            _ if Some(&mount.mountpoint) == self.disk_mount.as_ref() => true,
+            _ if self.lower != self.mountpoint && mount.mountpoint == self.lower => true,
             // A copy of the mount in another mount namespace has another id.
             Some(standing) => {
                 mount.is(standing) || (mount.device == standing.device && mount.mountpoint == self.mountpoint)
             }
             None => {
-                (mount.mountpoint == self.lower && mount.fs_type == "fuse.ocifs")
+                (mount.mountpoint == self.lower && !overlay::is_ours(mount))
                     || (self.writable && mount.mountpoint == self.mountpoint && overlay::is_ours(mount))
             }
         });
@@ -81,59 +136,14 @@ impl MountRecord {
     /// Whether the mount is gone from the mount namespace of its process. The process then goes on because the
     /// mount still has users.
     pub(in crate::mount) fn is_detached(&self) -> bool {
-        let Some(standing) = &self.standing else {
+        if self.phase == AttachPhase::Detached {
+            return true;
+        }
+        let Some(standing) = self.standing.as_ref().filter(|_| self.disk.is_none()) else {
             return false;
         };
         // If this process may not read the mount table of that process, it cannot tell.
         mountinfo::table_of(self.pid).is_ok_and(|table| !table.iter().any(|mount| mount.is(standing)))
-    }
-}
-
-/// Serializes a path. JSON text is Unicode, and a path need not be. A path that is not UTF-8 becomes an array of
-/// its bytes.
-mod path_bytes {
-    use std::ffi::OsString;
-    use std::os::unix::ffi::OsStringExt as _;
-    use std::path::{Path, PathBuf};
-
-    use serde::{Deserialize, Deserializer, Serialize as _, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        match path.to_str() {
-            Some(text) => serializer.serialize_str(text),
-            None => path.as_os_str().as_encoded_bytes().serialize(serializer),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Written {
-            Text(PathBuf),
-            Bytes(Vec<u8>),
-        }
-        Ok(match Written::deserialize(deserializer)? {
-            Written::Text(path) => path,
-            Written::Bytes(bytes) => OsString::from_vec(bytes).into(),
-        })
-    }
-}
-
-/// Serializes a path that may be missing, in the format of [`path_bytes`].
-mod optional_path_bytes {
-    use std::path::PathBuf;
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Serialize, Deserialize)]
-    struct Wrapped(#[serde(with = "super::path_bytes")] PathBuf);
-
-    pub(super) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        path.clone().map(Wrapped).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-        Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
     }
 }
 
@@ -155,6 +165,10 @@ mod tests {
             writable: true,
             scratch: Some(path(b"/store/\xff")),
             standing: None,
+            carrier: Carrier::Erofs,
+            disk_mount: Some(path(b"/run/\xff")),
+            disk: None,
+            phase: AttachPhase::Pending,
         };
         let json = serde_json::to_string(&record).unwrap();
         assert!(json.contains("\"/mnt/plain\""), "{json}");

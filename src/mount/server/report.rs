@@ -16,7 +16,8 @@ impl Mount {
         let link = self.image.as_ref().and_then(|image| image.link());
         let (done, total) = layer::progress(&layers);
         let preparing = self.image.is_none() && self.failure.is_none();
-        let seconds = (self.config.started.elapsed() - self.mounted).as_secs_f64();
+        let mounted = self.mounted.unwrap_or_default();
+        let seconds = (self.config.started.elapsed() - mounted).as_secs_f64();
         let stalled = preparing && self.stall.is_stalled();
         let rate = match stalled {
             true => Some(self.stall.rate()),
@@ -42,8 +43,10 @@ impl Mount {
                 None => self.problem(),
             },
             writable: record.writable,
+            via: record.carrier,
+            disk: record.disk.clone(),
             uptime: self.config.started.elapsed().as_secs_f64(),
-            mount_seconds: self.mounted.as_secs_f64(),
+            mount_seconds: mounted.as_secs_f64(),
             ready_seconds: self.ready.map(|d| d.as_secs_f64()),
             size,
             fetched,

@@ -83,6 +83,24 @@ fn a_process_leaves_a_later_mount_with_the_numbers_of_its_own_alone() {
     }
 }
 
+/// The kernel gives the numbers of a mount that is gone to the next one, also while the process of the former is alive.
+#[test]
+fn a_mount_that_lost_its_registration_is_not_taken_for_a_former_one() {
+    let (ocifs, image) = setup();
+    for _ in 0..8 {
+        let first = ocifs.mount(&image);
+        stop(&first);
+        umount2(first.path(), MntFlags::MNT_DETACH).unwrap();
+        let second = ocifs.mount(&image);
+        fs::remove_dir_all(second.registration()).unwrap();
+        let said = umount(&second, &[]);
+        assert_eq!((said.code, mounted_type(second.path())), (Some(0), None), "{said:?}");
+        send(first.pid, Signal::SIGCONT);
+        eventually("the first process has ended", || !alive(first.pid));
+        second.assert_gone();
+    }
+}
+
 #[test]
 fn stopped_processes_hold_up_nobody() {
     let (ocifs, image) = setup();
@@ -143,7 +161,7 @@ fn users_of_a_stopped_process_keep_what_they_have() {
     // When the process goes on, it does not carry out the umount request that had failed.
     send(mount.pid, Signal::SIGCONT);
     eventually("it answers", || row(mount.path())["state"] == "ready");
-    assert_eq!(mounted_type(mount.path()).as_deref(), Some("fuse.ocifs"));
+    assert!(mounted_type(mount.path()).is_some());
     stop(&mount);
     let said = umount(&mount, &["--lazy"]);
     assert_eq!(said.code, Some(0), "{said:?}");

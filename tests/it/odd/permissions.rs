@@ -141,9 +141,9 @@ fn expected() -> Vec<String> {
 #[test]
 fn access_control_lists_are_enforced_on_every_mount() {
     let (ocifs, image) = listed();
-    {
-        let mount = ocifs.mount(&image);
-        assert_eq!(readable(mount.path()), expected());
+    for via in ["fuse", "erofs"] {
+        let mount = ocifs.mount_with(&image, &["--wait", "ready", "--via", via]);
+        assert_eq!(readable(mount.path()), expected(), "{via}");
         let shown = tool("getfacl", ["-pcnE", mount.join("deny").to_str().unwrap()]);
         let shown = String::from_utf8(shown).unwrap();
         assert_eq!(
@@ -152,15 +152,17 @@ fn access_control_lists_are_enforced_on_every_mount() {
         );
         assert_eq!(fs::metadata(mount.join("other-mode")).unwrap().mode() & 0o7777, 0o640);
     }
-    let mount = ocifs.mount_with(&image, &["--wait", "ready", "--writable"]);
-    assert_eq!(readable(mount.path()), expected());
-    // Lists are copied up with their file, and can be changed.
-    fs::write(mount.join("grant"), "text\n").unwrap();
-    fs::write(mount.join("deny"), "text\n").unwrap();
-    assert_eq!(readable(mount.path()), expected());
-    let file = mount.join("grant");
-    tool("setfacl", ["-m", "u:1001:r", file.to_str().unwrap()]);
-    assert!(readable(mount.path()).contains(&"1001 reads grant".to_owned()));
+    for via in ["fuse", "erofs"] {
+        let mount = ocifs.mount_with(&image, &["--wait", "ready", "--writable", "--via", via]);
+        assert_eq!(readable(mount.path()), expected(), "{via}");
+        // Lists are copied up with their file, and can be changed.
+        fs::write(mount.join("grant"), "text\n").unwrap();
+        fs::write(mount.join("deny"), "text\n").unwrap();
+        assert_eq!(readable(mount.path()), expected(), "{via}");
+        let file = mount.join("grant");
+        tool("setfacl", ["-m", "u:1001:r", file.to_str().unwrap()]);
+        assert!(readable(mount.path()).contains(&"1001 reads grant".to_owned()), "{via}");
+    }
 }
 
 #[test]
@@ -298,8 +300,13 @@ fn mounts_can_be_id_mapped() {
         .raw(listed, b"text\n");
     let (ocifs, image) = image(vec![tar.finish()]);
     let mapped = Mapped::new();
-    for options in [&["--wait", "ready"][..], &["--wait", "ready", "--writable"]] {
-        let mount = ocifs.mount_with(&image, options);
+    for options in [
+        &["--via", "fuse"][..],
+        &["--via", "erofs"],
+        &["--via", "fuse", "--writable"],
+        &["--via", "erofs", "--writable"],
+    ] {
+        let mount = ocifs.mount_with(&image, &[&["--wait", "ready"], options].concat());
         let target = mountpoint();
         match bind_mapped(mount.path(), target.path(), &mapped.namespace()) {
             Ok(()) => {}
