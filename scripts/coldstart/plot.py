@@ -8,18 +8,17 @@ links: the time to ready as a multiple of the limit, on every link.
 import collections
 import json
 import math
+import pathlib
 import sys
 
-import matplotlib
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, bare, headings, ordered, save, words
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-INK, FAINT, LIMIT = "#1f2328", "#8c959f", "#bc4c00"
-OCIFS = {"first-contact": "#9fc9f3", "indexed": "#54a0e8", "profile": "#1f6fc4", "all": "#0b3d78"}
-GREYS = ["#b9bec4", "#9aa1a9", "#7d848c", "#c9cdd2", "#8b929a", "#6a7077"]
+OCIFS = dict(zip(("first-contact", "indexed", "profile", "all"), BLUES))
 NAMES = {
     "first-contact": "ocifs, image never seen",
     "indexed": "ocifs, image known",
@@ -39,11 +38,6 @@ def name(key):
     return system if mode == "lazy" else f"{system}, {mode}"
 
 
-def ordered(rows, field):
-    """Returns the values of a field in the order of their first row."""
-    return list(dict.fromkeys(field(row) for row in rows))
-
-
 def colours(keys):
     rivals = [key for key in keys if key[0] != "ocifs"]
     return {key: OCIFS[key[1]] if key[0] == "ocifs" else GREYS[rivals.index(key) % len(GREYS)] for key in keys}
@@ -51,19 +45,6 @@ def colours(keys):
 
 def seconds(value):
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def words(link):
-    if link == "loopback":
-        return link
-    rtt, rate = link.split("ms-")
-    return f"{rtt} ms, {rate.removesuffix('mbit')} Mbit/s"
-
-
-def bare(axes):
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, colors=INK)
 
 
 def draw_ready(rows, link):
@@ -97,7 +78,7 @@ def draw_ready(rows, link):
                 seconds(time) if k[0] == "ocifs" else f"{seconds(time)}  {name(k)}",
                 va="center",
                 fontsize=8,
-                color=INK if k[0] == "ocifs" else "#59636e",
+                color=INK if k[0] == "ocifs" else GREY,
             )
         axes.set_ylim(len(present) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.36)
@@ -113,10 +94,7 @@ def draw_ready(rows, link):
     for axes in list(grid.flat)[len(workloads) :]:
         axes.set_visible(False)
     handles = [Patch(color=colour[k], label=name(k)) for k in ours] + [Line2D([], [], color=LIMIT, linewidth=1.6, label="limit")]
-    figure.suptitle(f"Seconds from a cold host to ready, over {words(link)}", x=0.03, y=1 - 0.14 / height, ha="left", va="top",
-                    fontsize=14, fontweight="bold", color=INK)
-    figure.legend(handles=handles, loc="upper left", ncol=legend_columns, frameon=False, fontsize=9, handlelength=1.1,
-                  columnspacing=1.6, bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
+    headings(figure, f"Seconds from a cold host to ready, over {words(link)}", handles, legend_columns, height, handlelength=1.1)
     figure.subplots_adjust(left=0.03, right=0.985, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.15 / height, wspace=0.06,
                            hspace=0.42 / (0.2 + 0.235 * len(keys)))
     return figure
@@ -159,10 +137,7 @@ def draw_links(rows, main):
         axes.set_visible(False)
     handles = [Line2D([], [], color=colour[k], marker="o", markersize=4, label=name(k)) for k in keys]
     handles.append(Line2D([], [], color=LIMIT, linewidth=1.2, label="limit"))
-    figure.suptitle("Time to ready as a multiple of the limit, by link", x=0.03, y=1 - 0.14 / height, ha="left", va="top", fontsize=14,
-                    fontweight="bold", color=INK)
-    figure.legend(handles=handles, loc="upper left", ncol=min(4, columns + 1), frameon=False, fontsize=9, columnspacing=1.6,
-                  bbox_to_anchor=(0.02, 1 - 0.46 / height), labelcolor=INK)
+    headings(figure, "Time to ready as a multiple of the limit, by link", handles, min(4, columns + 1), height)
     figure.subplots_adjust(left=0.55 / (3.1 * columns), right=0.99, top=1 - (1.05 + 0.22 * legend) / height, bottom=0.55 / height,
                            wspace=0.1, hspace=0.3)
     return figure
@@ -180,12 +155,9 @@ def main():
     if len(sys.argv) != 4 or sys.argv[1] not in ("ready", "links"):
         sys.exit(__doc__)
     _, what, link, out = sys.argv
-    plt.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "ocifs", "svg.fonttype": "path"})
     rows = [json.loads(line) for line in sys.stdin]
     figure = (draw_ready if what == "ready" else draw_links)(rows, link)
-    # Without dates, equal results give equal files.
-    metadata = {"Date": None} if out.endswith(".svg") else {"Software": None}
-    figure.savefig(out, dpi=160, facecolor="white", metadata=metadata)
+    save(figure, out)
 
 
 if __name__ == "__main__":
