@@ -42,6 +42,7 @@ mod windows;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
 
 use futures::FutureExt as _;
 use tokio::runtime::Handle;
@@ -122,9 +123,11 @@ struct FlightFailure {
     error: LayerError,
     /// The counters of the view that started the flight, and whose source the flight asked.
     of: Arc<LayerStats>,
+    /// When the flight was started.
+    began: Instant,
 }
 
-type Landing = Result<Landed, FlightFailure>;
+type Landing = Result<Landed, Box<FlightFailure>>;
 
 /// A layer as one mount uses it. All mounts of the layer share its data. Each mount has its own source, statistics,
 /// recorder and guesses.
@@ -251,6 +254,7 @@ impl Layer {
     /// Fills `buf`, which must be zeros, from device offset `offset`, and fetches missing spans. Cancel safe: a
     /// dropped read leaves its flights running.
     pub async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
+        let began = Instant::now();
         if let Some(content) = self.spans().content(offset..offset + buf.len() as u64) {
             self.note(&content);
             let ahead = self.touch(&content);
@@ -261,7 +265,7 @@ impl Layer {
             self.read_ahead_of(ahead);
             for spans in self.spans_with_content(&content) {
                 for span in spans {
-                    self.copy_span(span, offset, buf).await?;
+                    self.copy_span(span, offset, buf, began).await?;
                 }
             }
         }
@@ -296,8 +300,15 @@ impl Layer {
         stretches
     }
 
-    /// Copies the bytes that `span` has of the device from `offset` on to their place in `buf`.
-    async fn copy_span(self: &Arc<Self>, span: u32, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
+    /// Copies the bytes that `span` has of the device from `offset` on to their place in `buf`, for a read that began at
+    /// `began`.
+    async fn copy_span(
+        self: &Arc<Self>,
+        span: u32,
+        offset: u64,
+        buf: &mut [u8],
+        began: Instant,
+    ) -> Result<(), LayerError> {
         let range = self.spans().device_range(span);
         let (from, to) = (range.start.max(offset), range.end.min(offset + buf.len() as u64));
         if from >= to {
@@ -318,7 +329,7 @@ impl Layer {
             if tokio::task::block_in_place(|| self.data.read_device(from, target)) {
                 return Ok(());
             }
-            match self.wait(span).await? {
+            match self.wait(span, began).await? {
                 Landed::Bytes(bytes) => {
                     // The failed read of the device may have left bytes between the pieces.
                     target.fill(0);
@@ -333,8 +344,9 @@ impl Layer {
         }
     }
 
-    /// Returns the decoded bytes of a span from memory or from its flight, and starts a flight if there is none.
-    async fn wait(self: &Arc<Self>, span: u32) -> Result<Landed, LayerError> {
+    /// Returns the decoded bytes of a span from memory or from its flight, and starts a flight if there is none. `began` is
+    /// when the read began.
+    async fn wait(self: &Arc<Self>, span: u32, began: Instant) -> Result<Landed, LayerError> {
         let Some(mut flight) = self.want(span..span + 1) else {
             return match self.data.context.memory.get(self.digest(), span) {
                 Some(bytes) => Ok(Landed::Bytes(bytes)),
@@ -343,25 +355,28 @@ impl Layer {
         };
         let landed = flight.wait_for(Option::is_some).await.map_err(|_| self.closed())?;
         let landing = landed.clone().expect("waited for a value");
-        self.landed(landing)
+        self.landed(landing, began)
     }
 
-    /// Returns what a flight delivered. A failure of another image's flight says nothing about the source of this
-    /// image, so the reader looks again, and then asks this source.
-    fn landed(&self, landing: Landing) -> Result<Landed, LayerError> {
+    /// Returns what a flight delivered to a read that began at `began`. Some failures are no answer to the read, which then
+    /// looks again, and asks the source itself:
+    /// - A failure of another image's flight says nothing about the source of this image.
+    /// - A flight that began before the read had given up waiting before the read's own time was over.
+    fn landed(&self, landing: Landing, began: Instant) -> Result<Landed, LayerError> {
         match landing {
             Ok(landed) => Ok(landed),
-            Err(failure) if Arc::ptr_eq(&failure.of, &self.stats) => Err(failure.error),
+            Err(failure) if Arc::ptr_eq(&failure.of, &self.stats) && failure.began >= began => Err(failure.error),
             Err(_) => Ok(Landed::LookAgain),
         }
     }
 
-    /// Makes the landing of spans whose flight, started by this view, failed.
-    fn failed(&self, error: LayerError) -> Landing {
-        Err(FlightFailure {
+    /// Makes the landing of spans whose flight, started by this view at `began`, failed.
+    fn failed(&self, error: LayerError, began: Instant) -> Landing {
+        Err(Box::new(FlightFailure {
             error,
             of: self.stats.clone(),
-        })
+            began,
+        }))
     }
 
     fn closed(&self) -> LayerError {
@@ -405,7 +420,7 @@ impl Layer {
             let run = match runs.last_mut() {
                 Some(run) if run.spans.end == group.start => run,
                 _ => {
-                    let lost = self.failed(self.closed());
+                    let lost = self.failed(self.closed(), Instant::now());
                     runs.push(Run::new(self.clone(), group.start, board.claim(lost)));
                     runs.last_mut().expect("just added")
                 }

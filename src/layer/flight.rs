@@ -38,6 +38,7 @@ pub(super) struct Run {
     pub(super) claim: Claim<Landing>,
     /// The spans that were left to another process.
     left: Vec<u32>,
+    began: Instant,
 }
 
 impl Run {
@@ -49,6 +50,7 @@ impl Run {
             needed: Vec::new(),
             claim,
             left: Vec::new(),
+            began: Instant::now(),
         }
     }
 
@@ -90,7 +92,7 @@ pub(super) fn start(mut run: Run, pass: impl Future<Output = Arc<Pass>> + Send +
         if let Err(error) = &outcome {
             // Readers that wait for these spans report the error. Without readers, the error affects no program.
             tracing::debug!(%error, spans = ?run.spans, "cannot fetch");
-            run.claim.land_all(&run.layer.failed(error.clone()));
+            run.claim.land_all(&run.layer.failed(error.clone(), run.began));
         }
         outcome.map(|()| run.left)
     })

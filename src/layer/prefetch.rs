@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{Flown, Landed, Layer, LayerError, flight};
 use crate::fetch::{Priority, SpanTouch, Spans as _};
@@ -152,12 +153,13 @@ impl Layer {
     /// Waits until a span is local, whichever process fetches it. Without a disk that keeps it, waits until a flight
     /// has delivered it.
     pub(crate) async fn await_span(self: &Arc<Self>, span: u32) -> Result<(), LayerError> {
+        let began = Instant::now();
         while let Some(mut flight) = self.want(span..span + 1) {
             // The flight first announces the bytes. The flight ends when the span is on the device, if the span can
             // be kept at all.
             while flight.changed().await.is_ok() {}
             let landing = flight.borrow().clone();
-            match landing.map(|landing| self.landed(landing)).transpose()? {
+            match landing.map(|landing| self.landed(landing, began)).transpose()? {
                 Some(Landed::Bytes(_)) => break,
                 Some(Landed::LookAgain) | None => {}
             }

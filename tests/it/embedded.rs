@@ -14,7 +14,7 @@ use ocifs::store::Store;
 use ocifs::tree::LayerIdx;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::Ocifs;
+use crate::common::ocifs::{Ocifs, PATIENCE};
 use crate::common::registry::{Fault, TestRegistry};
 
 const SIZE: usize = 3 << 20;
@@ -126,4 +126,47 @@ async fn trouble_with_the_registry_of_one_image_does_not_disturb_another_image()
     let (from_one, from_two) = tokio::join!(try_read(&one, "shared"), try_read(&two, "shared"));
     assert!(from_one.is_err());
     assert!(from_two.unwrap() == noise(1, SIZE));
+}
+
+/// A failure answers only reads that began before their request did.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_joins_an_earlier_request_does_not_share_its_failure() {
+    let registry = TestRegistry::start();
+    // Both files are in one span, so one request brings both.
+    let layer = Blob::gzip(&Tar::new().file("a", noise(1, 4096)).file("b", noise(2, 4096)).finish());
+    let ocifs = Ocifs::new();
+    push(&registry, "app", "1", std::slice::from_ref(&layer));
+    drop(ocifs.mount(&format!("{}/app:1", registry.host())));
+    ocifs.ok(["cache", "drop"]);
+    let context = LayerContext::new(Store::open(ocifs.store()).unwrap(), 64 << 20, 1 << 30);
+    let (fs, content) = open(&registry, "app", &context).await;
+    registry.clear_log();
+    registry.hold(&layer.path());
+    registry.fault(&layer.path(), usize::MAX, Fault::status(404));
+    let (first, second) = {
+        let joining = async {
+            // A request gets the answer of its time of arrival.
+            reach(|| registry.count(&layer.path()) > 0).await;
+            let second = try_read(&fs, "b");
+            let releasing = async {
+                reach(|| content.reads().waiting == 2).await;
+                registry.clear_faults();
+                registry.release();
+            };
+            tokio::join!(second, releasing).0
+        };
+        tokio::join!(try_read(&fs, "a"), joining)
+    };
+    assert!(first.is_err());
+    assert!(second.unwrap() == noise(2, 4096));
+}
+
+/// Waits until `done` returns true, at most for [`PATIENCE`].
+async fn reach(done: impl Fn() -> bool) {
+    let reaching = async {
+        while !done() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, reaching).await.unwrap();
 }
