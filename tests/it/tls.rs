@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,7 +11,7 @@ use base64::Engine as _;
 use crate::common::docker_registry::{DockerRegistry, Setup, listening_port, skopeo_copy};
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::oci_layout;
-use crate::common::ocifs::{Ocifs, Said, eventually, tool};
+use crate::common::ocifs::{Ocifs, Running, Said, eventually, tool};
 use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 200_000;
@@ -298,28 +298,16 @@ fn site(directory: &Path) -> PathBuf {
     directory.join("site")
 }
 
-/// A server process on a port of its choice. Dropping it kills the process.
-struct Process(Child);
-
-impl Process {
-    fn start(command: &mut Command) -> (Self, String) {
-        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = Self(quiet.spawn().unwrap());
-        let mut port = None;
-        eventually("the server listens", || {
-            port = listening_port(process.0.id());
-            port.is_some()
-        });
-        let host = format!("127.0.0.1:{}", port.unwrap());
-        (process, host)
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
+/// Starts a server on a port of its choice. Returns it and its address.
+fn serve(command: &mut Command) -> (Running, String) {
+    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let server = Running(quiet.spawn().unwrap());
+    let mut port = None;
+    eventually("the server listens", || {
+        port = listening_port(server.0.id());
+        port.is_some()
+    });
+    (server, format!("127.0.0.1:{}", port.unwrap()))
 }
 
 #[test]
@@ -351,7 +339,7 @@ fn keys_are_exchanged_over_every_curve_that_others_know() {
                 .arg("-key")
                 .arg(&certificate.key)
                 .current_dir(&site);
-            let (_server, host) = Process::start(&mut command);
+            let (_server, host) = serve(&mut command);
             let ocifs = Ocifs::with(&["--ca", certificate.authority.to_str().unwrap()]);
             let said = ocifs.run(["inspect", &format!("{host}/app:1")]);
             assert_eq!(said.code, Some(0), "{version} {group}: {said:?}");
@@ -420,7 +408,7 @@ fn servers_that_read_lines_are_found_to_be_plain() {
     command
         .args(["-m", "http.server", "--bind", "127.0.0.1", "0"])
         .current_dir(site(directory.path()));
-    let (_server, host) = Process::start(&mut command);
+    let (_server, host) = serve(&mut command);
     // The timeout is well below the time after which a connection is given up.
     let ocifs = Ocifs::with(&["--timeout", "3s"]);
     accepted("python's server", &ocifs.run(["cat", &format!("{host}/app:1"), "f"]));

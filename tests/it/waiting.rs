@@ -1,5 +1,6 @@
 //! Reads that wait for a registry that does not answer, and how they end.
 
+use std::io::BufRead as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -8,7 +9,9 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, mounted_type, send, tool, wait};
+use crate::common::ocifs::{
+    Mounted, Ocifs, Running, Tmpfs, alive, eventually, mounted_type, send, tool, until_not_copied, wait,
+};
 use crate::common::registry::TestRegistry;
 
 const SIZE: usize = 256 << 10;
@@ -21,6 +24,8 @@ struct Scene {
     mount: Mounted,
     /// A directory that can be the upper layer of an overlay.
     scratch: Tmpfs,
+    /// The process for which the kernel reads ahead.
+    ahead: Option<Running>,
 }
 
 impl Scene {
@@ -45,6 +50,7 @@ impl Scene {
             _ocifs: ocifs,
             mount,
             scratch: Tmpfs::new("4m"),
+            ahead: None,
         }
     }
 
@@ -52,13 +58,21 @@ impl Scene {
     fn reading_ahead(options: &[&str], timeout: &str) -> Self {
         const ADVISE: &str = "import os, sys
 file = os.open(sys.argv[1], os.O_RDONLY)
-os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)";
-        let scene = Self::with(options, timeout);
-        // Not in this process: children that other tests start have all of its open files until they run their program.
-        tool(
-            "python3",
-            ["-c".as_ref(), ADVISE.as_ref(), scene.mount.join("f").as_os_str()],
-        );
+os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+os.close(file)
+print('closed', flush=True)
+sys.stdin.read()";
+        let mut scene = Self::with(options, timeout);
+        // This process does not do it itself: children that other tests start have all of its open files until they run
+        // their program. The child stays, because reads for a thread that is gone end at once.
+        let mut child = Command::new("python3");
+        child.args(["-c", ADVISE]).arg(scene.mount.join("f"));
+        let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = String::new();
+        let output = child.stdout.as_mut().unwrap();
+        std::io::BufReader::new(output).read_line(&mut said).unwrap();
+        assert_eq!(said, "closed\n");
+        scene.ahead = Some(Running(child));
         scene.awaits_read();
         eventually("the layer is asked for", || {
             scene.registry.count(&scene.layer.path()) > 0
@@ -206,7 +220,8 @@ fn readahead_that_nobody_waits_for_holds_up_no_unmount_of_a_stopped_process() {
     for options in WAYS {
         let scene = Scene::reading_ahead(options, "never");
         send(scene.mount.pid, Signal::SIGSTOP);
-        scene.umount(&[]);
+        let said = until_not_copied(|| scene.mount.umount(&[]));
+        assert_eq!(said.code, Some(0), "{said:?}");
         scene.assert_gone();
     }
 }

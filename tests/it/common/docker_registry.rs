@@ -2,9 +2,9 @@
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use super::ocifs::eventually;
+use super::ocifs::{Running, eventually};
 
 /// Settings of the registry.
 #[derive(Debug, Clone, Default)]
@@ -29,7 +29,7 @@ pub struct TokenSetup {
 
 /// A running registry.
 pub struct DockerRegistry {
-    child: Child,
+    process: Running,
     port: u16,
     directory: tempfile::TempDir,
 }
@@ -50,14 +50,14 @@ impl DockerRegistry {
             .spawn()
             .unwrap_or_else(|e| panic!("tests with a real registry need docker-registry (docker-registry): {e}"));
         let mut registry = Self {
-            child,
+            process: Running(child),
             port: 0,
             directory,
         };
         eventually("docker-registry listens", || {
-            let ended = registry.child.try_wait().unwrap();
+            let ended = registry.process.0.try_wait().unwrap();
             assert!(ended.is_none(), "docker-registry ended: {}", registry.log());
-            registry.port = listening_port(registry.child.id()).unwrap_or(0);
+            registry.port = listening_port(registry.process.0.id()).unwrap_or(0);
             registry.port != 0
         });
         registry
@@ -71,13 +71,6 @@ impl DockerRegistry {
     /// Returns the registry's log, with its requests.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap()
-    }
-}
-
-impl Drop for DockerRegistry {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
     }
 }
 

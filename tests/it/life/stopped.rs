@@ -12,7 +12,9 @@ use nix::sys::signal::Signal;
 use super::namespaces::inside;
 use super::{plain, problem, quick, row, rows, setup, umount};
 use crate::common::layers::{Blob, Tar, push};
-use crate::common::ocifs::{Mounted, Ocifs, PATIENCE, Said, alive, eventually, mounted_type, send, wait};
+use crate::common::ocifs::{
+    Mounted, Ocifs, PATIENCE, Said, alive, eventually, mounted_type, send, until_not_copied, wait,
+};
 use crate::common::registry::TestRegistry;
 
 fn stop(mount: &Mounted) {
@@ -23,18 +25,9 @@ fn stop(mount: &Mounted) {
     });
 }
 
-/// `umount` of a mount whose process is stopped. Tries again while the mount namespace of another test has a copy of the mount,
-/// which it has for a moment.
+/// `umount` of a mount whose process is stopped.
 fn end(mount: &Mounted, options: &[&str]) -> Said {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let said = umount(mount, options);
-        let told = [said.text(), &said.stderr].concat();
-        if !told.contains("another mount namespace has it") {
-            return said;
-        }
-        assert!(Instant::now() < deadline, "{said:?}");
-    }
+    until_not_copied(|| umount(mount, options))
 }
 
 #[test]
