@@ -241,10 +241,27 @@ const UNMOUNT_LOOK: Duration = Duration::from_millis(100);
 /// a busy machine.
 const UNMOUNT_LIMIT: Duration = Duration::from_secs(1);
 
+/// Time for which a mount that is in use is tried again. Whoever looks at a mount, such as another `ocifs` command, uses it
+/// for a moment. A larger value delays the error for a mount that is really in use; a smaller one reports such a moment.
+const MOMENT: Duration = Duration::from_millis(250);
+/// Time between two attempts within [`MOMENT`].
+const AGAIN: Duration = Duration::from_millis(10);
+
 /// Detaches the mount `mount`, wherever it has been moved, and no other mount. With `lazy`, detaches it at once,
 /// even if it is in use. Succeeds if the mount is already gone. A caller that does not care when the kernel has finished
 /// may drop the result.
 pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<Unmount, KernelMountError> {
+    let until = Instant::now() + MOMENT;
+    loop {
+        match try_unmount(mount, lazy) {
+            Err(KernelMountError::Busy { .. }) if Instant::now() < until => std::thread::sleep(AGAIN),
+            result => return result,
+        }
+    }
+}
+
+/// Does the work of [`unmount`] once.
+fn try_unmount(mount: &Standing, lazy: bool) -> Result<Unmount, KernelMountError> {
     let unreadable = |source| KernelMountError::Unmount {
         mountpoint: PathBuf::from("/proc/self/mountinfo"),
         source,

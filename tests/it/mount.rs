@@ -5,11 +5,13 @@ mod store;
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
@@ -239,6 +241,31 @@ fn a_busy_mount_says_so_and_a_lazy_unmount_keeps_open_files_readable() {
     assert!(bytes == noise(10, 512 << 10));
     drop(file);
     mount.assert_gone();
+}
+
+/// Other commands and programs look at a mount, and so use it for a moment.
+#[test]
+fn a_look_at_a_mount_does_not_make_it_busy() {
+    let (_registry, image, _layer) = hello_image();
+    let ocifs = Ocifs::new();
+    for _ in 0..16 {
+        let mount = ocifs.mount(&image);
+        let look = || {
+            let held = File::options().read(true).custom_flags(libc::O_PATH).open(mount.path());
+            std::thread::sleep(Duration::from_millis(5));
+            drop(held);
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let said = std::thread::scope(|scope| {
+            let unmounting = scope.spawn(|| mount.umount(&[]));
+            while !unmounting.is_finished() {
+                look();
+            }
+            unmounting.join().unwrap()
+        });
+        assert_eq!(said.code, Some(0), "{said:?}");
+        mount.assert_gone();
+    }
 }
 
 #[test]
