@@ -1,5 +1,8 @@
 """What the plots of the benchmarks have in common."""
 
+import json
+import sys
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -43,3 +46,10 @@ def save(figure, out):
     """Writes an .svg or .png, without a date."""
     metadata = {"Date": None} if out.endswith(".svg") else {"Software": None}
     figure.savefig(out, dpi=160, facecolor="white", metadata=metadata)
+
+
+def main(usage, draw):
+    """Draws the rows of standard input, one JSON object a line, into the file that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit(usage)
+    save(draw([json.loads(line) for line in sys.stdin]), sys.argv[1])

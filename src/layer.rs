@@ -361,7 +361,7 @@ impl Layer {
     /// Returns what a flight delivered to a read that began at `began`. Some failures are no answer to the read, which then
     /// looks again, and asks the source itself:
     /// - A failure of another image's flight says nothing about the source of this image.
-    /// - A flight that began before the read had given up waiting before the read's own time was over.
+    /// - A flight that began before the read gives up earlier than the read may.
     fn landed(&self, landing: Landing, began: Instant) -> Result<Landed, LayerError> {
         match landing {
             Ok(landed) => Ok(landed),

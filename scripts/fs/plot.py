@@ -5,12 +5,11 @@ Each operation has a panel for each state. A bar is a system's time as a ratio t
 mark is the same with another number of threads.
 """
 
-import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, bare, headings, ordered, save
+from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, bare, headings, main, ordered
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
@@ -74,11 +73,5 @@ def draw(rows):
     return figure
 
 
-def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    save(draw([json.loads(line) for line in sys.stdin]), sys.argv[1])
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, draw)

@@ -4,12 +4,11 @@
 For each program it draws what every door and state adds to the time with a local file.
 """
 
-import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from plots import BLUES, FAINT, GREYS, INK, bare, headings, ordered, save, words
+from plots import BLUES, FAINT, GREYS, INK, bare, headings, main, ordered, words
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
@@ -46,11 +45,5 @@ def draw(rows):
     return figure
 
 
-def main():
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    save(draw([json.loads(line) for line in sys.stdin]), sys.argv[1])
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, draw)

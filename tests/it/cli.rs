@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::layers::{Blob, Tar, header, noise, push};
-use crate::common::ocifs::{Ocifs, bounded, isolate, mountpoint, tool};
+use crate::common::ocifs::{Ocifs, bounded, isolate, mountpoint, tool, unmount};
 use crate::common::registry::TestRegistry;
 
 fn layers() -> [Blob; 2] {
@@ -255,7 +255,7 @@ fn an_exported_disk_is_the_mount() {
         ],
     );
     let kernel = std::panic::catch_unwind(|| (dump(&root), inodes(&root)));
-    tool("umount", [&root]);
+    unmount(&root);
     let (tree, numbers) = kernel.unwrap();
     assert_eq!(tree, dump(mount.path()));
     // The inode numbers are equal too: both come from the tree. (The root of FUSE always has number 1.)

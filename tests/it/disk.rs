@@ -11,7 +11,7 @@ use crate::common::disk::{ServedDisk, text};
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::nbd::NbdClient;
 use crate::common::oci_layout;
-use crate::common::ocifs::{Ocifs, tool};
+use crate::common::ocifs::{Ocifs, tool, unmount};
 use crate::common::registry::TestRegistry;
 
 /// Bytes of the largest file.
@@ -127,7 +127,7 @@ fn the_file_is_a_plain_file() {
         ["-t", "erofs", "-o", "loop,ro", text(&disk.file()), text(target.path())],
     );
     let content = std::fs::read(target.path().join("big"));
-    tool("umount", [target.path()]);
+    unmount(target.path());
     assert!(content.unwrap() == noise(2, BIG));
 }
 

@@ -15,7 +15,7 @@ use nix::libc;
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
-use crate::common::ocifs::{Mounted, Ocifs, alive, eventually, mounted_type, mountpoint, send, tool, wait};
+use crate::common::ocifs::{Mounted, Ocifs, alive, eventually, mounted_type, mountpoint, send, tool, unmount, wait};
 use crate::common::registry::{Fault, TestRegistry};
 
 /// Returns a layer with files `f0`.. of 512 KiB each. `seed` determines their content.
@@ -273,7 +273,7 @@ fn umount_by_other_programs_ends_the_process() {
     let (registry, image, layer) = hello_image();
     let ocifs = Ocifs::new();
     let mount = ocifs.mount(&image);
-    tool("umount", [mount.path()]);
+    unmount(mount.path());
     mount.assert_gone();
     // Unmounting also ends a process whose mount does not answer yet.
     let other = Ocifs::new();

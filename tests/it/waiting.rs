@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{
-    Mounted, Ocifs, Running, Tmpfs, alive, eventually, mounted_type, send, tool, until_not_copied, wait,
+    Mounted, Ocifs, Running, Tmpfs, alive, eventually, mounted_type, send, tool, unmount, until_not_copied, wait,
 };
 use crate::common::registry::TestRegistry;
 
@@ -285,7 +285,7 @@ fn an_overlay_on_a_mount_keeps_it_alive() {
         assert!(alive(scene.mount.pid) && !reading.is_finished(), "{via}");
         scene.registry.release();
         assert!(reading.join().unwrap().unwrap() == noise(6, SIZE), "{via}");
-        tool("umount", [&merged]);
+        unmount(&merged);
         scene.mount.assert_gone();
     }
 }

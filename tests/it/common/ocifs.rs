@@ -114,6 +114,19 @@ pub fn until_not_copied(mut unmount: impl FnMut() -> Said) -> Said {
     }
 }
 
+/// Unmounts like umount(8). Tries again while the mount is in use: children that other tests start have all open files of this
+/// process until they run their program.
+pub fn unmount(path: impl AsRef<Path>) {
+    poll(|| {
+        let said = bounded(Command::new("umount").arg(path.as_ref()));
+        match said.code {
+            Some(0) => Ok(()),
+            _ if said.stderr.contains("busy") => Err(said.stderr),
+            _ => panic!("{said:?}"),
+        }
+    });
+}
+
 /// A process that goes on until it is dropped, which kills it.
 pub struct Running(pub Child);
 

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use super::{plain, quick, row, setup};
 use crate::common::layers::{Blob, Tar, push};
 use crate::common::namespace::LEAVE_OTHERS;
-use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, send, tool, wait};
+use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, send, tool, unmount, wait};
 use crate::common::registry::TestRegistry;
 
 #[test]
@@ -185,7 +185,7 @@ fn a_covered_dead_mount_is_not_forgotten() {
     let said = quick(plain().arg("umount").arg(mount.path()));
     assert!(said.code == Some(1) && said.stderr.contains("covered"), "{said:?}");
     assert_eq!(mounted_type(mount.path()).as_deref(), Some("tmpfs"));
-    tool("umount", [mount.path()]);
+    unmount(mount.path());
     assert_eq!(mount.umount(&[]).code, Some(0));
     mount.assert_gone();
 }

@@ -9,7 +9,9 @@ use nix::sys::signal::Signal;
 
 use super::{plain, problem, quick, row, rows, setup, umount};
 use crate::common::namespace::LEAVE_OTHERS;
-use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, program, send, tool, wait};
+use crate::common::ocifs::{
+    Ocifs, alive, bounded, eventually, mounted_type, mountpoint, program, send, tool, unmount, wait,
+};
 
 /// Starts a shell in a mount namespace of its own. The test writes lines to the shell.
 pub(super) fn inside(script: &str, path: &Path) -> Child {
@@ -87,7 +89,7 @@ fn a_mount_that_others_unmounted_stays_known_as_well() {
     let (ocifs, image) = setup();
     let mount = ocifs.mount(&image);
     let mut user = inside("echo in; read line", mount.path());
-    tool("umount", [mount.path()]);
+    unmount(mount.path());
     assert_eq!(row(mount.path())["state"], "detached");
     drop(user.stdin.take());
     user.wait().unwrap();
@@ -102,7 +104,7 @@ fn a_mount_that_others_unmounted_stays_known_as_well() {
     let seen = row(mount.path());
     assert!(problem(&seen).contains(copy.path().to_str().unwrap()), "{seen}");
     drop(file);
-    tool("umount", [copy.path()]);
+    unmount(copy.path());
     mount.assert_gone();
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::hello_image;
-use crate::common::ocifs::{Ocifs, mounted_type, mountpoint, tool};
+use crate::common::ocifs::{Ocifs, mounted_type, mountpoint, tool, unmount};
 
 #[test]
 fn a_mount_point_can_be_used_again_at_once() {
@@ -17,7 +17,7 @@ fn a_mount_point_can_be_used_again_at_once() {
             std::fs::read(directory.path().join("hello")).unwrap(),
             b"hello, world\n"
         );
-        tool("umount", [path]);
+        unmount(path);
     }
     ocifs.ok(["mount", "--wait", "ready", &image, path]);
     ocifs.ok(["umount", path]);
@@ -58,7 +58,7 @@ fn what_others_mount_is_left_alone() {
     let said = mount.umount(&[]);
     assert!(said.code == Some(1) && said.stderr.contains("covered"), "{said:?}");
     assert_eq!(mounted_type(mount.path()).as_deref(), Some("tmpfs"));
-    tool("umount", [path]);
+    unmount(path);
     assert_eq!(mount.read("hello"), b"hello, world\n");
     assert_eq!(mount.umount(&[]).code, Some(0));
     mount.assert_gone();

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use super::image;
 use crate::common::layers::{Tar, header};
-use crate::common::ocifs::{Ocifs, bounded, eventually, mountpoint, tool};
+use crate::common::ocifs::{Ocifs, bounded, eventually, mountpoint, tool, unmount};
 
 const NOBODY: u32 = u32::MAX;
 const ACCESS: &str = "SCHILY.xattr.system.posix_acl_access";
@@ -181,7 +181,7 @@ fn the_kernels_erofs_enforces_the_same_lists() {
     let path = directory.path().to_str().unwrap();
     tool("mount", ["-t", "erofs", "-o", "loop,ro", disk.to_str().unwrap(), path]);
     let seen = readable(directory.path());
-    tool("umount", [path]);
+    unmount(path);
     assert_eq!(seen, expected());
 }
 
@@ -333,7 +333,7 @@ fn mounts_can_be_id_mapped() {
             reads(101_000, "listed"),
             reads(1000, "listed"),
         ];
-        tool("umount", [target.path()]);
+        unmount(target.path());
         assert_eq!(owners, [(100_000, 100_000), (101_000, 101_001)]);
         assert_eq!(access, [true, false, true, false]);
     }

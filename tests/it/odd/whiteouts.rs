@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::image;
 use crate::common::layers::{Tar, header};
-use crate::common::ocifs::{mountpoint, tool};
+use crate::common::ocifs::{mountpoint, tool, unmount};
 
 const LINK: tar::EntryType = tar::EntryType::Link;
 const SYMLINK: tar::EntryType = tar::EntryType::Symlink;
@@ -51,7 +51,7 @@ fn an_overlays_upper_directory_deletes_as_the_overlay_did() {
     }
     fs::write(merged.join("b"), "new\n").unwrap();
     let expected = [names(&merged), names(&merged.join("dir"))];
-    tool("umount", [merged_path]);
+    unmount(merged_path);
     // Where the kernel uses one inode for all whiteouts of an upper directory, tar writes hard links to the first.
     let tar = |dir: &Path| tool("tar", ["-C", dir.to_str().unwrap(), "-cf", "-", "."]);
     let (ocifs, image) = image(vec![tar(&lower), tar(&upper)]);
