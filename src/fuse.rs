@@ -100,8 +100,15 @@ pub enum Service {
 }
 
 /// Serves requests from `fuse` (an open /dev/fuse that is mounted) until the file system is unmounted. Blocks.
-/// `runtime` runs the reads that have to wait.
-pub fn serve(fuse: OwnedFd, access: Access, service: Service, runtime: Handle) -> io::Result<()> {
+/// `runtime` runs the reads that have to wait. `agreed` is called when the kernel knows what the file system can do.
+/// Before that, the kernel refuses ID-mapped mounts of it.
+pub fn serve(
+    fuse: OwnedFd,
+    access: Access,
+    service: Service,
+    runtime: Handle,
+    agreed: impl FnOnce(),
+) -> io::Result<()> {
     let watch: Arc<Watch> = Arc::default();
     let watching = runtime.spawn(watch.clone().run());
     let result = match service {
@@ -114,19 +121,23 @@ pub fn serve(fuse: OwnedFd, access: Access, service: Service, runtime: Handle) -
             },
             fuse,
             access,
+            agreed,
         ),
-        Service::Disk(files) => run(DiskAdapter { files, watch, runtime }, fuse, access),
+        Service::Disk(files) => run(DiskAdapter { files, watch, runtime }, fuse, access, agreed),
     };
     watching.abort();
     result
 }
 
 /// Runs a session until the file system is unmounted.
-fn run(adapter: impl Filesystem, fuse: OwnedFd, access: Access) -> io::Result<()> {
+fn run(adapter: impl Filesystem, fuse: OwnedFd, access: Access, agreed: impl FnOnce()) -> io::Result<()> {
     let mut config = Config::default();
     config.n_threads = Some(THREADS);
     config.acl = access.session();
-    Session::from_fd(adapter, fuse, config.acl, config).and_then(Session::run)
+    // This answers the kernel's INIT request.
+    let session = Session::from_fd(adapter, fuse, config.acl, config)?;
+    agreed();
+    session.run()
 }
 
 /// Asks the kernel for capabilities, and for the largest reads and the most of them.

@@ -134,11 +134,12 @@ impl DirectoryAttachment {
     }
 
     /// Starts the session. Does nothing if it was started before.
-    fn start_session(&mut self) -> Result<(), MountError> {
+    async fn start_session(&mut self) -> Result<(), MountError> {
         match std::mem::replace(&mut self.state, DirectoryState::Planned) {
             DirectoryState::Waiting(OpenFuse { fuse, .. }) => {
                 let service = Service::Tree(self.served.clone());
-                self.state = DirectoryState::Served(FuseSession::start(fuse, self.options.fuse.access(), service)?);
+                let session = FuseSession::start(fuse, self.options.fuse.access(), service).await?;
+                self.state = DirectoryState::Served(session);
             }
             state => self.state = state,
         }
@@ -164,7 +165,7 @@ impl DirectoryAttachment {
             config: Arc::default(),
             uncached: true,
         };
-        let session = FuseSession::start(fuse, Access::OwnerWithoutCheck, Service::Disk(files))?;
+        let session = FuseSession::start(fuse, Access::OwnerWithoutCheck, Service::Disk(files)).await?;
         let disk = directory.join(DISK_FILE);
         let flags = self.options.fuse.flags();
         let mount = |target| {
@@ -281,13 +282,13 @@ impl Attachment for DirectoryAttachment {
             ImageStage::Failing(error) => {
                 self.served.set(fuse::Stage::Failing(error));
                 self.attach_fuse()?;
-                self.start_session()
+                self.start_session().await
             }
             ImageStage::Ready(content) => {
                 if !self.try_erofs(&content).await? {
                     self.served.set(fuse::Stage::Ready(ImageFs::new(content)));
                     self.attach_fuse()?;
-                    self.start_session()?;
+                    self.start_session().await?;
                 }
                 self.attach_overlay().await
             }

@@ -65,7 +65,7 @@ impl DiskAttachment {
     }
 
     /// Opens all doors.
-    fn open(&mut self, content: Arc<Content>) -> Result<(), MountError> {
+    async fn open(&mut self, content: Arc<Content>) -> Result<(), MountError> {
         let disk = Disk::new(content);
         if let Some(directory) = self.directory.take() {
             let fuse = kernel::mount(&self.source, &directory.handle(), directory.path(), &self.options)?;
@@ -78,7 +78,8 @@ impl DiskAttachment {
                 config: self.config.clone(),
                 uncached: false,
             };
-            self.file = Some(FuseSession::start(fuse, self.options.access(), Service::Disk(files))?);
+            let session = FuseSession::start(fuse, self.options.access(), Service::Disk(files)).await?;
+            self.file = Some(session);
         }
         let failed = |address: String| move |source| MountError::Listen { address, source };
         if let Some(address) = &self.doors.nbd {
@@ -133,7 +134,7 @@ impl Attachment for DiskAttachment {
             // Nobody can ask for anything yet.
             ImageStage::Preparing => Ok(()),
             ImageStage::Failing(error) => Err(MountError::Unusable(error)),
-            ImageStage::Ready(content) => self.open(content),
+            ImageStage::Ready(content) => self.open(content).await,
         }
     }
 

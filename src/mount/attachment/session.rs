@@ -21,13 +21,19 @@ pub(super) struct FuseSession {
 }
 
 impl FuseSession {
-    /// Starts the session. Must be called within a runtime, which runs the reads that wait.
-    pub(super) fn start(fuse: OwnedFd, access: Access, service: Service) -> Result<Self, MountError> {
+    /// Starts the session, and waits until the kernel knows what the file system can do. The current runtime runs the
+    /// reads that wait.
+    pub(super) async fn start(fuse: OwnedFd, access: Access, service: Service) -> Result<Self, MountError> {
         let connection = fuse.try_clone().map_err(system("watch /dev/fuse"))?;
         let runtime = Handle::current();
         let (sender, ended) = oneshot::channel();
+        let (agreed, agreement) = oneshot::channel();
+        let agreed = move || {
+            // If the mount was given up meanwhile, the receiver is gone.
+            let _ = agreed.send(());
+        };
         let serve = move || {
-            let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, service, runtime));
+            let serving = AssertUnwindSafe(|| fuse::serve(fuse, access, service, runtime, agreed));
             let result = std::panic::catch_unwind(serving);
             let result = result.unwrap_or_else(|payload| Err(io::Error::other(TaskError::panicked(&*payload))));
             // If the process is going down, the receiver is gone.
@@ -35,6 +41,8 @@ impl FuseSession {
         };
         let thread = std::thread::Builder::new().name("fuse".to_owned());
         thread.spawn(serve).map_err(system("start the FUSE session"))?;
+        // If the session ends before, `ended` says why.
+        let _ = agreement.await;
         Ok(Self { connection, ended })
     }
 
