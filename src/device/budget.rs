@@ -1,9 +1,9 @@
 //! The budget of the cache: keeps the store within `--cache-size` while spans are written to it.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{Scope, evict_to};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 /// Bytes that a process may write near the limit before it looks at the store again. With a larger step, each process
 /// may exceed the limit by more. With a smaller one, it looks more often, and a look costs about a microsecond for
@@ -31,7 +31,29 @@ const MOST_SLACK: u64 = 64 << 20;
 pub struct CacheBudget {
     store: Store,
     limit: u64,
-    allowance: Mutex<u64>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Bytes that may be reserved before the next look at the store.
+    allowance: u64,
+    /// Bytes that are reserved and perhaps not yet written, so that a look at the store may not see them.
+    pending: u64,
+}
+
+/// Permission to write some bytes to the store. Must be kept until they are written.
+#[derive(Debug)]
+#[must_use]
+pub struct Reserved<'b> {
+    budget: &'b CacheBudget,
+    bytes: u64,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.budget.state().pending -= self.bytes;
+    }
 }
 
 impl CacheBudget {
@@ -40,7 +62,7 @@ impl CacheBudget {
         Arc::new(Self {
             store,
             limit,
-            allowance: Mutex::new(0),
+            state: Mutex::default(),
         })
     }
 
@@ -49,42 +71,47 @@ impl CacheBudget {
         self.limit
     }
 
-    /// Returns whether `bytes` more may be written to the store. If there is no room, evicts the least recently used
-    /// spans and trees. The call may take some milliseconds, so make it where blocking is allowed.
-    pub fn reserve(&self, bytes: u64) -> bool {
-        let mut allowance = self.allowance.lock().expect("no panic while locked");
-        if let Some(left) = allowance.checked_sub(bytes) {
-            *allowance = left;
-            return true;
-        }
-        if bytes > self.limit {
-            return false;
-        }
-        match self.make_room(bytes) {
-            Ok(room) => {
-                let left = room.checked_sub(bytes);
-                *allowance = left.unwrap_or(0).min(step(self.limit, room));
-                left.is_some()
-            }
-            Err(error) => {
-                tracing::warn!(%error, "cannot keep the cache within its limit");
-                false
-            }
-        }
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic while locked")
     }
 
-    /// Returns the bytes below the limit, after evicting if `bytes` would not fit.
-    fn make_room(&self, bytes: u64) -> Result<u64, crate::store::StoreError> {
-        let usage = self.store.cache_usage()?;
-        let room = self.limit.saturating_sub(usage);
+    /// Reserves `bytes` of the store, for a write that follows at once. If there is no room, evicts the least recently
+    /// used spans and trees. Returns none if that is not enough. The call may take some milliseconds, so make it where
+    /// blocking is allowed.
+    pub fn reserve(&self, bytes: u64) -> Option<Reserved<'_>> {
+        let mut state = self.state();
+        match state.allowance.checked_sub(bytes) {
+            Some(left) => state.allowance = left,
+            None if bytes > self.limit => return None,
+            None => match self.make_room(state.pending, bytes) {
+                Ok(room) => {
+                    let left = room.checked_sub(bytes);
+                    state.allowance = left.unwrap_or(0).min(step(self.limit, room));
+                    left?;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot keep the cache within its limit");
+                    return None;
+                }
+            },
+        }
+        state.pending += bytes;
+        drop(state);
+        Some(Reserved { budget: self, bytes })
+    }
+
+    /// Returns the bytes below the limit besides `pending` ones, after evicting if `bytes` would not fit.
+    fn make_room(&self, pending: u64, bytes: u64) -> Result<u64, StoreError> {
+        let limit = self.limit.saturating_sub(pending);
+        let room = limit.saturating_sub(self.store.cache_usage()?);
         if room >= bytes {
             return Ok(room);
         }
         let slack = (self.limit / SLACK).clamp(LEAST_SLACK, MOST_SLACK);
-        let target = self.limit.saturating_sub(bytes + slack);
+        let target = limit.saturating_sub(bytes + slack);
         let evicted = evict_to(&self.store, target, Scope::Cache)?;
         tracing::debug!(?evicted, "made room in the cache");
-        Ok(self.limit.saturating_sub(evicted.after))
+        Ok(limit.saturating_sub(evicted.after))
     }
 }
 
@@ -112,7 +139,7 @@ mod tests {
         let draft = store.draft().unwrap();
         let mut written = 0;
         let budget = CacheBudget::new(store, 8 << 20);
-        while budget.reserve(100_000) {
+        while budget.reserve(100_000).is_some() {
             use std::os::unix::fs::FileExt as _;
             draft.file().write_all_at(&vec![1; 100_000], written).unwrap();
             written += 100_000;
@@ -120,7 +147,17 @@ mod tests {
         }
         assert!(written > 7 << 20, "{written}");
         drop(draft);
-        assert!(budget.reserve(100_000));
-        assert!(!budget.reserve((8 << 20) + 1));
+        assert!(budget.reserve(100_000).is_some());
+        assert!(budget.reserve((8 << 20) + 1).is_none());
+    }
+
+    #[test]
+    fn what_is_about_to_be_written_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let budget = CacheBudget::new(Store::open(dir.path()).unwrap(), 8 << 20);
+        let reserved: Vec<_> = std::iter::from_fn(|| budget.reserve(100_000)).collect();
+        assert!((60..=83).contains(&reserved.len()), "{}", reserved.len());
+        drop(reserved);
+        assert!(budget.reserve(100_000).is_some());
     }
 }

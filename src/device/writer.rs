@@ -45,9 +45,14 @@ impl DeviceWriter {
         if !self.joined.takes(offset, bytes) && !self.flush(budget)? {
             return Ok(false);
         }
-        if is_long(bytes) && !budget.reserve(footprint([(offset, bytes.len() as u64)])) {
+        let wanted = if is_long(bytes) {
+            footprint([(offset, bytes.len() as u64)])
+        } else {
+            0
+        };
+        let Some(_reserved) = budget.reserve(wanted) else {
             return Ok(false);
-        }
+        };
         let added = self.joined.add(self.draft.file(), offset, bytes);
         added.map_err(DeviceError::at(&self.path))?;
         let checks = &mut self.checks;
@@ -59,9 +64,9 @@ impl DeviceWriter {
     /// Writes the content that was added. Returns false if `budget` has no room for it. In that case, and after an
     /// error, the caller may try again.
     pub fn flush(&mut self, budget: &CacheBudget) -> Result<bool, DeviceError> {
-        if !budget.reserve(self.joined.footprint()) {
+        let Some(_reserved) = budget.reserve(self.joined.footprint()) else {
             return Ok(false);
-        }
+        };
         let written = self.joined.write(self.draft.file());
         written.map_err(DeviceError::at(&self.path))?;
         Ok(true)

@@ -61,14 +61,15 @@ pub(super) fn make(
     if let Some(path) = store.tree_path(manifest) {
         let tree = merge()?;
         let planned = Planned::new(&tree, sizes, tables.limit())?;
-        if !budget.reserve(planned.metadata_bytes()) {
+        let Some(reserved) = budget.reserve(planned.metadata_bytes()) else {
             return in_memory(&planned, manifest, sizes, tables);
-        }
+        };
         let written = store.publish_sealed(&path, Durability::Lazy, |file| match planned.write(manifest, file) {
             Ok(_) => Ok(()),
             Err(ErofsError::Io(error)) => Err(error),
             Err(error) => Err(io::Error::other(error)),
         });
+        drop(reserved);
         if let Err(error) = written {
             if !error.is_by_design() {
                 tracing::warn!(%error, "cannot keep the tree, holding it in memory");

@@ -131,7 +131,10 @@ impl Keeper {
         tokio::task::spawn_blocking(move || {
             while let Some(batch) = batches.blocking_recv() {
                 let length = batch.iter().map(|piece| piece.len() as u64).sum();
-                if !budget.reserve(length) || !partial.append(at, &batch) {
+                let Some(_reserved) = budget.reserve(length) else {
+                    return;
+                };
+                if !partial.append(at, &batch) {
                     return;
                 }
                 at += length;

@@ -183,11 +183,15 @@ impl LayerDisk {
         if self.is_distrusted(span) {
             return false;
         }
-        let filled = self.budget.reserve(DataDevice::footprint(pieces))
-            && device.fill(lock, span, pieces, bytes).unwrap_or_else(|error| {
-                self.health
-                    .store_failed(&format!("data device of layer {}: {error}", self.layer));
-                false
+        let filled = self
+            .budget
+            .reserve(DataDevice::footprint(pieces))
+            .is_some_and(|_reserved| {
+                device.fill(lock, span, pieces, bytes).unwrap_or_else(|error| {
+                    self.health
+                        .store_failed(&format!("data device of layer {}: {error}", self.layer));
+                    false
+                })
             });
         self.keeps.store(filled, Ordering::Relaxed);
         if filled {
