@@ -3,12 +3,13 @@
 
 use std::fs::File;
 use std::io::{IoSlice, Read as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::EventFd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -292,7 +293,10 @@ impl VhostClient {
     pub fn call(&mut self, kind: u32, offset: u64, length: u32) -> (u8, Vec<u8>) {
         self.submit(0, kind, offset, length);
         assert_eq!(self.answer().0, 0);
-        // The call was signalled.
+        // The answer is signalled too, perhaps a moment after it is in the ring.
+        let mut signalled = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(PATIENCE).unwrap();
+        assert_eq!(nix::poll::poll(&mut signalled, patience), Ok(1), "no signal");
         self.call.read().unwrap();
         (self.status(0), self.data(0, length))
     }
