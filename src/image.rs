@@ -42,13 +42,13 @@ use crate::blob::{BlobError, BlobSource, ImageSource, Link};
 use crate::device::DeviceError;
 use crate::erofs::{ErofsError, Reader};
 use crate::layer::{
-    self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened,
+    self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened, ToOpen,
 };
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{Profile, Recorder};
 use crate::resolve::ResolvedImage;
-use crate::store::{Store, StoreError};
+use crate::store::{Authority, IndexName, LayerDir, Store, StoreError, TreeName};
 use crate::task::{TaskError, joined};
 use crate::toc::PackedToc;
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
@@ -170,15 +170,36 @@ impl Preparation {
 
     /// Whether the store has the index of every layer and the tree, so that the image will be ready at once.
     pub fn is_in_store(&self, context: &LayerContext) -> bool {
-        let manifest = &self.resolved.manifest_document.digest;
-        let tree = context.store.tree_path(manifest);
-        self.is_indexed(&context.store) && tree.is_some_and(|path| path.exists())
+        let tree = self
+            .stored_tree(context)
+            .and_then(|tree| context.store.tree_path(&tree));
+        tree.is_some_and(|path| path.exists())
     }
 
-    /// Whether the store has the index of every layer.
-    fn is_indexed(&self, store: &Store) -> bool {
-        let indexed = |layer: &Descriptor| store.layer(&layer.digest).is_some_and(|dir| dir.spans().exists());
-        self.resolved.layers().iter().all(indexed)
+    /// Who may vouch for an index of a layer, best first.
+    fn authorities(&self) -> Vec<Authority> {
+        vec![Authority::Pass]
+    }
+
+    /// Returns the directory of the best index of a layer that the store has, and who vouches for it.
+    pub fn stored_index(&self, store: &Store, layer: &Descriptor) -> Option<(Authority, LayerDir)> {
+        let authorities = self.authorities().into_iter();
+        let mut dirs = authorities.filter_map(|authority| {
+            let dir = store.index(&IndexName::new(&layer.digest, &authority))?;
+            Some((authority, dir))
+        });
+        dirs.find(|(_, dir)| dir.is_indexed())
+    }
+
+    /// Returns the name of the tree that is made of the indexes in the store. None if the store lacks the index of a layer.
+    fn stored_tree(&self, context: &LayerContext) -> Option<TreeName> {
+        let layers = self.resolved.layers().iter();
+        let names = layers.map(|layer| {
+            let (authority, _) = self.stored_index(&context.store, layer)?;
+            Some(IndexName::new(&layer.digest, &authority))
+        });
+        let layers: Vec<IndexName> = names.collect::<Option<_>>()?;
+        Some(TreeName::new(&self.resolved.manifest_document.digest, &layers))
     }
 
     /// Returns the counters of each layer, base first, also before the image is ready.
@@ -225,7 +246,9 @@ impl Preparation {
             match self.assemble(context).await {
                 Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
                     tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
-                    context.forget(&layer)?;
+                    for authority in self.authorities() {
+                        context.forget(&IndexName::new(&layer, &authority))?;
+                    }
                 }
                 result => return result,
             }
@@ -236,24 +259,31 @@ impl Preparation {
     async fn assemble(&self, context: &LayerContext) -> Result<Image, ImageError> {
         let manifest = self.resolved.manifest_document.digest.clone();
         // The tree is read and checked while the layers are opened.
-        let (store, of) = (context.store.clone(), manifest.clone());
-        let reading = tokio::task::spawn_blocking(move || tree_file::read(&store, &of));
+        let (store, expected) = (context.store.clone(), self.stored_tree(context));
+        let reading = tokio::task::spawn_blocking(move || {
+            let name = expected?;
+            tree_file::read(&store, &name).map(|stored| (name, stored))
+        });
         let mut opened = self.open_layers(context).await?;
         let layers = self.resolved.layers().iter();
         let layers = Arc::new(Layers::new(layers.map(|d| opened[&d.digest].layer.clone()).collect()));
         self.layers.send_replace(Some(layers.clone()));
         let stored = joined(reading).await?;
         let sizes: Vec<u64> = layers.all.iter().map(|l| l.spans().device_size()).collect();
-        let order: Vec<Digest> = self.resolved.layers().iter().map(|d| d.digest.clone()).collect();
+        let names: Vec<IndexName> = layers.all.iter().map(|l| l.index().clone()).collect();
+        let name = TreeName::new(&manifest, &names);
+        let order = layers.clone();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
         self.merging.store(true, Ordering::Relaxed);
         let building = tokio::task::spawn_blocking(move || {
+            // The tree that was read may be of other indexes than the layers were opened with.
+            let stored = stored.filter(|(of, _)| *of == name).map(|(_, stored)| stored);
             let tree = match stored.and_then(|stored| stored.open(&store, &sizes)) {
                 Some(tree) => tree,
                 None => {
-                    let made = tree_file::make(&store, &budget, &manifest, &sizes, &tables, || {
-                        merge(&store, &order, &tocs, &tables)
+                    let made = tree_file::make(&store, &budget, (&name, &manifest), &sizes, &tables, || {
+                        merge(&order, &tocs, &tables)
                     });
                     drop(tocs);
                     made?
@@ -261,7 +291,7 @@ impl Preparation {
             };
             let mut charge = tables.charge();
             charge.exactly(tree.image().len() as u64)?;
-            let programs = programs(&store, &manifest, &tree, &order);
+            let programs = programs(&store, &name, &tree, &order);
             Ok::<_, ImageError>((tree, charge, programs))
         });
         let built = joined(building).await;
@@ -330,17 +360,23 @@ impl Preparation {
         self.found(&descriptor.digest, &blob);
         let diff_id = self.resolved.diff_ids()[position].clone();
         let stats = self.stats[&descriptor.digest].clone();
-        let opened = layer::open(context, blob, diff_id, stats).await?;
+        let wanted = ToOpen {
+            blob,
+            diff_id,
+            stats,
+            authorities: self.authorities(),
+        };
+        let opened = layer::open(context, wanted).await?;
         Ok((descriptor.digest, opened))
     }
 }
 
 /// Returns the needs of the image's programs from the store, or finds them and keeps them there.
-fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[Digest]) -> Option<Programs> {
+fn programs(store: &Store, name: &TreeName, tree: &Reader<Vec<u8>>, layers: &Layers) -> Option<Programs> {
     store.root()?;
-    Programs::stored(store, manifest).or_else(|| {
+    Programs::stored(store, name).or_else(|| {
         let start = Instant::now();
-        let programs = programs::link(store, manifest, tree, layers);
+        let programs = programs::link(store, name, tree, layers);
         tracing::debug!(
             took_ms = start.elapsed().as_secs_f64() * 1e3,
             "put together what the programs need"
@@ -354,14 +390,15 @@ fn programs(store: &Store, manifest: &Digest, tree: &Reader<Vec<u8>>, layers: &[
 type Tocs = HashMap<Digest, Option<(PackedToc, Charge)>>;
 
 /// Merges the layers' tables, base first. Only one table is in memory at a time if the store has them.
-fn merge(store: &Store, order: &[Digest], tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
+fn merge(layers: &Layers, tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
     let mut merger = Merger::charged(tables.charge())?;
-    for (position, digest) in order.iter().enumerate() {
+    for (position, layer) in layers.all.iter().enumerate() {
+        let digest = layer.digest();
         let position = LayerIdx(position as u32);
         let merged = match &tocs[digest] {
             Some((toc, _)) => merger.add(position, toc),
             None => {
-                let toc = layer::stored_toc(store, digest)?;
+                let toc = layer::stored_toc(digest, layer.home())?;
                 let mut charge = tables.charge();
                 charge.exactly(toc.bytes() as u64)?;
                 merger.add(position, &toc)

@@ -30,11 +30,14 @@ mod health;
 mod kept;
 mod memory;
 mod open;
+mod opening;
 mod prefetch;
 mod programs;
 mod race;
 mod regions;
 mod stats;
+mod stored;
+mod streamed;
 mod stripes;
 mod touch;
 mod turn;
@@ -54,12 +57,15 @@ use flight::Run;
 pub(crate) use flight::{Flown, flown};
 pub use health::Health;
 pub use kept::{KeptOfLayer, kept_of_layer};
-pub use open::{OpenError, stored_toc};
-pub(crate) use open::{Opened, open, stored_spans};
+pub(crate) use open::open;
+pub use opening::OpenError;
+pub(crate) use opening::{Opened, ToOpen};
 pub(crate) use programs::{LayerPrograms, stored_programs};
 use race::Origin;
 pub(crate) use stats::LayerStats;
 pub use stats::{IndexSource, LayerStatus, progress};
+pub(crate) use stored::stored_spans;
+pub use stored::stored_toc;
 use touch::Touches;
 
 use crate::blob::{BlobError, BlobSource, Link};
@@ -68,6 +74,7 @@ use crate::index::IndexError;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
+use crate::store::{IndexName, LayerDir};
 use crate::task::TaskError;
 
 /// Why bytes of a layer cannot be read. All readers of a flight share the error.
@@ -162,6 +169,16 @@ impl Layer {
         &self.data.digest
     }
 
+    /// Names the index that the layer is read with.
+    pub(crate) fn index(&self) -> &IndexName {
+        &self.data.index
+    }
+
+    /// The directory of that index, if there is a store.
+    pub(crate) fn home(&self) -> Option<&LayerDir> {
+        self.data.home.as_ref()
+    }
+
     /// The layer's spans.
     pub fn spans(&self) -> &dyn SpanMap {
         &*self.data.spans
@@ -180,6 +197,7 @@ impl Layer {
             local_spans,
             local,
             healed: self.data.disk.healed(),
+            authority: Some(self.data.authority.to_string()),
             ..self.stats.snapshot(self.digest())
         }
     }
@@ -348,7 +366,7 @@ impl Layer {
     /// when the read began.
     async fn wait(self: &Arc<Self>, span: u32, began: Instant) -> Result<Landed, LayerError> {
         let Some(mut flight) = self.want(span..span + 1) else {
-            return match self.data.context.memory.get(self.digest(), span) {
+            return match self.data.context.memory.get(&self.data.index, span) {
                 Some(bytes) => Ok(Landed::Bytes(bytes)),
                 None => Ok(Landed::LookAgain),
             };

@@ -10,8 +10,11 @@
 //!                      data          data device, sparse, and which spans it holds
 //!                      lock          held by the process that indexes the layer
 //!                      partial       first bytes of a blob that did not come whole
+//! STORE/layers/ALG-HEX.AUTHORITY/    the same, from an index that another authority vouches for
+//!                      authority     its name, for people
 //! STORE/trees/ALG-HEX.erofs          merged tree, by digest of the manifest
 //! STORE/trees/ALG-HEX.programs       which of its programs load which files, a hint
+//! STORE/trees/ALG-HEX.HASH.*         the same, from indexes of other authorities
 //! STORE/profiles/ALG-HEX.LABEL       what starts of an image's program read, a hint
 //! STORE/{documents,profiles}/of/     which of them belong to a repository or reference
 //! STORE/uppers/ID/                   private upper directories of writable mounts
@@ -33,6 +36,7 @@
 //! - [`Store::unavailable`] replaces a store that cannot even be opened. It remembers nothing, and the mount goes on
 //!   from memory.
 
+mod authority;
 mod documents;
 mod draft;
 mod layer_dir;
@@ -51,12 +55,13 @@ use std::time::SystemTime;
 use nix::fcntl::FallocateFlags;
 use nix::unistd::{AccessFlags, access};
 
+pub use authority::{Authority, IndexName};
 pub use draft::Draft;
 pub use layer_dir::LayerDir;
 pub use partial::Partial;
 use sealed::SealingWriter;
 pub(crate) use sealed::read_sealed;
-pub use trees::StoredTree;
+pub use trees::{StoredTree, TreeName};
 
 use crate::os::{is_denied, is_foreign, on_disk, open_or_replace, open_regular, read_regular};
 

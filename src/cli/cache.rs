@@ -9,6 +9,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::config::Config;
 use super::open;
+use super::text::shown;
 use super::units::{Size, human};
 use super::{Fetching, ImageArgs, ImageName, say};
 use ocifs::device::{Scope, evict_to};
@@ -78,16 +79,12 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
 fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for dir in store.layers()? {
-        let name = dir
-            .path()
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .replacen('-', ":", 1);
+        let Some(digest) = dir.digest() else { continue };
         let size = |path: std::path::PathBuf| fs::metadata(path).map_or(0, |m| m.len());
         let index = size(dir.spans()) + size(dir.toc()) + size(dir.extents());
         rows.push(Row {
-            layer: name,
+            layer: digest.to_string(),
+            authority: dir.is_indexed().then(|| dir.authority()),
             index,
             data: dir.data_usage(),
             unfinished: dir.partial_usage() + store.drafts_usage(&dir),
@@ -97,23 +94,36 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     if json {
         let object = |row: &Row| {
             serde_json::json!({
-                "layer": row.layer, "index_bytes": row.index, "data_bytes": row.data, "unfinished_bytes": row.unfinished,
+                "layer": row.layer, "authority": row.authority,
+                "index_bytes": row.index, "data_bytes": row.data, "unfinished_bytes": row.unfinished,
             })
         };
         say!("{}", serde_json::Value::from_iter(rows.iter().map(object)));
         return Ok(());
     }
-    say!("{:<72} {:>10} {:>10} {:>10}", "LAYER", "INDEX", "DATA", "UNFINISHED");
+    say!(
+        "{:<72} {:>10} {:>10} {:>10}  AUTHORITY",
+        "LAYER",
+        "INDEX",
+        "DATA",
+        "UNFINISHED"
+    );
     let sum = |bytes: fn(&Row) -> u64| rows.iter().map(bytes).sum();
     let total = Row {
         layer: format!("{} layers", rows.len()),
+        authority: None,
         index: sum(|row| row.index),
         data: sum(|row| row.data),
         unfinished: sum(|row| row.unfinished),
     };
     for row in rows.iter().chain([&total]) {
         let [index, data, unfinished] = [row.index, row.data, row.unfinished].map(human);
-        say!("{:<72} {index:>10} {data:>10} {unfinished:>10}", row.layer);
+        let authority = row.authority.as_deref().map(|text| format!("  {}", shown(text)));
+        say!(
+            "{:<72} {index:>10} {data:>10} {unfinished:>10}{}",
+            row.layer,
+            authority.unwrap_or_default()
+        );
     }
     Ok(())
 }
@@ -121,6 +131,8 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
 /// Bytes that a layer takes in the store.
 struct Row {
     layer: String,
+    /// Who vouches for the index, if there is one.
+    authority: Option<String>,
     index: u64,
     data: u64,
     /// Bytes of a layer whose first pass did not finish or is running.

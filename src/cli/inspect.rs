@@ -8,8 +8,8 @@ use super::say;
 use super::text::shown;
 use super::units::human;
 use super::{Fetching, ImageArgs, open};
+use ocifs::image::Preparation;
 use ocifs::layer::stored_toc;
-use ocifs::oci::Descriptor;
 use ocifs::store::Store;
 
 /// Arguments of `inspect`.
@@ -24,11 +24,12 @@ pub(super) struct InspectArgs {
 
 /// Returns what is odd in the layers' tars and how ocifs reads it, by layer digest. It covers only layers that were
 /// indexed before.
-fn oddities(store: &Store, layers: &[Descriptor]) -> Vec<(String, String)> {
+fn oddities(store: &Store, image: &Preparation) -> Vec<(String, String)> {
     let mut oddities = Vec::new();
-    for layer in layers {
+    for layer in image.resolved().layers() {
         // A layer that was never indexed has no TOC. A layer with a damaged TOC is indexed again when it is read.
-        let warnings = stored_toc(store, &layer.digest).map(|toc| toc.warnings());
+        let dir = image.stored_index(store, layer).map(|(_, dir)| dir);
+        let warnings = stored_toc(&layer.digest, dir.as_ref()).map(|toc| toc.warnings());
         if let Ok(Ok(warnings)) = warnings {
             oddities.extend(warnings.into_iter().map(|text| (layer.digest.to_string(), text)));
         }
@@ -40,7 +41,15 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> an
     let context = open::context(config)?;
     let opening = fetching.run(open::resolve(config, &args.image, &context.store))?;
     let (image, unconfirmed) = (opening.preparation.resolved(), &opening.unconfirmed);
-    let oddities = oddities(&context.store, image.layers());
+    let oddities = oddities(&context.store, &opening.preparation);
+    let indexes: Vec<Option<String>> = image
+        .layers()
+        .iter()
+        .map(|layer| {
+            let stored = opening.preparation.stored_index(&context.store, layer);
+            stored.map(|(authority, _)| authority.to_string())
+        })
+        .collect();
     if args.json {
         let manifest: serde_json::Value = serde_json::from_slice(&image.manifest_document.bytes)?;
         let document: serde_json::Value = serde_json::from_slice(&image.config_document.bytes)?;
@@ -51,6 +60,9 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> an
             "manifest": manifest,
             "config": document,
             "unconfirmed": unconfirmed,
+            "indexes": image.layers().iter().zip(&indexes).map(|(layer, authority)| {
+                json!({"layer": layer.digest, "authority": authority})
+            }).collect::<Vec<_>>(),
             "oddities": oddities.iter().map(|(layer, text)| json!({"layer": layer, "text": text})).collect::<Vec<_>>(),
         });
         say!("{}", serde_json::to_string_pretty(&object)?);
@@ -76,9 +88,15 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> an
     for variable in &run.env {
         say!("env       {}", shown(variable));
     }
-    for layer in image.layers() {
+    for (layer, index) in image.layers().iter().zip(&indexes) {
         let size = human(u64::try_from(layer.size).unwrap_or(0));
-        say!("layer     {} {size:>9}  {}", layer.digest, shown(&layer.media_type));
+        let media_type = shown(&layer.media_type);
+        let index = index.as_ref().map(|authority| format!("  index: {authority}"));
+        say!(
+            "layer     {} {size:>9}  {media_type}{}",
+            layer.digest,
+            index.unwrap_or_default()
+        );
     }
     for (layer, text) in &oddities {
         say!("odd       {layer} {}", shown(text));

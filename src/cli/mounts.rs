@@ -341,6 +341,11 @@ fn show_layers(status: &MountStatus) -> anyhow::Result<()> {
     );
     for layer in &status.layers {
         let source = serde_json::to_value(layer.index_source).unwrap_or_default();
+        let source = source.as_str().unwrap_or_default();
+        let index = match &layer.authority {
+            Some(authority) => format!("{source} ({})", shown(authority)),
+            None => source.to_owned(),
+        };
         let hits = 100.0 * layer.hits as f64 / (layer.hits + layer.misses).max(1) as f64;
         say!(
             "{:<19} {:>10} {:>10} {:>10} {:>10} {:>8} {:>4.0} % {:>8}  {}",
@@ -352,7 +357,7 @@ fn show_layers(status: &MountStatus) -> anyhow::Result<()> {
             layer.requests,
             hits,
             layer.misses,
-            source.as_str().unwrap_or_default(),
+            index,
         );
     }
     Ok(())

@@ -31,7 +31,7 @@ impl Early {
     /// Begins with an image that the store knows. Returns `None` if a layer would have to be streamed. Replays the
     /// profile with this label, if one is given. Must be called on the runtime.
     pub fn begin(preparation: Preparation, context: &LayerContext, label: Option<Label>) -> Option<Self> {
-        if !preparation.is_indexed(&context.store) {
+        if preparation.stored_tree(context).is_none() {
             return None;
         }
         let preparation = Arc::new(preparation);

@@ -19,11 +19,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::Image;
+use super::prefetch::Layers;
 use crate::erofs::{ErofsError, Mapping, Nid, Reader, Walker};
 use crate::layer::stored_programs;
-use crate::oci::Digest;
 use crate::program::Program;
-use crate::store::{Durability, Store, StoreError, read_sealed};
+use crate::store::{Durability, Store, StoreError, TreeName, read_sealed};
 use crate::tree::LayerIdx;
 
 const VERSION: u32 = 2;
@@ -88,8 +88,8 @@ impl Programs {
     }
 
     /// Reads the stored programs of an image. `None` if there are none, or if they cannot be used.
-    pub(super) fn stored(store: &Store, manifest: &Digest) -> Option<Self> {
-        let path = store.programs_path(manifest)?;
+    pub(super) fn stored(store: &Store, tree: &TreeName) -> Option<Self> {
+        let path = store.programs_path(tree)?;
         let size = std::fs::metadata(&path).ok()?.len();
         if size > LARGEST_FILE {
             return None;
@@ -100,8 +100,8 @@ impl Programs {
         (file.version == VERSION && file.programs.iter().all(sound)).then(|| Self::new(file.programs))
     }
 
-    fn keep(&self, store: &Store, manifest: &Digest) -> Result<(), StoreError> {
-        let path = store.programs_path(manifest).ok_or(StoreError::Unavailable)?;
+    fn keep(&self, store: &Store, tree: &TreeName) -> Result<(), StoreError> {
+        let path = store.programs_path(tree).ok_or(StoreError::Unavailable)?;
         let file = ProgramsFile {
             version: VERSION,
             programs: self.records.clone(),
@@ -139,21 +139,22 @@ impl Programs {
 /// Combines what is known about the programs of each layer, and keeps the result.
 pub(super) fn link(
     store: &Store,
-    manifest: &Digest,
+    name: &TreeName,
     tree: &Reader<Vec<u8>>,
-    layers: &[Digest],
+    layers: &Layers,
 ) -> Result<Programs, ProgramsError> {
     let mut room = MOST_KNOWN;
     let layers: Vec<_> = layers
+        .all
         .iter()
         .map(|layer| {
-            let programs = stored_programs(store, layer)?;
+            let programs = stored_programs(layer.home()?)?;
             room = room.checked_sub(programs.values().map(Program::size).sum())?;
             Some(programs)
         })
         .collect();
     let programs = Programs::new(linker::link(tree, &layers)?);
-    programs.keep(store, manifest)?;
+    programs.keep(store, name)?;
     Ok(programs)
 }
 

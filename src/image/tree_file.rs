@@ -11,7 +11,7 @@ use crate::device::CacheBudget;
 use crate::erofs::{ErofsError, Planned, Reader};
 use crate::memory::Allowance;
 use crate::oci::Digest;
-use crate::store::{Durability, Store, read_sealed};
+use crate::store::{Durability, Store, TreeName, read_sealed};
 use crate::tree::Tree;
 
 /// A stored tree whose bytes were read and checked.
@@ -21,9 +21,9 @@ pub(super) struct Stored {
     image: Vec<u8>,
 }
 
-/// Reads the stored tree of a manifest. Returns `None` if there is none, or if it is damaged.
-pub(super) fn read(store: &Store, manifest: &Digest) -> Option<Stored> {
-    let path = store.tree_path(manifest)?;
+/// Reads a stored tree. Returns `None` if there is none, or if it is damaged.
+pub(super) fn read(store: &Store, tree: &TreeName) -> Option<Stored> {
+    let path = store.tree_path(tree)?;
     let image = read_sealed(&path).map_err(|error| unusable(&path, &error)).ok()??;
     Some(Stored { path, image })
 }
@@ -53,12 +53,12 @@ fn unusable(path: &Path, error: &dyn std::fmt::Display) {
 pub(super) fn make(
     store: &Store,
     budget: &CacheBudget,
-    manifest: &Digest,
+    (name, manifest): (&TreeName, &Digest),
     sizes: &[u64],
     tables: &Arc<Allowance>,
     merge: impl Fn() -> Result<Tree, ImageError>,
 ) -> Result<Reader<Vec<u8>>, ImageError> {
-    if let Some(path) = store.tree_path(manifest) {
+    if let Some(path) = store.tree_path(name) {
         let tree = merge()?;
         let planned = Planned::new(&tree, sizes, tables.limit())?;
         let Some(reserved) = budget.reserve(planned.metadata_bytes()) else {
@@ -78,7 +78,7 @@ pub(super) fn make(
         }
         // The tree is dropped first, so that memory never holds both the tree and the image.
         drop(tree);
-        if let Some(reader) = read(store, manifest).and_then(|stored| stored.open(store, sizes)) {
+        if let Some(reader) = read(store, name).and_then(|stored| stored.open(store, sizes)) {
             return Ok(reader);
         }
     }

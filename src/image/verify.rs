@@ -108,17 +108,13 @@ pub fn verify(
         None => (store.documents()?, store.trees()?, store.layers()?),
         Some(image) => {
             let manifest = &image.manifest_document.digest;
-            let tree = store.tree_path(manifest);
             let trees = store.trees()?.into_iter();
-            let of_image = |path: &Path| {
-                tree.as_ref()
-                    .is_some_and(|tree| path.with_extension("") == tree.with_extension(""))
-            };
             let layers: HashSet<&Digest> = image.layers().iter().map(|layer| &layer.digest).collect();
+            let of_image = |dir: &LayerDir| dir.digest().is_some_and(|digest| layers.contains(&digest));
             (
                 vec![manifest.clone(), image.config_document.digest.clone()],
-                trees.filter(|tree| of_image(&tree.path)).collect(),
-                layers.into_iter().filter_map(|digest| store.layer(digest)).collect(),
+                trees.filter(|tree| tree.is_of(manifest)).collect(),
+                store.layers()?.into_iter().filter(of_image).collect(),
             )
         }
     };
@@ -137,7 +133,7 @@ pub fn verify(
     }
     for dir in layers {
         progress(&dir);
-        verify_layer(store, &dir, &mut report);
+        verify_layer(&dir, &mut report);
     }
     Ok(report)
 }
@@ -147,7 +143,7 @@ fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
-fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
+fn verify_layer(dir: &LayerDir, report: &mut StoreReport) {
     let lock = match dir.lock_file() {
         Ok(lock) => lock,
         Err(error) => return report.cannot(dir.path(), &error),
@@ -163,7 +159,7 @@ fn verify_layer(store: &Store, dir: &LayerDir, report: &mut StoreReport) {
         sound &= report.sealed(path);
     }
     let spans = dir.digest().filter(|_| sound).and_then(|digest| {
-        stored_toc(store, &digest).ok()?;
+        stored_toc(&digest, Some(dir)).ok()?;
         stored_spans(dir, &digest)
     });
     let Some(spans) = spans else {

@@ -24,7 +24,7 @@ use crate::fetch::{Board, Flights, Lanes, Spans as _};
 use crate::memory::{Allowance, Charge, TABLES};
 use crate::oci::{DiffId, Digest};
 use crate::span::SpanMap;
-use crate::store::{LayerDir, Store, StoreError};
+use crate::store::{Authority, IndexName, LayerDir, Store, StoreError};
 
 /// Number of layers that are streamed at the same time. The number exceeds the number of cores, because many small
 /// layers wait for round trips, not for cores.
@@ -78,11 +78,11 @@ impl LayerContext {
         Self { patient: true, ..self }
     }
 
-    /// Removes the stored index of a layer, so that the next opening makes it again. Images that are open keep the
-    /// index that they have.
-    pub fn forget(&self, layer: &Digest) -> Result<(), StoreError> {
-        self.shared.forget(layer);
-        self.store.layer(layer).map_or(Ok(()), |dir| dir.forget())
+    /// Removes a stored index, so that the next opening makes it again. Images that are open keep the index that they
+    /// have.
+    pub fn forget(&self, index: &IndexName) -> Result<(), StoreError> {
+        self.shared.forget(index);
+        self.store.index(index).map_or(Ok(()), |dir| dir.forget())
     }
 }
 
@@ -91,6 +91,9 @@ impl LayerContext {
 pub(super) struct LayerData {
     pub(super) digest: Digest,
     pub(super) diff_id: DiffId,
+    /// Names the index that `spans` comes from.
+    pub(super) index: IndexName,
+    pub(super) authority: Authority,
     pub(super) spans: Box<dyn SpanMap>,
     /// Memory charge of the span map.
     pub(super) _charge: Charge,
@@ -131,7 +134,7 @@ impl LayerData {
 
     /// Whether the memory cache has the span.
     pub(super) fn is_in_memory(&self, span: u32) -> bool {
-        self.context.memory.contains(&self.digest, span)
+        self.context.memory.contains(&self.index, span)
     }
 
     /// Whether the span is neither local, nor in memory, nor in flight.
@@ -193,29 +196,29 @@ impl LayerData {
 
 /// The layers that are open in a process.
 #[derive(Debug, Default)]
-pub(super) struct SharedLayers(Mutex<HashMap<Digest, Weak<LayerData>>>);
+pub(super) struct SharedLayers(Mutex<HashMap<IndexName, Weak<LayerData>>>);
 
 impl SharedLayers {
     /// Returns the layer if it is open.
-    pub(super) fn get(&self, digest: &Digest) -> Option<Arc<LayerData>> {
-        self.0.lock().expect("no panic while locked").get(digest)?.upgrade()
+    pub(super) fn get(&self, index: &IndexName) -> Option<Arc<LayerData>> {
+        self.0.lock().expect("no panic while locked").get(index)?.upgrade()
     }
 
     /// Ends the sharing of a layer. Images that have it open keep it.
-    fn forget(&self, digest: &Digest) {
-        self.0.lock().expect("no panic while locked").remove(digest);
+    fn forget(&self, index: &IndexName) {
+        self.0.lock().expect("no panic while locked").remove(index);
     }
 
     /// Shares a layer that was just opened. If the layer is shared already, returns the shared one.
     pub(super) fn share(&self, data: LayerData) -> Arc<LayerData> {
         let mut layers = self.0.lock().expect("no panic while locked");
-        if let Some(first) = layers.get(&data.digest).and_then(Weak::upgrade) {
+        if let Some(first) = layers.get(&data.index).and_then(Weak::upgrade) {
             return first;
         }
         layers.retain(|_, layer| layer.strong_count() > 0);
-        let digest = data.digest.clone();
+        let index = data.index.clone();
         let data = Arc::new(data);
-        layers.insert(digest, Arc::downgrade(&data));
+        layers.insert(index, Arc::downgrade(&data));
         data
     }
 }

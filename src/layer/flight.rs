@@ -395,7 +395,7 @@ impl Delivery<'_> {
         if !kept {
             // The run writes no more spans to the device. So the next flight may take the locks of its spans.
             *lock = None;
-            layer.data.context.memory.insert(layer.digest(), span, bytes);
+            layer.data.context.memory.insert(&layer.data.index, span, bytes);
         }
         run.land(span, landed);
     }

@@ -21,7 +21,7 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
     let Some(dir) = store.layer(digest) else {
         return KeptOfLayer::default();
     };
-    let Some(spans) = super::open::stored_spans(&dir, digest) else {
+    let Some(spans) = super::stored::stored_spans(&dir, digest) else {
         return KeptOfLayer {
             is_whole: false,
             bytes: fs::metadata(dir.partial()).map_or(0, |partial| partial.len()),

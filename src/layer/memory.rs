@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use lru::LruCache;
 
-use crate::oci::Digest;
+use crate::store::IndexName;
 
 /// The most recently used spans, at most `budget` bytes of them.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct SpanMemory {
 
 #[derive(Debug)]
 struct MemoryState {
-    spans: LruCache<(Digest, u32), Arc<[u8]>>,
+    spans: LruCache<(IndexName, u32), Arc<[u8]>>,
     bytes: usize,
 }
 
@@ -35,25 +35,25 @@ impl SpanMemory {
     }
 
     /// Returns the span's bytes, and marks the span as used.
-    pub fn get(&self, layer: &Digest, span: u32) -> Option<Arc<[u8]>> {
+    pub fn get(&self, index: &IndexName, span: u32) -> Option<Arc<[u8]>> {
         let mut inner = self.inner.lock().expect("no panic while locked");
-        inner.spans.get(&(layer.clone(), span)).cloned()
+        inner.spans.get(&(index.clone(), span)).cloned()
     }
 
     /// Whether the cache has the span.
-    pub fn contains(&self, layer: &Digest, span: u32) -> bool {
+    pub fn contains(&self, index: &IndexName, span: u32) -> bool {
         let inner = self.inner.lock().expect("no panic while locked");
-        inner.spans.contains(&(layer.clone(), span))
+        inner.spans.contains(&(index.clone(), span))
     }
 
     /// Adds a span, and evicts the least recently used spans until all fit into the budget.
-    pub fn insert(&self, layer: &Digest, span: u32, bytes: Arc<[u8]>) {
+    pub fn insert(&self, index: &IndexName, span: u32, bytes: Arc<[u8]>) {
         if bytes.len() > self.budget {
             return;
         }
         let mut inner = self.inner.lock().expect("no panic while locked");
         inner.bytes += bytes.len();
-        if let Some(old) = inner.spans.put((layer.clone(), span), bytes) {
+        if let Some(old) = inner.spans.put((index.clone(), span), bytes) {
             inner.bytes -= old.len();
         }
         while inner.bytes > self.budget {
@@ -76,10 +76,12 @@ impl SpanMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::Digest;
+    use crate::store::Authority;
 
     #[test]
     fn stays_within_its_budget_and_keeps_what_was_used_last() {
-        let layer = Digest::of(b"layer");
+        let layer = IndexName::new(&Digest::of(b"layer"), &Authority::Pass);
         let memory = SpanMemory::new(100);
         for span in 0..3 {
             memory.insert(&layer, span, vec![0; 40].into());

@@ -6,9 +6,8 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use super::Layer;
-use crate::oci::Digest;
 use crate::program::Program;
-use crate::store::{Durability, Store, StoreError, read_sealed};
+use crate::store::{Durability, LayerDir, Store, StoreError, read_sealed};
 use crate::toc::{DataLayout, EntryKind, PackedEntry, PackedToc};
 
 const VERSION: u32 = 1;
@@ -69,9 +68,8 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
     (data.size > 0 && (library || entry.meta.mode & 0o111 != 0)).then_some((device, data.size))
 }
 
-/// Writes the programs of a layer to the store.
-pub(super) fn keep(store: &Store, layer: &Digest, programs: LayerPrograms) -> Result<(), StoreError> {
-    let dir = store.layer(layer).ok_or(StoreError::Unavailable)?;
+/// Writes the programs of a layer to the directory of its index.
+pub(super) fn keep(store: &Store, dir: &LayerDir, programs: LayerPrograms) -> Result<(), StoreError> {
     let file = LayerProgramsFile {
         version: VERSION,
         programs,
@@ -80,9 +78,9 @@ pub(super) fn keep(store: &Store, layer: &Digest, programs: LayerPrograms) -> Re
     store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
 }
 
-/// Reads the programs of a layer from the store. `None` if they were not looked up, or cannot be read.
-pub(crate) fn stored_programs(store: &Store, layer: &Digest) -> Option<LayerPrograms> {
-    let path = store.layer(layer)?.programs();
+/// Reads the programs of a layer from the directory of its index. `None` if they were not looked up, or cannot be read.
+pub(crate) fn stored_programs(dir: &LayerDir) -> Option<LayerPrograms> {
+    let path = dir.programs();
     let size = std::fs::metadata(&path).ok()?.len();
     if size > LARGEST_FILE {
         return None;

@@ -82,6 +82,9 @@ pub struct LayerStatus {
     pub local: u64,
     /// The origin of the index.
     pub index_source: IndexSource,
+    /// Who vouches for the index: `pass`, `manifest`, `key NAME` or `location PLACE`. None until there is an index.
+    #[serde(default)]
+    pub authority: Option<String>,
 }
 
 /// Returns the compressed bytes that have arrived and the compressed bytes that are expected, over all layers. Layers
@@ -237,6 +240,7 @@ impl LayerStats {
             local_spans: 0,
             local: 0,
             index_source: self.source(),
+            authority: None,
         }
     }
 }

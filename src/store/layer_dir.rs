@@ -1,12 +1,16 @@
 //! The directory of one layer's files.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use super::{Store, StoreError, create_directory, private};
+use super::{Authority, Durability, IndexName, Store, StoreError, create_directory, private};
 use crate::oci::Digest;
-use crate::os::{clear_way, is_at, on_disk, open_or_replace};
+use crate::os::{clear_way, is_at, on_disk, open_or_replace, read_regular};
+
+/// Size limit in bytes of the file that names an authority. A longer name is not shown.
+const LONGEST_AUTHORITY: u64 = 4096;
 
 /// The directory of one layer's files.
 #[derive(Debug, Clone)]
@@ -20,15 +24,37 @@ impl LayerDir {
         &self.path
     }
 
-    /// Returns the name of the directory, which contains the layer's digest.
-    pub(super) fn name(&self) -> String {
+    /// Returns the name of the directory, which begins with the layer's digest.
+    pub fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Returns the digest of the layer's blob. Returns none if the directory does not have the name of a layer.
     pub fn digest(&self) -> Option<Digest> {
         let name = self.path.file_name()?.to_str()?;
-        name.replacen('-', ":", 1).parse().ok()
+        let (layer, _) = name.split_once('.').unwrap_or((name, ""));
+        layer.replacen('-', ":", 1).parse().ok()
+    }
+
+    /// Whether there is an index. Its files may still be damaged.
+    pub fn is_indexed(&self) -> bool {
+        self.spans().exists()
+    }
+
+    /// Returns the path of the file that names the authority of the index, for people. A pass on this host leaves no
+    /// such file.
+    fn authority_file(&self) -> PathBuf {
+        self.path.join("authority")
+    }
+
+    /// Returns who vouches for the index, as [`Authority`] names it to people.
+    pub fn authority(&self) -> String {
+        if !self.name().contains('.') {
+            return Authority::Pass.to_string();
+        }
+        let read = read_regular(&self.authority_file(), LONGEST_AUTHORITY);
+        let text = read.ok().and_then(|text| String::from_utf8(text).ok());
+        text.unwrap_or_else(|| "unknown".to_owned())
     }
 
     /// Returns the path of the span index.
@@ -83,11 +109,24 @@ impl LayerDir {
 
 impl Store {
     /// Returns the directory of a layer's files. Does not create it.
+    ///
+    /// Its index, if there is one, was made by a pass on this host.
     pub fn layer(&self, digest: &Digest) -> Option<LayerDir> {
+        self.index(&IndexName::new(digest, &Authority::Pass))
+    }
+
+    /// Returns the directory of a layer's files with the index of this name. Does not create it.
+    pub fn index(&self, name: &IndexName) -> Option<LayerDir> {
         let root = self.root.as_ref()?;
-        let name = format!("{}-{}", digest.algorithm().name(), digest.hex());
         Some(LayerDir {
-            path: root.join("layers").join(name),
+            path: root.join("layers").join(name.as_str()),
+        })
+    }
+
+    /// Writes down who vouches for the index in a directory of [`Store::index`].
+    pub(crate) fn note_authority(&self, dir: &LayerDir, authority: &Authority) -> Result<(), StoreError> {
+        self.publish(&dir.authority_file(), Durability::Lazy, |file| {
+            write!(file, "{authority}")
         })
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::{Store, StoreError, touch};
+use super::{IndexName, Store, StoreError, touch};
 use crate::oci::Digest;
 use crate::os::on_disk;
 
@@ -39,15 +39,44 @@ impl Store {
         touch(path);
     }
 
-    /// Returns where the merged tree of the image with this manifest is kept.
-    pub(crate) fn tree_path(&self, manifest: &Digest) -> Option<PathBuf> {
-        let root = self.root.as_ref()?;
-        let name = format!("{}-{}.erofs", manifest.algorithm().name(), manifest.hex());
-        Some(root.join("trees").join(name))
+    /// Returns where a merged tree is kept.
+    pub(crate) fn tree_path(&self, tree: &TreeName) -> Option<PathBuf> {
+        Some(self.root.as_ref()?.join("trees").join(format!("{}.erofs", tree.0)))
     }
 
     /// Returns where the file is kept that says what the programs of an image need.
-    pub(crate) fn programs_path(&self, manifest: &Digest) -> Option<PathBuf> {
-        Some(self.tree_path(manifest)?.with_extension("programs"))
+    pub(crate) fn programs_path(&self, tree: &TreeName) -> Option<PathBuf> {
+        Some(self.root.as_ref()?.join("trees").join(format!("{}.programs", tree.0)))
     }
+}
+
+/// Names the merged tree of an image by its manifest and the indexes that it was made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TreeName(String);
+
+impl TreeName {
+    /// Returns the name of the tree that is merged from these indexes of the layers, base first.
+    pub fn new(manifest: &Digest, layers: &[IndexName]) -> Self {
+        let manifest = stem(manifest);
+        if layers.iter().all(IndexName::is_of_pass) {
+            return Self(manifest);
+        }
+        let mut hasher = blake3::Hasher::new();
+        for layer in layers {
+            hasher.update(layer.as_str().as_bytes()).update(b"/");
+        }
+        Self(format!("{manifest}.{}", &hasher.finalize().to_hex()[..32]))
+    }
+}
+
+impl StoredTree {
+    /// Whether the file belongs to the image with this manifest.
+    pub(crate) fn is_of(&self, manifest: &Digest) -> bool {
+        let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.split('.').next() == Some(&stem(manifest))
+    }
+}
+
+fn stem(manifest: &Digest) -> String {
+    format!("{}-{}", manifest.algorithm().name(), manifest.hex())
 }
