@@ -13,6 +13,7 @@ mod export;
 mod fetching;
 mod files;
 mod image_name;
+mod index;
 mod inspect;
 mod log;
 mod mount;
@@ -87,6 +88,9 @@ enum Command {
     /// See and exchange what is known of the starts of an image's programs
     #[command(subcommand)]
     Profile(profile::ProfileCommand),
+    /// Make, publish and check indexes, so that other hosts need not stream an image's layers
+    #[command(subcommand)]
+    Index(index::IndexCommand),
     /// Look after the store
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -223,6 +227,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
         Command::Export(args) => export::run(&config, &fetching, args),
         Command::Pull(args) => pull::run(&config, &fetching, args),
         Command::Profile(command) => profile::run(&config, &fetching, command),
+        Command::Index(command) => index::run(&config, &fetching, command),
         _ => unreachable!("dealt with above"),
     };
     fetching.end(result)

@@ -11,6 +11,7 @@
 //! - The tree is made only from such layers.
 
 mod early;
+mod expecting;
 mod kept;
 mod learning;
 mod named;
@@ -47,6 +48,7 @@ use crate::layer::{
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{Profile, Recorder};
+use crate::published::Lookups;
 use crate::resolve::ResolvedImage;
 use crate::store::{Authority, IndexName, LayerDir, Store, StoreError, TreeName};
 use crate::task::{TaskError, joined};
@@ -138,6 +140,17 @@ pub struct Preparation {
     layers: watch::Sender<Option<Arc<Layers>>>,
     merging: AtomicBool,
     image: OnceCell<Arc<Image>>,
+    /// Questions for indexes of the layers.
+    lookups: Arc<Lookups>,
+}
+
+/// Returns the directory of the best index of a layer that the store has, and who vouches for it.
+fn known_index(store: &Store, layer: &Digest, authorities: &[Authority]) -> Option<(Authority, LayerDir)> {
+    let mut dirs = authorities.iter().filter_map(|authority| {
+        let dir = store.index(&IndexName::new(layer, authority))?;
+        Some((authority.clone(), dir))
+    });
+    dirs.find(|(_, dir)| dir.is_indexed())
 }
 
 impl Preparation {
@@ -155,7 +168,14 @@ impl Preparation {
             merging: AtomicBool::new(false),
             image: OnceCell::new(),
             resolved: Arc::new(resolved),
+            lookups: Arc::default(),
         }
+    }
+
+    /// Uses the answers to questions for indexes.
+    fn with_lookups(mut self, lookups: Lookups) -> Self {
+        self.lookups = Arc::new(lookups);
+        self
     }
 
     /// Manifest, config and layer descriptors.
@@ -176,26 +196,16 @@ impl Preparation {
         tree.is_some_and(|path| path.exists())
     }
 
-    /// Who may vouch for an index of a layer, best first.
-    fn authorities(&self) -> Vec<Authority> {
-        vec![Authority::Pass]
-    }
-
     /// Returns the directory of the best index of a layer that the store has, and who vouches for it.
-    pub fn stored_index(&self, store: &Store, layer: &Descriptor) -> Option<(Authority, LayerDir)> {
-        let authorities = self.authorities().into_iter();
-        let mut dirs = authorities.filter_map(|authority| {
-            let dir = store.index(&IndexName::new(&layer.digest, &authority))?;
-            Some((authority, dir))
-        });
-        dirs.find(|(_, dir)| dir.is_indexed())
+    pub fn stored_index(&self, context: &LayerContext, layer: &Descriptor) -> Option<(Authority, LayerDir)> {
+        known_index(&context.store, &layer.digest, &context.authorities())
     }
 
     /// Returns the name of the tree that is made of the indexes in the store. None if the store lacks the index of a layer.
     fn stored_tree(&self, context: &LayerContext) -> Option<TreeName> {
         let layers = self.resolved.layers().iter();
         let names = layers.map(|layer| {
-            let (authority, _) = self.stored_index(&context.store, layer)?;
+            let (authority, _) = self.stored_index(context, layer)?;
             Some(IndexName::new(&layer.digest, &authority))
         });
         let layers: Vec<IndexName> = names.collect::<Option<_>>()?;
@@ -246,7 +256,7 @@ impl Preparation {
             match self.assemble(context).await {
                 Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
                     tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
-                    for authority in self.authorities() {
+                    for authority in context.authorities() {
                         context.forget(&IndexName::new(&layer, &authority))?;
                     }
                 }
@@ -364,7 +374,8 @@ impl Preparation {
             blob,
             diff_id,
             stats,
-            authorities: self.authorities(),
+            authorities: context.authorities(),
+            lookups: self.lookups.clone(),
         };
         let opened = layer::open(context, wanted).await?;
         Ok((descriptor.digest, opened))

@@ -24,6 +24,7 @@
 mod arrival;
 mod data;
 mod disk;
+mod export;
 mod first_pass;
 mod flight;
 mod health;
@@ -33,6 +34,7 @@ mod open;
 mod opening;
 mod prefetch;
 mod programs;
+mod published;
 mod race;
 mod regions;
 mod stats;
@@ -52,6 +54,7 @@ use tokio::runtime::Handle;
 
 pub use data::LayerContext;
 use data::LayerData;
+pub use export::{ExportError, export};
 pub use first_pass::FirstPassError;
 use flight::Run;
 pub(crate) use flight::{Flown, flown};

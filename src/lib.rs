@@ -104,6 +104,7 @@ pub mod oci;
 pub mod os;
 pub mod profile;
 mod program;
+pub mod published;
 pub mod registry;
 pub mod resolve;
 pub mod source;

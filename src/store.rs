@@ -17,6 +17,7 @@
 //! STORE/trees/ALG-HEX.HASH.*         the same, from indexes of other authorities
 //! STORE/profiles/ALG-HEX.LABEL       what starts of an image's program read, a hint
 //! STORE/{documents,profiles}/of/     which of them belong to a repository or reference
+//! STORE/notes/HASH                   what was so at the time of the file, such as that a place has no index
 //! STORE/uppers/ID/                   private upper directories of writable mounts
 //! STORE/tmp/OWNER.RANDOM             files being written ("drafts")
 //! STORE/eviction.lock                held by the process that makes room
@@ -40,6 +41,7 @@ mod authority;
 mod documents;
 mod draft;
 mod layer_dir;
+mod notes;
 mod partial;
 mod profiles;
 mod sealed;

@@ -197,7 +197,7 @@ fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
         for dir in store.layers()? {
             busy += usize::from(!remove_layer(&dir)?);
         }
-        for directory in ["trees", "documents", "profiles"] {
+        for directory in ["trees", "documents", "profiles", "notes"] {
             empty(&root.join(directory))?;
         }
     }
@@ -224,7 +224,11 @@ fn remove_layer(dir: &LayerDir) -> anyhow::Result<bool> {
 }
 
 fn empty(directory: &Path) -> anyhow::Result<()> {
-    for entry in fs::read_dir(directory).with_context(|| format!("{}", directory.display()))? {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.with_context(|| format!("{}", directory.display()))?,
+    };
+    for entry in entries {
         let path = entry?.path();
         let removed = if path.is_dir() {
             fs::remove_dir_all(&path)

@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
 use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
 use ocifs::mount::Prefetch;
+use ocifs::published::{IndexKey, IndexLocation, Place, Trust};
 use ocifs::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;
@@ -46,8 +47,18 @@ pub(super) struct Globals {
     /// Host from which foreign layers may be fetched that the registry does not have
     #[arg(long, global = true, value_name = "HOST")]
     foreign_layers_from: Vec<String>,
+    /// Place with indexes that somebody else has made: a directory, https://HOST/PATH or oci://HOST/REPOSITORY; several are
+    /// asked in this order, before those of the configuration file
+    #[arg(long, global = true, value_name = "LOCATION")]
+    index: Vec<String>,
+    /// Believe what is at --index if this key of minisign(1) has signed it: the file with the public key, or the key itself
+    #[arg(long, global = true, value_name = "KEY", conflicts_with = "index_trust_location")]
+    index_key: Option<String>,
+    /// Believe what is at --index without a signature: whoever can put files there decides what images contain
+    #[arg(long, global = true)]
+    index_trust_location: bool,
     /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, allow-private-redirects,
-    /// foreign-layers-from (a list of hosts), log-format)
+    /// foreign-layers-from (a list of hosts), log-format, and tables [[index]] with location, and key or trust = "location")
     /// [default: /etc/ocifs.toml]
     #[arg(
         long,
@@ -118,6 +129,24 @@ struct FileConfig {
     foreign_layers_from: Vec<String>,
     prefetch: Option<PrefetchMode>,
     log_format: Option<LogFormat>,
+    #[serde(default)]
+    index: Vec<FileIndex>,
+}
+
+/// A table `[[index]]` of the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct FileIndex {
+    location: String,
+    key: Option<String>,
+    trust: Option<TrustedPart>,
+}
+
+/// What is trusted of a place without a key.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum TrustedPart {
+    Location,
 }
 
 /// The resolved settings of a command.
@@ -140,6 +169,8 @@ pub(super) struct Config {
     pub(super) verbose: u8,
     /// Whether standard error gets only errors.
     pub(super) quiet: bool,
+    /// Places with indexes that somebody else has made.
+    pub(super) index: Vec<IndexLocation>,
 }
 
 impl Config {
@@ -149,6 +180,7 @@ impl Config {
             None if Path::new(SYSTEM_CONFIG).exists() => read(Path::new(SYSTEM_CONFIG))?,
             None => FileConfig::default(),
         };
+        let index = index_locations(&globals, file.index)?;
         let store = match globals.store.store.or(file.store) {
             Some(store) => std::path::absolute(store)?,
             None => default_store()?,
@@ -172,8 +204,33 @@ impl Config {
             log_format: globals.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
             verbose: globals.verbose,
             quiet: globals.quiet,
+            index,
         })
     }
+}
+
+/// Returns the places with indexes, first those of the command line.
+fn index_locations(globals: &Globals, file: Vec<FileIndex>) -> anyhow::Result<Vec<IndexLocation>> {
+    let given = globals.index.iter().map(|location| FileIndex {
+        location: location.clone(),
+        key: globals.index_key.clone(),
+        trust: globals.index_trust_location.then_some(TrustedPart::Location),
+    });
+    let locations = given.chain(file).map(|index| {
+        let place = Place::parse(&index.location)?;
+        let trust = match (&index.key, index.trust) {
+            (Some(key), None) => Trust::Key(IndexKey::read(key)?),
+            (None, Some(TrustedPart::Location)) => Trust::Location,
+            (Some(_), Some(_)) => bail!("index location {place}: give a key or trust = \"location\", not both"),
+            (None, None) => bail!(
+                "index location {place}: an index decides what files contain, so say who is believed: the key that signs it \
+                 (--index-key KEY, or key = in the configuration file), or the location itself (--index-trust-location, or \
+                 trust = \"location\")"
+            ),
+        };
+        Ok(IndexLocation::new(place, trust)?)
+    });
+    locations.collect()
 }
 
 fn read(path: &Path) -> anyhow::Result<FileConfig> {

@@ -9,8 +9,7 @@ use super::text::shown;
 use super::units::human;
 use super::{Fetching, ImageArgs, open};
 use ocifs::image::Preparation;
-use ocifs::layer::stored_toc;
-use ocifs::store::Store;
+use ocifs::layer::{LayerContext, stored_toc};
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
@@ -24,11 +23,11 @@ pub(super) struct InspectArgs {
 
 /// Returns what is odd in the layers' tars and how ocifs reads it, by layer digest. It covers only layers that were
 /// indexed before.
-fn oddities(store: &Store, image: &Preparation) -> Vec<(String, String)> {
+fn oddities(context: &LayerContext, image: &Preparation) -> Vec<(String, String)> {
     let mut oddities = Vec::new();
     for layer in image.resolved().layers() {
         // A layer that was never indexed has no TOC. A layer with a damaged TOC is indexed again when it is read.
-        let dir = image.stored_index(store, layer).map(|(_, dir)| dir);
+        let dir = image.stored_index(context, layer).map(|(_, dir)| dir);
         let warnings = stored_toc(&layer.digest, dir.as_ref()).map(|toc| toc.warnings());
         if let Ok(Ok(warnings)) = warnings {
             oddities.extend(warnings.into_iter().map(|text| (layer.digest.to_string(), text)));
@@ -41,12 +40,12 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> an
     let context = open::context(config)?;
     let opening = fetching.run(open::resolve(config, &args.image, &context.store))?;
     let (image, unconfirmed) = (opening.preparation.resolved(), &opening.unconfirmed);
-    let oddities = oddities(&context.store, &opening.preparation);
+    let oddities = oddities(&context, &opening.preparation);
     let indexes: Vec<Option<String>> = image
         .layers()
         .iter()
         .map(|layer| {
-            let stored = opening.preparation.stored_index(&context.store, layer);
+            let stored = opening.preparation.stored_index(&context, layer);
             stored.map(|(authority, _)| authority.to_string())
         })
         .collect();

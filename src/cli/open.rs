@@ -13,9 +13,14 @@ use ocifs::fs::ImageFs;
 use ocifs::image::{Confirm, NamedImage, Opening, Preparation, Unconfirmed};
 use ocifs::layer::LayerContext;
 use ocifs::oci::ImageRef;
-use ocifs::registry::RegistryConfig;
+use ocifs::published::Locations;
+use ocifs::registry::{RegistryClient, RegistryConfig};
 use ocifs::source;
 use ocifs::store::{Store, StoreError};
+
+/// Time in which a place with indexes must answer. With a larger time, mounts wait longer for a place that does not; with a
+/// smaller one, indexes in slow places are not used.
+const ANSWER: Duration = Duration::from_secs(4);
 
 /// Opens the store. If the store cannot be opened, the command works from memory and reports the problem. A store of
 /// another version is an error.
@@ -25,7 +30,18 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
         Err(error @ StoreError::Version { .. }) => return Err(error.into()),
         Err(error) => (Store::unavailable(), Some(error)),
     };
-    let context = LayerContext::new(store, config.memory, config.cache_size);
+    let client = RegistryClient::new(RegistryConfig {
+        // A place with indexes must not hold up a mount: without an answer, layers are streamed.
+        timeout: ANSWER,
+        stall_timeout: ANSWER / 2,
+        connect_timeout: ANSWER / 2,
+        ..registry_config(config)
+    });
+    let locations = match config.index.is_empty() {
+        true => Locations::default(),
+        false => Locations::new(config.index.clone(), &client?, &store)?,
+    };
+    let context = LayerContext::new(store, config.memory, config.cache_size).with_locations(locations);
     if let Some(error) = problem {
         context.health.store_lost(&error);
     }
@@ -47,12 +63,17 @@ pub(super) async fn named(config: &Config, args: &ImageArgs, store: &Store) -> a
 pub(super) async fn resolve(config: &Config, args: &ImageArgs, store: &Store) -> anyhow::Result<Opening> {
     let resolved = named(config, args, store).await?.resolve().await;
     let opening = resolved.map_err(|error| advised(error.into(), &args.image))?;
+    warn(config, args, &opening);
+    Ok(opening)
+}
+
+/// Warns the user of a tag that was resolved without its registry.
+fn warn(config: &Config, args: &ImageArgs, opening: &Opening) {
     if let Some(warning) = opening.unconfirmed.as_ref().and_then(|u| warning(&args.image, u))
         && !config.quiet
     {
         eprintln!("ocifs: {warning}");
     }
-    Ok(opening)
 }
 
 /// Returns the warning for a tag whose registry could not be asked.
@@ -75,7 +96,8 @@ pub(super) fn advised(error: anyhow::Error, image: &str) -> anyhow::Error {
     }
 }
 
-fn registry_config(config: &Config) -> RegistryConfig {
+/// Returns the settings for requests to registries.
+pub(super) fn registry_config(config: &Config) -> RegistryConfig {
     RegistryConfig {
         plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),
@@ -90,7 +112,11 @@ fn registry_config(config: &Config) -> RegistryConfig {
 pub(super) fn open_image(fetching: &Fetching, config: &Config, args: &ImageArgs) -> anyhow::Result<ImageFs> {
     let context = context(config)?;
     fetching.run(async {
-        let preparation = resolve(config, args, &context.store).await?.preparation;
+        let named = named(config, args, &context.store).await?;
+        let opening = named.resolve_expecting(&context, None).await;
+        let opening = opening.map_err(|error| advised(error.into(), &args.image))?;
+        warn(config, args, &opening);
+        let preparation = opening.preparation;
         fetching.begin(&context.store, &preparation);
         let bar = Bar::new(&args.image, config.quiet);
         let image = watch(&preparation, &bar, preparation.finish(&context)).await?;

@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use super::{Image, Learning, Preparation};
+use super::{Image, Learning, Preparation, learning};
 use crate::layer::{LayerContext, LayerError};
 use crate::profile::Label;
 use crate::resolve::ResolvedImage;
+use crate::task::joined;
 
 /// An image that is being opened and replayed. The work ends when this is dropped.
 #[derive(Debug)]
@@ -31,9 +32,7 @@ impl Early {
     /// Begins with an image that the store knows. Returns `None` if a layer would have to be streamed. Replays the
     /// profile with this label, if one is given. Must be called on the runtime.
     pub fn begin(preparation: Preparation, context: &LayerContext, label: Option<Label>) -> Option<Self> {
-        if preparation.stored_tree(context).is_none() {
-            return None;
-        }
+        preparation.stored_tree(context)?;
         let preparation = Arc::new(preparation);
         let (opening, context) = (preparation.clone(), context.clone());
         let replay = tokio::spawn(async move {
@@ -80,6 +79,24 @@ impl Early {
 }
 
 impl Replay {
+    /// Replays the profile that the locations have for an image, as soon as it is there and the layers are open. Keeps the
+    /// profile. Must be called on the runtime.
+    pub(super) fn published(preparation: &Arc<Preparation>, context: &LayerContext, label: Label) -> Self {
+        let (preparation, store) = (preparation.clone(), context.store.clone());
+        Self(tokio::spawn(async move {
+            let Some(bytes) = preparation.lookups.profile().await else {
+                return Ok(false);
+            };
+            let (image, repository) = (preparation.resolved().clone(), preparation.repository());
+            let keeping =
+                tokio::task::spawn_blocking(move || learning::adopt(&store, &image, &repository, &label, &bytes));
+            let Ok(Some(profile)) = joined(keeping).await else {
+                return Ok(false);
+            };
+            preparation.layers().await.replay(&profile).await.map(|()| true)
+        }))
+    }
+
     /// Replays a profile on an image that is open.
     pub fn begin(image: &Arc<Image>, profile: crate::profile::Profile) -> Self {
         let image = image.clone();

@@ -92,6 +92,28 @@ impl Learning {
     }
 }
 
+/// Takes a profile that somebody else has made, for the layers that the image has too. Keeps it, unless the store has a
+/// profile of the image. None if it says nothing about these layers.
+pub(super) fn adopt(
+    store: &Store,
+    image: &ResolvedImage,
+    repository: &str,
+    label: &Label,
+    bytes: &[u8],
+) -> Option<Profile> {
+    let published = Profile::decode(bytes).map_err(|error| {
+        tracing::warn!(%error, "not using a profile from a location");
+    });
+    let mut learning = Learning::find(store, image, repository, label);
+    match learning.import(&published.ok()?) {
+        Ok(0) => return None,
+        Ok(_) => {}
+        Err(error) if error.is_by_design() => {}
+        Err(error) => tracing::warn!(%error, "cannot keep a profile from a location"),
+    }
+    Some(learning.profile)
+}
+
 /// Learns from the recorded reads when it is dropped: at the end of the start, or earlier at the end of the mount.
 struct Kept {
     learning: Learning,

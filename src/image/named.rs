@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::expecting::Expecting;
 use super::{Confirm, Early, KeptSource, Preparation, Replay, Unconfirmed};
 use crate::blob::{BlobError, ImageSource};
 use crate::layer::LayerContext;
@@ -47,9 +48,8 @@ impl NamedImage {
 
     /// Finds manifest and config.
     pub async fn resolve(&self) -> Result<Opening, BlobError> {
-        let (source, store) = (self.source.clone(), self.store.clone());
-        let source = KeptSource::new(source, store, self.pinned.clone(), self.confirm);
-        let (preparation, unconfirmed) = self.prepare(Arc::new(source)).await?;
+        let source = Arc::new(self.kept());
+        let (preparation, unconfirmed) = self.prepare(source).await?;
         Ok(Opening {
             preparation: Arc::new(preparation),
             replay: None,
@@ -57,13 +57,38 @@ impl NamedImage {
         })
     }
 
+    /// Finds manifest and config like [`NamedImage::resolve`], and asks the locations of `context` for the indexes of the
+    /// layers meanwhile. With a label, asks for the profile with that label too, and replays it. Must be called on the
+    /// runtime.
+    pub async fn resolve_expecting(&self, context: &LayerContext, label: Option<Label>) -> Result<Opening, BlobError> {
+        if context.locations.is_empty() {
+            return self.resolve().await;
+        }
+        let kept = Arc::new(self.kept());
+        let source = Arc::new(Expecting::new(kept.clone(), context.clone(), label.clone()));
+        let resolved = resolve(&*source, self.platform.as_ref()).await?;
+        let lookups = source.lookups(&resolved.manifest_document.digest);
+        let preparation = Arc::new(Preparation::new(kept.clone(), resolved).with_lookups(lookups));
+        let replay = label.map(|label| Replay::published(&preparation, context, label));
+        Ok(Opening {
+            preparation,
+            replay,
+            unconfirmed: kept.unconfirmed().cloned(),
+        })
+    }
+
+    fn kept(&self) -> KeptSource {
+        let (source, store) = (self.source.clone(), self.store.clone());
+        KeptSource::new(source, store, self.pinned.clone(), self.confirm)
+    }
+
     /// Finds manifest and config of an image that is going to be read. If the store knows what the name meant the
     /// last time, that image is opened while the source is asked. If a label is given, the profile with that label is
     /// replayed early as well. Must be called on the runtime.
     pub async fn open(&self, context: &LayerContext, replayed: Option<Label>) -> Result<Opening, BlobError> {
         let recalled = self.recall().await;
-        let early = recalled.and_then(|recalled| Early::begin(recalled, context, replayed));
-        let opening = self.resolve().await?;
+        let early = recalled.and_then(|recalled| Early::begin(recalled, context, replayed.clone()));
+        let opening = self.resolve_expecting(context, replayed).await?;
         match early.and_then(|early| early.confirm(opening.preparation.resolved())) {
             Some((preparation, replay)) => Ok(Opening {
                 preparation,

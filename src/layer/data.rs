@@ -23,6 +23,7 @@ use crate::device::{CacheBudget, DataDevice};
 use crate::fetch::{Board, Flights, Lanes, Spans as _};
 use crate::memory::{Allowance, Charge, TABLES};
 use crate::oci::{DiffId, Digest};
+use crate::published::Locations;
 use crate::span::SpanMap;
 use crate::store::{Authority, IndexName, LayerDir, Store, StoreError};
 
@@ -51,6 +52,8 @@ pub struct LayerContext {
     pub(super) ahead: Ahead,
     /// The queues in which requests wait for their passes.
     pub(crate) lanes: Arc<Lanes>,
+    /// Where indexes that somebody else has made are looked for.
+    pub locations: Locations,
 }
 
 impl LayerContext {
@@ -69,7 +72,18 @@ impl LayerContext {
             ahead: Ahead::default(),
             shared: Arc::default(),
             lanes: Arc::default(),
+            locations: Locations::default(),
         }
+    }
+
+    /// Returns this context with places where indexes are looked for.
+    pub fn with_locations(self, locations: Locations) -> Self {
+        Self { locations, ..self }
+    }
+
+    /// Who may vouch for the index of a layer, best first.
+    pub(crate) fn authorities(&self) -> Vec<Authority> {
+        [vec![Authority::Pass], self.locations.authorities()].concat()
     }
 
     /// Returns this context with retries without a deadline for layers that are being streamed, whatever the timeout

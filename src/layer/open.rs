@@ -1,10 +1,12 @@
-//! Opens a layer: from an index in the store if there is one, otherwise by streaming the layer once.
+//! Opens a layer: from an index in the store if there is one, else with an index that somebody else has made, else by
+//! streaming the layer once.
 //!
 //! A pass over the whole layer on this host outranks all other authorities: an index that a pass has made is used before
 //! any other.
 
 use super::data::LayerContext;
 use super::opening::{OpenError, Opened, ToOpen};
+use super::published::open_found;
 use super::stored::{LayerIndex, from_store};
 use super::streamed::stream;
 use super::turn::Turn;
@@ -35,6 +37,11 @@ async fn open_or_stream(context: &LayerContext, wanted: ToOpen) -> Result<Opened
         if let Some(opened) = from_store(context, &known, blob, diff_id, stats).await? {
             return Ok(opened);
         }
+    }
+    if let Some(found) = stats.waiting(wanted.lookups.index(blob.digest())).await
+        && let Some(opened) = open_found(context, &wanted, found).await?
+    {
+        return Ok(opened);
     }
     let pass = known(&Authority::Pass);
     let (dir, turn) = match pass.dir.clone().filter(|_| context.store.is_writable()) {

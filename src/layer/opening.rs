@@ -7,6 +7,7 @@ use super::{Layer, LayerStats};
 use crate::blob::BlobSource;
 use crate::memory::{Charge, OverLimit};
 use crate::oci::{DiffId, Digest};
+use crate::published::Lookups;
 use crate::store::Authority;
 use crate::task::TaskError;
 use crate::toc::PackedToc;
@@ -59,6 +60,8 @@ pub(crate) struct ToOpen {
     pub(crate) stats: Arc<LayerStats>,
     /// Who may vouch for an index of the layer, best first.
     pub(crate) authorities: Vec<Authority>,
+    /// Questions for indexes that are being asked.
+    pub(crate) lookups: Arc<Lookups>,
 }
 
 pub(super) fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {

@@ -1,11 +1,10 @@
 //! The files that the programs of a layer need, looked up once right after the first pass, while the whole layer is
 //! local.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::Layer;
 use crate::program::Program;
 use crate::store::{Durability, LayerDir, Store, StoreError, read_sealed};
 use crate::toc::{DataLayout, EntryKind, PackedEntry, PackedToc};
@@ -18,7 +17,7 @@ const MOST_NOTED: usize = 8 << 20;
 const LARGEST_FILE: u64 = 4 * MOST_NOTED as u64;
 
 /// Programs and libraries by the device offset of their content.
-pub type LayerPrograms = HashMap<u64, Program>;
+pub type LayerPrograms = BTreeMap<u64, Program>;
 
 #[derive(Serialize, Deserialize)]
 struct LayerProgramsFile {
@@ -27,8 +26,8 @@ struct LayerProgramsFile {
     programs: LayerPrograms,
 }
 
-/// Looks up the programs of a layer whose content is on its device.
-pub(super) fn look(toc: &PackedToc, layer: &Layer) -> LayerPrograms {
+/// Looks up the programs of a layer. `read` fills a buffer from a device offset, or returns false.
+pub(super) fn look(toc: &PackedToc, mut read: impl FnMut(u64, &mut [u8]) -> bool) -> LayerPrograms {
     let mut room = MOST_NOTED;
     let mut entries = toc.entries().ok();
     let candidates = std::iter::from_fn(|| {
@@ -43,7 +42,7 @@ pub(super) fn look(toc: &PackedToc, layer: &Layer) -> LayerPrograms {
     let programs = candidates.filter_map(|(device, size)| {
         let program = Program::look(size, &mut |offset, buf| {
             let within = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= size);
-            within && layer.peek(device + offset, buf)
+            within && read(device + offset, buf)
         });
         Some((device, program?))
     });
@@ -70,12 +69,17 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
 
 /// Writes the programs of a layer to the directory of its index.
 pub(super) fn keep(store: &Store, dir: &LayerDir, programs: LayerPrograms) -> Result<(), StoreError> {
+    let encoded = encoded(programs);
+    store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
+}
+
+/// Returns the programs in the form in which they are stored.
+pub(super) fn encoded(programs: LayerPrograms) -> Vec<u8> {
     let file = LayerProgramsFile {
         version: VERSION,
         programs,
     };
-    let encoded = serde_json::to_vec(&file).expect("numbers and strings");
-    store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
+    serde_json::to_vec(&file).expect("numbers and strings")
 }
 
 /// Reads the programs of a layer from the directory of its index. `None` if they were not looked up, or cannot be read.

@@ -17,6 +17,8 @@ pub enum IndexSource {
     Streamed,
     /// The store has the index.
     Store,
+    /// The index came from a location.
+    Location,
 }
 
 /// Counters of a layer. All of them only grow, except the numbers of tasks that open the layer or wait.
@@ -88,11 +90,11 @@ pub struct LayerStatus {
 }
 
 /// Returns the compressed bytes that have arrived and the compressed bytes that are expected, over all layers. Layers
-/// that the store has count only if bytes of them were fetched.
+/// that were opened with an index count only if bytes of them were fetched.
 pub fn progress(layers: &[LayerStatus]) -> (u64, u64) {
     let coming = layers
         .iter()
-        .filter(|l| l.index_source != IndexSource::Store || l.fetched > 0);
+        .filter(|l| matches!(l.index_source, IndexSource::Pending | IndexSource::Streamed) || l.fetched > 0);
     coming.fold((0, 0), |(done, total), l| {
         (done + l.fetched + l.resumed, total + l.size)
     })

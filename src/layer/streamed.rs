@@ -134,7 +134,7 @@ pub(super) async fn stream(context: &LayerContext, wanted: ToOpen, dir: Option<L
             stats,
         );
         if let Some(dir) = dir.filter(|_| layer.keeps()) {
-            let found = programs::look(&toc, &layer);
+            let found = programs::look(&toc, |offset, buf| layer.peek(offset, buf));
             if let Err(error) = programs::keep(&context.store, &dir, found) {
                 context.health.store_failed(&error);
             }

@@ -36,7 +36,7 @@ use super::endpoint::{Repository, is_loopback};
 use super::failure::{self, Context};
 use super::secret::Secret;
 use super::token::{self, BearerChallenge, Exchange};
-use super::transport::{Ask, Transport, authority};
+use super::transport::{Act, Ask, Transport, authority};
 use crate::blob::BlobError;
 
 /// Most repositories whose challenge and token are remembered. A larger value costs memory. With a smaller one, more
@@ -323,11 +323,7 @@ async fn fetch_token(
             ask.authorization = login.and_then(|(username, password)| basic(&username, &password).header());
             ask
         }
-        Exchange::Post { url, form } => {
-            let mut ask = Ask::get(url);
-            ask.form = Some(form);
-            ask
-        }
+        Exchange::Post { url, form } => Ask::new(Act::PostForm(form), url),
     };
     let realm = &challenge.realm;
     let host = authority(realm);

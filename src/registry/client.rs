@@ -59,6 +59,11 @@ impl RegistryClient {
         &self.inner.auth
     }
 
+    /// Returns the longest time that one request with a large body may take.
+    pub(super) fn patience(&self) -> Duration {
+        self.inner.transport.config().timeout
+    }
+
     pub(super) fn retry(&self) -> Retry {
         Retry::new(RetryPolicy {
             deadline: self.inner.transport.config().timeout,

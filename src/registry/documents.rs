@@ -44,6 +44,25 @@ impl RegistryClient {
         repository: &Repository,
         selector: &ReferenceSelector,
     ) -> Result<Document, BlobError> {
+        match self.manifest_unhinted(repository, selector).await {
+            Err(BlobError::NotFound { what, hint }) => {
+                let hint = self.hint(repository, selector, hint).await;
+                Err(BlobError::NotFound { what, hint })
+            }
+            other => other,
+        }
+    }
+
+    /// Fetches the manifest under a tag. Does not look for a reason if there is none.
+    pub(super) async fn manifest_of_tag(&self, repository: &Repository, tag: &str) -> Result<Document, BlobError> {
+        self.manifest_unhinted(repository, &ReferenceSelector::tag(tag)).await
+    }
+
+    async fn manifest_unhinted(
+        &self,
+        repository: &Repository,
+        selector: &ReferenceSelector,
+    ) -> Result<Document, BlobError> {
         let mut ask = Ask::get(repository.manifest_url(selector)?);
         ask.headers.insert(ACCEPT, HeaderValue::from_static(ACCEPT_MANIFESTS));
         let what = format!("manifest {}{selector}", repository.name);
@@ -51,13 +70,7 @@ impl RegistryClient {
             ReferenceSelector::Tag { digest, .. } => digest.as_ref(),
             ReferenceSelector::Digest(digest) => Some(digest),
         };
-        match self.document(repository, &ask, &what, MAX_MANIFEST, wanted).await {
-            Err(BlobError::NotFound { what, hint }) => {
-                let hint = self.hint(repository, selector, hint).await;
-                Err(BlobError::NotFound { what, hint })
-            }
-            other => other,
-        }
+        self.document(repository, &ask, &what, MAX_MANIFEST, wanted).await
     }
 
     /// Fetches and verifies a small blob as a whole.

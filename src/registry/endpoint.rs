@@ -178,6 +178,11 @@ impl Repository {
         self.url(&format!("blobs/{digest}"))
     }
 
+    /// Returns the URL at which an upload of a blob begins.
+    pub(super) fn uploads_url(&self) -> Url {
+        self.url("blobs/uploads/")
+    }
+
     /// Returns the URL that lists the first `count` tags.
     pub(super) fn tags_url(&self, count: usize) -> Url {
         let mut url = self.url("tags/list");

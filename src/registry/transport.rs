@@ -44,15 +44,33 @@ pub(super) struct Transport {
 /// Fields of a form. Their values may be secrets.
 pub(super) type Form = Vec<(&'static str, Secret)>;
 
-/// One request: a POST if it has a form, otherwise a GET.
+/// What a request does, and what it sends along.
+#[derive(Debug, Clone)]
+pub(super) enum Act {
+    Get,
+    Head,
+    /// Posts a form.
+    PostForm(Form),
+    Post,
+    Put(Bytes),
+}
+
+impl Act {
+    /// Whether a redirect may be followed. The others are sent once, to the URL they were made for: a form holds
+    /// credentials, and an upload goes where the registry said.
+    fn follows_redirects(&self) -> bool {
+        matches!(self, Self::Get | Self::Head)
+    }
+}
+
+/// One request.
 #[derive(Debug, Clone)]
 pub(super) struct Ask {
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
     /// Value of `Authorization`, sent to the first origin only.
     pub(super) authorization: Option<HeaderValue>,
-    /// Fields to post as a form.
-    pub(super) form: Option<Form>,
+    pub(super) act: Act,
     /// Whether the request may go to public addresses only.
     pub(super) guarded: bool,
     /// Whether the request uses the connections that are set apart from those of other requests.
@@ -61,11 +79,15 @@ pub(super) struct Ask {
 
 impl Ask {
     pub(super) fn get(url: Url) -> Self {
+        Self::new(Act::Get, url)
+    }
+
+    pub(super) fn new(act: Act, url: Url) -> Self {
         Self {
             url,
             headers: HeaderMap::new(),
             authorization: None,
-            form: None,
+            act,
             guarded: false,
             apart: false,
         }
@@ -187,10 +209,11 @@ impl Transport {
         let (mut crossed, mut guarded) = (false, ask.guarded);
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
-            // A form holds credentials, so the client posts it once, to the URL it was made for.
-            let form = ask.form.as_ref().filter(|_| hop == 0);
-            let (response, open) = self.exchange(&url, guarded, ask, authorization, form).await?;
-            let next = redirect_target(&response, &url)?.filter(|_| ask.form.is_none());
+            let (response, open) = self.exchange(&url, guarded, ask, authorization).await?;
+            let next = match ask.act.follows_redirects() {
+                true => redirect_target(&response, &url)?,
+                false => None,
+            };
             let Some(next) = next else {
                 return Ok(Reply {
                     response,
@@ -221,15 +244,17 @@ impl Transport {
         guarded: bool,
         ask: &Ask,
         authorization: Option<&HeaderValue>,
-        form: Option<&Form>,
     ) -> Result<(reqwest::Response, OpenStream), BlobError> {
         let pool = self.pools.get(url, guarded, ask.apart)?;
-        let mut request = match form {
-            Some(form) => {
+        let mut request = match &ask.act {
+            Act::PostForm(form) => {
                 let fields: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.expose())).collect();
                 pool.post(url.clone()).form(&fields)
             }
-            None => pool.get(url.clone()),
+            Act::Get => pool.get(url.clone()),
+            Act::Head => pool.head(url.clone()),
+            Act::Post => pool.post(url.clone()).body(Bytes::new()),
+            Act::Put(bytes) => pool.put(url.clone()).body(bytes.clone()),
         };
         request = request.headers(ask.headers.clone()).header(ACCEPT_ENCODING, "identity");
         if let Some(authorization) = authorization {

@@ -6,8 +6,8 @@ use std::io::{self, BufRead, BufReader, Read as _, Take, Write};
 use super::{HASH, HEAD, MAGIC, PackedToc, RATIO_MAX, VERSION, WHAT, after, tag, u32_at};
 use crate::toc::limits::SYMLINK_MAX;
 use crate::toc::{
-    Attribute, AttributeId, DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, FileData, Limits, Metadata, Toc,
-    TocEntry, TocError, extents, path, xattr,
+    Attribute, AttributeId, DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, ExtentTable, FileData, Limits,
+    Metadata, Toc, TocEntry, TocError, extents, path, xattr,
 };
 
 /// Largest zstd window, as a binary logarithm: 8 MiB. The frames written here need at most 2 MiB. A larger limit
@@ -72,8 +72,18 @@ impl PackedToc {
         })
     }
 
+    /// Returns the extents alone, after a check of the whole table.
+    pub fn extent_table(&self) -> Result<ExtentTable, TocError> {
+        Ok(self.behind_entries()?.extent_table())
+    }
+
     /// Returns the oddities of the tar that the reader tolerated.
     pub fn warnings(&self) -> Result<Vec<String>, TocError> {
+        Ok(self.behind_entries()?.warnings)
+    }
+
+    /// Reads everything, and returns a table without the entries.
+    fn behind_entries(&self) -> Result<Toc, TocError> {
         let mut toc = Toc {
             device_size: self.device_size(),
             ..Toc::default()
@@ -83,7 +93,7 @@ impl PackedToc {
         entries
             .rest(&mut toc, self.count(16), self.count(20))
             .map_err(corrupt)?;
-        Ok(toc.warnings)
+        Ok(toc)
     }
 
     /// Returns the whole table as values.

@@ -1,0 +1,42 @@
+//! Indexes of layers that somebody else has made: the files, the places where they are, and when they are believed.
+//!
+//! One host makes the index of a layer once, and other hosts open the layer with it at once. An index decides what the
+//! files of a layer contain, so ocifs believes only an index that the user trusts: it is signed with a key that the user
+//! named, or it comes from a place that the user trusts as such.
+//!
+//! ```text
+//! IndexFile     the index of one layer as one file
+//! FileName      how files are named in every place
+//! Trust         who vouches for the files of a place
+//! Place         a directory, a web server or a repository of a registry
+//! Locations     all places of a process: asks them all at once for what an image needs
+//! Publisher     writes files to a place
+//! ```
+//!
+//! Invariants:
+//! - No byte of a file is parsed before its trust is established: its signature matches, or its place is trusted.
+//! - A file that is missing, damaged, unsigned or of another layer costs a line in the log and the time of one request,
+//!   never an error: the layer is then streamed.
+//! - Every wait is bounded. A place that is in trouble is left alone for a while.
+//! - Without a place, no request is made.
+
+mod absence;
+mod compare;
+mod directory;
+mod error;
+mod index_file;
+mod lookup;
+mod name;
+mod place;
+mod publisher;
+mod repository;
+mod trust;
+
+pub use compare::{Compared, Difference};
+pub use error::PublishedError;
+pub use index_file::IndexFile;
+pub use lookup::{Found, Locations, Lookups};
+pub use name::FileName;
+pub use place::{IndexLocation, Place};
+pub use publisher::{PublishedFile, Publisher, Pushed};
+pub use trust::{IndexKey, Trust};

@@ -1,0 +1,86 @@
+//! What can be wrong with published files and their places.
+
+use std::path::PathBuf;
+
+use crate::blob::BlobError;
+
+/// Why a published file cannot be used, found or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishedError {
+    /// The location is none that ocifs can use.
+    #[error("index location `{location}`: {reason}")]
+    Location {
+        /// The location as it was written.
+        location: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A key cannot be read.
+    #[error("index key `{key}`: {reason}")]
+    Key {
+        /// The key or its file.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The file has no signature beside it.
+    #[error("{file} has no signature")]
+    Unsigned {
+        /// Name of the file.
+        file: String,
+    },
+    /// The signature is not one of the file with the key.
+    #[error("the signature of {file} does not fit the key {key}: {reason}")]
+    Signature {
+        /// Name of the file.
+        file: String,
+        /// Name of the key.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The file is not what it should be.
+    #[error("{file} is no usable index: {reason}")]
+    Format {
+        /// Name of the file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file of a directory cannot be read or written.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// What failed.
+        reason: String,
+    },
+    /// A registry or a web server cannot be asked, or refuses.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// A place does not answer in time.
+    #[error("{place} did not answer within {seconds} s")]
+    Timeout {
+        /// The place.
+        place: String,
+        /// The time that passed.
+        seconds: u64,
+    },
+    /// Nothing can be written to the place.
+    #[error("{place} cannot be written: push to a directory or a registry")]
+    ReadOnly {
+        /// The place.
+        place: String,
+    },
+}
+
+impl PublishedError {
+    /// Makes an error about a file that is not what it should be.
+    pub(super) fn format(file: &str, reason: impl Into<String>) -> Self {
+        Self::Format {
+            file: file.to_owned(),
+            reason: reason.into(),
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Small files in registries and on web servers: what is published beside images.
+//!
+//! In a registry, a file is a blob, and a manifest under a tag says which blobs there are. On a web server, a file is what
+//! its URL answers. Files are read whole, so each reader says how long a file may be.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use reqwest::header::{CONTENT_TYPE, HeaderValue, LOCATION};
+use reqwest::{StatusCode, Url};
+
+use super::access::AuthorisedReply;
+use super::blob::{ReadKind, RegistryBlob};
+use super::client::{RegistryClient, refusal};
+use super::elsewhere::Elsewhere;
+use super::endpoint::{Endpoint, Repository};
+use super::transport::{Act, Ask};
+use crate::blob::{BlobError, BlobSource as _, Document};
+use crate::oci::{Digest, ReferenceSelector};
+
+/// Bytes from which on a blob is read in [`STRIPES`] parts at once. A new connection is slow at first, so several
+/// connections bring a file of this size sooner than one. With a smaller value, small files cost more requests.
+const STRIPED_FROM: u64 = 256 << 10;
+/// Parts in which a blob is read. More parts cost more connections.
+const STRIPES: u64 = 4;
+
+/// A repository of files.
+#[derive(Debug, Clone)]
+pub struct FileRepository {
+    client: RegistryClient,
+    repository: Arc<Repository>,
+}
+
+impl RegistryClient {
+    /// Returns a repository of files. Fails if a name is invalid.
+    pub fn files(&self, registry: &str, repository: &str) -> Result<FileRepository, BlobError> {
+        Ok(FileRepository {
+            repository: Arc::new(self.repository(registry, repository)?),
+            client: self.clone(),
+        })
+    }
+
+    /// Returns the file at a URL of a web server. None if there is no file. Fails if it is longer than `cap` bytes.
+    pub async fn file(&self, url: &Url, cap: usize) -> Result<Option<Bytes>, BlobError> {
+        let there = Repository {
+            endpoint: Endpoint::at(url, &self.transport().config().plain_http),
+            name: String::new(),
+        };
+        let what = format!("the file {url}");
+        let ask = Ask::get(url.clone());
+        let attempt = async |wait| {
+            let reply = self.transport().send(&ask, wait).await?;
+            match reply.status() {
+                StatusCode::OK => Ok(Some(reply)),
+                StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
+                _ => Err(refusal(reply, &what, "without a login").await),
+            }
+        };
+        let answer = self.persist(&there, &what, &mut self.retry(), attempt).await?;
+        let Some(mut reply) = answer else { return Ok(None) };
+        // A body may take its time, as long as it moves.
+        match reply.whole(cap).await? {
+            Some(bytes) => Ok(Some(bytes)),
+            None => Err(too_long(&reply.host(), &what, cap)),
+        }
+    }
+}
+
+fn too_long(host: &str, what: &str, cap: usize) -> BlobError {
+    BlobError::Protocol {
+        host: host.to_owned(),
+        what: what.to_owned(),
+        detail: format!("more than {cap} bytes, which no such file has"),
+        transient: false,
+    }
+}
+
+impl FileRepository {
+    /// Returns the manifest under a tag, or none if there is no such tag.
+    pub async fn manifest(&self, tag: &str) -> Result<Option<Document>, BlobError> {
+        match self.client.manifest_of_tag(&self.repository, tag).await {
+            Err(BlobError::NotFound { .. }) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// Returns a blob, whose bytes hash to its digest. Fails if `size` is more than `cap`.
+    pub async fn blob(&self, digest: &Digest, size: u64, cap: usize) -> Result<Bytes, BlobError> {
+        let what = format!("blob {digest} of {}", self.repository);
+        if size > cap as u64 {
+            return Err(too_long(self.repository.endpoint.name(), &what, cap));
+        }
+        let blob = RegistryBlob::new(
+            self.client.clone(),
+            Arc::clone(&self.repository),
+            digest.clone(),
+            size,
+            None,
+            ReadKind::Unchecked,
+            Elsewhere::default(),
+        );
+        let stripes = if size < STRIPED_FROM { 1 } else { STRIPES };
+        let length = size.div_ceil(stripes).max(1);
+        let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
+        let read = async |range: std::ops::Range<u64>| {
+            let mut stream = blob.read(range.clone()).await?;
+            let mut part = Vec::with_capacity((range.end - range.start) as usize);
+            while let Some(bytes) = stream.next().await {
+                part.extend_from_slice(&bytes?);
+            }
+            Ok::<_, BlobError>(part)
+        };
+        let parts = futures::future::try_join_all(parts.map(read)).await?;
+        let bytes = parts.concat();
+        match digest.verify(&bytes) {
+            Ok(()) => Ok(bytes.into()),
+            Err(actual) => Err(BlobError::Corrupt {
+                what,
+                expected: digest.to_string(),
+                actual: actual.to_string(),
+            }),
+        }
+    }
+
+    /// Uploads a blob, unless the repository has it. Returns whether it was uploaded.
+    pub async fn put_blob(&self, digest: &Digest, bytes: Bytes) -> Result<bool, BlobError> {
+        let what = format!("upload of blob {digest} to {}", self.repository);
+        let attempt = |wait| self.put_blob_once(digest, bytes.clone(), &what, wait);
+        let mut retry = self.client.retry();
+        self.client.persist(&self.repository, &what, &mut retry, attempt).await
+    }
+
+    async fn put_blob_once(
+        &self,
+        digest: &Digest,
+        bytes: Bytes,
+        what: &str,
+        wait: Duration,
+    ) -> Result<bool, BlobError> {
+        let head = Ask::new(Act::Head, self.repository.blob_url(digest));
+        if self.client.request(&self.repository, &head, wait).await?.reply.status() == StatusCode::OK {
+            return Ok(false);
+        }
+        let begin = Ask::new(Act::Post, self.repository.uploads_url());
+        let AuthorisedReply { reply, tried } = self.client.request(&self.repository, &begin, wait).await?;
+        if reply.status() != StatusCode::ACCEPTED {
+            return Err(refusal(reply, what, &tried).await);
+        }
+        let location = reply.header(LOCATION).map(str::to_owned);
+        let target = location.and_then(|location| reply.url.join(&location).ok());
+        let Some(mut target) = target else {
+            return Err(BlobError::Protocol {
+                host: reply.host(),
+                what: what.to_owned(),
+                detail: "it does not say where to send the bytes".to_owned(),
+                transient: false,
+            });
+        };
+        target.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let mut put = Ask::new(Act::Put(bytes), target);
+        let octets = HeaderValue::from_static("application/octet-stream");
+        put.headers.insert(CONTENT_TYPE, octets);
+        // The place may be on another host, which must not see the login.
+        let sent =
+            if put.url.origin() == self.repository.endpoint.base().origin() || reply.url.origin() == put.url.origin() {
+                self.client
+                    .request(&self.repository, &put, self.client.patience())
+                    .await?
+            } else {
+                self.client
+                    .request_elsewhere(&self.repository, &put, self.client.patience())
+                    .await?
+            };
+        match sent.reply.status() {
+            StatusCode::CREATED | StatusCode::NO_CONTENT => Ok(true),
+            _ => Err(refusal(sent.reply, what, &sent.tried).await),
+        }
+    }
+
+    /// Uploads a manifest under a tag.
+    pub async fn put_manifest(&self, tag: &str, media_type: &str, bytes: Bytes) -> Result<(), BlobError> {
+        let selector = ReferenceSelector::tag(tag);
+        let what = format!("upload of manifest {}:{tag}", self.repository);
+        let mut put = Ask::new(Act::Put(bytes), self.repository.manifest_url(&selector)?);
+        let media_type = HeaderValue::from_str(media_type).map_err(|_| BlobError::Invalid {
+            what: what.clone(),
+            reason: "its media type is no header value".to_owned(),
+        })?;
+        put.headers.insert(CONTENT_TYPE, media_type);
+        let attempt = async |wait| {
+            let AuthorisedReply { reply, tried } = self.client.request(&self.repository, &put, wait).await?;
+            match reply.status() {
+                StatusCode::CREATED | StatusCode::OK | StatusCode::ACCEPTED => Ok(()),
+                _ => Err(refusal(reply, &what, &tried).await),
+            }
+        };
+        let mut retry = self.client.retry();
+        self.client.persist(&self.repository, &what, &mut retry, attempt).await
+    }
+}
