@@ -56,6 +56,9 @@
 //! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
 //! | *restart* | place in a compressed blob where decoding can begin; a gzip one carries a *window* | checkpoint table |
 //! | *span index* | spans, restarts and digests of one layer ([`index::SpanIndex`]) | index (alone) |
+//! | *index file* | the index of one layer as a file for other hosts ([`published::IndexFile`]) | artifact |
+//! | *location* | place where index files are looked for | mirror |
+//! | *authority* | who vouches for the index of a layer: a pass, the manifest, a key, a location ([`store::Authority`]) | origin |
 //! | *span map* | a layer's spans by device address, from whatever source ([`span::SpanMap`]) | span table |
 //! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
 //! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
@@ -74,13 +77,14 @@
 //! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] `program` |
 //! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
 //! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
-//! | 4 | [`source`] [`layer`] |
-//! | 5 | [`image`] |
-//! | 6 | [`content`] |
-//! | 7 | [`fs`] [`disk`] |
-//! | 8 | `fuse` [`nbd`] [`vhost_blk`] |
-//! | 9 | [`mount`] |
-//! | 10 | `cli`, which is the command and no part of the library |
+//! | 4 | [`source`] [`published`] |
+//! | 5 | [`layer`] |
+//! | 6 | [`image`] |
+//! | 7 | [`content`] |
+//! | 8 | [`fs`] [`disk`] |
+//! | 9 | `fuse` [`nbd`] [`vhost_blk`] |
+//! | 10 | [`mount`] |
+//! | 11 | `cli`, which is the command and no part of the library |
 
 pub mod archive;
 pub mod blob;

@@ -60,6 +60,7 @@ pub use documents::{MAX_CONFIG, MAX_MANIFEST};
 pub use endpoint::PlainHttp;
 pub use files::FileRepository;
 pub use puller::{PulledImage, Puller};
+pub use reqwest::Url;
 pub use secret::Secret;
 pub use source::RegistrySource;
 pub use stats::{BlobStats, HostStats};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::FuturesOrdered;
-use reqwest::Url;
+
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::JoinHandle;
 
@@ -19,7 +19,7 @@ use super::{FileName, IndexFile, IndexLocation, Place, PublishedError, directory
 use crate::blob::BlobError;
 use crate::oci::Digest;
 use crate::profile::{LARGEST_FILE, Label};
-use crate::registry::{FileRepository, RegistryClient};
+use crate::registry::{FileRepository, RegistryClient, Url};
 use crate::store::{Authority, Store};
 use crate::task::joined;
 
@@ -39,18 +39,28 @@ pub struct Locations(Arc<[Arc<AskedPlace>]>);
 pub(super) struct AskedPlace {
     location: IndexLocation,
     authority: Authority,
-    access: Access,
+    access: PlaceAccess,
     absence: Absence,
 }
 
-enum Access {
+enum PlaceAccess {
     Directory(PathBuf),
     Web(RegistryClient, Url),
     Repository(FileRepository),
 }
 
-/// What is listed under the tag of the image, by name. None if there is no such list.
-pub(super) type ImageList = OnceCell<Option<HashMap<String, Listed>>>;
+/// What is listed under the tag of the image. Asked for once; all files of the image wait for it.
+pub(super) type ImageList = OnceCell<ListedOfImage>;
+
+/// What a repository lists under the tag of an image.
+pub(super) enum ListedOfImage {
+    /// The files by name.
+    Files(HashMap<String, Listed>),
+    /// There is no list of the image. Each layer may have one.
+    Missing,
+    /// The list cannot be had. The first file that waited for it reports why, and the others are not asked for.
+    Failed(Mutex<Option<PublishedError>>),
+}
 
 impl fmt::Debug for Locations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -105,9 +115,11 @@ impl Locations {
         let absence = Absence::new(store.clone());
         let asked = places.into_iter().map(|location| {
             let access = match &location.place {
-                Place::Directory(path) => Access::Directory(path.clone()),
-                Place::Web(url) => Access::Web(client.clone(), url.clone()),
-                Place::Repository { registry, repository } => Access::Repository(client.files(registry, repository)?),
+                Place::Directory(path) => PlaceAccess::Directory(path.clone()),
+                Place::Web(url) => PlaceAccess::Web(client.clone(), url.clone()),
+                Place::Repository { registry, repository } => {
+                    PlaceAccess::Repository(client.files(registry, repository)?)
+                }
             };
             Ok(Arc::new(AskedPlace {
                 authority: location.trust.authority(&location.place.to_string()),
@@ -286,7 +298,7 @@ impl AskedPlace {
         let file = name.to_string();
         let trust = &self.location.trust;
         let (bytes, signature) = match &self.access {
-            Access::Directory(path) => {
+            PlaceAccess::Directory(path) => {
                 let (path, trust, signature) = (path.clone(), trust.clone(), name.signature());
                 let name = file.clone();
                 let reading = tokio::task::spawn_blocking(move || {
@@ -306,7 +318,7 @@ impl AskedPlace {
                     Some(read) => read,
                 }
             }
-            Access::Web(client, base) => {
+            PlaceAccess::Web(client, base) => {
                 if self.absence.is_lacking(&self.location.place, &file) {
                     return Ok(None);
                 }
@@ -330,7 +342,7 @@ impl AskedPlace {
                     Some(bytes) => (bytes, signature?),
                 }
             }
-            Access::Repository(files) => match self.listed(files, name, image, images).await? {
+            PlaceAccess::Repository(files) => match self.listed(files, name, image, images).await? {
                 None => return Ok(None),
                 Some(listed) => {
                     let bytes = files.blob(&listed.digest, listed.size, cap).await?;
@@ -351,14 +363,29 @@ impl AskedPlace {
         image: &Digest,
         images: &ImageList,
     ) -> Result<Option<Listed>, PublishedError> {
-        let all = images.get_or_try_init(async || {
-            let listed = self.list(files, &FileName::tag(image)).await?;
-            let by_name = |listed: Vec<Listed>| listed.into_iter().map(|file| (file.name.clone(), file)).collect();
-            Ok::<_, PublishedError>(listed.map(by_name))
+        let asking = images.get_or_init(async || match self.list(files, &FileName::tag(image)).await {
+            Ok(Some(listed)) => {
+                let by_name = listed.into_iter().map(|file| (file.name.clone(), file));
+                ListedOfImage::Files(by_name.collect())
+            }
+            Ok(None) => ListedOfImage::Missing,
+            Err(error) => ListedOfImage::Failed(Mutex::new(Some(error))),
         });
         let file = name.to_string();
-        if let Some(listed) = all.await?.as_ref().and_then(|all| all.get(&file)) {
-            return Ok(Some(listed.clone()));
+        match asking.await {
+            ListedOfImage::Files(all) => {
+                if let Some(listed) = all.get(&file) {
+                    return Ok(Some(listed.clone()));
+                }
+            }
+            ListedOfImage::Missing => {}
+            ListedOfImage::Failed(error) => {
+                return error
+                    .lock()
+                    .expect("no panic while locked")
+                    .take()
+                    .map_or(Ok(None), Err);
+            }
         }
         let FileName::Index { layer } = name else {
             return Ok(None);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use reqwest::Url;
+use crate::registry::Url;
 
 use super::{PublishedError, Trust};
 

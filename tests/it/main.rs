@@ -29,6 +29,7 @@ mod offline;
 mod parallel;
 mod prefetch;
 mod progress;
+mod published;
 mod reads;
 mod redirects;
 mod refusals;

@@ -350,7 +350,7 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
                 method: request.method.clone(),
                 target: request.target.clone(),
                 headers: request.headers.clone(),
-                body: request.body.clone(),
+                body: request.text(),
                 status: answer.status,
                 sent: answer.body.len().min(sending.limit),
                 connection,

@@ -58,6 +58,9 @@ impl State {
         if rest.is_empty() {
             return Answer::new(200).body("{}");
         }
+        if let Some(answer) = self.upload(request, rest) {
+            return answer;
+        }
         if let Some(repository) = rest.strip_suffix("/tags/list") {
             return match self.tags.get(repository) {
                 Some(tags) => Answer::new(200).body(serde_json::json!({"name": repository, "tags": tags}).to_string()),
@@ -77,6 +80,35 @@ impl State {
         match rest.split_once("/blobs/") {
             Some((_, digest)) => self.blob(request, digest, ranging),
             None => Answer::error(404, "NAME_UNKNOWN"),
+        }
+    }
+
+    /// Answers the requests of an upload.
+    fn upload(&mut self, request: &Request, rest: &str) -> Option<Answer> {
+        match request.method.as_str() {
+            "POST" => {
+                let repository = rest.strip_suffix("/blobs/uploads/")?;
+                let place = format!("/v2/{repository}/blobs/uploads/1?state=begun");
+                Some(Answer::new(202).header("Location", place))
+            }
+            "PUT" => match rest.split_once("/manifests/") {
+                Some((repository, reference)) => {
+                    let media_type = request.headers.get("content-type").cloned().unwrap_or_default();
+                    let document = (media_type, request.body.clone());
+                    self.tags.entry(repository.to_owned()).or_default();
+                    self.manifests.insert(format!("{repository}:{reference}"), document);
+                    Some(Answer::new(201))
+                }
+                None => {
+                    let digest = request.query("digest").unwrap_or_default();
+                    if digest != Digest::of(&request.body).to_string() {
+                        return Some(Answer::error(400, "DIGEST_INVALID"));
+                    }
+                    self.blobs.insert(digest, request.body.clone());
+                    Some(Answer::new(201))
+                }
+            },
+            _ => None,
         }
     }
 
@@ -144,7 +176,9 @@ impl State {
             }
             Guard::Bearer(tokens) => {
                 let token = shown.strip_prefix("Bearer ").unwrap_or_default();
-                if let Some(uses) = self.tokens.get_mut(token).filter(|uses| **uses > 0) {
+                let writes = matches!(request.method.as_str(), "POST" | "PUT");
+                let may = !writes || token.ends_with("push");
+                if let Some(uses) = self.tokens.get_mut(token).filter(|uses| may && **uses > 0) {
                     *uses -= 1;
                     return None;
                 }
@@ -160,7 +194,10 @@ impl State {
                         .find_map(|part| rest.find(part))?;
                     Some(&rest[..cut])
                 }) {
-                    Some(repository) => format!(",scope=\"repository:{repository}:pull\""),
+                    Some(repository) => {
+                        let actions = if writes { "pull,push" } else { "pull" };
+                        format!(",scope=\"repository:{repository}:{actions}\"")
+                    }
                     None => String::new(),
                 };
                 let realm = tokens.realm.unwrap_or_else(|| format!("http://{host}/token"));
@@ -183,8 +220,8 @@ impl State {
             (None, None) => true,
             (Some((user, password)), _) if request.method == "GET" => shown == Some(basic(user, password)),
             (_, Some(identity)) if request.method == "POST" => {
-                request.body.contains(&format!("refresh_token={identity}"))
-                    && request.body.contains("grant_type=refresh_token")
+                request.text().contains(&format!("refresh_token={identity}"))
+                    && request.text().contains("grant_type=refresh_token")
             }
             _ => false,
         };
@@ -192,7 +229,12 @@ impl State {
             return Answer::new(401).body(r#"{"details":"incorrect username or password"}"#);
         }
         self.issued += 1;
-        let token = format!("token-{}", self.issued);
+        let scope = request.query("scope").unwrap_or_default();
+        let token = format!(
+            "token-{}{}",
+            self.issued,
+            if scope.contains("push") { "-push" } else { "" }
+        );
         self.tokens.insert(token.clone(), tokens.uses);
         let answer = serde_json::json!({"token": token, "expires_in": tokens.expires_in});
         Answer::new(200).body(answer.to_string())

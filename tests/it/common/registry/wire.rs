@@ -12,12 +12,17 @@ pub(super) struct Request {
     pub(super) method: String,
     pub(super) target: String,
     pub(super) headers: HashMap<String, String>,
-    pub(super) body: String,
+    pub(super) body: Vec<u8>,
 }
 
 impl Request {
     pub(super) fn path(&self) -> &str {
         self.target.split('?').next().unwrap()
+    }
+
+    /// The body as text.
+    pub(super) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
     }
 
     pub(super) fn query(&self, name: &str) -> Option<String> {
@@ -49,7 +54,7 @@ pub(super) async fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Re
         method,
         target,
         headers,
-        body: String::from_utf8_lossy(&body).into_owned(),
+        body,
     })
 }
 

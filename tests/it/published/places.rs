@@ -1,0 +1,309 @@
+//! Fresh hosts with indexes in directories, on web servers and in registries.
+
+use std::time::{Duration, Instant};
+
+use super::{Scene, authorities, files, trusting};
+use crate::common::docker_registry::{DockerRegistry, Setup};
+use crate::common::ocifs::{Ocifs, eventually};
+use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
+
+#[test]
+fn a_fresh_host_fetches_only_what_it_reads() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let plain = Ocifs::new().ok(["export", &scene.image, "--format", "erofs"]).stdout;
+    scene.registry.clear_log();
+    let location = indexes.path().to_str().unwrap();
+    let host = trusting(location);
+    let mount = host.mount_with(&scene.image, &["--wait", "ready", "--prefetch", "none"]);
+    assert_eq!(mount.read("etc/last1"), b"end\n");
+    let whole: usize = scene.layers.iter().map(|layer| layer.bytes.len()).sum();
+    assert!(scene.sent() < whole / 8, "{} of {whole}", scene.sent());
+    assert_eq!(authorities(&mount), vec![format!("location {location}"); 3]);
+    let status = mount.status();
+    assert_eq!(status["layers"][0]["index_source"], "location");
+    scene.check(&mount);
+    drop(mount);
+    // The same tree, as a disk and as a file system that is mounted again from the store.
+    assert!(host.ok(["export", &scene.image, "--format", "erofs"]).stdout == plain);
+    let again = host.mount(&scene.image);
+    assert_eq!(again.status()["layers"][0]["index_source"], "store");
+    scene.check(&again);
+    let list = host.ok(["cache", "list", "--json"]).json();
+    assert!(
+        list.as_array()
+            .unwrap()
+            .iter()
+            .all(|row| row["authority"] == format!("location {location}"))
+    );
+    let inspected = host.ok(["inspect", "--json", &scene.image]).json();
+    assert_eq!(inspected["indexes"][0]["authority"], format!("location {location}"));
+}
+
+#[test]
+fn an_index_of_a_location_that_is_not_named_any_more_is_not_used() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let host = trusting(indexes.path().to_str().unwrap());
+    drop(host.mount(&scene.image));
+    let host = Ocifs::at(host.store());
+    let mount = host.mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+    scene.check(&mount);
+}
+
+#[test]
+fn a_pass_outranks_a_location() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let host = Ocifs::new();
+    drop(host.mount(&scene.image));
+    let options = ["--index", indexes.path().to_str().unwrap(), "--index-trust-location"];
+    let host = Ocifs::at(host.store()).options(&options);
+    assert_eq!(authorities(&host.mount(&scene.image)), ["pass"; 3]);
+}
+
+#[test]
+fn two_hosts_make_the_same_files() {
+    let scene = Scene::new();
+    let first = files(scene.indexes().path());
+    // The bytes come in other pieces, and only a part of them can be kept.
+    scene.registry.latency(Duration::from_millis(3));
+    for layer in &scene.layers {
+        scene
+            .registry
+            .fault_ranges(&layer.path(), Fault::Slow(8 << 10, Duration::from_micros(100)));
+    }
+    let other = tempfile::tempdir().unwrap();
+    let host = Ocifs::with(&["--cache-size", "5MiB"]);
+    host.ok(["index", "build", &scene.image, "-o", other.path().to_str().unwrap()]);
+    let other = files(other.path());
+    assert_eq!(first.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>());
+    assert_eq!(first.len(), 3);
+    for (name, bytes) in &first {
+        assert!(other[name] == *bytes, "{name}");
+    }
+}
+
+#[test]
+fn an_index_travels_through_a_registry() {
+    let scene = Scene::new();
+    let registry = DockerRegistry::start(&Setup {
+        login: Some(("ci".to_owned(), "secret".to_owned())),
+        ..Setup::default()
+    });
+    let location = format!("oci://{}/team/indexes", registry.host());
+    let host = || {
+        let host = trusting(&location);
+        let login = serde_json::json!({"auths": {registry.host(): {"username": "ci", "password": "secret"}}});
+        std::fs::create_dir_all(host.home().join(".docker")).unwrap();
+        std::fs::write(host.home().join(".docker/config.json"), login.to_string()).unwrap();
+        host
+    };
+    let maker = host();
+    let pushed = maker.ok(["index", "push", "--json", &scene.image, &location]).json();
+    assert_eq!(pushed["written"], 3);
+    let again = maker.ok(["index", "push", "--json", &scene.image, &location]).json();
+    assert_eq!((&again["written"], &again["present"]), (&0.into(), &3.into()));
+    scene.registry.clear_log();
+    let fresh = host();
+    let mount = fresh.mount_with(&scene.image, &["--wait", "ready", "--prefetch", "none"]);
+    assert_eq!(mount.read("etc/first2"), b"layer 2\n");
+    assert!(scene.sent() < scene.layers[1].bytes.len() / 2, "{}", scene.sent());
+    assert_eq!(authorities(&mount), vec![format!("location {location}"); 3]);
+    scene.check(&mount);
+    // Without the login, the image is streamed.
+    let mount = trusting(&location).mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+}
+
+#[test]
+fn a_push_needs_the_scope_of_a_push() {
+    let scene = Scene::new();
+    let target = TestRegistry::start();
+    target.guard(Guard::Bearer(Tokens::default()));
+    let location = format!("oci://{}/indexes", target.host());
+    Ocifs::new().ok(["index", "push", &scene.image, &location]);
+    let scopes: Vec<String> = target
+        .log()
+        .iter()
+        .filter(|r| r.target.starts_with("/token"))
+        .map(|r| r.target.clone())
+        .collect();
+    assert!(scopes.iter().any(|scope| scope.contains("push")), "{scopes:?}");
+    let mount = trusting(&location).mount(&scene.image);
+    assert_eq!(authorities(&mount), vec![format!("location {location}"); 3]);
+    scene.check(&mount);
+}
+
+#[test]
+fn another_image_uses_the_indexes_of_the_layers_that_it_shares() {
+    let scene = Scene::new();
+    let target = TestRegistry::start();
+    let location = format!("oci://{}/indexes", target.host());
+    Ocifs::new().ok(["index", "push", &scene.image, &location]);
+    let other = crate::common::layers::Blob::gzip(&crate::common::layers::Tar::new().file("new", "new\n").finish());
+    let layers = [scene.layers[0].clone(), other];
+    crate::common::layers::push(&scene.registry, "other", "1", &layers);
+    let image = format!("{}/other:1", scene.registry.host());
+    let mount = trusting(&location).mount(&image);
+    assert_eq!(authorities(&mount), [format!("location {location}"), "pass".to_owned()]);
+    assert_eq!(mount.read("new"), b"new\n");
+    assert_eq!(mount.read("etc/first1"), b"layer 1\n");
+}
+
+#[test]
+fn what_a_location_lacks_is_not_asked_for_again() {
+    let scene = Scene::new();
+    let target = TestRegistry::start();
+    let location = format!("oci://{}/indexes", target.host());
+    let host = trusting(&location);
+    drop(host.mount(&scene.image));
+    assert!(target.count("/manifests/ocifs1-") > 0);
+    // The layers are known now, so nothing is looked for at all; a second image with unknown layers asks for its own.
+    host.ok(["cache", "drop", "--all"]);
+    target.clear_log();
+    drop(host.mount(&scene.image));
+    assert!(
+        target.count("/manifests/ocifs1-") > 0,
+        "dropping all forgets what is lacking"
+    );
+    let index = host.store().join("layers");
+    std::fs::remove_dir_all(index).unwrap();
+    target.clear_log();
+    drop(host.mount(&scene.image));
+    assert_eq!(target.count("/manifests/ocifs1-"), 0);
+}
+
+#[test]
+fn nothing_is_asked_without_a_location() {
+    let scene = Scene::new();
+    let paths =
+        |log: Vec<crate::common::registry::Logged>| log.into_iter().filter(|r| !r.target.contains("/blobs/")).count();
+    drop(Ocifs::new().mount(&scene.image));
+    let requests = scene.registry.take_log();
+    assert!(requests.iter().all(|request| !request.target.contains("ocifs1")));
+    // The manifest, and nothing else that is not a blob.
+    assert_eq!(paths(requests), 1);
+}
+
+#[test]
+fn a_location_that_does_not_answer_holds_up_no_mount() {
+    let scene = Scene::new();
+    let target = TestRegistry::start();
+    target.hold("/");
+    let location = format!("oci://{}/indexes", target.host());
+    let host = trusting(&location);
+    let start = Instant::now();
+    let mount = host.mount(&scene.image);
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+    scene.check(&mount);
+    drop(mount);
+    // The next mount does not ask it again.
+    std::fs::remove_dir_all(host.store().join("layers")).unwrap();
+    target.clear_log();
+    drop(host.mount(&scene.image));
+    assert_eq!(target.log().len(), 0);
+    target.release();
+}
+
+#[test]
+fn the_profile_of_a_start_travels_with_the_indexes() {
+    let scene = Scene::new();
+    let maker = Ocifs::new();
+    let mount = maker.mount(&scene.image);
+    mount.read("etc/first1");
+    mount.read("large2");
+    drop(mount);
+    let directory = tempfile::tempdir().unwrap();
+    let location = directory.path().to_str().unwrap();
+    maker.ok(["index", "build", &scene.image, "-o", location]);
+    assert_eq!(
+        files(directory.path())
+            .keys()
+            .filter(|name| name.ends_with(".default.profile"))
+            .count(),
+        1
+    );
+    scene.registry.clear_log();
+    let fresh = trusting(location);
+    let mount = fresh.mount(&scene.image);
+    let local = || mount.status()["layers"][1]["local"].as_u64().unwrap();
+    // Nobody reads.
+    eventually("the profile is replayed", || {
+        local() as usize > scene.layers[1].bytes.len() / 2
+    });
+    assert_eq!(mount.status()["layers"][2]["local"], 0);
+    let shown = fresh.ok(["profile", "show", "--json", &scene.image]).json();
+    assert_eq!(shown.as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn a_disk_uses_an_index() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    scene.registry.clear_log();
+    let location = indexes.path().to_str().unwrap();
+    let host = trusting(location);
+    let disk = crate::common::disk::ServedDisk::serve(&host, &scene.image, &["--prefetch", "none"]);
+    let whole: usize = scene.layers.iter().map(|layer| layer.bytes.len()).sum();
+    assert!(scene.sent() < whole / 8, "{} of {whole}", scene.sent());
+    let plain = Ocifs::new().ok(["export", &scene.image, "--format", "erofs"]).stdout;
+    assert!(std::fs::read(disk.file()).unwrap() == plain);
+}
+
+/// A web server with TLS of its own authority that serves the files of a directory: openssl(1).
+struct WebServer {
+    _process: crate::common::ocifs::Running,
+    port: u16,
+    authority: std::path::PathBuf,
+}
+
+impl WebServer {
+    fn start(directory: &std::path::Path, keys: &std::path::Path) -> Self {
+        let (authority, certificate, key) = crate::common::docker_registry::certificates(keys);
+        let child = std::process::Command::new("openssl")
+            .args(["s_server", "-accept", "127.0.0.1:0", "-WWW", "-quiet", "-cert"])
+            .arg(certificate)
+            .arg("-key")
+            .arg(key)
+            .current_dir(directory)
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let process = crate::common::ocifs::Running(child);
+        let mut port = 0;
+        eventually("the web server listens", || {
+            port = crate::common::docker_registry::listening_port(process.0.id()).unwrap_or(0);
+            port != 0
+        });
+        Self {
+            _process: process,
+            port,
+            authority,
+        }
+    }
+}
+
+#[test]
+fn an_index_comes_from_a_web_server() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let keys = tempfile::tempdir().unwrap();
+    let server = WebServer::start(indexes.path(), keys.path());
+    let location = format!("https://127.0.0.1:{}/", server.port);
+    let host = trusting(&location).options(&["--ca", server.authority.to_str().unwrap()]);
+    scene.registry.clear_log();
+    let mount = host.mount_with(&scene.image, &["--wait", "ready", "--prefetch", "none"]);
+    assert_eq!(mount.read("etc/last3"), b"end\n");
+    let whole: usize = scene.layers.iter().map(|layer| layer.bytes.len()).sum();
+    assert!(scene.sent() < whole / 8, "{} of {whole}", scene.sent());
+    assert_eq!(authorities(&mount), vec![format!("location {location}"); 3]);
+    scene.check(&mount);
+    // Nobody vouches for the server.
+    let mount = trusting(&location).mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+}
