@@ -35,7 +35,7 @@ mod trust;
 pub use compare::{Compared, Difference};
 pub use error::PublishedError;
 pub use index_file::IndexFile;
-pub use lookup::{Found, Locations, Lookups};
+pub use lookup::{FoundIndex, Locations, Lookups};
 pub use name::FileName;
 pub use place::{IndexLocation, Place};
 pub use publisher::{PublishedFile, Publisher, Pushed};

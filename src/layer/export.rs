@@ -31,8 +31,8 @@ pub enum ExportError {
     Task(#[from] TaskError),
 }
 
-/// Returns the index of an open layer. Fails if a pass on this host did not make it. May fetch the beginnings of programs,
-/// if nobody has looked what they need.
+/// Returns the index of an open layer. Fails if a pass on this host did not make it. If nobody has looked
+/// up what the programs need, reads them, which may fetch bytes.
 pub async fn export(layer: Arc<Layer>) -> Result<IndexFile, ExportError> {
     let runtime = Handle::current();
     joined(tokio::task::spawn_blocking(move || from_pass(&layer, &runtime))).await?

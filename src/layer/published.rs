@@ -6,7 +6,7 @@ use super::stored::{LayerIndex, keep, open_device};
 use super::{IndexSource, Layer};
 use crate::index::SpanIndex;
 use crate::oci::{DiffId, Digest};
-use crate::published::{Found, IndexFile};
+use crate::published::{FoundIndex, IndexFile};
 use crate::span::IndexedSpans;
 use crate::store::{Durability, StoreError};
 use crate::task::joined;
@@ -17,7 +17,7 @@ use crate::toc::PackedToc;
 pub(super) async fn open_found(
     context: &LayerContext,
     to_open: &ToOpen,
-    found: Found,
+    found: FoundIndex,
 ) -> Result<Option<Opened>, OpenError> {
     let context = context.clone();
     let (blob, diff_id, stats) = (to_open.blob.clone(), to_open.diff_id.clone(), to_open.stats.clone());

@@ -71,7 +71,7 @@ impl fmt::Debug for Locations {
 
 /// An index that a place has, checked against its trust.
 #[derive(Debug)]
-pub struct Found {
+pub struct FoundIndex {
     /// The index.
     pub file: IndexFile,
     /// Who vouches for it.
@@ -83,7 +83,7 @@ pub struct Found {
 /// Questions about one image that are being asked. Dropping this ends them.
 #[derive(Debug, Default)]
 pub struct Lookups {
-    indexes: Mutex<HashMap<Digest, Question<Found>>>,
+    indexes: Mutex<HashMap<Digest, Question<FoundIndex>>>,
     profile: Mutex<Option<Question<Bytes>>>,
 }
 
@@ -195,7 +195,7 @@ impl Locations {
                     tokio::task::spawn_blocking(move || IndexFile::decode(&name.to_string(), &bytes, &of, size));
                 let place = asked.location.place.to_string();
                 match joined(decoded).await.ok()? {
-                    Ok(file) => Some(Found {
+                    Ok(file) => Some(FoundIndex {
                         file,
                         authority: asked.authority.clone(),
                         place,
@@ -225,7 +225,7 @@ impl Locations {
 
 impl Lookups {
     /// Waits for the index of a layer. The first caller gets the answer.
-    pub async fn index(&self, layer: &Digest) -> Option<Found> {
+    pub async fn index(&self, layer: &Digest) -> Option<FoundIndex> {
         let question = self.indexes.lock().expect("no panic while locked").remove(layer);
         question?.answer().await
     }

@@ -1,8 +1,8 @@
 //! Published files in a repository of a registry.
 //!
-//! A manifest lists files, as its layers: the manifest under the tag of a layer lists the index of that layer, and the
-//! manifest under the tag of an image lists the indexes of its layers and its profiles, so that one question finds
-//! all. An annotation of a listed file has its signature.
+//! A manifest lists files, as its layers. The manifest under the tag of a layer lists the index of that layer. The manifest
+//! under the tag of an image lists the indexes of all its layers and its profiles, so that one question finds all. An
+//! annotation of a listed file has its signature.
 //!
 //! ```json
 //! {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
