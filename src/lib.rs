@@ -128,6 +128,9 @@ pub mod docs {
     #[doc = include_str!("docs/architecture.md")]
     pub mod architecture {}
 
+    #[doc = include_str!("docs/indexes.md")]
+    pub mod indexes {}
+
     #[doc = include_str!("docs/microvm.md")]
     pub mod microvm {}
 }
