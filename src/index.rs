@@ -44,6 +44,7 @@ mod format;
 mod gzip;
 pub mod inflate;
 mod layer;
+mod member;
 mod span_index;
 mod step;
 mod zstd;
@@ -57,6 +58,7 @@ pub use builder::SpanIndexBuilder;
 pub use decoder::SpanDecoder;
 pub use format::Identity;
 pub use layer::{DecodeSink, LayerDecoder, LayerEnd, SpanStart};
+pub(crate) use member::MemberDecoder;
 pub use span_index::SpanIndex;
 
 pub use self::zstd::Room;
@@ -197,6 +199,14 @@ pub enum IndexError {
         span: SpanId,
         /// Range of the span in the tar.
         tar: Range<u64>,
+    },
+    /// A chunk whose decoded bytes do not match the digest that the layer's own table has of it.
+    #[error("span {span} (device bytes {}..{}) is corrupt: its content does not match its digest", device.start, device.end)]
+    ChunkCorrupt {
+        /// The span that is made of the chunk.
+        span: SpanId,
+        /// Range of the chunk in the data device.
+        device: Range<u64>,
     },
     /// A caller asked to begin decoding at a span that is no restart.
     #[error("decoding cannot begin at span {span}")]

@@ -3,7 +3,7 @@
 //! The modules above layers speak of places in a layer's data device. A [`SpanMap`] says which spans have the bytes
 //! of such a place. It also says which bytes of the blob hold a span, and decodes the span from them. A map can come
 //! from anywhere. [`IndexedSpans`] has the span index and the extents that a pass over the layer made. It knows
-//! offsets in the tar. A map made from another program's table of contents knows no such offsets.
+//! offsets in the tar. [`ChunkSpans`] comes from the table that the layer itself carries, and knows no such offsets.
 //!
 //! ```text
 //! device   |── file ──|pad|──── file ────|pad|     addresses of readers
@@ -15,12 +15,14 @@
 //! - Heads ascend. A span without content has the head of the next span.
 //! - A span that a [`DecodeSpans`] delivers has matched the digest that the map has of it.
 
+mod chunks;
 mod indexed;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use chunks::ChunkSpans;
 pub use indexed::IndexedSpans;
 
 use crate::index::{IndexError, Room};

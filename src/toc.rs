@@ -17,6 +17,8 @@
 //!                             +-----> ExtentTable    only where the bytes lie; used in place, without decoding
 //! PackedToc <-> Toc                                  all entries at once, as values
 //! ```
+//! Some layers carry a table of their own, which [`carried`] reads. Its entries go through the same builder.
+//!
 //! A table can have millions of entries. The program therefore holds the table packed and reads it from front to back
 //! ([`TocEntries`]).
 //!
@@ -34,6 +36,8 @@
 mod acl;
 mod attributes;
 mod builder;
+pub mod carried;
+mod chunks;
 mod codec;
 mod error;
 mod extents;
@@ -47,6 +51,7 @@ mod sparse;
 mod xattr;
 
 pub use attributes::{Attribute, AttributeId, Attributes};
+pub use chunks::{Chunk, ChunkCodec, ChunkTable, MAX_CHUNK};
 pub use codec::{AttributeRef, PackedEntry, PackedToc, TocEntries};
 pub use error::{NameProblem, TocError};
 pub use extents::ExtentTable;

@@ -139,10 +139,15 @@ impl GzipHeader {
 impl Gzip {
     /// Makes a decoder at the first byte of a blob.
     pub(super) fn new() -> Self {
+        Self::at_member(0)
+    }
+
+    /// Makes a decoder at the member that begins at blob offset `offset`.
+    pub(super) fn at_member(offset: u64) -> Self {
         Self {
             state: GzipState::GzipHeader(GzipHeader::new()),
             inflate: Inflate::new(),
-            base: 0,
+            base: offset,
             crc: None,
             length: 0,
             complete: false,

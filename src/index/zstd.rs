@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
+use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
 use super::step::Step;
 use super::{BitPosition, IndexError};
@@ -92,6 +92,18 @@ impl Zstd {
             stop_at: u64::MAX,
             stopped: false,
         })
+    }
+
+    /// Forgets the frame that was being decoded, and begins at the frame at blob offset `offset`.
+    pub(super) fn seek(&mut self, offset: u64) -> Result<(), IndexError> {
+        let reset = self.context.reset(ResetDirective::SessionOnly);
+        reset.map_err(|code| IndexError::Zstd {
+            offset,
+            reason: get_error_name(code),
+        })?;
+        self.offset = offset;
+        (self.frame_start, self.stopped, self.frame_made) = (true, false, 0);
+        Ok(())
     }
 
     /// Asks for [`Step::Restart`] at each frame that begins at output position `total` or later.

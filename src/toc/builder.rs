@@ -1,8 +1,8 @@
 //! Makes table entries from what a tar's headers say: names, whiteouts, attribute filter, device addresses, limits,
 //! warnings.
 //!
-//! The builder knows nothing about tar blocks. Other descriptions of a layer could use it to make the same
-//! [`Toc`](super::Toc).
+//! The builder knows nothing about tar blocks. The tables that layers carry go through it too ([`super::carried`]), so
+//! both kinds of list make the same [`Toc`](super::Toc).
 
 use std::ops::Range;
 
@@ -11,7 +11,10 @@ use super::error::{TocError, shown};
 use super::limits::SYMLINK_MAX;
 use super::path::{self, EntryName};
 use super::sparse::{self, Placed, SparsePiece};
-use super::{DEVICE_BLOCK, DataLayout, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs};
+use super::xattr::{self, Holder, RawXattrs};
+use super::{
+    DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, ExtentTable, Limits, Metadata, Tables, TocEntry, Xattrs,
+};
 use crate::memory::Charge;
 
 /// Most warnings that the builder keeps in full; it only counts the others.
@@ -40,6 +43,13 @@ pub(super) struct FileContent {
     pub size: u64,
     /// Fragments of a sparse file; `None` for other files.
     pub map: Option<Vec<SparsePiece>>,
+}
+
+/// Name of a regular file that has a place in the data device.
+struct FileName {
+    path: Box<[u8]>,
+    /// Whether the tree shows the file.
+    visible: bool,
 }
 
 /// The table under construction. The builder packs each entry at once, so an entry takes little memory. Extents stay
@@ -85,6 +95,62 @@ impl Builder {
         } else {
             self.suppressed += 1;
         }
+    }
+
+    /// Returns a user or group as chown(2) takes it from an engine that unpacks the layer. Of larger and negative
+    /// numbers only the lowest 32 bits count. 4294967295 means "no change" to chown(2), which leaves root. `what` and
+    /// `name` are for the warning.
+    pub fn owner(&mut self, id: i64, what: &'static str, name: &[u8]) -> u32 {
+        let owner = match id as u32 {
+            u32::MAX => 0,
+            low => low,
+        };
+        if i64::from(owner) != id {
+            self.warn(|| format!("the {what} {id} of {} is out of range, {owner} is used", shown(name)));
+        }
+        owner
+    }
+
+    /// Returns the number of a device. Keeps the lowest 12 and 20 bits, for which mknod(2) has room.
+    pub fn device_number(&mut self, major: i64, minor: i64, name: &[u8]) -> DeviceNumber {
+        let number = DeviceNumber {
+            major: (major & 0xfff) as u32,
+            minor: (minor & 0xf_ffff) as u32,
+        };
+        if (i64::from(number.major), i64::from(number.minor)) != (major, minor) {
+            self.warn(|| {
+                format!(
+                    "the device number {major}:{minor} of {} is out of range, {}:{} is used",
+                    shown(name),
+                    number.major,
+                    number.minor
+                )
+            });
+        }
+        number
+    }
+
+    /// Returns those of an entry's extended attributes that the filter keeps. Gives `meta` the mode that an access
+    /// control list stands for.
+    pub fn attributes(
+        &mut self,
+        [schily, libarchive]: [RawXattrs; 2],
+        holder: Holder,
+        meta: &mut Metadata,
+        name: &[u8],
+    ) -> Xattrs {
+        let mut dropped = |attribute: &[u8], why: &'static str| {
+            self.warn(|| {
+                format!(
+                    "extended attribute {} of {} is dropped: {why}",
+                    shown(attribute),
+                    shown(name)
+                )
+            });
+        };
+        let mut xattrs = xattr::select(schily, libarchive, &mut dropped);
+        xattr::fit(&mut xattrs, holder, meta, &mut dropped);
+        xattrs
     }
 
     pub fn directory(&mut self, item: Item) -> Result<(), TocError> {
@@ -155,13 +221,50 @@ impl Builder {
     /// has to skip the bytes.
     pub fn regular(&mut self, item: Item, content: FileContent) -> Result<Range<usize>, TocError> {
         let first = self.extents.len();
-        let path = canonical_name(&item)?;
-        let hidden = match path::classify(&path) {
-            EntryName::Visible => false,
-            EntryName::Bookkeeping => true,
+        if let Some(named) = self.name_file(&item)? {
+            let placed = self.place(&item, content)?;
+            self.add_file(item, named, placed)?;
+        }
+        Ok(first..self.extents.len())
+    }
+
+    /// Adds a regular file of `size` bytes, of which `runs` are content and the others are zeros. `runs` are in order,
+    /// within the file and not empty. No tar is known, so the content counts as if it were in a tar where it is in the
+    /// data device. Returns the file's offset in the data device, or none if nothing of the content is needed.
+    pub fn regular_in_runs(&mut self, item: Item, size: u64, runs: &[Range<u64>]) -> Result<Option<u64>, TocError> {
+        let Some(named) = self.name_file(&item)? else {
+            return Ok(None);
+        };
+        self.cover(size_of_val(runs), &item.name)?;
+        let device = self.device_size;
+        let whole = FileContent {
+            tar: device,
+            stored: size,
+            size,
+            map: None,
+        };
+        let mut placed = self.place(&item, whole)?;
+        self.count_pieces(runs.len().saturating_sub(1), &item)?;
+        let extents = runs.iter().map(|run| Extent {
+            tar: device + run.start,
+            device: device + run.start,
+            len: run.end - run.start,
+        });
+        placed.extents = extents.collect();
+        self.add_file(item, named, placed)?;
+        Ok(Some(device))
+    }
+
+    /// Returns the name of a regular file. Adds a marker if the name is that of a
+    /// marker. Returns none if the file's content is not needed.
+    fn name_file(&mut self, item: &Item) -> Result<Option<FileName>, TocError> {
+        let path = canonical_name(item)?;
+        let visible = match path::classify(&path) {
+            EntryName::Visible => true,
+            EntryName::Bookkeeping => false,
             place => {
-                self.mark(&item, place)?;
-                return Ok(first..first);
+                self.mark(item, place)?;
+                return Ok(None);
             }
         };
         if path.is_empty() {
@@ -171,23 +274,26 @@ impl Builder {
                     shown(&item.name)
                 )
             });
-            return Ok(first..first);
+            return Ok(None);
         }
-        let placed = self.place(&item, content)?;
+        Ok(Some(FileName { path, visible }))
+    }
+
+    fn add_file(&mut self, item: Item, named: FileName, placed: Placed) -> Result<(), TocError> {
+        let FileName { path, visible } = named;
         self.device_size = placed.end;
         self.extents.extend_from_slice(&placed.extents);
-        let kind = if hidden {
-            EntryKind::Hidden(placed.data)
-        } else {
+        let kind = if visible {
             EntryKind::Regular(placed.data)
+        } else {
+            EntryKind::Hidden(placed.data)
         };
         self.push(TocEntry {
             path,
             kind,
             meta: item.meta,
             xattrs: item.xattrs,
-        })?;
-        Ok(first..self.extents.len())
+        })
     }
 
     fn place(&mut self, item: &Item, content: FileContent) -> Result<Placed, TocError> {

@@ -3,6 +3,7 @@
 
 mod archive;
 mod cache;
+mod carried;
 mod cli;
 mod commands;
 mod common;

@@ -6,8 +6,8 @@ use crate::toc::error::{TocError, shown};
 use crate::toc::header::{self, NumericField, TarBlock, TarHeader};
 use crate::toc::pax::Pax;
 use crate::toc::sparse::{MapParser, SparsePiece};
-use crate::toc::xattr::{self, Holder};
-use crate::toc::{DeviceNumber, EntryKind, Metadata};
+use crate::toc::xattr::Holder;
+use crate::toc::{EntryKind, Metadata};
 
 impl TarReader {
     /// Handles a header that describes an entry, together with the extended headers before it.
@@ -250,18 +250,8 @@ impl TarReader {
             b'5' | b'D' => Holder::Directory,
             _ => Holder::File,
         };
-        let (builder, name) = (&mut self.builder, &self.name);
-        let mut dropped = |attribute: &[u8], why: &'static str| {
-            builder.warn(|| {
-                format!(
-                    "extended attribute {} of {} is dropped: {why}",
-                    shown(attribute),
-                    shown(name)
-                )
-            });
-        };
-        let mut xattrs = xattr::select(schily, libarchive, &mut dropped);
-        xattr::fit(&mut xattrs, holder, &mut meta, &mut dropped);
+        let raw = [schily, libarchive];
+        let xattrs = self.builder.attributes(raw, holder, &mut meta, &self.name);
         Ok(Item {
             offset,
             name: self.name.clone(),
@@ -275,20 +265,7 @@ impl TarReader {
             self.field(header, offset, NumericField::DEV_MAJOR)?,
             self.field(header, offset, NumericField::DEV_MINOR)?,
         );
-        // Keep the lowest 12 and 20 bits, for which mknod(2) has room.
-        let number = DeviceNumber {
-            major: (major & 0xfff) as u32,
-            minor: (minor & 0xf_ffff) as u32,
-        };
-        if (i64::from(number.major), i64::from(number.minor)) != (major, minor) {
-            let name = shown(&self.name);
-            self.builder.warn(|| {
-                format!(
-                    "the device number {major}:{minor} of {name} is out of range, {}:{} is used",
-                    number.major, number.minor
-                )
-            });
-        }
+        let number = self.builder.device_number(major, minor, &self.name);
         Ok(if flag == b'3' {
             EntryKind::CharDevice(number)
         } else {
@@ -303,8 +280,7 @@ impl TarReader {
         }
     }
 
-    /// Returns a user or group as chown(2) takes it from an engine that unpacks the layer. Of larger and negative
-    /// numbers only the lowest 32 bits count. 4294967295 means "no change" to chown(2), which leaves root.
+    /// Returns a user or group, from its pax record if there is one.
     fn owner(
         &mut self,
         header: &TarHeader<'_>,
@@ -316,16 +292,7 @@ impl TarReader {
             Some(id) => id,
             None => self.field(header, offset, field)?,
         };
-        let owner = match id as u32 {
-            u32::MAX => 0,
-            low => low,
-        };
-        if i64::from(owner) != id {
-            let name = shown(&self.name);
-            self.builder
-                .warn(|| format!("the {} {id} of {name} is out of range, {owner} is used", field.name));
-        }
-        Ok(owner)
+        Ok(self.builder.owner(id, field.name, &self.name))
     }
 
     fn unsigned(&self, header: &TarHeader<'_>, offset: u64, field: NumericField) -> Result<u64, TocError> {

@@ -1,0 +1,3 @@
+//! Layers that carry a table of contents: eStargz and zstd:chunked.
+
+mod tables;
