@@ -47,12 +47,13 @@ use crate::layer::{
 };
 use crate::memory::{Allowance, Charge, OverLimit};
 use crate::oci::{Descriptor, DiffId, Digest};
-use crate::profile::{Profile, Recorder};
+use crate::profile::{BLOCK, Block, FIRST_SCORE, Label, MOST_BLOCKS, Profile, Recorder, Touch};
 use crate::published::Lookups;
 use crate::resolve::ResolvedImage;
 use crate::store::{Authority, IndexName, LayerDir, Store, StoreError, TreeName};
 use crate::task::{TaskError, joined};
 use crate::toc::PackedToc;
+use crate::toc::carried::{ADDED, TableRef};
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
 
 /// Number of layers that are opened at the same time. Each has a few files open meanwhile, and a process may open
@@ -196,9 +197,18 @@ impl Preparation {
         tree.is_some_and(|path| path.exists())
     }
 
+    /// Who may vouch for an index of a layer, best first.
+    fn authorities(&self, context: &LayerContext, layer: &Descriptor) -> Vec<Authority> {
+        let table = carried(layer).map(|table| Authority::Manifest {
+            table: table.digest().clone(),
+        });
+        // The table may have to be fetched, so all that is in the store comes first.
+        context.authorities().into_iter().chain(table).collect()
+    }
+
     /// Returns the directory of the best index of a layer that the store has, and who vouches for it.
     pub fn stored_index(&self, context: &LayerContext, layer: &Descriptor) -> Option<(Authority, LayerDir)> {
-        known_index(&context.store, &layer.digest, &context.authorities())
+        known_index(&context.store, &layer.digest, &self.authorities(context, layer))
     }
 
     /// Returns the name of the tree that is made of the indexes in the store. None if the store lacks the index of a layer.
@@ -256,7 +266,8 @@ impl Preparation {
             match self.assemble(context).await {
                 Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
                     tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
-                    for authority in context.authorities() {
+                    let damaged = self.resolved.layers().iter().filter(|other| other.digest == layer);
+                    for authority in damaged.flat_map(|layer| self.authorities(context, layer)) {
                         context.forget(&IndexName::new(&layer, &authority))?;
                     }
                 }
@@ -283,6 +294,8 @@ impl Preparation {
         let names: Vec<IndexName> = layers.all.iter().map(|l| l.index().clone()).collect();
         let name = TreeName::new(&manifest, &names);
         let order = layers.clone();
+        let descriptors = self.resolved.layers().iter();
+        let added: Vec<bool> = descriptors.map(TableRef::adds_files).collect();
         let tocs: Tocs = opened.drain().map(|(digest, o)| (digest, o.toc)).collect();
         let (store, budget, tables) = (context.store.clone(), context.budget.clone(), context.tables.clone());
         self.merging.store(true, Ordering::Relaxed);
@@ -293,7 +306,7 @@ impl Preparation {
                 Some(tree) => tree,
                 None => {
                     let made = tree_file::make(&store, &budget, (&name, &manifest), &sizes, &tables, || {
-                        merge(&order, &tocs, &tables)
+                        merge(&order, &added, &tocs, &tables)
                     });
                     drop(tocs);
                     made?
@@ -374,12 +387,21 @@ impl Preparation {
             blob,
             diff_id,
             stats,
-            authorities: context.authorities(),
+            authorities: self.authorities(context, &descriptor),
             lookups: self.lookups.clone(),
+            table: carried(&descriptor),
         };
         let opened = layer::open(context, wanted).await?;
         Ok((descriptor.digest, opened))
     }
+}
+
+/// Returns the table that a layer carries and for which its descriptor vouches, if it can be used.
+fn carried(layer: &Descriptor) -> Option<TableRef> {
+    TableRef::of(layer).unwrap_or_else(|error| {
+        tracing::debug!(layer = %layer.digest, %error, "streaming the layer");
+        None
+    })
 }
 
 /// Returns the needs of the image's programs from the store, or finds them and keeps them there.
@@ -400,19 +422,21 @@ fn programs(store: &Store, name: &TreeName, tree: &Reader<Vec<u8>>, layers: &Lay
 /// Tables of contents that the store does not have, with their memory charges.
 type Tocs = HashMap<Digest, Option<(PackedToc, Charge)>>;
 
-/// Merges the layers' tables, base first. Only one table is in memory at a time if the store has them.
-fn merge(layers: &Layers, tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
+/// Merges the layers' tables, base first. Only one table is in memory at a time if the store has them. `added` says of each
+/// layer whether its writer has added files that are no part of the image.
+fn merge(layers: &Layers, added: &[bool], tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
     let mut merger = Merger::charged(tables.charge())?;
     for (position, layer) in layers.all.iter().enumerate() {
         let digest = layer.digest();
+        let hidden: &[&[u8]] = if added[position] { &ADDED } else { &[] };
         let position = LayerIdx(position as u32);
         let merged = match &tocs[digest] {
-            Some((toc, _)) => merger.add(position, toc),
+            Some((toc, _)) => merger.add_without(position, toc, hidden),
             None => {
                 let toc = layer::stored_toc(digest, layer.home())?;
                 let mut charge = tables.charge();
                 charge.exactly(toc.bytes() as u64)?;
-                merger.add(position, &toc)
+                merger.add_without(position, &toc, hidden)
             }
         };
         merged.map_err(|error| match error {
@@ -424,6 +448,15 @@ fn merge(layers: &Layers, tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, 
         })?;
     }
     Ok(merger.finish())
+}
+
+/// Returns the blocks of a layer's data device up to `end`, as if a run had read them first of all.
+fn recommend(layer: u32, end: u64) -> impl Iterator<Item = Touch> {
+    (0..end.div_ceil(BLOCK).min(MOST_BLOCKS as u64)).map(move |number| Touch {
+        block: Block { layer, number },
+        at: 0,
+        score: FIRST_SCORE,
+    })
 }
 
 /// An image that can be read.
@@ -483,15 +516,29 @@ impl Image {
 
     /// Fetches the content that a profile names, in its order. Returns at the first error. The profile is only a
     /// hint: after an error, readahead guesses about its spans like about all others. If the profile is empty,
-    /// fetches the files of the image's own program.
+    /// fetches what the writers of the layers recommend, or else the files of the image's own program.
     pub async fn replay(&self, profile: &Profile) -> Result<(), LayerError> {
-        match profile.touches.is_empty() {
-            true => {
+        if !profile.touches.is_empty() {
+            return self.layers.replay(profile).await;
+        }
+        match self.recommended() {
+            Some(profile) => self.layers.replay(&profile).await,
+            None => {
                 self.expect_start().await;
                 Ok(())
             }
-            false => self.layers.replay(profile).await,
         }
+    }
+
+    /// Returns a profile of the content that the writers of the layers recommend to fetch first, base first. Returns
+    /// none if they recommend nothing.
+    fn recommended(&self) -> Option<Profile> {
+        let manifest = self.resolved.manifest_document.digest.clone();
+        let mut profile = Profile::new(manifest, Label::default(), Vec::new());
+        let ends = self.layers.all.iter().map(|layer| layer.spans().recommended());
+        profile.touches = (0..).zip(ends).flat_map(|(layer, end)| recommend(layer, end)).collect();
+        profile.touches.truncate(MOST_BLOCKS);
+        (!profile.touches.is_empty()).then_some(profile)
     }
 
     /// Fetches every span that is not on the local devices. After success, the image needs no registry.

@@ -22,6 +22,7 @@
 //!   still queued behind others.
 
 mod arrival;
+mod carried;
 mod data;
 mod disk;
 mod export;
@@ -67,7 +68,7 @@ pub(crate) use programs::{LayerPrograms, stored_programs};
 use race::Origin;
 pub(crate) use stats::LayerStats;
 pub use stats::{IndexSource, LayerStatus, progress};
-pub(crate) use stored::stored_spans;
+pub(crate) use stored::stored_map;
 pub use stored::stored_toc;
 use touch::Touches;
 

@@ -104,6 +104,11 @@ impl Charge {
         self.exactly(wanted).or_else(|_| self.exactly(bytes))
     }
 
+    /// Takes `more` bytes in addition to those that it has. If that is too much, nothing changes.
+    pub fn grow(&mut self, more: u64) -> Result<(), OverLimit> {
+        self.exactly(self.bytes.saturating_add(more))
+    }
+
     /// Takes exactly `bytes` in all, which may be more or fewer than before. If that is too much, nothing changes.
     pub fn exactly(&mut self, bytes: u64) -> Result<(), OverLimit> {
         let limit = self.allowance.limit;

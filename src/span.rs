@@ -104,6 +104,11 @@ pub trait SpanMap: fmt::Debug + Send + Sync {
     /// the map does not know offsets in the tar.
     fn of_tar(&self, tar: Range<u64>) -> Vec<Range<u64>>;
 
+    /// Returns the content that the writer of the layer recommends to fetch first: the device up to this address.
+    fn recommended(&self) -> u64 {
+        0
+    }
+
     /// Returns the number of spans.
     fn span_count(&self) -> u32 {
         // No map has more spans than fit into a `u32`.

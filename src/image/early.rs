@@ -42,7 +42,7 @@ impl Early {
             });
             // The replay begins as soon as the layers are open, while the tree is still being read. The replay is a
             // separate task, because it reads the devices.
-            let expects = profile.as_ref().is_some_and(|profile| profile.touches.is_empty());
+            let unknown = profile.clone().filter(|profile| profile.touches.is_empty());
             let early = profile.filter(|profile| !profile.touches.is_empty()).map(|profile| {
                 let opening = opening.clone();
                 Replay(tokio::spawn(async move {
@@ -57,8 +57,8 @@ impl Early {
                     return Ok(false);
                 }
             };
-            if expects {
-                image.expect_start().await;
+            if let Some(nothing) = unknown {
+                image.replay(&nothing).await?;
             }
             match early {
                 Some(early) => early.end().await,

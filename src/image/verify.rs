@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::ImageError;
 use crate::device;
-use crate::layer::{stored_spans, stored_toc};
+use crate::layer::{stored_map, stored_toc};
 use crate::oci::Digest;
 use crate::os::clear_way;
 use crate::resolve::ResolvedImage;
@@ -160,7 +160,7 @@ fn verify_layer(dir: &LayerDir, report: &mut StoreReport) {
     }
     let spans = dir.digest().filter(|_| sound).and_then(|digest| {
         stored_toc(&digest, Some(dir)).ok()?;
-        stored_spans(dir, &digest)
+        stored_map(dir, &digest)
     });
     let Some(spans) = spans else {
         // Without all parts of its index the layer will be streamed again, so its device is useless.
@@ -170,7 +170,7 @@ fn verify_layer(dir: &LayerDir, report: &mut StoreReport) {
         return;
     };
     report.layers += 1;
-    match device::verify(dir, &spans) {
+    match device::verify(dir, &*spans) {
         Ok(verified) => {
             report.spans += verified.good;
             report.bytes += verified.bytes;

@@ -4,7 +4,6 @@ use std::fs;
 
 use crate::device::DataDevice;
 use crate::oci::Digest;
-use crate::span::SpanMap;
 use crate::store::{LayerDir, Store};
 
 /// How much of a layer the store has.
@@ -29,13 +28,13 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
 
 /// Returns how much of a layer one of its directories has.
 fn kept_in(store: &Store, dir: &LayerDir, digest: &Digest) -> KeptOfLayer {
-    let Some(spans) = super::stored::stored_spans(dir, digest) else {
+    let Some(spans) = super::stored::stored_map(dir, digest) else {
         return KeptOfLayer {
             is_whole: false,
             bytes: fs::metadata(dir.partial()).map_or(0, |partial| partial.len()),
         };
     };
-    let opened = dir.data().exists().then(|| DataDevice::open(store, dir, &spans));
+    let opened = dir.data().exists().then(|| DataDevice::open(store, dir, &*spans));
     let device = opened.transpose().unwrap_or_else(|error| {
         tracing::debug!(%error, "cannot see what is there of a layer");
         None
@@ -44,7 +43,7 @@ fn kept_in(store: &Store, dir: &LayerDir, digest: &Digest) -> KeptOfLayer {
     // A device that cannot be read counts as empty.
     let present = device.and_then(|device| device.present(0..count).ok());
     let present = present.unwrap_or_else(|| vec![false; count as usize]);
-    let (here, bytes) = super::data::local(&spans, &present);
+    let (here, bytes) = super::data::local(&*spans, &present);
     KeptOfLayer {
         is_whole: here == count,
         bytes,

@@ -4,6 +4,7 @@
 //! A pass over the whole layer on this host outranks all other authorities: an index that a pass has made is used before
 //! any other.
 
+use super::carried;
 use super::data::LayerContext;
 use super::opening::{OpenError, Opened, ToOpen};
 use super::published::open_found;
@@ -34,7 +35,12 @@ async fn open_or_stream(context: &LayerContext, wanted: ToOpen) -> Result<Opened
                 toc: None,
             });
         }
-        if let Some(opened) = from_store(context, &known, blob, diff_id, stats).await? {
+        // The index of a table that the layer carries is of another kind.
+        if let Authority::Manifest { .. } = known.authority {
+            if let Some(opened) = carried::open(context, &wanted, &known).await? {
+                return Ok(opened);
+            }
+        } else if let Some(opened) = from_store(context, &known, blob, diff_id, stats).await? {
             return Ok(opened);
         }
     }

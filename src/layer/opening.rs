@@ -11,6 +11,7 @@ use crate::published::Lookups;
 use crate::store::Authority;
 use crate::task::TaskError;
 use crate::toc::PackedToc;
+use crate::toc::carried::TableRef;
 
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +63,8 @@ pub(crate) struct ToOpen {
     pub(crate) authorities: Vec<Authority>,
     /// Questions for indexes that are being asked.
     pub(crate) lookups: Arc<Lookups>,
+    /// The table that the layer carries, if the manifest vouches for one.
+    pub(crate) table: Option<TableRef>,
 }
 
 pub(super) fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {

@@ -19,6 +19,8 @@ pub enum IndexSource {
     Store,
     /// The index came from a location.
     Location,
+    /// The layer carries an index, and this process fetched it.
+    Carried,
 }
 
 /// Counters of a layer. All of them only grow, except the numbers of tasks that open the layer or wait.
@@ -96,7 +98,12 @@ pub fn progress(layers: &[LayerStatus]) -> (u64, u64) {
         .iter()
         .filter(|l| matches!(l.index_source, IndexSource::Pending | IndexSource::Streamed) || l.fetched > 0);
     coming.fold((0, 0), |(done, total), l| {
-        (done + l.fetched + l.resumed, total + l.size)
+        // Of a layer that carries its index, only what readers ask for is coming.
+        let expected = match l.index_source {
+            IndexSource::Carried => l.fetched,
+            IndexSource::Pending | IndexSource::Streamed | IndexSource::Store | IndexSource::Location => l.size,
+        };
+        (done + l.fetched + l.resumed, total + expected)
     })
 }
 

@@ -13,10 +13,10 @@ use crate::device::DataDevice;
 use crate::index::SpanIndex;
 use crate::memory::Charge;
 use crate::oci::{DiffId, Digest};
-use crate::span::{IndexedSpans, SpanMap};
+use crate::span::{ChunkSpans, IndexedSpans, SpanMap};
 use crate::store::{Authority, Durability, IndexName, LayerDir, Store, StoreError, read_sealed};
 use crate::task::joined;
-use crate::toc::{ExtentTable, PackedToc};
+use crate::toc::{ChunkTable, ExtentTable, PackedToc};
 
 /// An index of a layer, and who vouches for it.
 #[derive(Debug, Clone)]
@@ -143,7 +143,7 @@ pub(super) fn open_device(
 }
 
 /// Reads the stored spans of a layer. `None` if a part of the index is missing or damaged.
-pub(crate) fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
+pub(super) fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpans> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
         tracing::warn!(%layer, %error, "cannot use the stored {what}, making it again");
     };
@@ -160,6 +160,46 @@ pub(crate) fn stored_spans(dir: &LayerDir, layer: &Digest) -> Option<IndexedSpan
     // A table of another layer might name bytes beyond the end of this layer.
     let within = extents.tar_end() <= index.tar_size();
     (index.blob_digest() == layer && within && dir.toc().exists()).then(|| IndexedSpans::new(index, extents))
+}
+
+/// Reads the stored spans of a layer, whichever kind of index they come from. `None` if a part of the index is missing or
+/// damaged.
+pub(crate) fn stored_map(dir: &LayerDir, layer: &Digest) -> Option<Box<dyn SpanMap>> {
+    if let Some(spans) = stored_chunks(dir, layer) {
+        return Some(Box::new(spans));
+    }
+    Some(Box::new(stored_spans(dir, layer)?))
+}
+
+/// Reads the stored chunks of a layer that carries a table. `None` if there is no such index, or a part of it is missing
+/// or damaged.
+pub(super) fn stored_chunks(dir: &LayerDir, layer: &Digest) -> Option<ChunkSpans> {
+    let unusable = |error: &dyn std::fmt::Display| {
+        tracing::warn!(%layer, %error, "cannot use the stored chunk table, making it again");
+    };
+    let read = |path: std::path::PathBuf| read_sealed(&path).map_err(|error| unusable(&error)).ok().flatten();
+    let bytes = read(dir.spans()).filter(|bytes| ChunkTable::is_table(bytes))?;
+    let table = ChunkTable::open(&bytes).map_err(|error| unusable(&error)).ok()?;
+    let extents = ExtentTable::open(read(dir.extents())?);
+    let extents = extents.map_err(|error| unusable(&error)).ok()?;
+    let spans = ChunkSpans::new(layer.clone(), table, extents);
+    if spans.is_none() {
+        unusable(&"its extents are of another layer");
+    }
+    spans.filter(|_| dir.toc().exists())
+}
+
+/// Publishes an index that is a chunk table. The chunk table comes last, because [`from_store`] looks for it first.
+pub(super) fn keep_chunks(
+    store: &Store,
+    dir: &LayerDir,
+    spans: &ChunkSpans,
+    toc: &PackedToc,
+) -> Result<(), StoreError> {
+    let lazy = Durability::Lazy;
+    store.publish_sealed(&dir.toc(), lazy, |mut file| toc.write(&mut file))?;
+    store.publish_sealed(&dir.extents(), lazy, |mut file| spans.extents().encode(&mut file))?;
+    store.publish_sealed(&dir.spans(), lazy, |mut file| spans.table().write(&mut file))
 }
 
 /// Publishes an index. The span index comes last, because [`from_store`] looks for it first.

@@ -175,6 +175,10 @@ impl SpanMap for ChunkSpans {
     fn of_tar(&self, _: Range<u64>) -> Vec<Range<u64>> {
         Vec::new()
     }
+
+    fn recommended(&self) -> u64 {
+        self.table.first()
+    }
 }
 
 /// Decodes a run of chunks and verifies each.

@@ -126,6 +126,11 @@ impl ChunkTable {
         Ok(table)
     }
 
+    /// Whether `bytes` begin like a table that [`ChunkTable::write`] wrote.
+    pub fn is_table(bytes: &[u8]) -> bool {
+        bytes.starts_with(MAGIC)
+    }
+
     /// Writes the table in the form that [`ChunkTable::open`] reads.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         let mut hasher = blake3::Hasher::new();

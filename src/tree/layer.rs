@@ -70,12 +70,13 @@ pub(super) struct UpperTree<'a> {
 }
 
 impl<'a> UpperTree<'a> {
-    /// Reads a layer that lies over the tree at `lower`.
+    /// Reads a layer that lies over the tree at `lower`. Does not show the regular files at the paths `unwanted`.
     pub fn read(
         arena: &'a mut Arena,
         lower: Id,
         layer: LayerIdx,
         toc: &'a PackedToc,
+        unwanted: &[&[u8]],
     ) -> Result<LayerReading, TreeError> {
         let mut upper = Self::new(arena, layer, toc)?;
         let damaged = |source| TreeError::Toc { layer, source };
@@ -84,7 +85,8 @@ impl<'a> UpperTree<'a> {
             let Some(entry) = entries.next().map_err(damaged)? else {
                 break;
             };
-            upper.apply(number, &entry)?;
+            let unwanted = unwanted.contains(&entry.path);
+            upper.apply(number, &entry, unwanted)?;
         }
         upper.settle_links(lower)?;
         Ok(LayerReading {
@@ -113,7 +115,7 @@ impl<'a> UpperTree<'a> {
         })
     }
 
-    fn apply(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<(), TreeError> {
+    fn apply(&mut self, number: u32, entry: &PackedEntry<'_>, unwanted: bool) -> Result<(), TreeError> {
         self.intern(entry)?;
         match &entry.kind {
             EntryKind::Opaque => {
@@ -125,12 +127,8 @@ impl<'a> UpperTree<'a> {
                 let path = self.canonical(entry.path)?;
                 self.hide(Hide::Whiteout(path), entry)
             }
-            EntryKind::Hidden(data) => {
-                let kind = self.regular(data);
-                let id = self.leaf(number, entry, kind)?;
-                self.hidden.insert(entry.path.into(), id);
-                self.cover(entry.path.len() + PATH_BYTES, entry.path)
-            }
+            EntryKind::Hidden(data) => self.hidden(number, entry, data),
+            EntryKind::Regular(data) if unwanted => self.hidden(number, entry, data),
             EntryKind::Directory => self.directory(number, entry),
             EntryKind::Hardlink(target) => self.hardlink(number, entry, target),
             EntryKind::Regular(data) => {
@@ -189,6 +187,14 @@ impl<'a> UpperTree<'a> {
 
     fn regular(&mut self, data: &FileData) -> ArenaKind {
         self.arena.regular(self.layer, data.clone())
+    }
+
+    /// Adds a file without a name, at which hard links may point.
+    fn hidden(&mut self, number: u32, entry: &PackedEntry<'_>, data: &FileData) -> Result<(), TreeError> {
+        let kind = self.regular(data);
+        let id = self.leaf(number, entry, kind)?;
+        self.hidden.insert(entry.path.into(), id);
+        self.cover(entry.path.len() + PATH_BYTES, entry.path)
     }
 
     fn directory(&mut self, number: u32, entry: &PackedEntry<'_>) -> Result<(), TreeError> {

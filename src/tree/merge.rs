@@ -70,7 +70,13 @@ impl Merger {
     /// Lays the next layer over the layers before it; the base layer comes first. After an error the merge is
     /// incomplete and useless.
     pub fn add(&mut self, layer: LayerIdx, toc: &PackedToc) -> Result<(), TreeError> {
-        let LayerReading { root, hides, devices } = UpperTree::read(&mut self.arena, self.root, layer, toc)?;
+        self.add_without(layer, toc, &[])
+    }
+
+    /// Lays the next layer over the layers before it, like [`Merger::add`], but does not show the regular files at the
+    /// paths `hidden`. Hard links may still point at them.
+    pub fn add_without(&mut self, layer: LayerIdx, toc: &PackedToc, hidden: &[&[u8]]) -> Result<(), TreeError> {
+        let LayerReading { root, hides, devices } = UpperTree::read(&mut self.arena, self.root, layer, toc, hidden)?;
         for hide in &hides {
             self.hide(hide);
         }

@@ -52,10 +52,10 @@ pub struct TableRef {
     pub(super) dialect: Dialect,
     /// The table's bytes in the blob. None if only the blob's footer says where they are.
     pub(super) place: Option<Range<u64>>,
-    /// Digest of the compressed table.
+    /// Digest of the JSON in the dialect of stargz, of the compressed table in that of containers.
+    pub(super) digest: Digest,
+    /// Digest of the compressed table, if the descriptor has it besides that of the JSON.
     pub(super) packed: Option<Digest>,
-    /// Digest of the JSON.
-    pub(super) json: Option<Digest>,
     pub(super) blob_size: u64,
 }
 
@@ -79,12 +79,12 @@ impl TableRef {
             _ => Err(unusable("the descriptor names its digest or its place, and not both")),
         };
         let (new, old) = (of_containers(CONTAINERS)?, of_containers(CONTAINERS_OLD)?);
-        let zstd = |dialect, packed, json, place| Self {
+        let zstd = |dialect, digest, packed, place| Self {
             codec: ChunkCodec::Zstd,
             dialect,
             place: Some(place),
-            packed: Some(packed),
-            json,
+            digest,
+            packed,
             blob_size,
         };
         Ok(Some(match (new, old, stargz) {
@@ -92,17 +92,16 @@ impl TableRef {
             (Some((packed, place)), _, None) | (None, Some((packed, place)), None) => {
                 zstd(Dialect::Containers, packed, None, place)
             }
-            (None, Some((packed, place)), Some(json)) => zstd(Dialect::Stargz, packed, Some(json), place),
-            (None, None, Some(json)) if blob_size <= Footer::SIZE => {
-                drop(json);
+            (None, Some((packed, place)), Some(json)) => zstd(Dialect::Stargz, json, Some(packed), place),
+            (None, None, Some(_)) if blob_size <= Footer::SIZE => {
                 return Err(unusable("the blob is too small for one"));
             }
-            (None, None, Some(json)) => Self {
+            (None, None, Some(digest)) => Self {
                 codec: ChunkCodec::Gzip,
                 dialect: Dialect::Stargz,
                 place: None,
+                digest,
                 packed: None,
-                json: Some(json),
                 blob_size,
             },
             (None, None, None) => return Ok(None),
@@ -112,6 +111,11 @@ impl TableRef {
     /// Whether the annotations of a layer say that its writer adds files to the root ([`super::ADDED`]).
     pub fn adds_files(descriptor: &Descriptor) -> bool {
         descriptor.annotations.contains_key(STARGZ_DIGEST)
+    }
+
+    /// Returns the digest by which the descriptor names the table.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
     }
 
     /// Returns how the layer's members are compressed.
@@ -127,8 +131,8 @@ impl TableRef {
         for number in [self.codec as u64, self.dialect as u64, place.start, place.end] {
             hasher.update(&number.to_le_bytes());
         }
-        for digest in [&self.packed, &self.json] {
-            let text = digest.as_ref().map(Digest::to_string).unwrap_or_default();
+        for digest in [Some(&self.digest), self.packed.as_ref()] {
+            let text = digest.map(Digest::to_string).unwrap_or_default();
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         }
@@ -235,7 +239,10 @@ mod tests {
         let both = [(checksum, packed.as_str()), (position, place), (STARGZ_DIGEST, &json)];
         let table = found(&both).unwrap().unwrap();
         assert_eq!((table.codec, table.dialect), (ChunkCodec::Zstd, Dialect::Stargz));
-        assert!(table.packed.is_some() && table.json.is_some());
+        assert_eq!(
+            (table.digest, table.packed),
+            (Digest::of(b"json"), Some(Digest::of(b"packed")))
+        );
         let [checksum, position] = CONTAINERS;
         assert!(found(&[(checksum, &packed), (position, place), (STARGZ_DIGEST, &json)]).is_err());
     }

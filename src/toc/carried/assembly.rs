@@ -21,6 +21,9 @@ use crate::toc::{EntryKind, Limits, Metadata, path};
 
 /// The character that Go puts in the place of bytes that are no UTF-8. The name is lost then.
 const LOST: char = '\u{fffd}';
+/// Farthest place of a chunk in the output of its member. A larger limit lets a read decode more bytes that it does not
+/// need; writers share members of at most a few megabytes.
+const MAX_INNER: u64 = 1 << 30;
 /// Memory in bytes that is charged for each name, which is kept as a hash.
 const NAME: usize = 40;
 
@@ -304,7 +307,7 @@ impl Assembly {
         // A frame of zeros is never read, so its size does not matter.
         let is_empty = end == Some(chunk.offset) && !chunk.zeros;
         let taken = chunk.inner.checked_add(len);
-        let Some(taken) = taken.filter(|_| follows && inside && !is_empty) else {
+        let Some(taken) = taken.filter(|_| follows && inside && !is_empty && chunk.inner <= MAX_INNER) else {
             return Err(refused("has content that is out of order, or outside the blob"));
         };
         if !shares {

@@ -2,10 +2,11 @@
 
 use std::io::{self, Read};
 
-use super::annotations::MAX_JSON;
+use super::annotations::{Dialect, MAX_JSON};
 use super::assembly::Assembly;
 use super::{CarriedError, TableRef, json};
 use crate::memory::Charge;
+use crate::oci::Digest;
 use crate::toc::header::{NumericField, TarBlock, TarHeader};
 use crate::toc::{BLOCK, ChunkCodec, ChunkTable, Limits, Tables};
 
@@ -41,40 +42,42 @@ impl TableRef {
         bytes: &[u8],
         [tables, chunks]: [Charge; 2],
     ) -> Result<CarriedTables, CarriedError> {
-        if let Some(expected) = &self.packed {
-            let differs = |actual| CarriedError::Digest {
-                expected: expected.clone(),
-                actual,
-            };
-            expected.verify(bytes).map_err(differs)?;
-        }
-        if let Some(expected) = &self.json {
-            let mut hasher = expected.hasher();
-            let mut json = self.unpack(bytes)?;
-            let mut buffer = vec![0; BUFFER];
-            let mut total = 0;
-            loop {
-                let len = match json.read(&mut buffer).map_err(malformed)? {
-                    0 => break,
-                    len => len,
-                };
-                hasher.update(&buffer[..len]);
-                total += len as u64;
-                if total > MAX_JSON {
-                    return Err(CarriedError::Unusable {
-                        reason: "it is too large",
-                    });
-                }
-            }
-            let differs = |actual| CarriedError::Digest {
-                expected: expected.clone(),
-                actual,
-            };
-            hasher.verify(expected).map_err(differs)?;
-        }
+        self.check(bytes)?;
         let mut assembly = Assembly::new(self.dialect, self.data_end(&place), Limits::default(), tables, chunks);
         json::read(self.unpack(bytes)?.take(MAX_JSON), |entry| assembly.entry(entry))?;
         assembly.finish(self)
+    }
+
+    /// Checks the bytes of the table against all digests that the descriptor has.
+    fn check(&self, bytes: &[u8]) -> Result<(), CarriedError> {
+        let packed = match self.dialect {
+            Dialect::Containers => Some(&self.digest),
+            Dialect::Stargz => self.packed.as_ref(),
+        };
+        if let Some(expected) = packed {
+            expected.verify(bytes).map_err(differs(expected))?;
+        }
+        if self.dialect == Dialect::Containers {
+            return Ok(());
+        }
+        let mut hasher = self.digest.hasher();
+        let mut json = self.unpack(bytes)?;
+        let mut buffer = vec![0; BUFFER];
+        let mut total = 0;
+        loop {
+            let len = match json.read(&mut buffer).map_err(malformed)? {
+                0 => break,
+                len => len,
+            };
+            hasher.update(&buffer[..len]);
+            total += len as u64;
+            if total > MAX_JSON {
+                return Err(CarriedError::Unusable {
+                    reason: "it is too large",
+                });
+            }
+        }
+        hasher.verify(&self.digest).map_err(differs(&self.digest))
     }
 
     /// Returns the JSON of a table.
@@ -98,6 +101,13 @@ impl TableRef {
                 Ok(Box::new(decoder.take(size)))
             }
         }
+    }
+}
+
+fn differs(expected: &Digest) -> impl Fn(Digest) -> CarriedError {
+    |actual| CarriedError::Digest {
+        expected: expected.clone(),
+        actual,
     }
 }
 

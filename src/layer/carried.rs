@@ -1,0 +1,243 @@
+//! Opens a layer by the table that the layer itself carries and for which the image's manifest vouches.
+//!
+//! One or two requests fetch the table. The layer is open then, and none of its content is here. The table is kept in the
+//! store like any other index, in the directory of its authority, so it is fetched once.
+//!
+//! Anything that goes wrong with a table is no error of the layer: the layer is streamed then. The log says why.
+//!
+//! A chunk whose bytes do not match the table, however often they are fetched, is an error of its reader. The table is
+//! distrusted from then on ([`distrust`]), so the next opening streams the layer.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use futures::StreamExt as _;
+
+use super::data::LayerContext;
+use super::opening::{OpenError, Opened, ToOpen};
+use super::race::Origin;
+use super::stored::{LayerIndex, keep_chunks, open_device, stored_chunks};
+use super::{IndexSource, Layer};
+use crate::blob::BlobError;
+use crate::memory::Charge;
+use crate::oci::Digest;
+use crate::span::ChunkSpans;
+use crate::store::{Authority, LayerDir, StoreError};
+use crate::task::joined;
+use crate::toc::PackedToc;
+use crate::toc::carried::{CarriedError, CarriedTables, TableRef};
+
+/// Why a table is not used.
+#[derive(Debug, thiserror::Error)]
+enum NoTable {
+    #[error(transparent)]
+    Carried(#[from] CarriedError),
+    #[error("the layer's own table of contents cannot be fetched: {0}")]
+    Blob(#[from] BlobError),
+    #[error("chunks of the layer did not match its own table of contents earlier")]
+    Distrusted,
+}
+
+/// Opens a layer by its table, which is in the store or is fetched. `known` names its index. Returns none if the layer has
+/// to be streamed.
+pub(super) async fn open(
+    context: &LayerContext,
+    wanted: &ToOpen,
+    known: &LayerIndex,
+) -> Result<Option<Opened>, OpenError> {
+    let Some(table) = &wanted.table else {
+        return Ok(None);
+    };
+    let layer = wanted.blob.digest();
+    if known.dir.as_ref().is_some_and(is_distrusted) {
+        tracing::warn!(%layer, error = %NoTable::Distrusted, "streaming the layer");
+        return Ok(None);
+    }
+    if let Some(opened) = from_store(context, wanted, table, known).await? {
+        return Ok(Some(opened));
+    }
+    match fetch(context, wanted, table).await {
+        Ok(tables) => keep(context, wanted, known.clone(), tables).await,
+        Err(Failed::Open(error)) => Err(error),
+        Err(Failed::Table(error)) => {
+            if matches!(&error, NoTable::Carried(error) if !error.is_damage()) {
+                tracing::debug!(%layer, %error, "streaming the layer");
+            } else {
+                tracing::warn!(%layer, %error, "streaming the layer");
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Why [`fetch`] brings no table.
+enum Failed {
+    /// The layer can still be streamed.
+    Table(NoTable),
+    Open(OpenError),
+}
+
+impl<E: Into<NoTable>> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self::Table(error.into())
+    }
+}
+
+async fn from_store(
+    context: &LayerContext,
+    wanted: &ToOpen,
+    table: &TableRef,
+    known: &LayerIndex,
+) -> Result<Option<Opened>, OpenError> {
+    let Some(dir) = known.dir.clone().filter(|dir| dir.is_indexed()) else {
+        return Ok(None);
+    };
+    let (context, known, blob) = (context.clone(), known.clone(), wanted.blob.clone());
+    let (diff_id, stats, source) = (wanted.diff_id.clone(), wanted.stats.clone(), table.source());
+    let loading = tokio::task::spawn_blocking(move || {
+        let spans = stored_chunks(&dir, blob.digest())?;
+        if *spans.table().source() != source || spans.table().blob_size() != blob.size() {
+            return None;
+        }
+        let mut charge = context.tables.charge();
+        charge.exactly(spans.memory()).ok()?;
+        let spans = (Box::new(spans) as Box<_>, charge);
+        let layer = open_device(&context, &known, &dir, blob, &diff_id, spans, stats);
+        layer.stats().set_source(IndexSource::Store);
+        Some(Opened { layer, toc: None })
+    });
+    Ok(joined(loading).await?)
+}
+
+/// Fetches and reads the table.
+async fn fetch(context: &LayerContext, wanted: &ToOpen, table: &TableRef) -> Result<CarriedTables, Failed> {
+    let origin = Origin {
+        blob: wanted.blob.clone(),
+        lanes: context.lanes.clone(),
+        stats: wanted.stats.clone(),
+        patient: context.patient,
+    };
+    // The compressed table is in memory until it is read.
+    let mut charge = context.tables.charge();
+    let first = table.first_range();
+    let mut bytes = read(&origin, first.clone(), &mut charge).await?;
+    let place = table.table_range(&bytes)?;
+    let mut start = first.start;
+    if place.start < start {
+        let mut before = read(&origin, place.start..start, &mut charge).await?;
+        before.unsplit(bytes);
+        (bytes, start) = (before, place.start);
+    }
+    let charges = [context.tables.charge(), context.tables.charge()];
+    let table = table.clone();
+    let reading = tokio::task::spawn_blocking(move || {
+        let _charge = charge;
+        // The table is within the bytes that were read.
+        let within = (place.start - start) as usize..(place.end - start) as usize;
+        table.read_charged(place, &bytes[within], charges)
+    });
+    let read = joined(reading).await.map_err(|error| Failed::Open(error.into()))?;
+    Ok(read?)
+}
+
+/// Reads exactly these bytes of the blob, and charges for them in addition to what is charged.
+async fn read(origin: &Origin, range: Range<u64>, charge: &mut Charge) -> Result<BytesMut, Failed> {
+    let len = range.end - range.start;
+    let cut_short = |range: &Range<u64>| BlobError::Protocol {
+        host: "the source".to_owned(),
+        what: format!("blob {}", origin.blob.digest()),
+        detail: format!("the bytes {}..{} are not all there", range.start, range.end),
+        transient: true,
+    };
+    charge.grow(len).map_err(CarriedError::from)?;
+    let mut stream = origin.read(range.clone()).await?;
+    let mut bytes = BytesMut::new();
+    while let Some(more) = stream.next().await.transpose()? {
+        origin.stats.fetched_more(more.len());
+        bytes.extend_from_slice(&more);
+        if bytes.len() as u64 > len {
+            return Err(cut_short(&range).into());
+        }
+    }
+    if bytes.len() as u64 != len {
+        return Err(cut_short(&range).into());
+    }
+    Ok(bytes)
+}
+
+/// Keeps the tables in the store and makes the layer.
+async fn keep(
+    context: &LayerContext,
+    wanted: &ToOpen,
+    known: LayerIndex,
+    tables: CarriedTables,
+) -> Result<Option<Opened>, OpenError> {
+    let (context, blob) = (context.clone(), wanted.blob.clone());
+    let (diff_id, stats) = (wanted.diff_id.clone(), wanted.stats.clone());
+    let keeping = tokio::task::spawn_blocking(move || {
+        let layer = blob.digest().clone();
+        let CarriedTables {
+            tables,
+            chunks,
+            mut charge,
+        } = tables;
+        for warning in &tables.warnings {
+            tracing::warn!(%layer, warning, "odd table of contents");
+        }
+        let Some(spans) = ChunkSpans::new(layer.clone(), chunks, tables.extents) else {
+            tracing::warn!(%layer, "the layer's own table of contents contradicts itself, streaming the layer");
+            return None;
+        };
+        let (toc, mut toc_charge) = (tables.toc, tables.charge);
+        if charge.exactly(spans.memory()).is_err() || toc_charge.exactly(toc.bytes() as u64).is_err() {
+            tracing::debug!(%layer, "no memory for the layer's own table of contents, streaming the layer");
+            return None;
+        }
+        let dir = known.dir.clone().filter(|_| context.store.is_writable());
+        let kept = dir.filter(|dir| match publish(&context, dir, &known.authority, &spans, &toc) {
+            Ok(()) => true,
+            Err(error) => {
+                context.health.store_failed(&error);
+                false
+            }
+        });
+        let spans = (Box::new(spans) as Box<_>, charge);
+        let (layer, toc) = match kept {
+            Some(dir) => (open_device(&context, &known, &dir, blob, &diff_id, spans, stats), None),
+            None => {
+                let data = known.data(&context, diff_id, spans, None);
+                (Layer::new(Arc::new(data), blob, stats), Some((toc, toc_charge)))
+            }
+        };
+        layer.stats().set_source(IndexSource::Carried);
+        Some(Opened { layer, toc })
+    });
+    Ok(joined(keeping).await?)
+}
+
+fn publish(
+    context: &LayerContext,
+    dir: &LayerDir,
+    authority: &Authority,
+    spans: &ChunkSpans,
+    toc: &PackedToc,
+) -> Result<(), StoreError> {
+    context.store.note_authority(dir, authority)?;
+    keep_chunks(&context.store, dir, spans, toc)
+}
+
+/// Whether chunks of a layer did not match its table earlier.
+fn is_distrusted(dir: &LayerDir) -> bool {
+    dir.distrusted().exists()
+}
+
+/// Records that a chunk of a layer does not match its table, and removes the table from the store. The next opening
+/// streams the layer.
+pub(super) fn distrust(context: &LayerContext, layer: &Digest, dir: &LayerDir) {
+    tracing::warn!(%layer, "the layer does not match its own table of contents; it will be streamed the next time");
+    let noted = context.store.note_distrust(dir).and_then(|()| dir.forget());
+    if let Err(error) = noted {
+        context.health.store_failed(&error);
+    }
+}
