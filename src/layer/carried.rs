@@ -14,14 +14,14 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use futures::StreamExt as _;
 
-use super::data::LayerContext;
+use super::data::{LayerContext, LayerData};
 use super::opening::{OpenError, Opened, ToOpen};
 use super::race::Origin;
 use super::stored::{LayerIndex, keep_chunks, open_device, stored_chunks};
 use super::{IndexSource, Layer};
 use crate::blob::BlobError;
+use crate::index::IndexError;
 use crate::memory::Charge;
-use crate::oci::Digest;
 use crate::span::ChunkSpans;
 use crate::store::{Authority, LayerDir, StoreError};
 use crate::task::joined;
@@ -232,12 +232,21 @@ fn is_distrusted(dir: &LayerDir) -> bool {
     dir.distrusted().exists()
 }
 
-/// Records that a chunk of a layer does not match its table, and removes the table from the store. The next opening
-/// streams the layer.
-pub(super) fn distrust(context: &LayerContext, layer: &Digest, dir: &LayerDir) {
+/// Records that a chunk of a layer does not match the table that the layer carries, and removes the table from the store.
+/// The next opening streams the layer. Does nothing if the index is not that table.
+pub(super) fn distrust(data: &LayerData, error: &IndexError) {
+    // A lack of memory says nothing about the table.
+    let out_of_memory = matches!(error, IndexError::ZstdMemory { .. } | IndexError::OutOfMemory);
+    let (Authority::Manifest { .. }, Some(dir)) = (&data.authority, &data.home) else {
+        return;
+    };
+    if out_of_memory || !data.context.store.is_writable() {
+        return;
+    }
+    let layer = &data.digest;
     tracing::warn!(%layer, "the layer does not match its own table of contents; it will be streamed the next time");
-    let noted = context.store.note_distrust(dir).and_then(|()| dir.forget());
-    if let Err(error) = noted {
-        context.health.store_failed(&error);
+    let noted = data.context.store.note_distrust(dir);
+    if let Err(error) = noted.and_then(|()| data.context.forget(&data.index)) {
+        data.context.health.store_failed(&error);
     }
 }

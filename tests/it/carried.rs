@@ -1,3 +1,4 @@
 //! Layers that carry a table of contents: eStargz and zstd:chunked.
 
+mod mounts;
 mod tables;
