@@ -54,6 +54,7 @@
 //! | *layer* | one tar of an image, compressed or not | snapshot |
 //! | *TOC* | what is where in a layer's tar ([`toc::Toc`]) | file list |
 //! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
+//! | *chunk* | run of a file's content of which the layer's own table has a digest ([`toc::Chunk`]); a span of such a layer | block |
 //! | *restart* | place in a compressed blob where decoding can begin; a gzip one carries a *window* | checkpoint table |
 //! | *span index* | spans, restarts and digests of one layer ([`index::SpanIndex`]) | index (alone) |
 //! | *index file* | the index of one layer as a file for other hosts ([`published::IndexFile`]) | artifact |

@@ -1,5 +1,5 @@
-//! Opens a layer: from an index in the store if there is one, else with an index that somebody else has made, else by
-//! streaming the layer once.
+//! Opens a layer. An index in the store comes first. Without one, a layer may carry a table for which the manifest vouches, or
+//! somebody else has made an index. Any other layer is streamed once.
 //!
 //! A pass over the whole layer on this host outranks all other authorities: an index that a pass has made is used before
 //! any other.

@@ -11,9 +11,11 @@ use flate2::write::DeflateEncoder;
 use ocifs::erofs::{self, Reader};
 use ocifs::index::{Compression, DecodeSink, Identity, LayerDecoder, SpanId, SpanIndex, SpanIndexBuilder, SpanStart};
 use ocifs::oci::{DiffId, Digest};
+use ocifs::toc::carried::TableRef;
 use ocifs::toc::{Limits, TarReader, Toc};
 use ocifs::tree::{LayerIdx, Merger};
 
+use crate::common::carried::{Dialect, Writer};
 use crate::common::layers::{Blob, Tar, config, manifest, noise};
 use crate::common::registry::{INDEX, image};
 
@@ -118,6 +120,52 @@ fn tree() -> Vec<u8> {
     bytes
 }
 
+/// Makes the seeds of tables that layers carry, and of what says where such a table is.
+fn carried_seeds(seed: &mut impl FnMut(&'static str, &'static str, &[&[u8]])) {
+    let tar = Tar::new()
+        .dir("etc/")
+        .file("etc/a", noise(1, 1500))
+        .file("b", [noise(2, 1000), vec![0; 1000]].concat())
+        .link(tar::EntryType::Symlink, "link", "etc/a")
+        .link(tar::EntryType::Link, "hard", "b")
+        .file("etc/.wh.gone", "")
+        .finish();
+    // The first byte chooses the dialect.
+    for (name, choice, dialect) in [
+        ("containers", 0, Dialect::Containers),
+        ("stargz", 80, Dialect::StargzZstd),
+    ] {
+        let writer = Writer {
+            chunk: 1000,
+            ..Writer::new(dialect)
+        };
+        let blob = writer.write(&tar);
+        let packed = &blob.blob.bytes[blob.table.clone()];
+        let json: serde_json::Value = serde_json::from_slice(&zstd::decode_all(packed).unwrap()).unwrap();
+        seed("carried", name, &[&[choice], json.to_string().as_bytes()]);
+        let descriptor = serde_json::from_value(blob.descriptor()).unwrap();
+        let table = TableRef::of(&descriptor).unwrap().unwrap();
+        let place = table.first_range();
+        let read = table.read(place, packed).unwrap();
+        let mut file = Vec::new();
+        read.chunks.write(&mut file).unwrap();
+        let name = if choice == 0 { "chunks" } else { "more-chunks" };
+        seed("carried", name, &[&[200], &file]);
+    }
+    // The annotations, a zero byte, and the end of the blob.
+    for (name, dialect) in [
+        ("estargz", Dialect::Estargz),
+        ("containers", Dialect::Containers),
+        ("old-containers", Dialect::OldContainers),
+        ("stargz", Dialect::StargzZstd),
+    ] {
+        let blob = Writer::new(dialect).write(&tar);
+        let annotations = serde_json::json!(blob.annotations).to_string();
+        let table = &blob.blob.bytes[blob.table.start..];
+        seed("table_ref", name, &[annotations.as_bytes(), &[0], table]);
+    }
+}
+
 /// Returns target, name and bytes of each seed.
 fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let mut seeds = Vec::new();
@@ -163,6 +211,8 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         let file = index(compression, &blob.bytes, blob.diff_id.clone());
         seed("span_index_open", name, &[&file[..file.len() - 32]]);
     }
+
+    carried_seeds(&mut seed);
 
     seed("erofs", "tree", &[&tree()]);
 
