@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 
-use super::known_index;
+use super::{carried, known_index};
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::layer::LayerContext;
 use crate::oci::{Descriptor, Digest, Manifest};
@@ -63,7 +63,9 @@ impl Expecting {
             return;
         };
         let store = &self.context.store;
-        let unknown = manifest.layers.iter().filter(|layer| {
+        // A layer that carries a table needs no index of somebody else.
+        let without_table = manifest.layers.iter().filter(|layer| carried(layer).is_none());
+        let unknown = without_table.filter(|layer| {
             let authorities = self.context.authorities();
             known_index(store, &layer.digest, &authorities).is_none()
         });

@@ -6,7 +6,7 @@ use ocifs::toc::carried::{CarriedError, CarriedTables, TableRef};
 use ocifs::toc::{ChunkTable, EntryKind, Limits, PackedToc, TarReader, Toc, TocEntry};
 use serde_json::{Value, json};
 
-use crate::common::carried::{CarriedBlob, Dialect, STARGZ_DIGEST, Writer};
+use crate::common::carried::{CarriedBlob, Change, Dialect, STARGZ_DIGEST, Writer};
 use crate::common::layers::{Tar, header, noise};
 
 /// A tar with an entry of every kind.
@@ -277,8 +277,7 @@ fn entry<'a>(entries: &'a mut [Value], name: &str) -> &'a mut Value {
 #[test]
 fn what_a_table_must_not_say_makes_it_useless() {
     let set = |name: &'static str, key: &'static str, value: Value| {
-        Box::new(move |entries: &mut Vec<Value>| entry(entries, name)[key] = value.clone())
-            as Box<dyn Fn(&mut Vec<Value>)>
+        Box::new(move |entries: &mut Vec<Value>| entry(entries, name)[key] = value.clone()) as Change
     };
     let cases = |dialect| {
         let mut cases = vec![

@@ -39,6 +39,9 @@ impl Dialect {
 
 pub const STARGZ_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 
+/// A change to the entries of a table.
+pub type Change = Box<dyn Fn(&mut Vec<Value>)>;
+
 /// A writer of blobs.
 pub struct Writer {
     pub dialect: Dialect,
@@ -47,7 +50,7 @@ pub struct Writer {
     /// Smallest member of an eStargz blob in bytes: smaller files share one.
     pub share: usize,
     /// Changes the entries before they are written.
-    pub change: Box<dyn Fn(&mut Vec<Value>)>,
+    pub change: Change,
 }
 
 /// A layer with a table.
