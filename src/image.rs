@@ -7,7 +7,8 @@
 //! Invariants:
 //! - Manifest and config are verified.
 //! - Each layer in use was verified against its digest and diffID. Either this process verified the layer, or the
-//!   process that put the layer's index into the store did.
+//!   process that put the layer's index into the store did. The exception is a layer that carries a table for which the
+//!   manifest vouches: its table was verified, and its content is verified when it is fetched.
 //! - The tree is made only from such layers.
 
 mod early;

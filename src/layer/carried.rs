@@ -59,8 +59,8 @@ pub(super) async fn open(
     }
     match fetch(context, wanted, table).await {
         Ok(tables) => keep(context, wanted, known.clone(), tables).await,
-        Err(Failed::Open(error)) => Err(error),
-        Err(Failed::Table(error)) => {
+        Err(Unfetched::Open(error)) => Err(error),
+        Err(Unfetched::Table(error)) => {
             if matches!(&error, NoTable::Carried(error) if !error.is_damage()) {
                 tracing::debug!(%layer, %error, "streaming the layer");
             } else {
@@ -72,13 +72,13 @@ pub(super) async fn open(
 }
 
 /// Why [`fetch`] brings no table.
-enum Failed {
+enum Unfetched {
     /// The layer can still be streamed.
     Table(NoTable),
     Open(OpenError),
 }
 
-impl<E: Into<NoTable>> From<E> for Failed {
+impl<E: Into<NoTable>> From<E> for Unfetched {
     fn from(error: E) -> Self {
         Self::Table(error.into())
     }
@@ -111,7 +111,7 @@ async fn from_store(
 }
 
 /// Fetches and reads the table.
-async fn fetch(context: &LayerContext, wanted: &ToOpen, table: &TableRef) -> Result<CarriedTables, Failed> {
+async fn fetch(context: &LayerContext, wanted: &ToOpen, table: &TableRef) -> Result<CarriedTables, Unfetched> {
     let origin = Origin {
         blob: wanted.blob.clone(),
         lanes: context.lanes.clone(),
@@ -137,12 +137,12 @@ async fn fetch(context: &LayerContext, wanted: &ToOpen, table: &TableRef) -> Res
         let within = (place.start - start) as usize..(place.end - start) as usize;
         table.read_charged(place, &bytes[within], charges)
     });
-    let read = joined(reading).await.map_err(|error| Failed::Open(error.into()))?;
+    let read = joined(reading).await.map_err(|error| Unfetched::Open(error.into()))?;
     Ok(read?)
 }
 
 /// Reads exactly these bytes of the blob, and charges for them in addition to what is charged.
-async fn read(origin: &Origin, range: Range<u64>, charge: &mut Charge) -> Result<BytesMut, Failed> {
+async fn read(origin: &Origin, range: Range<u64>, charge: &mut Charge) -> Result<BytesMut, Unfetched> {
     let len = range.end - range.start;
     let cut_short = |range: &Range<u64>| BlobError::Protocol {
         host: "the source".to_owned(),

@@ -161,7 +161,7 @@ impl SpanMap for ChunkSpans {
             codec: MemberDecoder::new(compression, room)?,
             offset: chunks[0].member.start,
             member: 0..0,
-            wanted: Wanted {
+            wanted: Undelivered {
                 span: spans.start,
                 current: rest.next(),
                 rest,
@@ -188,11 +188,11 @@ struct ChunkDecoder {
     offset: u64,
     /// The member that is being decoded; empty before the first one.
     member: Range<u64>,
-    wanted: Wanted,
+    wanted: Undelivered,
 }
 
 /// The chunks that a decoder has not delivered yet.
-struct Wanted {
+struct Undelivered {
     /// Number of the span that `current` is.
     span: u32,
     current: Option<Chunk>,
@@ -256,7 +256,7 @@ impl ChunkDecoder {
     }
 }
 
-impl Wanted {
+impl Undelivered {
     /// Takes output of `member`. Delivers the chunks that it completes. Output behind the last chunk of the member is
     /// left out.
     fn take(

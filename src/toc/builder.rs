@@ -46,7 +46,7 @@ pub(super) struct FileContent {
 }
 
 /// Name of a regular file that has a place in the data device.
-struct FileName {
+struct NamedFile {
     path: Box<[u8]>,
     /// Whether the tree shows the file.
     visible: bool,
@@ -257,7 +257,7 @@ impl Builder {
 
     /// Returns the name of a regular file. Adds a marker if the name is that of a
     /// marker. Returns none if the file's content is not needed.
-    fn name_file(&mut self, item: &Item) -> Result<Option<FileName>, TocError> {
+    fn name_file(&mut self, item: &Item) -> Result<Option<NamedFile>, TocError> {
         let path = canonical_name(item)?;
         let visible = match path::classify(&path) {
             EntryName::Visible => true,
@@ -276,11 +276,11 @@ impl Builder {
             });
             return Ok(None);
         }
-        Ok(Some(FileName { path, visible }))
+        Ok(Some(NamedFile { path, visible }))
     }
 
-    fn add_file(&mut self, item: Item, named: FileName, placed: Placed) -> Result<(), TocError> {
-        let FileName { path, visible } = named;
+    fn add_file(&mut self, item: Item, named: NamedFile, placed: Placed) -> Result<(), TocError> {
+        let NamedFile { path, visible } = named;
         self.device_size = placed.end;
         self.extents.extend_from_slice(&placed.extents);
         let kind = if visible {

@@ -35,12 +35,13 @@ mod error;
 mod footer;
 mod json;
 mod read;
+mod tables;
 mod time;
 
 pub use annotations::TableRef;
 pub use error::CarriedError;
 pub use footer::Footer;
-pub use read::CarriedTables;
+pub use tables::CarriedTables;
 
 /// Names of files in the root that writers of such tables add to a layer. They are no part of the image.
 pub const ADDED: [&[u8]; 3] = [b"stargz.index.json", LANDMARK, b".no.prefetch.landmark"];

@@ -63,7 +63,7 @@ pub(super) fn read(
         filled: 0..0,
     };
     let mut reader = serde_json::Deserializer::from_reader(metered);
-    let document = Document {
+    let document = JsonTable {
         entry: &mut entry,
         left: &left,
         refused: &refused,
@@ -104,13 +104,13 @@ impl<R: Read> Read for Metered<'_, R> {
 }
 
 /// The whole table.
-struct Document<'a, F> {
+struct JsonTable<'a, F> {
     entry: &'a mut F,
     left: &'a Cell<usize>,
     refused: &'a RefCell<Option<CarriedError>>,
 }
 
-impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> for Document<'_, F> {
+impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> for JsonTable<'_, F> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -118,7 +118,7 @@ impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> 
     }
 }
 
-impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for Document<'_, F> {
+impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for JsonTable<'_, F> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -133,7 +133,7 @@ impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for Docu
                 "entries" if has_entries => return Err(A::Error::duplicate_field("entries")),
                 "entries" => {
                     has_entries = true;
-                    map.next_value_seed(Entries {
+                    map.next_value_seed(JsonEntries {
                         entry: &mut *self.entry,
                         left: self.left,
                         refused: self.refused,
@@ -153,13 +153,13 @@ impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for Docu
 }
 
 /// The list of entries.
-struct Entries<'a, F> {
+struct JsonEntries<'a, F> {
     entry: &'a mut F,
     left: &'a Cell<usize>,
     refused: &'a RefCell<Option<CarriedError>>,
 }
 
-impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> for Entries<'_, F> {
+impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> for JsonEntries<'_, F> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -167,7 +167,7 @@ impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> DeserializeSeed<'de> 
     }
 }
 
-impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for Entries<'_, F> {
+impl<'de, F: FnMut(JsonEntry) -> Result<(), CarriedError>> Visitor<'de> for JsonEntries<'_, F> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,14 +1,14 @@
-//! Checks and unpacks a table, and makes the tables of a layer from it.
+//! Checks and unpacks a table, and has the tables of a layer made from it.
 
 use std::io::{self, Read};
 
 use super::annotations::{Dialect, MAX_JSON};
 use super::assembly::Assembly;
-use super::{CarriedError, TableRef, json};
+use super::{CarriedError, CarriedTables, TableRef, json};
 use crate::memory::Charge;
 use crate::oci::Digest;
 use crate::toc::header::{NumericField, TarBlock, TarHeader};
-use crate::toc::{BLOCK, ChunkCodec, ChunkTable, Limits, Tables};
+use crate::toc::{BLOCK, ChunkCodec, Limits};
 
 /// Name of the file that is the table of an eStargz layer.
 const FILE: &[u8] = b"stargz.index.json";
@@ -16,18 +16,6 @@ const FILE: &[u8] = b"stargz.index.json";
 const WINDOW_LOG_MAX: u32 = 25;
 /// Bytes that are hashed at once.
 const BUFFER: usize = 32 << 10;
-
-/// What a reader needs to know of a layer, from the table that the layer carries.
-#[derive(Debug)]
-pub struct CarriedTables {
-    /// The same tables that a pass over the layer makes. The extents say where content is in the data device. Offsets in
-    /// the tar are not known; the device's offsets are in their place.
-    pub tables: Tables,
-    /// Where the content is in the blob.
-    pub chunks: ChunkTable,
-    /// Memory of the chunks.
-    pub charge: Charge,
-}
 
 impl TableRef {
     /// Reads the table from its `bytes`, which are those of `place` in the blob (see [`TableRef::table_range`]).
