@@ -206,7 +206,8 @@ async fn keep(
         let (layer, toc) = match kept {
             Some(dir) => (open_device(&context, &known, &dir, blob, &diff_id, spans, stats), None),
             None => {
-                let data = known.data(&context, diff_id, spans, None);
+                let nowhere = LayerIndex { dir: None, ..known };
+                let data = nowhere.data(&context, diff_id, spans, None);
                 (Layer::new(Arc::new(data), blob, stats), Some((toc, toc_charge)))
             }
         };

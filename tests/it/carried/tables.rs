@@ -418,35 +418,74 @@ fn a_footer_must_point_into_the_blob() {
     assert_eq!(TableRef::of(&descriptor(&blob)), Ok(None));
 }
 
+/// Returns a blob whose table is this JSON, which need not be JSON at all.
+fn with_json(dialect: Dialect, json: &[u8]) -> CarriedBlob {
+    let packed = zstd::encode_all(json, 1).unwrap();
+    let mut blob = Writer::new(dialect).write(&Tar::new().finish());
+    let content = vec![0; 1 << 20];
+    let (start, end) = (content.len(), content.len() + packed.len());
+    for (key, value) in &mut blob.annotations {
+        *value = match key {
+            key if key.ends_with("position") => format!("{start}:{}:1000:1", packed.len()),
+            key if key.ends_with("checksum") => Digest::of(&packed).to_string(),
+            _ => Digest::of(json).to_string(),
+        };
+    }
+    (blob.blob.bytes, blob.table) = ([content, packed].concat(), start..end);
+    blob
+}
+
 #[test]
 fn a_bomb_is_not_unpacked() {
     // A megabyte of spaces for every kilobyte of table, and names without end.
-    let spaces = [
-        b"{\"version\":1,\"entries\":[".to_vec(),
-        vec![b' '; 300 << 20],
-        b"]}".to_vec(),
-    ]
-    .concat();
-    let name = [
-        b"{\"version\":1,\"entries\":[{\"name\":\"".to_vec(),
-        vec![b'a'; 100 << 20],
-        b"\"}]}".to_vec(),
-    ]
-    .concat();
+    let around = |head: &str, filling: u8, len: usize, end: &str| {
+        [head.as_bytes(), &vec![filling; len], end.as_bytes()].concat()
+    };
+    let spaces = around("{\"version\":1,\"entries\":[", b' ', 300 << 20, "]}");
+    let name = around("{\"version\":1,\"entries\":[{\"name\":\"", b'a', 100 << 20, "\"}]}");
     for json in [spaces, name] {
-        let packed = zstd::encode_all(&json[..], 1).unwrap();
-        let mut bytes = vec![0; 8];
-        bytes.extend_from_slice(&packed);
-        let mut blob = Writer::new(Dialect::Containers).write(&tar().finish());
-        let prefix = "io.github.containers.zstd-chunked";
-        blob.annotations
-            .insert(format!("{prefix}.manifest-checksum"), Digest::of(&packed).to_string());
-        blob.annotations.insert(
-            format!("{prefix}.manifest-position"),
-            format!("8:{}:1000:1", packed.len()),
-        );
-        (blob.blob.bytes, blob.table) = (bytes, 8..8 + packed.len());
-        let error = read(&blob).unwrap_err();
+        let error = read(&with_json(Dialect::Containers, &json)).unwrap_err();
         assert!(matches!(error, CarriedError::Malformed { .. }), "{error}");
     }
+}
+
+#[test]
+fn any_table_is_survived() {
+    let mut random = fastrand::Rng::with_seed(11);
+    let mut accepted = 0;
+    for dialect in [Dialect::Containers, Dialect::StargzZstd] {
+        let writer = Writer {
+            chunk: 50_000,
+            ..Writer::new(dialect)
+        };
+        let good = writer.write(&tar().finish());
+        let json = zstd::decode_all(&good.blob.bytes[good.table]).unwrap();
+        for _ in 0..3000 {
+            let mut changed = json.clone();
+            for _ in 0..random.usize(1..4) {
+                let at = random.usize(..changed.len());
+                match random.u8(..4) {
+                    0 => changed[at] = random.u8(..),
+                    // Other numbers and other names.
+                    1 => changed[at] = b'0' + random.u8(..10),
+                    2 => drop(changed.drain(at..changed.len().min(at + random.usize(1..40)))),
+                    _ => changed
+                        .splice(at..at, json[at / 2..][..7].iter().copied())
+                        .for_each(drop),
+                }
+            }
+            let blob = with_json(dialect, &changed);
+            if let Ok(tables) = read(&blob) {
+                accepted += 1;
+                assert!(tables.tables.toc.unpack().is_ok());
+                let map = spans(&blob, tables);
+                for span in 0..map.span_count() {
+                    assert!(map.group(span).contains(&span));
+                    assert!(map.blob_range(span..span + 1).end <= blob.table.start as u64);
+                    assert!(map.pieces(span).iter().all(|p| p.device + p.len <= map.device_size()));
+                }
+            }
+        }
+    }
+    assert!(accepted > 100, "only {accepted} of the tables were read at all");
 }
