@@ -20,7 +20,7 @@
 //! 24  device size u64
 //! 32  blob size u64
 //! 40  end of the content that the writer recommends to fetch first u64
-//! 48  source, 32 bytes: what vouches for the table (see [`TableRef::source`](super::TableRef::source))
+//! 48  source, 32 bytes: what vouches for the table (see [`TableRef::source`](crate::toc::carried::TableRef::source))
 //! 80  chunks, 68 bytes each: device offset u64, first and last + 1 byte of the member in the blob u64 twice,
 //!     offset in the member's output u64, length u32, SHA-256 of the content
 //!     BLAKE3 of all bytes before, 32 bytes
@@ -212,7 +212,7 @@ impl ChunkTable {
         self.first
     }
 
-    /// Returns the source that vouches for the table (see [`TableRef::source`](super::TableRef::source)).
+    /// Returns the source that vouches for the table (see [`TableRef::source`](crate::toc::carried::TableRef::source)).
     pub fn source(&self) -> &[u8; 32] {
         &self.source
     }
