@@ -38,6 +38,7 @@ mod programs;
 mod published;
 mod race;
 mod regions;
+mod rescue;
 mod stats;
 mod stored;
 mod streamed;
@@ -66,6 +67,7 @@ pub use opening::OpenError;
 pub(crate) use opening::{Opened, ToOpen};
 pub(crate) use programs::{LayerPrograms, stored_programs};
 use race::Origin;
+use rescue::Passed;
 pub(crate) use stats::LayerStats;
 pub use stats::{IndexSource, LayerStatus, progress};
 pub(crate) use stored::stored_map;
@@ -78,7 +80,7 @@ use crate::index::IndexError;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
-use crate::store::{IndexName, LayerDir};
+use crate::store::{Authority, IndexName, LayerDir};
 use crate::task::TaskError;
 
 /// Why bytes of a layer cannot be read. All readers of a flight share the error.
@@ -152,6 +154,8 @@ pub struct Layer {
     /// Runtime of the flights. Reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
     stats: Arc<LayerStats>,
+    /// The layer that answers in place of this one, if the index of this one turned out to be wrong.
+    passed: OnceLock<Passed>,
 }
 
 impl Layer {
@@ -165,6 +169,7 @@ impl Layer {
             recorder: OnceLock::new(),
             runtime: Handle::current(),
             stats,
+            passed: OnceLock::new(),
         })
     }
 
@@ -273,9 +278,19 @@ impl Layer {
         }
     }
 
-    /// Fills `buf`, which must be zeros, from device offset `offset`, and fetches missing spans. Cancel safe: a
-    /// dropped read leaves its flights running.
+    /// Fills `buf`, which must be zeros, from device offset `offset`, and fetches missing spans. If the bytes are not what
+    /// an index from elsewhere says, streams the layer and goes on without that index. Cancel safe: a dropped read leaves
+    /// its flights running.
     pub async fn read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
+        match self.read_indexed(offset, buf).await {
+            Err(error @ LayerError::Corrupt { .. }) if self.data.authority != Authority::Pass => {
+                self.read_by_pass(offset, buf, error).await
+            }
+            result => result,
+        }
+    }
+
+    async fn read_indexed(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Result<(), LayerError> {
         let began = Instant::now();
         if let Some(content) = self.spans().content(offset..offset + buf.len() as u64) {
             self.note(&content);

@@ -8,7 +8,7 @@
 //! IndexFile     the index of one layer as one file
 //! FileName      how files are named in every place
 //! Trust         who vouches for the files of a place
-//! Place         a directory, a web server or a repository of a registry
+//! IndexPlace         a directory, a web server or a repository of a registry
 //! Locations     all places of a process: asks them all at once for what an image needs
 //! Publisher     writes files to a place
 //! ```
@@ -37,6 +37,6 @@ pub use error::PublishedError;
 pub use index_file::IndexFile;
 pub use lookup::{FoundIndex, Locations, Lookups};
 pub use name::FileName;
-pub use place::{IndexLocation, Place};
+pub use place::{IndexLocation, IndexPlace};
 pub use publisher::{PublishedFile, Publisher, Pushed};
 pub use trust::{IndexKey, Trust};

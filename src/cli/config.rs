@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
 use ocifs::mount::Prefetch;
-use ocifs::published::{IndexKey, IndexLocation, Place, Trust};
+use ocifs::published::{IndexKey, IndexLocation, IndexPlace, Trust};
 use ocifs::registry::PlainHttp;
 
 const DEFAULT_CACHE: u64 = 10 << 30;
@@ -47,7 +47,7 @@ pub(super) struct Globals {
     /// Host from which foreign layers may be fetched that the registry does not have
     #[arg(long, global = true, value_name = "HOST")]
     foreign_layers_from: Vec<String>,
-    /// Place with indexes that somebody else has made: a directory, https://HOST/PATH or oci://HOST/REPOSITORY; several are
+    /// IndexPlace with indexes that somebody else has made: a directory, https://HOST/PATH or oci://HOST/REPOSITORY; several are
     /// asked in this order, before those of the configuration file
     #[arg(long, global = true, value_name = "LOCATION")]
     index: Vec<String>,
@@ -217,7 +217,7 @@ fn index_locations(globals: &Globals, file: Vec<FileIndex>) -> anyhow::Result<Ve
         trust: globals.index_trust_location.then_some(TrustedPart::Location),
     });
     let locations = given.chain(file).map(|index| {
-        let place = Place::parse(&index.location)?;
+        let place = IndexPlace::parse(&index.location)?;
         let trust = match (&index.key, index.trust) {
             (Some(key), None) => Trust::Key(IndexKey::read(key)?),
             (None, Some(TrustedPart::Location)) => Trust::Location,

@@ -15,7 +15,7 @@ use super::{Fetching, ImageArgs};
 use ocifs::image::{Image, stored_profile};
 use ocifs::layer::{LayerContext, export};
 use ocifs::oci::Digest;
-use ocifs::published::{Compared, Difference, FileName, Locations, Place, PublishedFile, Publisher, Pushed};
+use ocifs::published::{Compared, Difference, FileName, IndexPlace, Locations, PublishedFile, Publisher, Pushed};
 use ocifs::registry::RegistryClient;
 
 /// Commands of `index`.
@@ -132,7 +132,7 @@ fn client(config: &Config) -> anyhow::Result<RegistryClient> {
 }
 
 fn build(config: &Config, fetching: &Fetching, args: &BuildArgs) -> anyhow::Result<()> {
-    let place = Place::Directory(std::path::absolute(&args.output)?);
+    let place = IndexPlace::Directory(std::path::absolute(&args.output)?);
     let (pushed, digest) = fetching.run(async {
         let (context, image) = open(config, fetching, &args.image).await?;
         let files = files(&context, &image).await?;
@@ -144,7 +144,7 @@ fn build(config: &Config, fetching: &Fetching, args: &BuildArgs) -> anyhow::Resu
 }
 
 fn push(config: &Config, fetching: &Fetching, args: &PushArgs) -> anyhow::Result<()> {
-    let place = Place::parse(&args.location)?;
+    let place = IndexPlace::parse(&args.location)?;
     let (pushed, digest) = fetching.run(async {
         let context = context(config)?;
         let publisher = Publisher::new(place.clone(), &client(config)?, &context.store)?;
@@ -205,7 +205,7 @@ fn built(
     files.collect()
 }
 
-fn report(config: &Config, json: bool, place: &Place, digest: &Digest, pushed: Pushed) -> anyhow::Result<()> {
+fn report(config: &Config, json: bool, place: &IndexPlace, digest: &Digest, pushed: Pushed) -> anyhow::Result<()> {
     if json {
         say!(
             "{}",

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::Place;
+use super::IndexPlace;
 use crate::store::Store;
 
 /// How long a place is believed not to have a file. With a longer time, a new index is found later; with a shorter one,
@@ -25,17 +25,17 @@ impl Absence {
     }
 
     /// Records that a place does not have a file.
-    pub(super) fn lacks(&self, place: &Place, file: &str) {
+    pub(super) fn lacks(&self, place: &IndexPlace, file: &str) {
         self.note(&absent(place, file), ABSENT);
     }
 
     /// Whether a place did not have a file when it was asked lately.
-    pub(super) fn is_lacking(&self, place: &Place, file: &str) -> bool {
+    pub(super) fn is_lacking(&self, place: &IndexPlace, file: &str) -> bool {
         self.0.is_noted(&absent(place, file), ABSENT)
     }
 
     /// Forgets that a place did not have a file.
-    pub(super) fn forget(&self, place: &Place, file: &str) {
+    pub(super) fn forget(&self, place: &IndexPlace, file: &str) {
         for what in [absent(place, file), trouble(place)] {
             if let Err(error) = self.0.forget_note(&what) {
                 tracing::debug!(%error, "cannot forget what a location lacks");
@@ -44,12 +44,12 @@ impl Absence {
     }
 
     /// Records that a place is in trouble.
-    pub(super) fn fails(&self, place: &Place) {
+    pub(super) fn fails(&self, place: &IndexPlace) {
         self.note(&trouble(place), TROUBLE);
     }
 
     /// Whether a place was in trouble lately.
-    pub(super) fn is_failing(&self, place: &Place) -> bool {
+    pub(super) fn is_failing(&self, place: &IndexPlace) -> bool {
         self.0.is_noted(&trouble(place), TROUBLE)
     }
 
@@ -62,10 +62,10 @@ impl Absence {
     }
 }
 
-fn absent(place: &Place, file: &str) -> String {
+fn absent(place: &IndexPlace, file: &str) -> String {
     format!("absent\n{place}\n{file}")
 }
 
-fn trouble(place: &Place) -> String {
+fn trouble(place: &IndexPlace) -> String {
     format!("trouble\n{place}")
 }

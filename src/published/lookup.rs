@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use super::absence::Absence;
 use super::repository::{Listed, list};
-use super::{FileName, IndexFile, IndexLocation, Place, PublishedError, directory};
+use super::{FileName, IndexFile, IndexLocation, IndexPlace, PublishedError, directory};
 use crate::blob::BlobError;
 use crate::oci::Digest;
 use crate::profile::{LARGEST_FILE, Label};
@@ -115,9 +115,9 @@ impl Locations {
         let absence = Absence::new(store.clone());
         let asked = places.into_iter().map(|location| {
             let access = match &location.place {
-                Place::Directory(path) => PlaceAccess::Directory(path.clone()),
-                Place::Web(url) => PlaceAccess::Web(client.clone(), url.clone()),
-                Place::Repository { registry, repository } => {
+                IndexPlace::Directory(path) => PlaceAccess::Directory(path.clone()),
+                IndexPlace::Web(url) => PlaceAccess::Web(client.clone(), url.clone()),
+                IndexPlace::Repository { registry, repository } => {
                     PlaceAccess::Repository(client.files(registry, repository)?)
                 }
             };
@@ -268,7 +268,7 @@ impl AskedPlace {
         }
     }
 
-    pub(super) fn place(&self) -> &Place {
+    pub(super) fn place(&self) -> &IndexPlace {
         &self.location.place
     }
 

@@ -9,7 +9,7 @@ use super::{PublishedError, Trust};
 
 /// A place with published files.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum IndexPlace {
     /// A directory, perhaps one that is mounted from elsewhere or may only be read.
     Directory(PathBuf),
     /// A directory of a web server. The URL ends with `/`.
@@ -23,7 +23,7 @@ pub enum Place {
     },
 }
 
-impl Place {
+impl IndexPlace {
     /// Reads a place: a path, `https://HOST/PATH` or `oci://HOST/REPOSITORY`.
     pub fn parse(text: &str) -> Result<Self, PublishedError> {
         let wrong = |reason: &str| PublishedError::Location {
@@ -63,7 +63,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for IndexPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => write!(f, "{}", path.display()),
@@ -77,7 +77,7 @@ impl fmt::Display for Place {
 #[derive(Debug, Clone)]
 pub struct IndexLocation {
     /// The place.
-    pub place: Place,
+    pub place: IndexPlace,
     /// Who vouches for its files.
     pub trust: Trust,
 }
@@ -85,8 +85,8 @@ pub struct IndexLocation {
 impl IndexLocation {
     /// Combines a place and its trust. Fails if the place cannot be trusted in this way: anybody on the path can change
     /// what comes over HTTP without TLS.
-    pub fn new(place: Place, trust: Trust) -> Result<Self, PublishedError> {
-        if let (Place::Web(url), Trust::Location) = (&place, &trust)
+    pub fn new(place: IndexPlace, trust: Trust) -> Result<Self, PublishedError> {
+        if let (IndexPlace::Web(url), Trust::Location) = (&place, &trust)
             && url.scheme() != "https"
         {
             return Err(PublishedError::Location {
@@ -114,7 +114,7 @@ mod tests {
                 "oci://example.com:5000/team/indexes",
             ),
         ] {
-            assert_eq!(Place::parse(text).unwrap().to_string(), shown);
+            assert_eq!(IndexPlace::parse(text).unwrap().to_string(), shown);
         }
         for wrong in [
             "",
@@ -125,13 +125,13 @@ mod tests {
             "https://u:p@h/",
             "https://h/?a=b",
         ] {
-            assert!(Place::parse(wrong).is_err(), "{wrong}");
+            assert!(IndexPlace::parse(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn a_place_without_tls_is_trusted_only_through_a_key() {
-        let place = Place::parse("http://127.0.0.1/x").unwrap();
+        let place = IndexPlace::parse("http://127.0.0.1/x").unwrap();
         assert!(IndexLocation::new(place, Trust::Location).is_err());
     }
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::absence::Absence;
 use super::repository::{Listed, list, put_list};
-use super::{FileName, Place, PublishedError, directory};
+use super::{FileName, IndexPlace, PublishedError, directory};
 use crate::oci::Digest;
 use crate::registry::{FileRepository, RegistryClient};
 use crate::store::Store;
@@ -37,7 +37,7 @@ pub struct Pushed {
 /// A place that can be written.
 #[derive(Debug)]
 pub struct Publisher {
-    place: Place,
+    place: IndexPlace,
     target: Target,
     absence: Absence,
 }
@@ -50,11 +50,11 @@ enum Target {
 
 impl Publisher {
     /// Returns the place as one to write to. Fails if nothing can be written there.
-    pub fn new(place: Place, client: &RegistryClient, store: &Store) -> Result<Self, PublishedError> {
+    pub fn new(place: IndexPlace, client: &RegistryClient, store: &Store) -> Result<Self, PublishedError> {
         let target = match &place {
-            Place::Directory(path) => Target::Directory(path.clone()),
-            Place::Repository { registry, repository } => Target::Repository(client.files(registry, repository)?),
-            Place::Web(_) => {
+            IndexPlace::Directory(path) => Target::Directory(path.clone()),
+            IndexPlace::Repository { registry, repository } => Target::Repository(client.files(registry, repository)?),
+            IndexPlace::Web(_) => {
                 return Err(PublishedError::ReadOnly {
                     place: place.to_string(),
                 });

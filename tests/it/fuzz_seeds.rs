@@ -11,6 +11,7 @@ use flate2::write::DeflateEncoder;
 use ocifs::erofs::{self, Reader};
 use ocifs::index::{Compression, DecodeSink, Identity, LayerDecoder, SpanId, SpanIndex, SpanIndexBuilder, SpanStart};
 use ocifs::oci::{DiffId, Digest};
+use ocifs::published::IndexFile;
 use ocifs::toc::carried::TableRef;
 use ocifs::toc::{Limits, TarReader, Toc};
 use ocifs::tree::{LayerIdx, Merger};
@@ -210,6 +211,16 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     ] {
         let file = index(compression, &blob.bytes, blob.diff_id.clone());
         seed("span_index_open", name, &[&file[..file.len() - 32]]);
+        let published = IndexFile {
+            layer: blob.digest(),
+            size: blob.bytes.len() as u64,
+            diff_id: DiffId(blob.diff_id.clone()),
+            spans: file,
+            toc: table.clone(),
+            programs: br#"{"ocifs-layer-programs":1,"programs":{}}"#.to_vec(),
+        };
+        let file = published.encode();
+        seed("index_file", name, &[&file[..file.len() - 32]]);
     }
 
     carried_seeds(&mut seed);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ocifs::index::SpanIndex;
 use ocifs::oci::Digest;
 use ocifs::published::IndexFile;
 use ocifs::toc::Toc;
@@ -146,4 +147,37 @@ fn a_profile_of_nonsense_is_no_profile() {
         let mount = trusting(directory.path().to_str().unwrap()).mount(&scene.image);
         scene.check(&mount);
     }
+}
+
+/// Changes the digest of every span.
+fn lie(file: &mut IndexFile) {
+    let index = SpanIndex::open(file.spans.clone()).unwrap();
+    for span in index.spans() {
+        let digest = index.digest(span);
+        let at = file.spans.windows(32).position(|window| window == digest).unwrap();
+        file.spans[at] ^= 1;
+    }
+    let content = file.spans.len() - 32;
+    let hash = blake3::hash(&file.spans[..content]);
+    file.spans[content..].copy_from_slice(hash.as_bytes());
+}
+
+#[test]
+fn an_index_with_wrong_digests_costs_a_pass_and_no_read() {
+    let scene = Scene::new();
+    let directory = scene.indexes();
+    let location = directory.path().to_str().unwrap();
+    forge(directory.path(), &scene.layers[0], lie);
+    let host = trusting(location);
+    let mount = host.mount_with(&scene.image, &["--wait", "ready", "--prefetch", "none"]);
+    assert_eq!(authorities(&mount)[0], format!("location {location}"));
+    scene.check(&mount);
+    assert!(
+        mount.log().contains("the layer is not what its index says"),
+        "{}",
+        mount.log()
+    );
+    drop(mount);
+    // The pass outranks the index from now on.
+    assert_eq!(authorities(&host.mount(&scene.image))[0], "pass");
 }
