@@ -110,13 +110,18 @@ impl DecodeSink for SpanIndexBuilder {
 
     fn window(&mut self, span: SpanId, window: Vec<u8>) {
         let from = self.windows.len();
-        if self.compress(&window).is_err() {
+        let becomes_restart = self.compression == Compression::Zstd;
+        if becomes_restart {
+            // The decoder has compressed it, because it has to know the size.
+            self.windows.extend_from_slice(&window);
+        } else if self.compress(&window).is_err() {
             self.trouble.get_or_insert(IndexError::OutOfMemory);
         }
         let length = self.windows.len() - from;
         match self.entries.get_mut(span.0 as usize) {
-            Some(entry) if entry.restart && entry.window.is_empty() => {
+            Some(entry) if (entry.restart != becomes_restart) && entry.window.is_empty() => {
                 entry.window = from as u64..(from + length) as u64;
+                entry.restart = true;
             }
             _ => self.out_of_order(),
         }

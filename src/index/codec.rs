@@ -1,32 +1,40 @@
 //! One interface to the decoders of all three compressions.
 
 use super::gzip::Gzip;
-use super::step::Step;
-use super::zstd::{Room, Zstd};
-use super::{BitPosition, Compression, IndexError};
+use super::step::{SpanRestart, Step};
+use super::zstd::{Room, Zstd, ZstdPass};
+use super::{BitPosition, Compression, IndexError, SpanId};
 
 /// A decoder from some position of a blob to its end.
 #[derive(Debug)]
 pub(super) enum Codec {
-    Tar { offset: u64, start: Option<BitPosition> },
+    Tar {
+        offset: u64,
+        start: Option<BitPosition>,
+    },
     Gzip(Box<Gzip>),
+    /// From the first byte of a blob.
+    ZstdPass(Box<ZstdPass>),
+    /// From a restart.
     Zstd(Zstd),
 }
 
 impl Codec {
-    /// Makes a decoder that begins at the first byte of a blob.
-    pub(super) fn new(compression: Compression, room: Room) -> Result<Self, IndexError> {
+    /// Makes a decoder that begins at the first byte of a blob. Candidates inside zstd frames are at least `spacing`
+    /// bytes of tar apart.
+    pub(super) fn new(compression: Compression, spacing: u64, room: Room) -> Result<Self, IndexError> {
         Ok(match compression {
             Compression::Tar => Self::Tar {
                 offset: 0,
                 start: Some(BitPosition(0)),
             },
             Compression::Gzip => Self::Gzip(Box::new(Gzip::new())),
-            Compression::Zstd => Self::Zstd(Zstd::new(0, room)?),
+            Compression::Zstd => Self::ZstdPass(Box::new(ZstdPass::new(spacing, room)?)),
         })
     }
 
-    /// Makes a decoder that begins at a restart. The first input byte is the one that contains `position`.
+    /// Makes a decoder that begins at a restart. The first input byte is the one that contains `position`. `window` is
+    /// what the index keeps for the restart.
     pub(super) fn resume(
         compression: Compression,
         position: BitPosition,
@@ -39,7 +47,7 @@ impl Codec {
                 start: None,
             },
             Compression::Gzip => Self::Gzip(Box::new(Gzip::resume(position, window))),
-            Compression::Zstd => Self::Zstd(Zstd::new(position.byte(), room)?),
+            Compression::Zstd => Self::Zstd(Zstd::resume(position.byte(), window, room)?),
         })
     }
 
@@ -61,6 +69,7 @@ impl Codec {
                 })
             }
             Self::Gzip(gzip) => gzip.step(input),
+            Self::ZstdPass(zstd) => zstd.step(input),
             Self::Zstd(zstd) => zstd.step(input),
         }
     }
@@ -68,9 +77,26 @@ impl Codec {
     /// Asks for [`Step::Restart`] at the first possible place at or after output position `total`.
     pub(super) fn stop_at(&mut self, total: u64) {
         match self {
-            Self::Tar { .. } => {}
+            Self::Tar { .. } | Self::Zstd(_) => {}
             Self::Gzip(gzip) => gzip.inflate().stop_at_block(total),
-            Self::Zstd(zstd) => zstd.stop_at_frame(total),
+            Self::ZstdPass(zstd) => zstd.stop_at_frame(total),
+        }
+    }
+
+    /// Says that a span began with the output just returned, where [`Step::Restart`] or [`Step::Candidate`] was.
+    pub(super) fn span_began(&mut self, span: SpanId) {
+        if let Self::ZstdPass(zstd) = self {
+            zstd.name(span);
+        }
+    }
+
+    /// Asks for [`Step::Candidate`] at the first possible place at or after output position `block`, and for output that
+    /// ends as soon as it reaches position `end`.
+    pub(super) fn cut_at(&mut self, block: u64, end: u64) {
+        match self {
+            Self::Tar { .. } | Self::Zstd(_) => {}
+            Self::Gzip(gzip) => gzip.inflate().pause_at(end),
+            Self::ZstdPass(zstd) => zstd.stop_at_block(block),
         }
     }
 
@@ -85,17 +111,25 @@ impl Codec {
     pub(super) fn take_window(&mut self) -> Option<Vec<u8>> {
         match self {
             Self::Gzip(gzip) => gzip.inflate().take_window(),
-            Self::Tar { .. } | Self::Zstd(_) => None,
+            Self::Tar { .. } | Self::ZstdPass(_) | Self::Zstd(_) => None,
+        }
+    }
+
+    /// Returns the candidates that have become restarts since the last call.
+    pub(super) fn take_restarts(&mut self) -> Vec<SpanRestart> {
+        match self {
+            Self::ZstdPass(zstd) => zstd.take_restarts(),
+            Self::Tar { .. } | Self::Gzip(_) | Self::Zstd(_) => Vec::new(),
         }
     }
 
     /// Checks that the blob may end after `size` bytes. Returns the offset of ignored bytes after the content, if
     /// there are any.
-    pub(super) fn finish(&self, size: u64) -> Result<Option<u64>, IndexError> {
+    pub(super) fn finish(&mut self, size: u64) -> Result<Option<u64>, IndexError> {
         match self {
-            Self::Tar { .. } => Ok(None),
+            Self::Tar { .. } | Self::Zstd(_) => Ok(None),
             Self::Gzip(gzip) => gzip.finish(size),
-            Self::Zstd(zstd) => zstd.finish(size).map(|()| None),
+            Self::ZstdPass(zstd) => zstd.finish(size).map(|()| None),
         }
     }
 }

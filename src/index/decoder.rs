@@ -54,7 +54,7 @@ impl SpanDecoder {
         while self.current.is_some() {
             let mut bytes = match self.codec.step(&mut compressed) {
                 Ok(Step::Input) => break,
-                Ok(Step::Restart(_)) => continue,
+                Ok(Step::Restart(_) | Step::Candidate(_)) => continue,
                 Ok(Step::Output { bytes, .. }) => bytes,
                 Err(error) => {
                     self.current = None;

@@ -3,7 +3,7 @@
 //! ```text
 //! offset        bytes  all integers little-endian
 //! 0             8      magic "ocifspan"
-//! 8             4      version, 1
+//! 8             4      version, 2
 //! 12            4      compression: 0 tar, 1 gzip, 2 zstd
 //! 16            8      size of the blob
 //! 24            8      size of the tar
@@ -12,12 +12,12 @@
 //! 48            136    digest of the blob as text, zero-padded
 //! 184           136    diffID as text, zero-padded
 //! 320           64 n   spans
-//! 320 + 64 n    w      windows, each a zstd frame
+//! 320 + 64 n    w      windows, each a zstd frame: of gzip the history, of zstd the state of a frame (`zstd::restart`)
 //! 320 + 64 n+w  32     BLAKE3 of everything before
 //!
 //! span: 0       8      offset of its first byte in the tar
 //!       8       8      position in the blob, in bits. Restart: where decoding begins. Other span: the end of the bytes
-//!                      from which everything before the span was decoded
+//!                      from which everything before the span is decoded; with zstd, of whole blocks
 //!       16      8      offset of its window within the windows
 //!       24      4      length of its window; 0 means that it needs none
 //!       28      4      flags: 1 means that decoding can begin here
@@ -31,7 +31,7 @@ use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanStart};
 use crate::oci::{DiffId, Digest};
 
 const MAGIC: [u8; 8] = *b"ocifspan";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 320;
 const ENTRY: usize = 64;
 const CHECKSUM: usize = 32;
@@ -258,8 +258,9 @@ pub(super) fn validate(header: &IndexHeader, entries: &[SpanEntry], windows: u64
         return Err(malformed("a position in the blob is out of order or out of bounds"));
     }
     let whole_bytes = header.compression != Compression::Gzip;
+    let windowless = header.compression == Compression::Tar;
     for entry in entries {
-        if entry.window.end > windows || (!entry.window.is_empty() && (whole_bytes || !entry.restart)) {
+        if entry.window.end > windows || (!entry.window.is_empty() && (windowless || !entry.restart)) {
             return Err(malformed("a window is out of bounds or out of place"));
         }
         if entry.position.bit_in_byte() != 0 && whole_bytes {

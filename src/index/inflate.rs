@@ -81,7 +81,8 @@ pub enum DeflateError {
 pub enum Progress {
     /// All input is consumed; continue with more input.
     Input,
-    /// Take the output before continuing: the buffer is full, or [`Progress::Block`] comes next.
+    /// Take the output before continuing: the buffer is full, [`Progress::Block`] comes next, or the output has reached
+    /// the position given to [`Inflate::pause_at`].
     Output,
     /// The next bit begins a block, at or after the output position given to [`Inflate::stop_at_block`]. The next
     /// call decodes the block.
@@ -124,6 +125,7 @@ pub struct Inflate {
     /// Bytes of output so far, taken or not.
     total: u64,
     stop_at: u64,
+    pause_at: u64,
     /// Whether [`Progress::Block`] was returned for the block that begins here.
     stopped: bool,
     tables: Box<BlockTables>,
@@ -153,6 +155,7 @@ impl Inflate {
             valid: 0,
             total: 0,
             stop_at: u64::MAX,
+            pause_at: u64::MAX,
             stopped: false,
             tables: BlockTables::new(),
             header: DynamicHeader::new(),
@@ -189,6 +192,12 @@ impl Inflate {
     /// later.
     pub fn stop_at_block(&mut self, total: u64) {
         self.stop_at = total;
+    }
+
+    /// Asks [`Inflate::decode`] to return [`Progress::Output`] once, right behind the symbol or stored byte with which the
+    /// output reaches position `total`.
+    pub fn pause_at(&mut self, total: u64) {
+        self.pause_at = total;
     }
 
     /// Returns the number of decoded bits of input.
@@ -243,6 +252,12 @@ impl Inflate {
                 .is_some_and(|tracker| self.pos - tracker.start >= HISTORY)
             {
                 self.finish_tracking();
+            }
+            if self.total >= self.pause_at {
+                self.pause_at = u64::MAX;
+                if self.has_output() {
+                    return Ok(Progress::Output);
+                }
             }
             if self.pos > STOP {
                 if self.has_output() {
@@ -396,7 +411,9 @@ impl Inflate {
         Ok(true)
     }
 
-    fn stored(&mut self, input: &mut &[u8], mut left: usize) -> bool {
+    fn stored(&mut self, input: &mut &[u8], left: usize) -> bool {
+        let before_pause = usize::try_from(self.pause_at - self.total).unwrap_or(usize::MAX);
+        let (mut left, later) = (left.min(before_pause), left.saturating_sub(before_pause));
         while left > 0 && self.count >= 8 && self.pos <= STOP {
             self.buf[self.pos] = self.take_bits(8) as u8;
             self.advance(1);
@@ -411,12 +428,12 @@ impl Inflate {
             self.advance(length);
             left -= length;
         }
-        self.phase = Phase::Stored { left };
-        if left == 0 {
+        self.phase = Phase::Stored { left: left + later };
+        if left + later == 0 {
             self.end_block();
             return true;
         }
-        self.pos > STOP
+        left == 0 || self.pos > STOP
     }
 
     fn advance(&mut self, length: usize) {

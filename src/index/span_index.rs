@@ -1,5 +1,6 @@
 //! The span index: where spans lie in the tar and in the blob, and how to decode them.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
@@ -199,11 +200,13 @@ impl SpanIndex {
         &self.entries[span.0 as usize]
     }
 
-    fn window(&self, entry: &SpanEntry) -> Result<Vec<u8>, IndexError> {
-        if entry.window.is_empty() {
-            return Ok(Vec::new());
-        }
+    /// Returns what the decoder of this compression needs to begin at a restart.
+    fn window(&self, entry: &SpanEntry) -> Result<Cow<'_, [u8]>, IndexError> {
         let compressed = &self.windows()[entry.window.start as usize..entry.window.end as usize];
-        zstd::bulk::decompress(compressed, HISTORY).map_err(|_| malformed("a window does not decompress"))
+        if compressed.is_empty() || self.compression() == Compression::Zstd {
+            return Ok(compressed.into());
+        }
+        let window = zstd::bulk::decompress(compressed, HISTORY);
+        Ok(window.map_err(|_| malformed("a window does not decompress"))?.into())
     }
 }

@@ -1,6 +1,6 @@
 //! The result of a decoding step, for all compressions.
 
-use super::BitPosition;
+use super::{BitPosition, SpanId};
 
 /// What a codec did with its input.
 #[derive(Debug)]
@@ -11,4 +11,9 @@ pub(super) enum Step<'a> {
     Output { bytes: &'a [u8], position: BitPosition },
     /// Decoding could begin at this position, with the next byte of output.
     Restart(BitPosition),
+    /// Decoding could perhaps begin at this position, with the next byte of output. The codec will tell.
+    Candidate(BitPosition),
 }
+
+/// A span that becomes a restart, and what decoding from it needs.
+pub(super) type SpanRestart = (SpanId, Vec<u8>);

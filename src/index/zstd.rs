@@ -1,14 +1,50 @@
 //! zstd decoder (RFC 8878): frames, decoded by libzstd.
 //!
-//! Decoding can begin at a frame. Skippable frames count as frames.
+//! # How it works
+//! [`ZstdPass`] decodes a blob from its first byte, and finds restarts. Every frame is a restart, and skippable frames
+//! count as frames. Inside a frame, every block may become one.
+//!
+//! libzstd says nothing about what a block takes over from the blocks before it. So a parser of our own follows the
+//! blocks beside libzstd: their tables, and where their matches come from (`block`, `sequences`, `fse`, `literals`).
+//! It does not decode the literals, so it is faster than libzstd. It runs in a thread of its own (`worker`). It counts
+//! which bytes of the window a restart would need (`coverage`), and chooses restarts where they are few (`planner`).
+//!
+//! ```text
+//! pass thread     blob -> header, block, ... -> libzstd -> output, one block at a time
+//!                              |                             |
+//!                              +-------- DecodedBlock -------+
+//!                                             v
+//! planner thread         Follower -> Coverage -> Planner -> Restart, stored in the index
+//! ```
+//!
+//! [`Zstd`] begins at a restart. A restart inside a frame (`restart`) becomes a dictionary and the header of a frame
+//! that has only the remaining blocks. For libzstd that is an ordinary frame.
+//!
+//! # Invariants
+//! - The pass gives libzstd whole blocks. So its output, and the positions of its output, do not depend on the pieces in
+//!   which the blob arrives.
+//! - What the parser believes can make a span undecodable, but not wrong: spans have digests.
 
-use std::fmt;
+mod block;
+mod context;
+mod coverage;
+mod frame;
+mod fse;
+mod literals;
+mod pass;
+mod planner;
+mod restart;
+mod sequences;
+mod worker;
 
-use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
-
+use super::IndexError;
 use super::step::Step;
-use super::{BitPosition, IndexError};
 use crate::memory::OverLimit;
+use context::Context;
+use frame::{BLOCK, FRAME_CHECKSUM};
+use restart::Restart;
+
+pub(super) use pass::ZstdPass;
 
 /// Largest window that the decoder accepts, as a binary logarithm, if memory allows it: 2 GiB. `zstd --long=31`
 /// writes such windows, and libzstd can read no larger ones.
@@ -16,12 +52,8 @@ const WINDOW_LOG_MAX: u32 = 31;
 /// Largest window of a compressed archive, as a binary logarithm: 128 MiB, the limit of zstd(1) without `--long=31`.
 pub(crate) const ARCHIVE_WINDOW_LOG_MAX: u32 = 27;
 
-/// Size of the output buffer in bytes: one block (RFC 8878, 3.1.1.2.4). libzstd can flush a whole block into it
-/// without keeping some bytes back.
-const OUT: usize = 128 * 1024;
-
-/// Step in bytes in which the decoder asks for room.
-const ROOM_STEP: usize = 4 << 20;
+/// Bytes of memory that the planner's queues may take before there is any output.
+const BESIDE_AT_ONCE: usize = worker::PlannerWorker::MEMORY as usize;
 
 /// Name of libzstd's error for a window beyond its limit.
 pub(crate) const WINDOW_TOO_LARGE: &str = "Frame requires too much memory for decoding";
@@ -39,157 +71,78 @@ pub(super) fn room_within(limit: u64) -> Room {
     })
 }
 
-/// A stream of frames.
+/// A decoder from a restart to the end of a blob.
+#[derive(Debug)]
 pub(super) struct Zstd {
-    context: DCtx<'static>,
-    room: Room,
-    /// Bytes of memory that `room` has allowed.
-    granted: usize,
-    /// Bytes of output of the current frame so far.
-    frame_made: usize,
+    context: Context,
     out: Box<[u8]>,
     /// Offset in the blob of the next input byte.
     offset: u64,
-    total: u64,
-    /// Whether the next byte begins a frame.
-    frame_start: bool,
-    /// Whether at least one frame is complete.
-    complete: bool,
-    stop_at: u64,
-    stopped: bool,
-}
-
-impl fmt::Debug for Zstd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Zstd")
-            .field("offset", &self.offset)
-            .field("total", &self.total)
-            .finish_non_exhaustive()
-    }
+    /// The header of the frame in whose middle decoding begins, until libzstd has taken it.
+    header: Vec<u8>,
+    /// Whether decoding is in the frame in whose middle it began. Afterwards, this many bytes of checksum follow.
+    inside: Option<usize>,
+    /// Bytes of input to skip.
+    skip: usize,
 }
 
 impl Zstd {
-    /// Makes a decoder at the frame that begins at blob offset `offset`.
-    pub(super) fn new(offset: u64, room: Room) -> Result<Self, IndexError> {
-        let fail = |code| IndexError::Zstd {
-            offset,
-            reason: get_error_name(code),
-        };
-        let mut context = DCtx::try_create().ok_or(IndexError::OutOfMemory)?;
-        context
-            .set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX))
-            .map_err(fail)?;
+    /// Makes a decoder at blob offset `offset`: at a frame if `stored` is empty, else at the block of that restart.
+    pub(super) fn resume(offset: u64, stored: &[u8], room: Room) -> Result<Self, IndexError> {
+        let mut context = Context::new(offset, room)?;
+        let (mut header, mut inside) = (Vec::new(), None);
+        if !stored.is_empty() {
+            let restart = Restart::load(stored, &mut |bytes| context.ask_at_once(bytes, bytes, offset))?;
+            let content = restart.content_len();
+            // The restart itself, the dictionary, and libzstd's copy of it. Then the copy, and libzstd's window.
+            let at_once = content.saturating_mul(3).saturating_add(1 << 20);
+            let later = content.saturating_add(restart.header_window()).saturating_add(1 << 20);
+            context.ask_at_once(at_once, later, offset)?;
+            context.load_dictionary(&restart.dictionary()?, offset)?;
+            header = restart.frame_header().to_vec();
+            inside = Some(if restart.has_checksum() { FRAME_CHECKSUM } else { 0 });
+        }
         Ok(Self {
-            granted: context.sizeof(),
-            frame_made: 0,
             context,
-            room,
-            out: vec![0; OUT].into_boxed_slice(),
+            out: vec![0; BLOCK].into_boxed_slice(),
             offset,
-            total: 0,
-            frame_start: true,
-            complete: false,
-            stop_at: u64::MAX,
-            stopped: false,
+            header,
+            inside,
+            skip: 0,
         })
     }
 
-    /// Forgets the frame that was being decoded, and begins at the frame at blob offset `offset`.
-    pub(super) fn seek(&mut self, offset: u64) -> Result<(), IndexError> {
-        let reset = self.context.reset(ResetDirective::SessionOnly);
-        reset.map_err(|code| IndexError::Zstd {
-            offset,
-            reason: get_error_name(code),
-        })?;
-        self.offset = offset;
-        (self.frame_start, self.stopped, self.frame_made) = (true, false, 0);
-        Ok(())
-    }
-
-    /// Asks for [`Step::Restart`] at each frame that begins at output position `total` or later.
-    pub(super) fn stop_at_frame(&mut self, total: u64) {
-        self.stop_at = total;
-    }
-
-    pub(super) fn position(&self) -> BitPosition {
-        BitPosition(self.offset * 8)
-    }
-
     pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
+        while !self.header.is_empty() {
+            let decoded = self.context.decode(&self.header, &mut self.out, self.offset)?;
+            self.header.drain(..decoded.taken);
+        }
         loop {
-            if self.frame_start {
-                if input.is_empty() {
-                    return Ok(Step::Input);
-                }
-                if self.total >= self.stop_at && !self.stopped {
-                    self.stopped = true;
-                    return Ok(Step::Restart(self.position()));
+            let skipped = self.skip.min(input.len());
+            *input = &input[skipped..];
+            self.offset += skipped as u64;
+            self.skip -= skipped;
+            let decoded = self.context.decode(input, &mut self.out, self.offset)?;
+            self.context.ask_for_room(self.offset)?;
+            *input = &input[decoded.taken..];
+            self.offset += decoded.taken as u64;
+            if decoded.ended {
+                self.context.frame_ended();
+                if let Some(checksum) = self.inside.take() {
+                    self.skip = checksum;
+                    self.context.forget_dictionary(self.offset)?;
                 }
             }
-            let mut source = InBuffer::around(input);
-            let mut sink = OutBuffer::around(&mut *self.out);
-            let left =
-                self.context
-                    .decompress_stream(&mut sink, &mut source)
-                    .map_err(|code| match get_error_name(code) {
-                        WINDOW_TOO_LARGE => IndexError::ZstdWindow { offset: self.offset },
-                        reason => IndexError::Zstd {
-                            offset: self.offset,
-                            reason,
-                        },
-                    })?;
-            let (taken, made) = (source.pos(), sink.pos());
-            self.frame_made += made;
-            self.ask_for_room()?;
-            *input = &input[taken..];
-            self.offset += taken as u64;
-            self.total += made as u64;
-            if left == 0 {
-                self.frame_start = true;
-                self.complete = true;
-                self.stopped = false;
-                self.frame_made = 0;
-            } else if taken > 0 {
-                self.frame_start = false;
-            }
-            if made > 0 {
-                // libzstd needs the last byte of a frame early, but consumes it only after all output is fetched.
-                let position = BitPosition((self.offset + u64::from(left == 1)) * 8);
+            if decoded.made > 0 {
                 return Ok(Step::Output {
-                    bytes: &self.out[..made],
-                    position,
+                    bytes: &self.out[..decoded.made],
+                    position: super::BitPosition(self.offset * 8),
                 });
             }
             // Another round without progress is safe: libzstd reports an error after some rounds.
-            if taken == 0 && input.is_empty() {
+            if decoded.taken == 0 && input.is_empty() {
                 return Ok(Step::Input);
             }
-        }
-    }
-
-    /// Asks for room for the memory in use. A frame can declare a window of gigabytes, and libzstd reserves that
-    /// much. But the system provides memory only for what is written, and libzstd writes no more than it outputs.
-    fn ask_for_room(&mut self) -> Result<(), IndexError> {
-        let reserved = self.context.sizeof();
-        if reserved <= self.granted || self.granted > self.frame_made + 4 * OUT {
-            return Ok(());
-        }
-        let wanted = reserved.min(self.frame_made + ROOM_STEP);
-        (self.room)(wanted as u64, reserved as u64).map_err(|source| IndexError::ZstdMemory {
-            offset: self.offset,
-            bytes: reserved as u64,
-            source,
-        })?;
-        self.granted = wanted;
-        Ok(())
-    }
-
-    /// Checks that the stream may end after `size` bytes.
-    pub(super) fn finish(&self, size: u64) -> Result<(), IndexError> {
-        if self.frame_start && self.complete {
-            Ok(())
-        } else {
-            Err(IndexError::Truncated { offset: size })
         }
     }
 }

@@ -4,10 +4,13 @@ use super::tables::{
     BlockTables, DIST_BITS, DIST_SIZE, END_OF_BLOCK, EXCEPTIONAL, LITERAL, LITLEN_BITS, LITLEN_SIZE, SUBTABLE,
 };
 use super::track::Tracker;
-use super::{BUFFER, DeflateError, HISTORY, Inflate, MASK, SLACK, STOP};
+use super::{BUFFER, DeflateError, HISTORY, Inflate, MASK, MAX_MATCH, SLACK, STOP};
 
 /// Input bytes that one round of the fast loop may read.
 const ROUND: usize = 16;
+
+/// Bytes of output that one round of the fast loop makes at most: literals, and a match behind them.
+const LONGEST_ROUND: usize = 3 + MAX_MATCH;
 
 /// Bits of the longest distance: a code of 15 bits and 13 extra bits.
 const DIST_MAX: u32 = 28;
@@ -28,7 +31,7 @@ impl Inflate {
             self.end_block();
             return Ok(true);
         }
-        if self.pos > STOP {
+        if self.pos > STOP || self.total >= self.pause_at {
             return Ok(true);
         }
         self.careful(input)
@@ -49,7 +52,12 @@ impl Inflate {
             pos: self.pos,
             valid: self.valid,
         };
-        let ended = run::<TRACK>(data, &self.tables, tracker, &mut reader, &mut output)?;
+        // The careful loop decodes the symbols right before a pause.
+        let before_pause = usize::try_from(self.pause_at - self.total).unwrap_or(usize::MAX);
+        let Some(stop) = self.pos.saturating_add(before_pause).checked_sub(LONGEST_ROUND) else {
+            return Ok(false);
+        };
+        let ended = run::<TRACK>(data, stop, &self.tables, tracker, &mut reader, &mut output)?;
         self.pos = output.pos;
         self.count = reader.count & 63;
         self.bits = reader.bits & ((1 << self.count) - 1);
@@ -118,10 +126,11 @@ impl FastOutput<'_> {
     }
 }
 
-/// The fast loop. Returns whether the block ended.
+/// The fast loop. A round begins at buffer position `stop` at the latest. Returns whether the block ended.
 #[inline(always)]
 fn run<const TRACK: bool>(
     data: &[u8],
+    stop: usize,
     tables: &BlockTables,
     tracker: &mut Option<Tracker>,
     reader: &mut BitReader,
@@ -132,7 +141,8 @@ fn run<const TRACK: bool>(
     };
     let stop = tracker
         .as_ref()
-        .map_or(STOP, |tracker| STOP.min(tracker.start + HISTORY - 1));
+        .map_or(STOP, |tracker| STOP.min(tracker.start + HISTORY - 1))
+        .min(stop);
     let litlen = &tables.litlen;
     reader.refill(data);
     let mut entry = litlen[reader.peek(LITLEN_BITS)];

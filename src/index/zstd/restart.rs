@@ -1,0 +1,345 @@
+//! A restart inside a frame, as the index keeps it, and what libzstd needs to begin there.
+//!
+//! libzstd can begin only with a frame. But it can begin with a dictionary, which has all that a block takes over from
+//! the blocks before it: tables, repeat offsets, and content that matches may read. So [`Restart::dictionary`] makes a
+//! dictionary (RFC 8878, 5) of the state before the block, and [`Restart::frame_header`] makes the header of a frame
+//! that consists of the remaining blocks.
+//!
+//! ```text
+//! flags               1 byte: 1 means that a checksum follows the last block of the frame
+//! window              number: the frame's window in bytes
+//! repeat offsets      3 numbers
+//! length of tables    number
+//! tables              Huffman, offsets, match lengths, literal lengths: as in a dictionary
+//! runs                number of runs, then for each run: bytes between it and the run before, its length. The first
+//!                     run has as its distance how far it begins before the restart
+//! bytes               those of all runs
+//! ```
+//! All of it is one zstd frame. A number has seven bits in each byte, the lowest first; the highest bit of a byte says
+//! that another byte follows.
+
+use std::io::Read;
+
+use super::block::{Carried, LiveTable};
+use super::coverage::SparseWindow;
+use super::frame::{window_descriptor, window_size};
+use super::fse::{Distribution, Field, StateTable};
+use super::literals::huffman_len;
+use crate::index::format::malformed;
+use crate::index::{IndexError, ZSTD_MAGIC};
+
+const DICTIONARY_MAGIC: u32 = 0xec30_a437;
+/// Level of zstd for restarts.
+const LEVEL: i32 = 3;
+const CHECKSUM_FLAG: u8 = 1;
+/// Most bytes of the tables: one description of 128 bytes, and three of at most 53 counts of ten bits.
+const MOST_TABLES: u64 = 512;
+/// Least content of a dictionary, which the repeat offsets at the start of a frame reach.
+const LEAST_CONTENT: u64 = 8;
+/// Largest window of a frame that libzstd decodes.
+const MOST_WINDOW: u64 = 1 << super::WINDOW_LOG_MAX;
+/// A Huffman table of two symbols, for frames that had none so far.
+const ANY_HUFFMAN: [u8; 2] = [128, 0x10];
+/// Bytes in which a stored restart is decompressed.
+const PIECE: usize = 64 << 10;
+
+/// The state of a frame's decoder before a block.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::index) struct Restart {
+    checksum: bool,
+    window: u64,
+    repeats: [u32; 3],
+    tables: Vec<u8>,
+    sparse: SparseWindow,
+}
+
+impl Restart {
+    /// Makes a restart of what the blocks before it carried over. `None` if no dictionary can contain it.
+    pub(super) fn new(carried: &Carried, window: u64, checksum: bool, sparse: SparseWindow) -> Option<Self> {
+        let mut tables = match &carried.huffman {
+            Some(description) => description.clone(),
+            None => ANY_HUFFMAN.to_vec(),
+        };
+        for (field, live) in [
+            (Field::Offset, &carried.offset),
+            (Field::Match, &carried.matches),
+            (Field::Literals, &carried.literals),
+        ] {
+            match live {
+                LiveTable::Described(description) => tables.extend_from_slice(description),
+                // Where the table is absent or has one symbol, no block uses it, and any table will do.
+                LiveTable::Predefined | LiveTable::Absent | LiveTable::Single => {
+                    tables.extend(field.predefined().describe());
+                }
+            }
+        }
+        let repeats = carried.repeats.map(u32::try_from);
+        let [Ok(first), Ok(second), Ok(third)] = repeats else {
+            return None;
+        };
+        let restart = Self {
+            checksum,
+            window,
+            repeats: [first, second, third],
+            tables,
+            sparse,
+        };
+        restart.is_valid().then_some(restart)
+    }
+
+    fn is_valid(&self) -> bool {
+        let largest = u64::from(self.repeats.into_iter().max().unwrap_or(0));
+        !self.repeats.contains(&0)
+            && self.window <= MOST_WINDOW
+            && largest <= self.window.max(LEAST_CONTENT)
+            && self.content_len() <= self.window.max(LEAST_CONTENT)
+            && are_tables(&self.tables)
+    }
+
+    /// Returns the restart as the index keeps it.
+    pub(super) fn store(&self) -> Option<Vec<u8>> {
+        let mut out = vec![if self.checksum { CHECKSUM_FLAG } else { 0 }];
+        put(&mut out, self.window);
+        for repeat in self.repeats {
+            put(&mut out, u64::from(repeat));
+        }
+        put(&mut out, self.tables.len() as u64);
+        out.extend_from_slice(&self.tables);
+        put(&mut out, self.sparse.runs.len() as u64);
+        let mut before = None;
+        for &(back, len) in &self.sparse.runs {
+            let start = back + len;
+            put(&mut out, before.map_or(start, |before: u64| before - start));
+            put(&mut out, len);
+            before = Some(back);
+        }
+        out.extend_from_slice(&self.sparse.bytes);
+        zstd::bulk::compress(&out, LEVEL).ok()
+    }
+
+    /// Reads a stored restart. `allow` is asked before memory is used for it, with the number of bytes in all.
+    pub(in crate::index) fn load(
+        stored: &[u8],
+        allow: &mut dyn FnMut(u64) -> Result<(), IndexError>,
+    ) -> Result<Self, IndexError> {
+        let wrong = || malformed("a zstd restart is not valid");
+        let mut plain = Vec::new();
+        let mut reader = zstd::stream::read::Decoder::with_buffer(stored).map_err(|_| IndexError::OutOfMemory)?;
+        reader
+            .window_log_max(super::ARCHIVE_WINDOW_LOG_MAX)
+            .map_err(|_| IndexError::OutOfMemory)?;
+        loop {
+            // Twice, for the vector grows by doubling.
+            allow(2 * (plain.len() + PIECE) as u64)?;
+            let read = reader.by_ref().take(PIECE as u64).read_to_end(&mut plain);
+            if read.map_err(|_| malformed("a zstd restart does not decompress"))? == 0 {
+                break;
+            }
+        }
+        let mut rest = &plain[..];
+        let flags = byte(&mut rest)
+            .filter(|flags| flags & !CHECKSUM_FLAG == 0)
+            .ok_or_else(wrong)?;
+        let window = number(&mut rest).ok_or_else(wrong)?;
+        let mut repeats = [0; 3];
+        for repeat in &mut repeats {
+            let value = number(&mut rest).and_then(|value| u32::try_from(value).ok());
+            *repeat = value.ok_or_else(wrong)?;
+        }
+        let len = number(&mut rest).filter(|&len| len <= MOST_TABLES).ok_or_else(wrong)?;
+        let (tables, mut rest) = rest.split_at_checked(len as usize).ok_or_else(wrong)?;
+        let runs = number(&mut rest).ok_or_else(wrong)?;
+        let mut sparse = SparseWindow::default();
+        let mut total = 0u64;
+        for n in 0..runs {
+            // Each run takes bytes of `rest`, so a wrong number of runs ends the loop.
+            let gap = number(&mut rest).ok_or_else(wrong)?;
+            let len = number(&mut rest).filter(|&len| len > 0).ok_or_else(wrong)?;
+            let start = match sparse.runs.last() {
+                None if n == 0 => Some(gap),
+                last => last.and_then(|&(back, _)| back.checked_sub(gap)),
+            };
+            let back = start.and_then(|start| start.checked_sub(len)).ok_or_else(wrong)?;
+            total = total.checked_add(len).ok_or_else(wrong)?;
+            sparse.runs.push((back, len));
+            if n % 1024 == 0 {
+                let runs = (sparse.runs.len() + 1024) * 2 * size_of::<(u64, u64)>();
+                allow((2 * (plain.len() + PIECE) + runs) as u64)?;
+            }
+        }
+        if total != rest.len() as u64 {
+            return Err(wrong());
+        }
+        sparse.bytes = rest.to_vec();
+        let restart = Self {
+            checksum: flags & CHECKSUM_FLAG != 0,
+            window,
+            repeats,
+            tables: tables.to_vec(),
+            sparse,
+        };
+        restart.is_valid().then_some(restart).ok_or_else(wrong)
+    }
+
+    /// Whether a checksum follows the last block of the frame.
+    pub(in crate::index) fn has_checksum(&self) -> bool {
+        self.checksum
+    }
+
+    /// Returns the length of the dictionary's content: as far back as a match or a repeat offset reaches.
+    pub(in crate::index) fn content_len(&self) -> u64 {
+        let reach = self.sparse.runs.first().map_or(0, |&(back, len)| back + len);
+        let repeat = self.repeats.into_iter().max().unwrap_or(0);
+        reach.max(u64::from(repeat)).max(LEAST_CONTENT)
+    }
+
+    /// Returns the dictionary with which libzstd decodes the remaining blocks. The caller has room for twice
+    /// [`Restart::content_len`]. Bytes of the window that no match reads are zero.
+    pub(in crate::index) fn dictionary(&self) -> Result<Vec<u8>, IndexError> {
+        let content = usize::try_from(self.content_len()).map_err(|_| IndexError::OutOfMemory)?;
+        let mut dictionary = Vec::new();
+        let head = 8 + self.tables.len() + 12;
+        dictionary
+            .try_reserve_exact(head + content)
+            .map_err(|_| IndexError::OutOfMemory)?;
+        dictionary.extend_from_slice(&DICTIONARY_MAGIC.to_le_bytes());
+        // Any number will do, because the frame header does not name a dictionary.
+        dictionary.extend_from_slice(&1u32.to_le_bytes());
+        dictionary.extend_from_slice(&self.tables);
+        for repeat in self.repeats {
+            dictionary.extend_from_slice(&repeat.to_le_bytes());
+        }
+        dictionary.resize(head + content, 0);
+        let mut bytes = &self.sparse.bytes[..];
+        let end = dictionary.len();
+        for &(back, len) in &self.sparse.runs {
+            // The runs lie within the content, and their lengths add up to that of `bytes`.
+            let to = end - back as usize;
+            let (head, tail) = bytes.split_at(len as usize);
+            dictionary[to - head.len()..to].copy_from_slice(head);
+            bytes = tail;
+        }
+        Ok(dictionary)
+    }
+
+    /// Returns the header of a frame of the remaining blocks.
+    pub(in crate::index) fn frame_header(&self) -> [u8; 6] {
+        // No size, no checksum, no dictionary number. The window is at most 2 GiB, so there is a descriptor.
+        let descriptor = window_descriptor(self.window).unwrap_or(u8::MAX);
+        let [a, b, c, d] = ZSTD_MAGIC.to_le_bytes();
+        [a, b, c, d, 0, descriptor]
+    }
+
+    /// Returns the size of the window in [`Restart::frame_header`].
+    pub(in crate::index) fn header_window(&self) -> u64 {
+        window_descriptor(self.window).map_or(u64::MAX, window_size)
+    }
+}
+
+/// Whether these are the four tables of a dictionary, without any bytes more. libzstd would take further bytes for
+/// repeat offsets.
+fn are_tables(bytes: &[u8]) -> bool {
+    let Some(mut rest) = bytes.first().and_then(|&first| bytes.get(huffman_len(first)..)) else {
+        return false;
+    };
+    for field in [Field::Offset, Field::Match, Field::Literals] {
+        let Some((distribution, len)) = Distribution::read(field, rest) else {
+            return false;
+        };
+        if StateTable::new().load(field, &distribution).is_none() {
+            return false;
+        }
+        rest = &rest[len..];
+    }
+    rest.is_empty()
+}
+
+fn put(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn byte(rest: &mut &[u8]) -> Option<u8> {
+    let (&byte, tail) = rest.split_first()?;
+    *rest = tail;
+    Some(byte)
+}
+
+fn number(rest: &mut &[u8]) -> Option<u64> {
+    let mut number = 0u64;
+    for shift in (0..63).step_by(7) {
+        let byte = byte(rest)?;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn restart() -> Restart {
+        let carried = Carried {
+            huffman: None,
+            literals: LiveTable::Predefined,
+            offset: LiveTable::Absent,
+            matches: LiveTable::Single,
+            repeats: [1, 200, 8],
+        };
+        let sparse = SparseWindow {
+            runs: vec![(90, 10), (40, 50), (0, 3)],
+            bytes: (0..63).collect(),
+        };
+        Restart::new(&carried, 1 << 20, true, sparse).unwrap()
+    }
+
+    #[test]
+    fn a_restart_is_loaded_as_it_was_stored() {
+        let restart = restart();
+        let stored = restart.store().unwrap();
+        assert_eq!(Restart::load(&stored, &mut |_| Ok(())).unwrap(), restart);
+        for cut in 0..stored.len() {
+            assert!(Restart::load(&stored[..cut], &mut |_| Ok(())).is_err());
+        }
+    }
+
+    #[test]
+    fn the_dictionary_has_the_bytes_where_they_belong_and_libzstd_takes_it() {
+        let restart = restart();
+        let dictionary = restart.dictionary().unwrap();
+        let content = &dictionary[dictionary.len() - 200..];
+        assert!(content[..100].iter().all(|&byte| byte == 0));
+        assert!(content[100..110].iter().copied().eq(0..10));
+        assert!(content[110..160].iter().copied().eq(10..60));
+        assert!(content[160..197].iter().all(|&byte| byte == 0));
+        assert!(content[197..].iter().copied().eq(60..63));
+        let mut context = zstd::zstd_safe::DCtx::create();
+        context.load_dictionary(&dictionary).unwrap();
+        // The frame has one raw block.
+        let frame = [&restart.frame_header()[..], &[1 | 5 << 3, 0, 0], b"hello"].concat();
+        let mut out = [0; 10];
+        assert_eq!(context.decompress(&mut out[..], &frame), Ok(5));
+        assert_eq!(&out[..5], b"hello");
+    }
+
+    #[test]
+    fn a_bomb_takes_no_more_than_is_allowed() {
+        let stored = zstd::bulk::compress(&vec![0x80; 50 << 20], 3).unwrap();
+        let mut asked = 0;
+        let loaded = Restart::load(&stored, &mut |bytes| {
+            asked = bytes;
+            match bytes < 1 << 20 {
+                true => Ok(()),
+                false => Err(IndexError::OutOfMemory),
+            }
+        });
+        assert_eq!(loaded, Err(IndexError::OutOfMemory));
+        assert!(asked < 2 << 20);
+    }
+}

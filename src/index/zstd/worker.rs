@@ -1,0 +1,168 @@
+//! A thread that chooses restarts beside the thread that decodes.
+//!
+//! Following the blocks takes about half the time of decoding them, so it would slow a pass down. The thread starts with
+//! the first frame that is worth following. Both queues between the threads are bounded: one by its capacity, the other
+//! by the number of blocks.
+
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread::{self, JoinHandle};
+
+use super::frame::FrameHeader;
+use super::planner::{DecodedBlock, Planner};
+use crate::index::step::SpanRestart;
+
+/// Blocks that wait for the thread. With fewer of them, one thread waits for the other more often.
+const QUEUE: usize = 16;
+
+/// What the thread is told.
+#[derive(Debug)]
+enum Told {
+    Begin(FrameHeader),
+    Block(DecodedBlock),
+    GiveUp,
+    End,
+}
+
+/// What the thread returns: restarts that it chose, or a block whose buffers can be used again.
+#[derive(Debug)]
+enum Returned {
+    Chosen(Vec<SpanRestart>),
+    Used(DecodedBlock),
+}
+
+/// The thread of a planner.
+#[derive(Debug)]
+struct PlannerThread {
+    told: SyncSender<Told>,
+    returned: Receiver<Returned>,
+    thread: JoinHandle<()>,
+}
+
+/// A planner in a thread of its own. If there is no thread to be had, there are no restarts inside frames.
+#[derive(Debug)]
+pub(super) struct PlannerWorker {
+    spacing: u64,
+    running: Option<PlannerThread>,
+    refused: bool,
+    buffers: Vec<DecodedBlock>,
+    chosen: Vec<SpanRestart>,
+}
+
+impl PlannerWorker {
+    /// Bytes of memory in the queues: a block's content and its output are at most 128 KiB each.
+    pub(super) const MEMORY: u64 = (QUEUE as u64 + 2) * (256 << 10);
+
+    pub(super) fn new(spacing: u64) -> Self {
+        Self {
+            spacing,
+            running: None,
+            refused: false,
+            buffers: Vec::new(),
+            chosen: Vec::new(),
+        }
+    }
+
+    /// Begins a frame. Returns whether it is followed.
+    pub(super) fn begin(&mut self, header: FrameHeader) -> bool {
+        if self.running.is_none() && !self.refused {
+            self.start();
+        }
+        self.tell(Told::Begin(header));
+        self.running.is_some()
+    }
+
+    fn start(&mut self) {
+        let (told, inbox) = sync_channel(QUEUE);
+        let (outbox, returned) = channel();
+        let mut planner = Planner::new(self.spacing);
+        let work = move || {
+            for told in inbox {
+                match told {
+                    Told::Begin(header) => planner.begin(header),
+                    Told::Block(block) => {
+                        planner.block(&block);
+                        // The receiver lives as long as the sender of `inbox`.
+                        drop(outbox.send(Returned::Used(block)));
+                    }
+                    Told::GiveUp => planner.give_up(),
+                    Told::End => planner.end(),
+                }
+                let chosen = planner.take();
+                if !chosen.is_empty() {
+                    drop(outbox.send(Returned::Chosen(chosen)));
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("zstd restarts".into()).spawn(work);
+        self.refused = thread.is_err();
+        self.running = thread.ok().map(|thread| PlannerThread { told, returned, thread });
+    }
+
+    /// Takes a block.
+    pub(super) fn block(&mut self, block: DecodedBlock) {
+        self.tell(Told::Block(block));
+    }
+
+    /// Gives up the frame.
+    pub(super) fn give_up(&mut self) {
+        self.tell(Told::GiveUp);
+    }
+
+    /// Ends the frame.
+    pub(super) fn end(&mut self) {
+        self.tell(Told::End);
+    }
+
+    fn tell(&mut self, told: Told) {
+        if let Some(running) = &self.running
+            && running.told.send(told).is_err()
+        {
+            // The thread panicked.
+            self.join();
+        }
+    }
+
+    /// Returns buffers for a block, if there are any to use again.
+    pub(super) fn buffers(&mut self) -> Option<DecodedBlock> {
+        self.look();
+        self.buffers.pop()
+    }
+
+    /// Returns the restarts that were chosen since the last call.
+    pub(super) fn take(&mut self) -> Vec<SpanRestart> {
+        self.look();
+        std::mem::take(&mut self.chosen)
+    }
+
+    fn look(&mut self) {
+        if let Some(running) = &self.running {
+            for returned in running.returned.try_iter() {
+                match returned {
+                    Returned::Chosen(chosen) => self.chosen.extend(chosen),
+                    Returned::Used(block) => self.buffers.push(block),
+                }
+            }
+        }
+    }
+
+    /// Waits until everything is decided.
+    pub(super) fn finish(&mut self) {
+        self.join();
+    }
+
+    fn join(&mut self) {
+        let Some(PlannerThread { told, returned, thread }) = self.running.take() else {
+            return;
+        };
+        drop(told);
+        let outcome = thread.join();
+        for returned in returned {
+            if let Returned::Chosen(chosen) = returned {
+                self.chosen.extend(chosen);
+            }
+        }
+        if let Err(panic) = outcome {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
