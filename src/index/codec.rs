@@ -1,8 +1,10 @@
 //! One interface to the decoders of all three compressions.
 
+use super::format::malformed;
 use super::gzip::Gzip;
+use super::inflate::HISTORY;
 use super::step::{SpanRestart, Step};
-use super::zstd::{Room, Zstd, ZstdPass};
+use super::zstd::{Chain, Room, Zstd, ZstdPass};
 use super::{BitPosition, Compression, IndexError, SpanId};
 
 /// A decoder from some position of a blob to its end.
@@ -33,12 +35,12 @@ impl Codec {
         })
     }
 
-    /// Makes a decoder that begins at a restart. The first input byte is the one that contains `position`. `window` is
-    /// what the index keeps for the restart.
+    /// Makes a decoder that begins at a restart. The first input byte is the one that contains `position`. `chain` is
+    /// empty if the restart needs nothing. Else it is what the index keeps for the restart, and for those before it.
     pub(super) fn resume(
         compression: Compression,
         position: BitPosition,
-        window: &[u8],
+        chain: &mut Chain<'_>,
         room: Room,
     ) -> Result<Self, IndexError> {
         Ok(match compression {
@@ -46,8 +48,15 @@ impl Codec {
                 offset: position.byte(),
                 start: None,
             },
-            Compression::Gzip => Self::Gzip(Box::new(Gzip::resume(position, window))),
-            Compression::Zstd => Self::Zstd(Zstd::resume(position.byte(), window, room)?),
+            Compression::Gzip => {
+                let window = match chain.next() {
+                    Some((_, window)) => zstd::bulk::decompress(window, HISTORY),
+                    None => Ok(Vec::new()),
+                };
+                let window = window.map_err(|_| malformed("a window does not decompress"))?;
+                Self::Gzip(Box::new(Gzip::resume(position, &window)))
+            }
+            Compression::Zstd => Self::Zstd(Zstd::resume(position.byte(), chain, room)?),
         })
     }
 

@@ -5,7 +5,7 @@ use std::vec;
 
 use super::codec::Codec;
 use super::step::Step;
-use super::zstd::Room;
+use super::zstd::{Chain, Room};
 use super::{BitPosition, Compression, IndexError, SpanId};
 
 /// A span to be delivered: its range in the tar and its digest.
@@ -30,14 +30,14 @@ impl SpanDecoder {
         compression: Compression,
         first: SpanId,
         position: BitPosition,
-        window: &[u8],
+        chain: &mut Chain<'_>,
         spans: Vec<Expected>,
         room: Room,
     ) -> Result<Self, IndexError> {
         let left = spans.len();
         let mut rest = spans.into_iter();
         Ok(Self {
-            codec: Codec::resume(compression, position, window, room)?,
+            codec: Codec::resume(compression, position, chain, room)?,
             span: first,
             current: rest.next(),
             rest,

@@ -1,13 +1,11 @@
 //! The span index: where spans lie in the tar and in the blob, and how to decode them.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 
 use super::decoder::SpanDecoder;
-use super::format::{self, IndexHeader, SpanEntry, malformed};
-use super::inflate::HISTORY;
+use super::format::{self, IndexHeader, SpanEntry};
 use super::zstd::{Room, room_within};
 use super::{Compression, IndexError, SpanId};
 use crate::memory::TABLES;
@@ -190,7 +188,7 @@ impl SpanIndex {
             self.compression(),
             first,
             entry.position,
-            &self.window(entry)?,
+            &mut self.chain(from),
             spans.collect(),
             room,
         )
@@ -200,13 +198,14 @@ impl SpanIndex {
         &self.entries[span.0 as usize]
     }
 
-    /// Returns what the decoder of this compression needs to begin at a restart.
-    fn window(&self, entry: &SpanEntry) -> Result<Cow<'_, [u8]>, IndexError> {
-        let compressed = &self.windows()[entry.window.start as usize..entry.window.end as usize];
-        if compressed.is_empty() || self.compression() == Compression::Zstd {
-            return Ok(compressed.into());
-        }
-        let window = zstd::bulk::decompress(compressed, HISTORY);
-        Ok(window.map_err(|_| malformed("a window does not decompress"))?.into())
+    /// Returns the windows of the restart at entry `from` and of the restarts before it, with their offsets in the tar.
+    /// Ends at a restart that has none.
+    fn chain(&self, from: usize) -> impl Iterator<Item = (u64, &[u8])> {
+        let before = self.entries[..=from].iter().rev().filter(|entry| entry.restart);
+        let chain = before.take_while(|entry| !entry.window.is_empty());
+        chain.map(|entry| {
+            let range = entry.window.start as usize..entry.window.end as usize;
+            (entry.tar_offset, &self.windows()[range])
+        })
     }
 }

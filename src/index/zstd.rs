@@ -42,9 +42,10 @@ use super::step::Step;
 use crate::memory::OverLimit;
 use context::Context;
 use frame::{BLOCK, FRAME_CHECKSUM};
-use restart::Restart;
+use restart::Beginning;
 
 pub(super) use pass::ZstdPass;
+pub(super) use restart::Chain;
 
 /// Largest window that the decoder accepts, as a binary logarithm, if memory allows it: 2 GiB. `zstd --long=31`
 /// writes such windows, and libzstd can read no larger ones.
@@ -87,26 +88,23 @@ pub(super) struct Zstd {
 }
 
 impl Zstd {
-    /// Makes a decoder at blob offset `offset`: at a frame if `stored` is empty, else at the block of that restart.
-    pub(super) fn resume(offset: u64, stored: &[u8], room: Room) -> Result<Self, IndexError> {
+    /// Makes a decoder at blob offset `offset`: at a frame if `chain` is empty, else at the block of the first restart in
+    /// `chain`.
+    pub(super) fn resume(offset: u64, chain: &mut Chain<'_>, room: Room) -> Result<Self, IndexError> {
         let mut context = Context::new(offset, room)?;
-        let (mut header, mut inside) = (Vec::new(), None);
-        if !stored.is_empty() {
-            let restart = Restart::load(stored, &mut |bytes| context.ask_at_once(bytes, bytes, offset))?;
-            let content = restart.content_len();
-            // The restart itself, the dictionary, and libzstd's copy of it. Then the copy, and libzstd's window.
-            let at_once = content.saturating_mul(3).saturating_add(1 << 20);
-            let later = content.saturating_add(restart.header_window()).saturating_add(1 << 20);
-            context.ask_at_once(at_once, later, offset)?;
-            context.load_dictionary(&restart.dictionary()?, offset)?;
-            header = restart.frame_header().to_vec();
-            inside = Some(if restart.has_checksum() { FRAME_CHECKSUM } else { 0 });
+        let mut zstd_header = Vec::new();
+        let mut inside = None;
+        let allow = &mut |bytes, later| context.ask_at_once(bytes, later, offset);
+        if let Some(beginning) = Beginning::load(chain, allow)? {
+            context.load_dictionary(&beginning.dictionary, offset)?;
+            zstd_header = beginning.frame_header.to_vec();
+            inside = Some(if beginning.checksum { FRAME_CHECKSUM } else { 0 });
         }
         Ok(Self {
             context,
             out: vec![0; BLOCK].into_boxed_slice(),
             offset,
-            header,
+            header: zstd_header,
             inside,
             skip: 0,
         })

@@ -207,7 +207,10 @@ fn main() {
         span_read(&index, &blob).as_secs_f64() * 1e3
     );
     for reads in [1, 10, 50, 200] {
-        println!("{reads} random reads fetch {} bytes, median", random_reads(&index, reads));
+        println!(
+            "{reads} random reads fetch {} bytes, median",
+            random_reads(&index, reads)
+        );
     }
 }
 

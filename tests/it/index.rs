@@ -3,6 +3,7 @@
 mod file;
 mod members;
 mod writers;
+mod zdebug;
 
 use std::fs;
 use std::io::{Read, Write};

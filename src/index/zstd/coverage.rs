@@ -5,10 +5,6 @@
 //! every byte of the output there is a *mark*: the last segment from which a match reads the byte. At first that is the
 //! byte's own segment. A candidate needs exactly the bytes before it whose mark is its own segment or a later one.
 //!
-//! When a match reads a byte for the first time from the present segment, the old mark tells for which candidates the
-//! byte is new: for those behind the segment that the mark names. So counting old marks gives the number of bytes that
-//! every candidate needs ([`Coverage::cost`]), without a look at the window.
-//!
 //! Two rings hold the output and the marks of the last window. Once no match can reach a segment any more, its marked
 //! bytes are copied out of the rings ([`Kept`]), and they stay until no candidate needs them.
 //!
@@ -51,21 +47,21 @@ struct KeptRun {
     mark: Segment,
 }
 
-/// A candidate whose bytes are being counted.
-#[derive(Debug)]
-struct Counted {
-    segment: Segment,
-    start: u64,
-    bytes: u64,
-}
-
-/// The bytes of the window that a restart needs.
+/// Bytes before a restart that it needs, or that a later one needs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct SparseWindow {
     /// Where the bytes lie: how far each run ends before the restart, and its length. In order of the output.
     pub(super) runs: Vec<(u64, u64)>,
     /// The bytes of all runs.
     pub(super) bytes: Vec<u8>,
+}
+
+/// Neighbouring bytes that a candidate needs.
+struct NeededRun<'a> {
+    segment: Segment,
+    /// Position in the frame's output.
+    start: u64,
+    bytes: &'a [u8],
 }
 
 /// Marks of one frame's output.
@@ -84,12 +80,15 @@ pub(super) struct Coverage {
     head: usize,
     /// Bytes of output so far.
     position: u64,
+    /// Whether the frame is over.
+    finished: bool,
     /// Segments whose bytes are in the rings, with their starts. The last one is the present segment.
     segments: VecDeque<(Segment, u64)>,
     kept: VecDeque<Kept>,
-    counted: VecDeque<Counted>,
-    /// For each mark, the number of bytes that had it before they got the mark of the present segment.
-    gained: Box<[u64; 256]>,
+    /// Bytes of memory in `kept`.
+    kept_size: usize,
+    /// Segments whose candidates are not forgotten, with their starts.
+    candidates: VecDeque<(Segment, u64)>,
 }
 
 impl Coverage {
@@ -104,10 +103,11 @@ impl Coverage {
             marks: Vec::new(),
             head: 0,
             position: 0,
+            finished: false,
             segments: VecDeque::from([(0, 0)]),
             kept: VecDeque::new(),
-            counted: VecDeque::new(),
-            gained: Box::new([0; 256]),
+            kept_size: 0,
+            candidates: VecDeque::new(),
         })
     }
 
@@ -135,46 +135,25 @@ impl Coverage {
     /// Begins a segment, and with it a candidate, at the present position. Returns its number, or `None` if the segment
     /// before it is too long for the rings.
     pub(super) fn begin_segment(&mut self) -> Option<Segment> {
-        self.count();
         let (last, start) = self.current();
         if self.position - start > self.longest {
             return None;
         }
         let segment = last + 1;
         self.segments.push_back((segment, self.position));
-        self.counted.push_back(Counted {
-            segment,
-            start: self.position,
-            bytes: 0,
-        });
+        self.candidates.push_back((segment, self.position));
         Some(segment)
-    }
-
-    /// Adds what the present segment reads to the counts of all candidates.
-    fn count(&mut self) {
-        let oldest = self.segments.front().map_or(0, |&(segment, _)| segment);
-        let (mut sum, mut next) = (0, oldest);
-        for counted in &mut self.counted {
-            while next < counted.segment {
-                sum += self.gained[usize::from(next as u8)];
-                next += 1;
-            }
-            counted.bytes += sum;
-        }
-        self.gained.fill(0);
-    }
-
-    /// Returns the number of bytes that the candidate of a segment needs, as far as it is known.
-    pub(super) fn cost(&mut self, segment: Segment) -> u64 {
-        self.count();
-        let counted = self.counted.iter().find(|counted| counted.segment == segment);
-        counted.map_or(u64::MAX, |counted| counted.bytes)
     }
 
     /// Whether no later match can read what lies before the candidate of a segment.
     pub(super) fn is_complete(&self, segment: Segment) -> bool {
-        let counted = self.counted.iter().find(|counted| counted.segment == segment);
-        counted.is_none_or(|counted| counted.start.saturating_add(self.window) <= self.position)
+        let start = self.start_of(segment);
+        self.finished || start.is_none_or(|start| start.saturating_add(self.window) <= self.position)
+    }
+
+    fn start_of(&self, segment: Segment) -> Option<u64> {
+        let candidate = self.candidates.iter().find(|candidate| candidate.0 == segment);
+        candidate.map(|&(_, start)| start)
     }
 
     /// Takes the output of a block. Returns false if there is no memory, or if the frame is longer than its header says.
@@ -208,17 +187,14 @@ impl Coverage {
 
     /// Ends the frame: no match follows.
     pub(super) fn finish(&mut self) {
-        self.count();
         while let (Some(&(segment, start)), Some(&(_, end))) = (self.segments.front(), self.segments.get(1)) {
             self.keep(segment, start, end);
         }
-        // All candidates are complete now.
-        self.window = 0;
+        self.finished = true;
     }
 
     /// Copies the marked bytes of the first segment out of the rings.
     fn keep(&mut self, segment: Segment, start: u64, end: u64) {
-        self.count();
         self.segments.pop_front();
         let current = self.current().0;
         let len = (end - start) as usize;
@@ -240,6 +216,17 @@ impl Coverage {
             );
             done += part;
         }
+        let most = self.capacity / 2;
+        if self.kept_size + kept.size() > most {
+            let first = self.candidates.front().map_or(Segment::MAX, |&(segment, _)| segment);
+            self.kept.iter_mut().for_each(|kept| kept.shrink(first));
+            self.kept_size = self.kept.iter().map(Kept::size).sum();
+        }
+        if self.kept_size + kept.size() > most {
+            kept.too_many = true;
+            (kept.runs, kept.bytes) = (Vec::new(), Vec::new());
+        }
+        self.kept_size += kept.size();
         self.kept.push_back(kept);
     }
 
@@ -257,50 +244,79 @@ impl Coverage {
             .filter(|&(_, len)| len > 0)
     }
 
-    /// Returns the bytes that the candidate of a segment needs, or `None` if they are too many. The candidate must be
-    /// complete.
-    pub(super) fn window_of(&self, segment: Segment) -> Option<SparseWindow> {
-        let restart = self.counted.iter().find(|counted| counted.segment == segment)?.start;
-        let mut sparse = SparseWindow::default();
-        for kept in self.kept.iter().take_while(|kept| kept.segment < segment) {
-            if kept.too_many {
-                return None;
-            }
-            let mut at = 0;
-            for run in &kept.runs {
-                let bytes = &kept.bytes[at..at + run.len as usize];
-                at += bytes.len();
-                if run.mark < segment {
-                    continue;
-                }
-                let start = kept.start + u64::from(run.offset);
-                let end = start + u64::from(run.len);
-                match sparse.runs.last_mut() {
-                    Some((back, len)) if *back == restart - start => {
-                        *back = restart - end;
-                        *len += end - start;
-                    }
-                    _ => sparse.runs.push((restart - end, end - start)),
-                }
-                sparse.bytes.extend_from_slice(bytes);
-            }
+    /// Returns the runs of bytes that the candidate of a segment needs, each with the positions of its segment. `None`
+    /// if they are too many. The candidate must be complete.
+    fn runs_of(&self, segment: Segment) -> Option<impl Iterator<Item = NeededRun<'_>>> {
+        let before = || self.kept.iter().take_while(move |kept| kept.segment < segment);
+        if before().any(|kept| kept.too_many) {
+            return None;
         }
-        Some(sparse)
+        Some(before().flat_map(move |kept| {
+            let mut rest = &kept.bytes[..];
+            kept.runs.iter().filter_map(move |run| {
+                let bytes;
+                (bytes, rest) = rest.split_at(run.len as usize);
+                (run.mark >= segment).then(|| NeededRun {
+                    segment: kept.segment,
+                    start: kept.start + u64::from(run.offset),
+                    bytes,
+                })
+            })
+        }))
+    }
+
+    /// Returns how many bytes the candidate of a segment needs that lie in segment `since` or a later one.
+    pub(super) fn cost(&self, segment: Segment, since: Segment) -> Option<u64> {
+        let runs = self.runs_of(segment)?.filter(|run| run.segment >= since);
+        Some(runs.map(|run| run.bytes.len() as u64).sum())
+    }
+
+    /// Returns the bytes that the candidate of a segment needs and that lie in segment `since` or a later one. Also
+    /// returns how far the bytes that it needs reach back in all. `None` if they are too many. The candidate must be
+    /// complete.
+    pub(super) fn window_of(&self, segment: Segment, since: Segment) -> Option<(SparseWindow, u64)> {
+        let restart = self.start_of(segment)?;
+        let mut sparse = SparseWindow::default();
+        let mut reach = 0;
+        for NeededRun {
+            segment: of,
+            start,
+            bytes,
+        } in self.runs_of(segment)?
+        {
+            reach = reach.max(restart - start);
+            if of < since {
+                continue;
+            }
+            let end = start + bytes.len() as u64;
+            match sparse.runs.last_mut() {
+                Some((back, len)) if *back == restart - start => {
+                    *back = restart - end;
+                    *len += end - start;
+                }
+                _ => sparse.runs.push((restart - end, end - start)),
+            }
+            sparse.bytes.extend_from_slice(bytes);
+        }
+        Some((sparse, reach))
     }
 
     /// Forgets all candidates up to and including that of `segment`, and the bytes that only they need.
     pub(super) fn forget(&mut self, segment: Segment) {
-        while self.counted.front().is_some_and(|counted| counted.segment <= segment) {
-            self.counted.pop_front();
+        while self.candidates.front().is_some_and(|candidate| candidate.0 <= segment) {
+            self.candidates.pop_front();
         }
-        let needed = |kept: &Kept| match self.counted.front() {
-            Some(first) => {
-                kept.runs.iter().any(|run| run.mark >= first.segment)
-                    || kept.too_many && kept.end > first.start.saturating_sub(self.window)
-            }
-            None => false,
+        let first = self.candidates.front().copied();
+        let needed = |kept: &Kept| {
+            first.is_some_and(|(segment, start)| {
+                kept.runs.iter().any(|run| run.mark >= segment)
+                    || kept.too_many && kept.end > start.saturating_sub(self.window)
+            })
         };
-        while self.kept.front().is_some_and(|kept| !needed(kept)) {
+        while let Some(front) = self.kept.front()
+            && !needed(front)
+        {
+            self.kept_size -= front.size();
             self.kept.pop_front();
         }
     }
@@ -316,10 +332,8 @@ impl Coverage {
         };
         let mark = self.current().0 as u8;
         let first = len.min(self.capacity - from);
-        mark_all(&mut self.marks[from..from + first], mark, &mut self.gained);
-        if len > first {
-            mark_all(&mut self.marks[..len - first], mark, &mut self.gained);
-        }
+        self.marks[from..from + first].fill(mark);
+        self.marks[..len - first].fill(mark);
     }
 
     /// Returns a receiver for the matches of the next block.
@@ -330,16 +344,6 @@ impl Coverage {
             window: self.window,
             literals: 0,
             coverage: self,
-        }
-    }
-}
-
-#[inline(always)]
-fn mark_all(marks: &mut [u8], mark: u8, gained: &mut [u64; 256]) {
-    for old in marks {
-        if *old != mark {
-            gained[usize::from(*old)] += 1;
-            *old = mark;
         }
     }
 }
@@ -376,9 +380,8 @@ impl Kept {
     /// Adds the marked bytes of a part of the segment, which begins `done` bytes behind the segment's start.
     fn add(&mut self, done: usize, marks: &[u8], output: &[u8], current: Segment) {
         let own = self.segment as u8;
-        let limit = ((self.end - self.start) / 4) as usize;
         let mut at = 0;
-        while !self.too_many {
+        loop {
             at += marks[at..].iter().take_while(|&&mark| mark == own).count();
             let Some(&mark) = marks.get(at) else { return };
             let len = marks[at..].iter().take_while(|&&other| other == mark).count();
@@ -390,11 +393,31 @@ impl Kept {
             });
             self.bytes.extend_from_slice(&output[at..at + len]);
             at += len;
-            if self.runs.len() * RUN + self.bytes.len() > limit {
-                self.too_many = true;
-                (self.runs, self.bytes) = (Vec::new(), Vec::new());
-            }
         }
+    }
+
+    /// Bytes of memory.
+    fn size(&self) -> usize {
+        self.runs.len() * RUN + self.bytes.len()
+    }
+
+    /// Forgets the bytes that only candidates before that of segment `first` need.
+    fn shrink(&mut self, first: Segment) {
+        let (mut from, mut to) = (0, 0);
+        let bytes = &mut self.bytes;
+        self.runs.retain(|run| {
+            let end = from + run.len as usize;
+            let needed = run.mark >= first;
+            if needed {
+                bytes.copy_within(from..end, to);
+                to += run.len as usize;
+            }
+            from = end;
+            needed
+        });
+        bytes.truncate(to);
+        bytes.shrink_to_fit();
+        self.runs.shrink_to_fit();
     }
 }
 
@@ -441,6 +464,8 @@ impl Matches for BlockMatches<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
     /// Marks random matches, and compares what each candidate needs with a simple account of it.
@@ -448,7 +473,7 @@ mod tests {
     fn candidates_need_what_later_matches_read_before_them() {
         let mut rng = fastrand::Rng::with_seed(3);
         let (window, spacing) = (70_000u64, 5000);
-        let mut coverage = Coverage::new(window, None, spacing).unwrap();
+        let mut coverage = Coverage::new(window, Some(1 << 22), spacing).unwrap();
         let mut output: Vec<u8> = Vec::new();
         let mut restarts: Vec<(Segment, usize)> = Vec::new();
         let mut reads: Vec<(usize, usize, usize)> = Vec::new();
@@ -479,6 +504,7 @@ mod tests {
         }
         coverage.finish();
         assert!(restarts.len() > 60);
+        let starts: HashMap<Segment, usize> = restarts.iter().copied().collect();
         for (segment, restart) in restarts {
             let mut needed = vec![false; restart];
             for &(from, len, to) in &reads {
@@ -487,23 +513,28 @@ mod tests {
                     needed[from.min(end)..end].fill(true);
                 }
             }
-            let cost = needed.iter().filter(|&&needed| needed).count();
-            assert_eq!(coverage.cost(segment), cost as u64, "{segment}");
-            let Some(sparse) = coverage.window_of(segment) else {
-                continue;
-            };
-            assert_eq!(sparse.bytes.len(), cost);
-            let mut bytes = &sparse.bytes[..];
-            let mut found = vec![false; restart];
-            for (back, len) in sparse.runs {
-                let end = restart - back as usize;
-                let range = end - len as usize..end;
-                let (head, tail) = bytes.split_at(range.len());
-                assert!(head == &output[range.clone()]);
-                found[range].fill(true);
-                bytes = tail;
+            let count = |range: std::ops::Range<usize>| needed[range].iter().filter(|&&needed| needed).count() as u64;
+            // Once all that it needs, once only what it needs of the last 40,000 bytes or so.
+            let all = (coverage.window_of(segment, 0), 0);
+            let since = segment.saturating_sub(8);
+            let from = starts.get(&since).copied().unwrap_or(0);
+            for ((window, from), since) in [(all, 0), ((coverage.window_of(segment, since), from), since)] {
+                let (sparse, reach) = window.unwrap();
+                assert_eq!(coverage.cost(segment, since), Some(count(from..restart)));
+                let first = needed.iter().position(|&needed| needed);
+                assert_eq!(reach as usize, first.map_or(0, |first| restart - first));
+                let mut bytes = &sparse.bytes[..];
+                let mut found = vec![false; restart];
+                for (back, len) in sparse.runs {
+                    let end = restart - back as usize;
+                    let range = end - len as usize..end;
+                    let (head, tail) = bytes.split_at(range.len());
+                    assert!(head == &output[range.clone()]);
+                    found[range].fill(true);
+                    bytes = tail;
+                }
+                assert!(found[from..] == needed[from..] && !found[..from].contains(&true));
             }
-            assert!(found == needed);
         }
     }
 

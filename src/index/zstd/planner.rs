@@ -5,6 +5,9 @@
 //! candidate would need of the window ([`Coverage`]). Once no later match can read what lies before a candidate, the
 //! candidate is decided: it becomes a restart if the index may still grow by the bytes that it takes.
 //!
+//! A byte that a restart needs, and that lies before the restart before it, is needed by that restart too. So a restart
+//! keeps only bytes behind the restart before it ([`Restart`]).
+//!
 //! The index may take [`BUDGET`] of the blob. So restarts are close together where they need little, and far apart where
 //! they need much.
 //!
@@ -73,8 +76,9 @@ struct Frame {
     follower: Follower,
     coverage: Coverage,
     candidates: VecDeque<Candidate>,
-    /// Position of the last restart in the frame's output.
+    /// Position of the last restart in the frame's output, and its segment.
     restart_at: u64,
+    restart: Segment,
     /// Position of the last candidate.
     candidate_at: u64,
 }
@@ -121,6 +125,7 @@ impl Planner {
                 coverage,
                 candidates: VecDeque::new(),
                 restart_at: 0,
+                restart: 0,
                 candidate_at: 0,
             })
         });
@@ -169,21 +174,20 @@ impl Planner {
             let distance = candidate.position - frame.restart_at;
             let entries = (u64::from(candidate.span.0) + 1) * SPAN_ENTRY;
             let allowed = (candidate.offset / 10_000 * BUDGET).saturating_sub(entries + self.spent);
-            let expected = frame.coverage.cost(segment).saturating_mul(self.rate) / 1000;
-            let far = distance >= LEAST_DISTANCE * self.spacing;
-            if far
+            if distance >= LEAST_DISTANCE * self.spacing
                 && candidate.usable
                 && candidate.at_risk == [false; 3]
-                && expected <= allowed
+                && let Some(needed) = frame.coverage.cost(segment, frame.restart)
+                && needed.saturating_mul(self.rate) / 1000 <= allowed
                 && let Some(stored) = frame.stored(candidate)
             {
                 let len = stored.len() as u64;
-                let needed = frame.coverage.cost(segment).max(1);
-                self.rate = (len * 1000 / needed).clamp(100, 3000);
+                self.rate = (len * 1000 / needed.max(1)).clamp(100, 3000);
                 if len <= allowed {
                     self.spent += len;
                     self.chosen.push((candidate.span, stored));
                     frame.restart_at = candidate.position;
+                    frame.restart = segment;
                 }
             }
             frame.coverage.forget(segment);
@@ -229,8 +233,8 @@ impl Frame {
 
     /// Returns the restart of a candidate as the index keeps it.
     fn stored(&self, candidate: &Candidate) -> Option<Vec<u8>> {
-        let sparse = self.coverage.window_of(candidate.segment)?;
-        let Frame { header, .. } = self;
-        Restart::new(&candidate.carried, header.window, header.checksum, sparse)?.store()
+        let (sparse, reach) = self.coverage.window_of(candidate.segment, self.restart)?;
+        let covers = candidate.position - self.restart_at;
+        Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?.store()
     }
 }

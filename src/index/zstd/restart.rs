@@ -8,6 +8,8 @@
 //! ```text
 //! flags               1 byte: 1 means that a checksum follows the last block of the frame
 //! window              number: the frame's window in bytes
+//! reach               number: how far matches behind the restart reach back before it
+//! covers              number: bytes of tar between the restart and the one before it, or the start of the frame
 //! repeat offsets      3 numbers
 //! length of tables    number
 //! tables              Huffman, offsets, match lengths, literal lengths: as in a dictionary
@@ -15,6 +17,9 @@
 //!                     run has as its distance how far it begins before the restart
 //! bytes               those of all runs
 //! ```
+//! The runs lie behind the restart before it. If matches reach further back, that restart has the bytes, because it needs
+//! them too. So loading a restart may load some restarts before it ([`Chain`]).
+//!
 //! All of it is one zstd frame. A number has seven bits in each byte, the lowest first; the highest bit of a byte says
 //! that another byte follows.
 
@@ -22,7 +27,7 @@ use std::io::Read;
 
 use super::block::{Carried, LiveTable};
 use super::coverage::SparseWindow;
-use super::frame::{window_descriptor, window_size};
+use super::frame::{FrameHeader, window_descriptor, window_size};
 use super::fse::{Distribution, Field, StateTable};
 use super::literals::huffman_len;
 use crate::index::format::malformed;
@@ -42,12 +47,16 @@ const MOST_WINDOW: u64 = 1 << super::WINDOW_LOG_MAX;
 const ANY_HUFFMAN: [u8; 2] = [128, 0x10];
 /// Bytes in which a stored restart is decompressed.
 const PIECE: usize = 64 << 10;
+/// Bytes of memory for a restart that is being loaded, beyond which it asks for more.
+const LOADING: u64 = 1 << 20;
 
 /// The state of a frame's decoder before a block.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::index) struct Restart {
     checksum: bool,
     window: u64,
+    reach: u64,
+    covers: u64,
     repeats: [u32; 3],
     tables: Vec<u8>,
     sparse: SparseWindow,
@@ -55,7 +64,13 @@ pub(in crate::index) struct Restart {
 
 impl Restart {
     /// Makes a restart of what the blocks before it carried over. `None` if no dictionary can contain it.
-    pub(super) fn new(carried: &Carried, window: u64, checksum: bool, sparse: SparseWindow) -> Option<Self> {
+    pub(super) fn new(
+        carried: &Carried,
+        header: &FrameHeader,
+        reach: u64,
+        covers: u64,
+        sparse: SparseWindow,
+    ) -> Option<Self> {
         let mut tables = match &carried.huffman {
             Some(description) => description.clone(),
             None => ANY_HUFFMAN.to_vec(),
@@ -78,8 +93,10 @@ impl Restart {
             return None;
         };
         let restart = Self {
-            checksum,
-            window,
+            checksum: header.checksum,
+            window: header.window,
+            reach,
+            covers,
             repeats: [first, second, third],
             tables,
             sparse,
@@ -91,8 +108,10 @@ impl Restart {
         let largest = u64::from(self.repeats.into_iter().max().unwrap_or(0));
         !self.repeats.contains(&0)
             && self.window <= MOST_WINDOW
-            && largest <= self.window.max(LEAST_CONTENT)
-            && self.content_len() <= self.window.max(LEAST_CONTENT)
+            && largest.max(self.reach) <= self.window.max(LEAST_CONTENT)
+            // No restart can be far behind itself, so a chain of restarts has an end.
+            && self.covers > 0
+            && self.sparse.runs.first().is_none_or(|&(back, len)| back + len <= self.covers.min(self.reach))
             && are_tables(&self.tables)
     }
 
@@ -100,6 +119,8 @@ impl Restart {
     pub(super) fn store(&self) -> Option<Vec<u8>> {
         let mut out = vec![if self.checksum { CHECKSUM_FLAG } else { 0 }];
         put(&mut out, self.window);
+        put(&mut out, self.reach);
+        put(&mut out, self.covers);
         for repeat in self.repeats {
             put(&mut out, u64::from(repeat));
         }
@@ -118,10 +139,7 @@ impl Restart {
     }
 
     /// Reads a stored restart. `allow` is asked before memory is used for it, with the number of bytes in all.
-    pub(in crate::index) fn load(
-        stored: &[u8],
-        allow: &mut dyn FnMut(u64) -> Result<(), IndexError>,
-    ) -> Result<Self, IndexError> {
+    fn load(stored: &[u8], allow: &mut dyn FnMut(u64) -> Result<(), IndexError>) -> Result<Self, IndexError> {
         let wrong = || malformed("a zstd restart is not valid");
         let mut plain = Vec::new();
         let mut reader = zstd::stream::read::Decoder::with_buffer(stored).map_err(|_| IndexError::OutOfMemory)?;
@@ -141,6 +159,8 @@ impl Restart {
             .filter(|flags| flags & !CHECKSUM_FLAG == 0)
             .ok_or_else(wrong)?;
         let window = number(&mut rest).ok_or_else(wrong)?;
+        let reach = number(&mut rest).ok_or_else(wrong)?;
+        let covers = number(&mut rest).ok_or_else(wrong)?;
         let mut repeats = [0; 3];
         for repeat in &mut repeats {
             let value = number(&mut rest).and_then(|value| u32::try_from(value).ok());
@@ -174,6 +194,8 @@ impl Restart {
         let restart = Self {
             checksum: flags & CHECKSUM_FLAG != 0,
             window,
+            reach,
+            covers,
             repeats,
             tables: tables.to_vec(),
             sparse,
@@ -181,21 +203,14 @@ impl Restart {
         restart.is_valid().then_some(restart).ok_or_else(wrong)
     }
 
-    /// Whether a checksum follows the last block of the frame.
-    pub(in crate::index) fn has_checksum(&self) -> bool {
-        self.checksum
-    }
-
     /// Returns the length of the dictionary's content: as far back as a match or a repeat offset reaches.
-    pub(in crate::index) fn content_len(&self) -> u64 {
-        let reach = self.sparse.runs.first().map_or(0, |&(back, len)| back + len);
+    fn content_len(&self) -> u64 {
         let repeat = self.repeats.into_iter().max().unwrap_or(0);
-        reach.max(u64::from(repeat)).max(LEAST_CONTENT)
+        self.reach.max(u64::from(repeat)).max(LEAST_CONTENT)
     }
 
-    /// Returns the dictionary with which libzstd decodes the remaining blocks. The caller has room for twice
-    /// [`Restart::content_len`]. Bytes of the window that no match reads are zero.
-    pub(in crate::index) fn dictionary(&self) -> Result<Vec<u8>, IndexError> {
+    /// Returns the dictionary with which libzstd decodes the remaining blocks, without any content.
+    fn dictionary(&self) -> Result<Vec<u8>, IndexError> {
         let content = usize::try_from(self.content_len()).map_err(|_| IndexError::OutOfMemory)?;
         let mut dictionary = Vec::new();
         let head = 8 + self.tables.len() + 12;
@@ -210,29 +225,89 @@ impl Restart {
             dictionary.extend_from_slice(&repeat.to_le_bytes());
         }
         dictionary.resize(head + content, 0);
-        let mut bytes = &self.sparse.bytes[..];
-        let end = dictionary.len();
-        for &(back, len) in &self.sparse.runs {
-            // The runs lie within the content, and their lengths add up to that of `bytes`.
-            let to = end - back as usize;
-            let (head, tail) = bytes.split_at(len as usize);
-            dictionary[to - head.len()..to].copy_from_slice(head);
-            bytes = tail;
-        }
         Ok(dictionary)
     }
 
+    /// Puts the bytes of this restart into the content of a dictionary. `behind` is how far the dictionary ends behind
+    /// the restart.
+    fn fill(&self, dictionary: &mut [u8], behind: u64, content: u64) {
+        let mut bytes = &self.sparse.bytes[..];
+        for &(back, len) in &self.sparse.runs {
+            // The lengths of the runs add up to that of `bytes`.
+            let (run, tail) = bytes.split_at(len as usize);
+            bytes = tail;
+            let Some(back) = back.checked_add(behind).filter(|&back| back < content) else {
+                continue;
+            };
+            let to = dictionary.len() - back as usize;
+            // Another restart may need more than this one.
+            let run = &run[run.len().saturating_sub((content - back) as usize)..];
+            dictionary[to - run.len()..to].copy_from_slice(run);
+        }
+    }
+
     /// Returns the header of a frame of the remaining blocks.
-    pub(in crate::index) fn frame_header(&self) -> [u8; 6] {
+    fn frame_header(&self) -> [u8; 6] {
         // No size, no checksum, no dictionary number. The window is at most 2 GiB, so there is a descriptor.
         let descriptor = window_descriptor(self.window).unwrap_or(u8::MAX);
         let [a, b, c, d] = ZSTD_MAGIC.to_le_bytes();
         [a, b, c, d, 0, descriptor]
     }
+}
 
-    /// Returns the size of the window in [`Restart::frame_header`].
-    pub(in crate::index) fn header_window(&self) -> u64 {
-        window_descriptor(self.window).map_or(u64::MAX, window_size)
+/// What libzstd needs to begin at a restart.
+#[derive(Debug)]
+pub(super) struct Beginning {
+    /// The dictionary. Bytes of the window that no match reads are zero.
+    pub(super) dictionary: Vec<u8>,
+    /// The header of a frame that has only the remaining blocks.
+    pub(super) frame_header: [u8; 6],
+    /// Whether a checksum follows the last block of the frame.
+    pub(super) checksum: bool,
+}
+
+/// Stored restarts and their offsets in the tar, the nearest first.
+pub(in crate::index) type Chain<'a> = dyn Iterator<Item = (u64, &'a [u8])> + 'a;
+
+impl Beginning {
+    /// Loads the restart at the front of `chain`, and those that have bytes which it needs. `None` if the chain is empty.
+    /// `allow` is asked before memory is used, with the number of bytes in all, at once and later.
+    pub(super) fn load(
+        chain: &mut Chain<'_>,
+        allow: &mut dyn FnMut(u64, u64) -> Result<(), IndexError>,
+    ) -> Result<Option<Self>, IndexError> {
+        let Some((start, stored)) = chain.next() else {
+            return Ok(None);
+        };
+        let restart = Restart::load(stored, &mut |bytes| allow(bytes, bytes))?;
+        let content = restart.content_len();
+        let window = window_descriptor(restart.window).map_or(u64::MAX, window_size);
+        // The restart that is loaded, the dictionary, and libzstd's copy of it. Then the copy, and libzstd's window.
+        let at_once = content.saturating_mul(2);
+        let later = content.saturating_add(window).saturating_add(LOADING);
+        allow(at_once.saturating_add(LOADING), later)?;
+        let mut dictionary = restart.dictionary()?;
+        restart.fill(&mut dictionary, 0, content);
+        let (frame_header, checksum, reach) = (restart.frame_header(), restart.checksum, restart.reach);
+        let mut covered = restart.covers;
+        drop(restart);
+        while covered < reach {
+            let next = chain
+                .next()
+                .filter(|&(offset, _)| start.checked_sub(covered) == Some(offset));
+            let (_, stored) = next.ok_or(malformed("a zstd restart lacks the one before it"))?;
+            let earlier = Restart::load(stored, &mut |bytes| {
+                let bytes = bytes.saturating_add(at_once);
+                allow(bytes, bytes.max(later))
+            })?;
+            earlier.fill(&mut dictionary, covered, content);
+            covered = covered.saturating_add(earlier.covers);
+        }
+        Ok(Some(Self {
+            dictionary,
+            frame_header,
+            checksum,
+        }))
     }
 }
 
@@ -284,7 +359,7 @@ fn number(rest: &mut &[u8]) -> Option<u64> {
 mod tests {
     use super::*;
 
-    fn restart() -> Restart {
+    fn restart(reach: u64, covers: u64, runs: Vec<(u64, u64)>) -> Restart {
         let carried = Carried {
             huffman: None,
             literals: LiveTable::Predefined,
@@ -292,16 +367,29 @@ mod tests {
             matches: LiveTable::Single,
             repeats: [1, 200, 8],
         };
-        let sparse = SparseWindow {
-            runs: vec![(90, 10), (40, 50), (0, 3)],
-            bytes: (0..63).collect(),
+        let header = FrameHeader {
+            len: 6,
+            window: 1 << 20,
+            content: None,
+            checksum: true,
+            dictionary: false,
         };
-        Restart::new(&carried, 1 << 20, true, sparse).unwrap()
+        let count = runs.iter().map(|&(_, len)| len as u8).sum();
+        let sparse = SparseWindow {
+            runs,
+            bytes: (0..count).collect(),
+        };
+        Restart::new(&carried, &header, reach, covers, sparse).unwrap()
+    }
+
+    fn load(chain: &[(u64, &[u8])]) -> Result<Beginning, IndexError> {
+        let loaded = Beginning::load(&mut chain.iter().copied(), &mut |_, _| Ok(()));
+        loaded.map(Option::unwrap)
     }
 
     #[test]
     fn a_restart_is_loaded_as_it_was_stored() {
-        let restart = restart();
+        let restart = restart(120, 100, vec![(90, 10), (40, 50), (0, 3)]);
         let stored = restart.store().unwrap();
         assert_eq!(Restart::load(&stored, &mut |_| Ok(())).unwrap(), restart);
         for cut in 0..stored.len() {
@@ -311,21 +399,36 @@ mod tests {
 
     #[test]
     fn the_dictionary_has_the_bytes_where_they_belong_and_libzstd_takes_it() {
-        let restart = restart();
-        let dictionary = restart.dictionary().unwrap();
+        let later = restart(120, 100, vec![(90, 10), (40, 50), (0, 3)]).store().unwrap();
+        // Its first run is too far away for the later restart, and the second one is in part.
+        let earlier = restart(200, 200, vec![(190, 10), (15, 10), (2, 3)]).store().unwrap();
+        let beginning = load(&[(1000, &later), (900, &earlier), (0, b"not needed")]).unwrap();
+        let dictionary = beginning.dictionary;
         let content = &dictionary[dictionary.len() - 200..];
-        assert!(content[..100].iter().all(|&byte| byte == 0));
-        assert!(content[100..110].iter().copied().eq(0..10));
-        assert!(content[110..160].iter().copied().eq(10..60));
-        assert!(content[160..197].iter().all(|&byte| byte == 0));
-        assert!(content[197..].iter().copied().eq(60..63));
+        let mut expected = [0; 200];
+        for (at, len, first) in [(75, 10, 10u8), (95, 3, 20), (100, 10, 0), (110, 50, 10), (197, 3, 60)] {
+            for n in 0..len {
+                expected[at + n] = first + n as u8;
+            }
+        }
+        assert_eq!(content, expected);
         let mut context = zstd::zstd_safe::DCtx::create();
         context.load_dictionary(&dictionary).unwrap();
         // The frame has one raw block.
-        let frame = [&restart.frame_header()[..], &[1 | 5 << 3, 0, 0], b"hello"].concat();
+        let frame = [&beginning.frame_header[..], &[1 | 5 << 3, 0, 0], b"hello"].concat();
         let mut out = [0; 10];
         assert_eq!(context.decompress(&mut out[..], &frame), Ok(5));
         assert_eq!(&out[..5], b"hello");
+    }
+
+    #[test]
+    fn a_restart_needs_the_one_before_it() {
+        let later = restart(120, 100, vec![(90, 10)]).store().unwrap();
+        let earlier = restart(20, 200, vec![(3, 10)]).store().unwrap();
+        assert!(load(&[(1000, &later), (900, &earlier)]).is_ok());
+        assert!(load(&[(1000, &later), (901, &earlier)]).is_err());
+        assert!(load(&[(1000, &later)]).is_err());
+        assert!(load(&[(50, &later), (0, &earlier)]).is_err());
     }
 
     #[test]
