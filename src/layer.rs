@@ -8,9 +8,10 @@
 //! Every read is reported to the recorder of the program's start. At the first read of a span, the span counts as
 //! used, and readahead decides what to fetch next. A reader waits only for the bytes that it needs.
 //!
-//! A *group* of spans shares one restart. A layer that is a single zstd frame is one group. Decoding a span passes
-//! over all earlier spans of its group. So a flight takes the whole group, and delivers each span as decoding passes
-//! the span. If the spans cannot be kept on disk, the flight takes only as many as memory can hold.
+//! A *group* of spans shares one restart. Groups of gzip layers have one or two spans; groups of zstd layers have more.
+//! Decoding a span passes over all earlier spans of its group. So a flight takes them too, and delivers each span as
+//! decoding passes the span. If the spans cannot be kept on disk, the flight takes the group from the wanted span on, as
+//! far as memory can hold it.
 //!
 //! Invariants:
 //! - Bytes that did not match their span's digest are never returned.

@@ -189,14 +189,21 @@ impl LayerData {
         });
     }
 
-    /// Returns the spans that a flight for `span` should deliver: its whole group, because decoding passes over all
-    /// of it. If spans cannot be kept on disk, returns `span` and the spans behind it up to `end`. Spans from `end`
-    /// on are added only while all fit into half of the memory cache. Further ones would be evicted before a reader
-    /// asks for them.
+    /// Returns the spans that a flight for the spans from `span` to `end` should deliver. All lie in the group of `span`.
+    ///
+    /// If spans can be kept on disk, they begin with the group, because decoding passes over all spans before `span`.
+    /// The first flight in a group ends at `end`. A later one fetches and decodes again what the earlier ones did. So it
+    /// goes on at least twice as far, and all flights in a group fetch at most about three times its bytes.
+    ///
+    /// If spans cannot be kept on disk, they begin with `span`. Spans from `end` on are added only while all fit into half
+    /// of the memory cache. Further ones would be evicted before a reader asks for them.
     pub(super) fn wanted_of_group(&self, span: u32, end: u32) -> Range<u32> {
         let group = self.spans.group(span);
         if self.keeps() {
-            return group;
+            let end = end.max(span + 1);
+            let again = self.is_local(group.start) && span > group.start;
+            let further = if again { end - group.start } else { 0 };
+            return group.start..end.saturating_add(further).min(group.end);
         }
         let mut room = (self.context.memory.budget() / 2) as u64;
         let fits = |&other: &u32| {

@@ -1,9 +1,9 @@
 //! The span index against the programs that make and read layers: gzip, pigz, zstd, zlib.
 
 mod file;
+mod frames;
 mod members;
 mod writers;
-mod zdebug;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -266,7 +266,8 @@ fn zstd_of_every_kind() {
     assert_eq!(sniff(&blob[..4]).unwrap(), Compression::Zstd);
     let index = check(&blob, tar);
     let restarts = index.spans().filter(|&span| index.restart_for(span) == span).count();
-    assert_eq!(restarts, tar.len().div_ceil(700_000));
+    // Each frame, and some blocks inside frames.
+    assert!(restarts >= tar.len().div_ceil(700_000));
 }
 
 #[test]

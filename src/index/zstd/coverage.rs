@@ -321,29 +321,19 @@ impl Coverage {
         }
     }
 
-    /// Marks what a match reads: `len` bytes from `start` on, all before the present segment.
-    #[inline]
-    fn mark(&mut self, start: u64, len: usize) {
-        let back = (self.position - start) as usize;
-        let from = if back <= self.head {
-            self.head - back
-        } else {
-            self.head + self.capacity - back
-        };
-        let mark = self.current().0 as u8;
-        let first = len.min(self.capacity - from);
-        self.marks[from..from + first].fill(mark);
-        self.marks[..len - first].fill(mark);
-    }
-
     /// Returns a receiver for the matches of the next block.
     pub(super) fn matches(&mut self) -> BlockMatches<'_> {
+        let (segment, segment_start) = self.current();
         BlockMatches {
+            marks: &mut self.marks,
+            capacity: self.capacity,
+            head: self.head,
+            mark: segment as u8,
+            begin: self.position,
             position: self.position,
-            segment_start: self.current().1,
+            segment_start,
             window: self.window,
             literals: 0,
-            coverage: self,
         }
     }
 }
@@ -382,9 +372,9 @@ impl Kept {
         let own = self.segment as u8;
         let mut at = 0;
         loop {
-            at += marks[at..].iter().take_while(|&&mark| mark == own).count();
+            at += count_same(&marks[at..], own);
             let Some(&mark) = marks.get(at) else { return };
-            let len = marks[at..].iter().take_while(|&&other| other == mark).count();
+            let len = count_same(&marks[at..], mark);
             self.runs.push(KeptRun {
                 offset: (done + at) as u32,
                 len: len as u32,
@@ -421,10 +411,23 @@ impl Kept {
     }
 }
 
+/// Returns how many marks at the front are `mark`.
+fn count_same(marks: &[u8], mark: u8) -> usize {
+    let eight = [mark; 8];
+    let (chunks, _) = marks.as_chunks::<8>();
+    let at = 8 * chunks.iter().take_while(|&&chunk| chunk == eight).count();
+    at + marks[at..].iter().take_while(|&&other| other == mark).count()
+}
+
 /// Marks what the matches of one block read.
 #[derive(Debug)]
 pub(super) struct BlockMatches<'a> {
-    coverage: &'a mut Coverage,
+    marks: &'a mut [u8],
+    capacity: usize,
+    head: usize,
+    mark: u8,
+    /// Position of the block in the frame's output.
+    begin: u64,
     /// Position in the frame's output behind the matches so far.
     position: u64,
     segment_start: u64,
@@ -440,7 +443,42 @@ impl BlockMatches<'_> {
 
     /// Returns how many bytes the literals between the matches, and the matches, have made.
     pub(super) fn made(&self) -> u64 {
-        self.position - self.coverage.position
+        self.position - self.begin
+    }
+
+    /// Marks `len` bytes from `start` on, all before the present segment.
+    #[inline(always)]
+    fn mark(&mut self, start: u64, len: usize) {
+        let back = (self.begin - start) as usize;
+        let from = if back <= self.head {
+            self.head - back
+        } else {
+            self.head + self.capacity - back
+        };
+        let first = len.min(self.capacity - from);
+        fill(&mut self.marks[from..from + first], self.mark);
+        if first < len {
+            fill(&mut self.marks[..len - first], self.mark);
+        }
+    }
+}
+
+/// Fills marks, which are few most of the time.
+#[inline(always)]
+fn fill(marks: &mut [u8], mark: u8) {
+    let eight = [mark; 8];
+    if marks.len() > 16 {
+        marks.fill(mark);
+    } else if let Some((head, _)) = marks.split_first_chunk_mut::<8>() {
+        *head = eight;
+        // The two parts overlap.
+        if let Some((_, tail)) = marks.split_last_chunk_mut::<8>() {
+            *tail = eight;
+        }
+    } else {
+        for old in marks {
+            *old = mark;
+        }
     }
 }
 
@@ -454,8 +492,7 @@ impl Matches for BlockMatches<'_> {
         }
         let start = self.position - offset;
         if start < self.segment_start {
-            self.coverage
-                .mark(start, len.min((self.segment_start - start) as usize));
+            self.mark(start, len.min((self.segment_start - start) as usize));
         }
         self.position += len as u64;
         true

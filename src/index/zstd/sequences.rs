@@ -106,7 +106,10 @@ pub(super) fn decode(
             return None;
         }
         if left > 0 {
-            bits.refill()?;
+            // The three states take at most 26 bits.
+            if bits.used > 64 - 26 {
+                bits.refill()?;
+            }
             literals = entry(&tables.literals, literals.next() + bits.take(literals.bits()));
             length = entry(&tables.matches, length.next() + bits.take(length.bits()));
             offset = entry(&tables.offset, offset.next() + bits.take(offset.bits()));
