@@ -19,12 +19,17 @@
 //! | uncompressed | every span | nothing |
 //! | gzip | a deflate block ([`inflate`]) | its bit position and the *window*: the 32 KiB of tar before it |
 //! | zstd | a frame | its byte position |
+//! | zstd | a block inside a frame (`zstd`) | its byte position, tables and offsets, and the parts of the window that are read |
 //!
 //! # Windows are sparse
-//! The index keeps only those bytes of a window that the 32 KiB of output after the restart read from it. The other
-//! bytes are zero, and the window is compressed. A window then takes about 2 KB instead of 32.
+//! The index keeps only those bytes of a window that the output after the restart reads from it. The other bytes are
+//! zero, and the window is compressed. A gzip window then takes about 2 KB instead of 32.
 //!
-//! A sparse window is enough to decode from its restart to the end of the blob, past any number of other restarts. A
+//! A zstd window has 2 to 8 MiB, and some 50 KB of it are read. So inside a zstd frame, not every block where decoding
+//! could begin is a restart. The pass chooses those that need little, and as many as keep the index below 1.5 % of the
+//! blob. A restart keeps only the bytes behind the restart before it. The others are those of the restarts before it.
+//!
+//! A sparse window is enough to decode from its restart to the end of the blob, past any number of other restarts. A gzip
 //! back-reference reaches at most 32 KiB back, so no reference behind the first 32 KiB of output reads the window.
 //! The first pass recorded all window reads of these first 32 KiB. A later reference may read bytes that an earlier
 //! one copied from the window. The later reference then reads the output, which is complete.
@@ -33,8 +38,9 @@
 //! - Spans are never empty, follow each other without gaps and are at most [`MAX_SPAN`] long. The first span is a
 //!   restart.
 //! - No bytes of a blob or an index file make decoding panic.
-//! - Memory of decoding is bounded by the decoder's fixed buffers, one span, and the zstd window that [`Room`]
+//! - Memory of decoding is bounded by the decoder's fixed buffers, one span, and the zstd windows that [`Room`]
 //!   allows.
+//! - The index of a layer depends on nothing but the blob, and on whether there was memory to find zstd restarts.
 //! - Everything that [`SpanDecoder`] delivers matches the digest in the index.
 
 mod builder;

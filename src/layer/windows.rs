@@ -18,9 +18,9 @@ use super::LayerStats;
 use crate::index::Room;
 use crate::memory::{Allowance, Charge, OverLimit};
 
-/// Size limit of an ordinary window. Usual encoders have windows of 8 or 16 MiB, which fit with all other memory of
-/// the decoder.
-const ORDINARY: u64 = 20 << 20;
+/// Size limit of an ordinary window, with all other memory of the decoder. Usual encoders have windows of up to 8 MiB. A
+/// first pass needs four times as much, because it also finds restarts.
+const ORDINARY: u64 = 40 << 20;
 
 /// The window memory of all decoders of a process.
 #[derive(Debug, Clone)]

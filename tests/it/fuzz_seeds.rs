@@ -167,6 +167,16 @@ fn carried_seeds(seed: &mut impl FnMut(&'static str, &'static str, &[&[u8]])) {
     }
 }
 
+/// Tables of a zstd dictionary: a Huffman table of two symbols, and three of libzstd's own.
+fn predefined_tables() -> Vec<u8> {
+    let samples: Vec<Vec<u8>> = (0..200).map(|n| noise(n % 7, 300)).collect();
+    let dictionary = zstd::dict::from_samples(&samples, 4000).unwrap();
+    // Behind the tables come the repeat offsets 1, 4 and 8.
+    let repeats: Vec<u8> = [1u32, 4, 8].into_iter().flat_map(u32::to_le_bytes).collect();
+    let end = dictionary.windows(repeats.len()).position(|bytes| bytes == repeats);
+    dictionary[8..end.unwrap()].to_vec()
+}
+
 /// Returns target, name and bytes of each seed.
 fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let mut seeds = Vec::new();
@@ -200,6 +210,41 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         let length = u16::try_from(blob.bytes.len()).unwrap().to_be_bytes();
         let parts: [&[u8]; 4] = [&kind.to_le_bytes(), &blob.bytes, &[100, 0, 0, 0, 9, 0], &length];
         seed("gzip_index", name, &parts);
+    }
+
+    // The first bytes choose the pieces, whether a bit is flipped, and the kind of blob. Far repeats and noise, so that
+    // there are restarts.
+    let far = [
+        noise(5, 120 << 10),
+        noise(5, 120 << 10),
+        vec![b'x'; 400 << 10],
+        noise(5, 60 << 10),
+    ]
+    .concat();
+    for (name, blob) in [("small", Blob::zstd(&small)), ("far", Blob::zstd(&far[240 << 10..]))] {
+        if blob.bytes.len() < MOST as usize {
+            seed("zstd_index", name, &[&[100, 0, 0, 0, 0, 0, 0], &blob.bytes]);
+        }
+    }
+    for (name, byte) in [("frames", 0x5a), ("blocks", 0xc3)] {
+        let parts: Vec<u8> = (0..600u32).map(|n| (n * 37) as u8 ^ byte).collect();
+        seed("zstd_index", name, &[&[9, 0, 0, 0xff, 0xff, 0xff, 0xff], &parts]);
+    }
+
+    // The length of the first restart, whether both are compressed, and both: flags, window, reach, covers, repeat
+    // offsets, tables, runs, bytes.
+    for (name, reach) in [("one", 100u8), ("both", 0xff)] {
+        let numbers = |reach: u8, covers: &[u8]| {
+            // A window of 128 KiB. The tables of a frame whose blocks have none.
+            let reach: &[u8] = if reach == 0xff { &[0xff, 0xff, 4] } else { &[reach] };
+            let tables = predefined_tables();
+            let length = [0x80 | tables.len() as u8, (tables.len() >> 7) as u8];
+            let tail = [&[1, 4, 8][..], &length, &tables, &[1, 90, 3], b"abc"].concat();
+            [&[0, 0x80, 0x80, 8], reach, covers, &tail].concat()
+        };
+        let (earlier, later) = (numbers(100, &[0x80, 0x80, 4]), numbers(reach, &[0x80, 0x80, 4]));
+        let length = (earlier.len() as u16).to_le_bytes();
+        seed("zstd_restart", name, &[&length, &[0], &earlier, &later]);
     }
 
     // Files with several spans and windows. The target adds the checksum.

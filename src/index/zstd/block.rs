@@ -154,7 +154,7 @@ fn sequence_count(section: &[u8]) -> Option<(usize, usize)> {
     let byte = |n: usize| section.get(n).copied().map(usize::from);
     Some(match byte(0)? {
         first @ 0..128 => (first, 1),
-        first @ 128..255 => ((first - 128 << 8) + byte(1)?, 2),
+        first @ 128..255 => (((first - 128) << 8) + byte(1)?, 2),
         _ => (byte(1)? + (byte(2)? << 8) + 0x7f00, 3),
     })
 }

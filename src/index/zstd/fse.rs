@@ -284,7 +284,7 @@ struct BitsOut {
 impl BitsOut {
     fn put(&mut self, value: u32, width: u32) {
         for bit in 0..width {
-            if self.at % 8 == 0 {
+            if self.at.is_multiple_of(8) {
                 self.bytes.push(0);
             }
             let last = self.bytes.len() - 1;

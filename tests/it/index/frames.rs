@@ -39,7 +39,7 @@ fn frames_of_every_level_have_restarts() {
     ] {
         let blob = filter("zstd", &[args, &["-c"]].concat(), tar);
         let restarts = check_to_the_end(&blob, tar);
-        assert!(restarts > 2, "{args:?}: {restarts} restarts");
+        assert!(restarts > 1, "{args:?}: {restarts} restarts");
     }
 }
 
