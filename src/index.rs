@@ -246,6 +246,11 @@ pub enum IndexError {
     },
 }
 
+/// Makes the error of an index with invalid bytes.
+fn malformed(reason: &'static str) -> IndexError {
+    IndexError::Malformed { reason }
+}
+
 const GZIP_MAGIC: [u8; 3] = [0x1f, 0x8b, 8];
 const ZSTD_MAGIC: u32 = 0xfd2f_b528;
 /// Lowest of the sixteen magic numbers of skippable frames (RFC 8878, 3.1.2).

@@ -1,11 +1,10 @@
 //! One interface to the decoders of all three compressions.
 
-use super::format::malformed;
 use super::gzip::Gzip;
 use super::inflate::HISTORY;
 use super::step::{SpanRestart, Step};
-use super::zstd::{Chain, Room, Zstd, ZstdPass};
-use super::{BitPosition, Compression, IndexError, SpanId};
+use super::zstd::{RestartChain, Room, Zstd, ZstdPass};
+use super::{BitPosition, Compression, IndexError, SpanId, malformed};
 
 /// A decoder from some position of a blob to its end.
 #[derive(Debug)]
@@ -40,7 +39,7 @@ impl Codec {
     pub(super) fn resume(
         compression: Compression,
         position: BitPosition,
-        chain: &mut Chain<'_>,
+        chain: &mut RestartChain<'_>,
         room: Room,
     ) -> Result<Self, IndexError> {
         Ok(match compression {

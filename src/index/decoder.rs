@@ -5,7 +5,7 @@ use std::vec;
 
 use super::codec::Codec;
 use super::step::Step;
-use super::zstd::{Chain, Room};
+use super::zstd::{RestartChain, Room};
 use super::{BitPosition, Compression, IndexError, SpanId};
 
 /// A span to be delivered: its range in the tar and its digest.
@@ -30,7 +30,7 @@ impl SpanDecoder {
         compression: Compression,
         first: SpanId,
         position: BitPosition,
-        chain: &mut Chain<'_>,
+        chain: &mut RestartChain<'_>,
         spans: Vec<Expected>,
         room: Room,
     ) -> Result<Self, IndexError> {

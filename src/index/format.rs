@@ -27,7 +27,7 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanStart};
+use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanStart, malformed};
 use crate::oci::{DiffId, Digest};
 
 const MAGIC: [u8; 8] = *b"ocifspan";
@@ -139,10 +139,6 @@ fn entry_bytes(entry: &SpanEntry) -> [u8; ENTRY] {
     bytes[28..32].copy_from_slice(&if entry.restart { RESTART } else { 0 }.to_le_bytes());
     bytes[32..64].copy_from_slice(&entry.digest);
     bytes
-}
-
-pub(super) fn malformed(reason: &'static str) -> IndexError {
-    IndexError::Malformed { reason }
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

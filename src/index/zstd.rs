@@ -40,12 +40,12 @@ mod worker;
 use super::IndexError;
 use super::step::Step;
 use crate::memory::OverLimit;
-use context::Context;
+use context::ZstdContext;
 use frame::{BLOCK, FRAME_CHECKSUM};
 use restart::Beginning;
 
 pub(super) use pass::ZstdPass;
-pub(super) use restart::Chain;
+pub(super) use restart::RestartChain;
 
 /// Largest window that the decoder accepts, as a binary logarithm, if memory allows it: 2 GiB. `zstd --long=31`
 /// writes such windows, and libzstd can read no larger ones.
@@ -75,7 +75,7 @@ pub(super) fn room_within(limit: u64) -> Room {
 /// A decoder from a restart to the end of a blob.
 #[derive(Debug)]
 pub(super) struct Zstd {
-    context: Context,
+    context: ZstdContext,
     out: Box<[u8]>,
     /// Offset in the blob of the next input byte.
     offset: u64,
@@ -90,8 +90,8 @@ pub(super) struct Zstd {
 impl Zstd {
     /// Makes a decoder at blob offset `offset`: at a frame if `chain` is empty, else at the block of the first restart in
     /// `chain`.
-    pub(super) fn resume(offset: u64, chain: &mut Chain<'_>, room: Room) -> Result<Self, IndexError> {
-        let mut context = Context::new(offset, room)?;
+    pub(super) fn resume(offset: u64, chain: &mut RestartChain<'_>, room: Room) -> Result<Self, IndexError> {
+        let mut context = ZstdContext::new(offset, room)?;
         let mut zstd_header = Vec::new();
         let mut inside = None;
         let allow = &mut |bytes, later| context.ask_at_once(bytes, later, offset);

@@ -14,7 +14,7 @@ const ROOM_STEP: usize = 4 << 20;
 
 /// What one call of libzstd did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Decoded {
+pub(super) struct ZstdProgress {
     /// Bytes of input that were taken.
     pub(super) taken: usize,
     /// Bytes of output that were made.
@@ -24,7 +24,7 @@ pub(super) struct Decoded {
 }
 
 /// A decoder of libzstd with its room.
-pub(super) struct Context {
+pub(super) struct ZstdContext {
     context: DCtx<'static>,
     room: Room,
     /// Bytes of memory that `room` has allowed, or that need no permission.
@@ -37,16 +37,16 @@ pub(super) struct Context {
     frame_made: usize,
 }
 
-impl fmt::Debug for Context {
+impl fmt::Debug for ZstdContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context")
+        f.debug_struct("ZstdContext")
             .field("granted", &self.granted)
             .field("frame_made", &self.frame_made)
             .finish_non_exhaustive()
     }
 }
 
-impl Context {
+impl ZstdContext {
     /// Makes a decoder. `offset` is where in the blob it will begin, for errors.
     pub(super) fn new(offset: u64, room: Room) -> Result<Self, IndexError> {
         let mut context = DCtx::try_create().ok_or(IndexError::OutOfMemory)?;
@@ -64,14 +64,14 @@ impl Context {
     }
 
     /// Decodes some of `input` into `out`. `offset` is that of `input` in the blob.
-    pub(super) fn decode(&mut self, input: &[u8], out: &mut [u8], offset: u64) -> Result<Decoded, IndexError> {
+    pub(super) fn decode(&mut self, input: &[u8], out: &mut [u8], offset: u64) -> Result<ZstdProgress, IndexError> {
         let mut source = InBuffer::around(input);
         let mut sink = OutBuffer::around(out);
         let left = self
             .context
             .decompress_stream(&mut sink, &mut source)
             .map_err(|code| failure(code, offset))?;
-        let decoded = Decoded {
+        let decoded = ZstdProgress {
             taken: source.pos(),
             made: sink.pos(),
             ended: left == 0,

@@ -6,7 +6,7 @@
 //! byte's own segment. A candidate needs exactly the bytes before it whose mark is its own segment or a later one.
 //!
 //! Two rings hold the output and the marks of the last window. Once no match can reach a segment any more, its marked
-//! bytes are copied out of the rings ([`Kept`]), and they stay until no candidate needs them.
+//! bytes are copied out of the rings ([`KeptSegment`]), and they stay until no candidate needs them.
 //!
 //! # Invariants
 //! - Memory is bounded by what [`Coverage::memory`] says.
@@ -22,12 +22,12 @@ const RUN: usize = size_of::<KeptRun>();
 const GROWTH: usize = 4 << 20;
 
 /// Number of a segment within its frame. The frame itself begins segment 0.
-pub(super) type Segment = u32;
+pub(super) type SegmentNumber = u32;
 
 /// Marked bytes of a segment that no later match can read.
 #[derive(Debug)]
-struct Kept {
-    segment: Segment,
+struct KeptSegment {
+    segment: SegmentNumber,
     /// Positions of the segment in the frame's output.
     start: u64,
     end: u64,
@@ -44,7 +44,7 @@ struct KeptRun {
     /// Offset of the first byte from the start of the segment.
     offset: u32,
     len: u32,
-    mark: Segment,
+    mark: SegmentNumber,
 }
 
 /// Bytes before a restart that it needs, or that a later one needs.
@@ -58,7 +58,7 @@ pub(super) struct SparseWindow {
 
 /// Neighbouring bytes that a candidate needs.
 struct NeededRun<'a> {
-    segment: Segment,
+    segment: SegmentNumber,
     /// Position in the frame's output.
     start: u64,
     bytes: &'a [u8],
@@ -83,12 +83,12 @@ pub(super) struct Coverage {
     /// Whether the frame is over.
     finished: bool,
     /// Segments whose bytes are in the rings, with their starts. The last one is the present segment.
-    segments: VecDeque<(Segment, u64)>,
-    kept: VecDeque<Kept>,
+    segments: VecDeque<(SegmentNumber, u64)>,
+    kept: VecDeque<KeptSegment>,
     /// Bytes of memory in `kept`.
     kept_size: usize,
     /// Segments whose candidates are not forgotten, with their starts.
-    candidates: VecDeque<(Segment, u64)>,
+    candidates: VecDeque<(SegmentNumber, u64)>,
 }
 
 impl Coverage {
@@ -128,13 +128,13 @@ impl Coverage {
         self.position
     }
 
-    fn current(&self) -> (Segment, u64) {
+    fn current(&self) -> (SegmentNumber, u64) {
         self.segments.back().copied().unwrap_or_default()
     }
 
     /// Begins a segment, and with it a candidate, at the present position. Returns its number, or `None` if the segment
     /// before it is too long for the rings.
-    pub(super) fn begin_segment(&mut self) -> Option<Segment> {
+    pub(super) fn begin_segment(&mut self) -> Option<SegmentNumber> {
         let (last, start) = self.current();
         if self.position - start > self.longest {
             return None;
@@ -146,12 +146,12 @@ impl Coverage {
     }
 
     /// Whether no later match can read what lies before the candidate of a segment.
-    pub(super) fn is_complete(&self, segment: Segment) -> bool {
+    pub(super) fn is_complete(&self, segment: SegmentNumber) -> bool {
         let start = self.start_of(segment);
         self.finished || start.is_none_or(|start| start.saturating_add(self.window) <= self.position)
     }
 
-    fn start_of(&self, segment: Segment) -> Option<u64> {
+    fn start_of(&self, segment: SegmentNumber) -> Option<u64> {
         let candidate = self.candidates.iter().find(|candidate| candidate.0 == segment);
         candidate.map(|&(_, start)| start)
     }
@@ -194,11 +194,11 @@ impl Coverage {
     }
 
     /// Copies the marked bytes of the first segment out of the rings.
-    fn keep(&mut self, segment: Segment, start: u64, end: u64) {
+    fn keep(&mut self, segment: SegmentNumber, start: u64, end: u64) {
         self.segments.pop_front();
         let current = self.current().0;
         let len = (end - start) as usize;
-        let mut kept = Kept {
+        let mut kept = KeptSegment {
             segment,
             start,
             end,
@@ -218,9 +218,12 @@ impl Coverage {
         }
         let most = self.capacity / 2;
         if self.kept_size + kept.size() > most {
-            let first = self.candidates.front().map_or(Segment::MAX, |&(segment, _)| segment);
+            let first = self
+                .candidates
+                .front()
+                .map_or(SegmentNumber::MAX, |&(segment, _)| segment);
             self.kept.iter_mut().for_each(|kept| kept.shrink(first));
-            self.kept_size = self.kept.iter().map(Kept::size).sum();
+            self.kept_size = self.kept.iter().map(KeptSegment::size).sum();
         }
         if self.kept_size + kept.size() > most {
             kept.too_many = true;
@@ -246,7 +249,7 @@ impl Coverage {
 
     /// Returns the runs of bytes that the candidate of a segment needs, each with the positions of its segment. `None`
     /// if they are too many. The candidate must be complete.
-    fn runs_of(&self, segment: Segment) -> Option<impl Iterator<Item = NeededRun<'_>>> {
+    fn runs_of(&self, segment: SegmentNumber) -> Option<impl Iterator<Item = NeededRun<'_>>> {
         let before = || self.kept.iter().take_while(move |kept| kept.segment < segment);
         if before().any(|kept| kept.too_many) {
             return None;
@@ -266,7 +269,7 @@ impl Coverage {
     }
 
     /// Returns how many bytes the candidate of a segment needs that lie in segment `since` or a later one.
-    pub(super) fn cost(&self, segment: Segment, since: Segment) -> Option<u64> {
+    pub(super) fn cost(&self, segment: SegmentNumber, since: SegmentNumber) -> Option<u64> {
         let runs = self.runs_of(segment)?.filter(|run| run.segment >= since);
         Some(runs.map(|run| run.bytes.len() as u64).sum())
     }
@@ -274,7 +277,7 @@ impl Coverage {
     /// Returns the bytes that the candidate of a segment needs and that lie in segment `since` or a later one. Also
     /// returns how far the bytes that it needs reach back in all. `None` if they are too many. The candidate must be
     /// complete.
-    pub(super) fn window_of(&self, segment: Segment, since: Segment) -> Option<(SparseWindow, u64)> {
+    pub(super) fn window_of(&self, segment: SegmentNumber, since: SegmentNumber) -> Option<(SparseWindow, u64)> {
         let restart = self.start_of(segment)?;
         let mut sparse = SparseWindow::default();
         let mut reach = 0;
@@ -302,12 +305,12 @@ impl Coverage {
     }
 
     /// Forgets all candidates up to and including that of `segment`, and the bytes that only they need.
-    pub(super) fn forget(&mut self, segment: Segment) {
+    pub(super) fn forget(&mut self, segment: SegmentNumber) {
         while self.candidates.front().is_some_and(|candidate| candidate.0 <= segment) {
             self.candidates.pop_front();
         }
         let first = self.candidates.front().copied();
-        let needed = |kept: &Kept| {
+        let needed = |kept: &KeptSegment| {
             first.is_some_and(|(segment, start)| {
                 kept.runs.iter().any(|run| run.mark >= segment)
                     || kept.too_many && kept.end > start.saturating_sub(self.window)
@@ -366,9 +369,9 @@ fn grow(ring: &mut Vec<u8>, more: usize, capacity: usize) -> bool {
     true
 }
 
-impl Kept {
+impl KeptSegment {
     /// Adds the marked bytes of a part of the segment, which begins `done` bytes behind the segment's start.
-    fn add(&mut self, done: usize, marks: &[u8], output: &[u8], current: Segment) {
+    fn add(&mut self, done: usize, marks: &[u8], output: &[u8], current: SegmentNumber) {
         let own = self.segment as u8;
         let mut at = 0;
         loop {
@@ -379,7 +382,7 @@ impl Kept {
                 offset: (done + at) as u32,
                 len: len as u32,
                 // Marks are segments modulo 256, and none of them is later than the present one.
-                mark: current - Segment::from((current as u8).wrapping_sub(mark)),
+                mark: current - SegmentNumber::from((current as u8).wrapping_sub(mark)),
             });
             self.bytes.extend_from_slice(&output[at..at + len]);
             at += len;
@@ -392,7 +395,7 @@ impl Kept {
     }
 
     /// Forgets the bytes that only candidates before that of segment `first` need.
-    fn shrink(&mut self, first: Segment) {
+    fn shrink(&mut self, first: SegmentNumber) {
         let (mut from, mut to) = (0, 0);
         let bytes = &mut self.bytes;
         self.runs.retain(|run| {
@@ -512,7 +515,7 @@ mod tests {
         let (window, spacing) = (70_000u64, 5000);
         let mut coverage = Coverage::new(window, Some(1 << 22), spacing).unwrap();
         let mut output: Vec<u8> = Vec::new();
-        let mut restarts: Vec<(Segment, usize)> = Vec::new();
+        let mut restarts: Vec<(SegmentNumber, usize)> = Vec::new();
         let mut reads: Vec<(usize, usize, usize)> = Vec::new();
         let mut last = 0;
         for _ in 0..400 {
@@ -541,7 +544,7 @@ mod tests {
         }
         coverage.finish();
         assert!(restarts.len() > 60);
-        let starts: HashMap<Segment, usize> = restarts.iter().copied().collect();
+        let starts: HashMap<SegmentNumber, usize> = restarts.iter().copied().collect();
         for (segment, restart) in restarts {
             let mut needed = vec![false; restart];
             for &(from, len, to) in &reads {

@@ -3,7 +3,7 @@
 use std::mem;
 
 use super::Room;
-use super::context::Context;
+use super::context::ZstdContext;
 use super::frame::{BLOCK, BLOCK_HEADER, BlockHeader, BlockKind, FRAME_CHECKSUM, FrameHeader, FrameStart};
 use super::planner::{DecodedBlock, Planner};
 use super::sequences;
@@ -46,11 +46,11 @@ struct Ready {
     /// Whether decoding could begin here.
     candidate: bool,
     /// What was returned already.
-    told: Told,
+    told: Handed,
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
+enum Handed {
     Nothing,
     Candidate,
     Output,
@@ -59,7 +59,7 @@ enum Told {
 /// The first pass over a blob.
 #[derive(Debug)]
 pub(in crate::index) struct ZstdPass {
-    context: Context,
+    context: ZstdContext,
     worker: PlannerWorker,
     /// Whether the planner follows the frame.
     followed: bool,
@@ -87,7 +87,7 @@ impl ZstdPass {
     /// Makes a decoder at the first byte of a blob. Candidates are at least `spacing` bytes of tar apart.
     pub(in crate::index) fn new(spacing: u64, room: Room) -> Result<Self, IndexError> {
         Ok(Self {
-            context: Context::new(0, room)?,
+            context: ZstdContext::new(0, room)?,
             worker: PlannerWorker::new(spacing),
             followed: false,
             phase: PassPhase::FrameHeader,
@@ -129,12 +129,12 @@ impl ZstdPass {
     pub(in crate::index) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {
         loop {
             if let Some(ready) = &mut self.ready {
-                if ready.candidate && ready.told == Told::Nothing {
-                    ready.told = Told::Candidate;
+                if ready.candidate && ready.told == Handed::Nothing {
+                    ready.told = Handed::Candidate;
                     return Ok(Step::Candidate(BitPosition(ready.offset * 8)));
                 }
-                if ready.made > 0 && ready.told != Told::Output {
-                    ready.told = Told::Output;
+                if ready.made > 0 && ready.told != Handed::Output {
+                    ready.told = Handed::Output;
                     return Ok(Step::Output {
                         bytes: &self.out[..ready.made],
                         position: BitPosition(self.offset * 8),
@@ -296,7 +296,7 @@ impl ZstdPass {
             offset,
             made,
             candidate: made > 0 && inside && self.total >= self.stop_at_block,
-            told: Told::Nothing,
+            told: Handed::Nothing,
         });
         self.total += made as u64;
         self.phase = match (header.last, checksum) {
@@ -384,7 +384,7 @@ impl ZstdPass {
                 offset: self.offset,
                 made: decoded.made,
                 candidate: false,
-                told: Told::Nothing,
+                told: Handed::Nothing,
             });
         }
         Ok(())

@@ -19,7 +19,7 @@
 use std::collections::VecDeque;
 
 use super::block::{Carried, Follower, LiveTable, TableUse};
-use super::coverage::{Coverage, Segment};
+use super::coverage::{Coverage, SegmentNumber};
 use super::frame::{BlockKind, FrameHeader};
 use super::restart::Restart;
 use crate::index::{SpanId, step::SpanRestart};
@@ -47,9 +47,9 @@ pub(super) struct DecodedBlock {
 
 /// A candidate that is not decided yet.
 #[derive(Debug)]
-struct Candidate {
+struct RestartCandidate {
     span: SpanId,
-    segment: Segment,
+    segment: SegmentNumber,
     /// Offset in the blob.
     offset: u64,
     /// Position in the frame's output.
@@ -60,7 +60,7 @@ struct Candidate {
     usable: bool,
 }
 
-impl Candidate {
+impl RestartCandidate {
     /// Notes what a block behind the candidate did with its tables.
     fn note(&mut self, uses: TableUse) {
         for n in 0..3 {
@@ -76,10 +76,10 @@ struct Frame {
     header: FrameHeader,
     follower: Follower,
     coverage: Coverage,
-    candidates: VecDeque<Candidate>,
+    candidates: VecDeque<RestartCandidate>,
     /// Position of the last restart in the frame's output, and its segment.
     restart_at: u64,
-    restart: Segment,
+    restart: SegmentNumber,
     /// Position of the last candidate.
     candidate_at: u64,
 }
@@ -208,7 +208,7 @@ impl Frame {
             self.candidate_at = position;
             let carried = self.follower.carried().clone();
             let is_single = |table: &LiveTable| *table == LiveTable::Single;
-            self.candidates.push_back(Candidate {
+            self.candidates.push_back(RestartCandidate {
                 span,
                 segment: self.coverage.begin_segment()?,
                 offset,
@@ -234,7 +234,7 @@ impl Frame {
     }
 
     /// Returns the restart of a candidate as the index keeps it.
-    fn stored(&self, candidate: &Candidate) -> Option<Vec<u8>> {
+    fn stored(&self, candidate: &RestartCandidate) -> Option<Vec<u8>> {
         let (sparse, reach) = self.coverage.window_of(candidate.segment, self.restart)?;
         let covers = candidate.position - self.restart_at;
         Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?.store()

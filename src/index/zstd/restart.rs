@@ -18,7 +18,7 @@
 //! bytes               those of all runs
 //! ```
 //! The runs lie behind the restart before it. If matches reach further back, that restart has the bytes, because it needs
-//! them too. So loading a restart may load some restarts before it ([`Chain`]).
+//! them too. So loading a restart may load some restarts before it ([`RestartChain`]).
 //!
 //! All of it is one zstd frame. A number has seven bits in each byte, the lowest first; the highest bit of a byte says
 //! that another byte follows.
@@ -30,8 +30,7 @@ use super::coverage::SparseWindow;
 use super::frame::{FrameHeader, window_descriptor, window_size};
 use super::fse::{Distribution, Field, StateTable};
 use super::literals::huffman_len;
-use crate::index::format::malformed;
-use crate::index::{IndexError, ZSTD_MAGIC};
+use crate::index::{IndexError, ZSTD_MAGIC, malformed};
 
 const DICTIONARY_MAGIC: u32 = 0xec30_a437;
 /// Level of zstd for restarts.
@@ -267,13 +266,13 @@ pub(super) struct Beginning {
 }
 
 /// Stored restarts and their offsets in the tar, the nearest first.
-pub(in crate::index) type Chain<'a> = dyn Iterator<Item = (u64, &'a [u8])> + 'a;
+pub(in crate::index) type RestartChain<'a> = dyn Iterator<Item = (u64, &'a [u8])> + 'a;
 
 impl Beginning {
     /// Loads the restart at the front of `chain`, and those that have bytes which it needs. `None` if the chain is empty.
     /// `allow` is asked before memory is used, with the number of bytes in all, at once and later.
     pub(super) fn load(
-        chain: &mut Chain<'_>,
+        chain: &mut RestartChain<'_>,
         allow: &mut dyn FnMut(u64, u64) -> Result<(), IndexError>,
     ) -> Result<Option<Self>, IndexError> {
         let Some((start, stored)) = chain.next() else {

@@ -16,7 +16,7 @@ const QUEUE: usize = 16;
 
 /// What the thread is told.
 #[derive(Debug)]
-enum Told {
+enum PlannerMessage {
     Begin(FrameHeader),
     Block(DecodedBlock),
     GiveUp,
@@ -33,7 +33,7 @@ enum Returned {
 /// The thread of a planner.
 #[derive(Debug)]
 struct PlannerThread {
-    told: SyncSender<Told>,
+    told: SyncSender<PlannerMessage>,
     returned: Receiver<Returned>,
     thread: JoinHandle<()>,
 }
@@ -67,7 +67,7 @@ impl PlannerWorker {
         if self.running.is_none() && !self.refused {
             self.start();
         }
-        self.tell(Told::Begin(header));
+        self.tell(PlannerMessage::Begin(header));
         self.running.is_some()
     }
 
@@ -78,14 +78,14 @@ impl PlannerWorker {
         let work = move || {
             for told in inbox {
                 match told {
-                    Told::Begin(header) => planner.begin(header),
-                    Told::Block(block) => {
+                    PlannerMessage::Begin(header) => planner.begin(header),
+                    PlannerMessage::Block(block) => {
                         planner.block(&block);
                         // The receiver lives as long as the sender of `inbox`.
                         drop(outbox.send(Returned::Used(block)));
                     }
-                    Told::GiveUp => planner.give_up(),
-                    Told::End => planner.end(),
+                    PlannerMessage::GiveUp => planner.give_up(),
+                    PlannerMessage::End => planner.end(),
                 }
                 let chosen = planner.take();
                 if !chosen.is_empty() {
@@ -100,20 +100,20 @@ impl PlannerWorker {
 
     /// Takes a block.
     pub(super) fn block(&mut self, block: DecodedBlock) {
-        self.tell(Told::Block(block));
+        self.tell(PlannerMessage::Block(block));
     }
 
     /// Gives up the frame.
     pub(super) fn give_up(&mut self) {
-        self.tell(Told::GiveUp);
+        self.tell(PlannerMessage::GiveUp);
     }
 
     /// Ends the frame.
     pub(super) fn end(&mut self) {
-        self.tell(Told::End);
+        self.tell(PlannerMessage::End);
     }
 
-    fn tell(&mut self, told: Told) {
+    fn tell(&mut self, told: PlannerMessage) {
         if let Some(running) = &self.running
             && running.told.send(told).is_err()
         {

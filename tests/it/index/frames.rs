@@ -39,7 +39,9 @@ fn frames_of_every_level_have_restarts() {
     ] {
         let blob = filter("zstd", &[args, &["-c"]].concat(), tar);
         let restarts = check_to_the_end(&blob, tar);
-        assert!(restarts > 1, "{args:?}: {restarts} restarts");
+        // How many there are depends on the content, but a window of 128 MiB can do without any.
+        let least = if args.contains(&"-22") { 1 } else { 2 };
+        assert!(restarts >= least, "{args:?}: {restarts} restarts");
     }
 }
 
@@ -151,8 +153,7 @@ fn what_container_tools_write() {
     assert_eq!(layers, 1);
 }
 
-/// A frame of one window is decoded once by the time that its restarts are chosen. So the index of a layer in one frame
-/// stays small, however much the restarts need.
+/// The index stays small, however much the restarts need.
 #[test]
 fn the_index_stays_small() {
     let tar = CONTENT.repeat(2);
