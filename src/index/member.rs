@@ -53,7 +53,7 @@ impl MemberDecoder {
         match step {
             Step::Output { bytes, .. } => Ok(Some(bytes)),
             // Nobody asked for restarts.
-            Step::Input | Step::Restart(_) => Ok(None),
+            Step::Input | Step::Restart(_) | Step::Candidate(_) => Ok(None),
         }
     }
 }

@@ -91,23 +91,38 @@ impl Zstd {
     /// Makes a decoder at blob offset `offset`: at a frame if `chain` is empty, else at the block of the first restart in
     /// `chain`.
     pub(super) fn resume(offset: u64, chain: &mut RestartChain<'_>, room: Room) -> Result<Self, IndexError> {
-        let mut context = ZstdContext::new(offset, room)?;
-        let mut zstd_header = Vec::new();
-        let mut inside = None;
+        let mut zstd = Self::new(offset, room)?;
+        let context = &mut zstd.context;
         let allow = &mut |bytes, later| context.ask_at_once(bytes, later, offset);
         if let Some(beginning) = Beginning::load(chain, allow)? {
             context.load_dictionary(&beginning.dictionary, offset)?;
-            zstd_header = beginning.frame_header.to_vec();
-            inside = Some(if beginning.checksum { FRAME_CHECKSUM } else { 0 });
+            zstd.header = beginning.frame_header.to_vec();
+            zstd.inside = Some(if beginning.checksum { FRAME_CHECKSUM } else { 0 });
         }
+        Ok(zstd)
+    }
+
+    /// Makes a decoder at the frame that begins at blob offset `offset`.
+    pub(super) fn new(offset: u64, room: Room) -> Result<Self, IndexError> {
         Ok(Self {
-            context,
+            context: ZstdContext::new(offset, room)?,
             out: vec![0; BLOCK].into_boxed_slice(),
             offset,
-            header: zstd_header,
-            inside,
+            header: Vec::new(),
+            inside: None,
             skip: 0,
         })
+    }
+
+    /// Forgets the frame that was being decoded, and begins at the frame at blob offset `offset`.
+    pub(super) fn seek(&mut self, offset: u64) -> Result<(), IndexError> {
+        self.context.reset(offset)?;
+        if self.inside.take().is_some() {
+            self.context.forget_dictionary(offset)?;
+        }
+        self.header.clear();
+        (self.offset, self.skip) = (offset, 0);
+        Ok(())
     }
 
     pub(super) fn step<'a, 'i: 'a>(&'a mut self, input: &mut &'i [u8]) -> Result<Step<'a>, IndexError> {

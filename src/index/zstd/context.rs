@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
+use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective, get_error_name};
 
 use super::frame::BLOCK;
 use super::{Room, WINDOW_LOG_MAX, WINDOW_TOO_LARGE};
@@ -78,6 +78,14 @@ impl ZstdContext {
         };
         self.frame_made += decoded.made;
         Ok(decoded)
+    }
+
+    /// Forgets the frame that was being decoded.
+    pub(super) fn reset(&mut self, offset: u64) -> Result<(), IndexError> {
+        let reset = self.context.reset(ResetDirective::SessionOnly);
+        reset.map_err(|code| failure(code, offset))?;
+        self.frame_ended();
+        Ok(())
     }
 
     /// Notes that a frame is over.

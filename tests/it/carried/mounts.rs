@@ -4,7 +4,6 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
-use nix::libc;
 use ocifs::oci::Digest;
 use serde_json::json;
 
