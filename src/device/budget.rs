@@ -31,11 +31,11 @@ const MOST_SLACK: u64 = 64 << 20;
 pub struct CacheBudget {
     store: Store,
     limit: u64,
-    state: Mutex<State>,
+    state: Mutex<BudgetState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct BudgetState {
     /// Bytes that may be reserved before the next look at the store.
     allowance: u64,
     /// Bytes that are reserved and perhaps not yet written, so that a look at the store may not see them.
@@ -71,7 +71,7 @@ impl CacheBudget {
         self.limit
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, BudgetState> {
         self.state.lock().expect("no panic while locked")
     }
 
