@@ -179,6 +179,11 @@ impl Layer {
         &self.data.digest
     }
 
+    /// Who vouches for the index that the layer is read with.
+    pub fn authority(&self) -> &Authority {
+        &self.data.authority
+    }
+
     /// Names the index that the layer is read with.
     pub(crate) fn index(&self) -> &IndexName {
         &self.data.index

@@ -8,7 +8,7 @@
 //! IndexFile     the index of one layer as one file
 //! FileName      how files are named in every place
 //! Trust         who vouches for the files of a place
-//! IndexPlace         a directory, a web server or a repository of a registry
+//! IndexPlace    a directory, a web server or a repository of a registry
 //! Locations     all places of a process: asks them all at once for what an image needs
 //! Publisher     writes files to a place
 //! ```

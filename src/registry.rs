@@ -1,4 +1,4 @@
-//! Images in registries: the pull side of the OCI distribution specification.
+//! Images in registries: the pull side of the OCI distribution specification, and small files beside them.
 //!
 //! A process shares one [`RegistryClient`]. The client holds connection pools, challenges and tokens, redirects, and
 //! measurements of hosts. A [`RegistrySource`] is one image reference read through the client, an
@@ -14,6 +14,8 @@
 //!   blob go to its final URL directly, until that URL expires.
 //! - **Streams.** A stream resumes at the exact offset after a transient failure, within the deadline of
 //!   [`RegistryConfig::timeout`]. The rules are in `crate::blob::retry`.
+//! - **Files.** A [`FileRepository`] has small files, which can also be pushed: a HEAD and two requests for each that is not
+//!   there, and one for the manifest that lists them.
 //! - **Embedding.** [`Puller`] offers five operations for programs that only pull.
 //!
 //! # Invariants

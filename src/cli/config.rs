@@ -47,7 +47,7 @@ pub(super) struct Globals {
     /// Host from which foreign layers may be fetched that the registry does not have
     #[arg(long, global = true, value_name = "HOST")]
     foreign_layers_from: Vec<String>,
-    /// IndexPlace with indexes that somebody else has made: a directory, https://HOST/PATH or oci://HOST/REPOSITORY; several are
+    /// Place with indexes that somebody else has made: a directory, https://HOST/PATH or oci://HOST/REPOSITORY; several are
     /// asked in this order, before those of the configuration file
     #[arg(long, global = true, value_name = "LOCATION")]
     index: Vec<String>,

@@ -13,10 +13,12 @@ use super::say;
 use super::units::human;
 use super::{Fetching, ImageArgs};
 use ocifs::image::{Image, stored_profile};
-use ocifs::layer::{LayerContext, export};
-use ocifs::oci::Digest;
+use ocifs::layer::{Layer, LayerContext, export};
+use ocifs::oci::{Descriptor, Digest};
 use ocifs::published::{Compared, Difference, FileName, IndexPlace, Locations, PublishedFile, Publisher, Pushed};
 use ocifs::registry::RegistryClient;
+use ocifs::store::Authority;
+use ocifs::toc::carried::TableRef;
 
 /// Commands of `index`.
 #[derive(Debug, Subcommand)]
@@ -93,10 +95,15 @@ async fn open(config: &Config, fetching: &Fetching, args: &ImageArgs) -> anyhow:
     Ok((context, image))
 }
 
+/// Whether other hosts need an index to open a layer without streaming it. A layer that carries a table needs none.
+fn needs_index(layer: &Layer) -> bool {
+    !matches!(layer.authority(), Authority::Manifest { .. })
+}
+
 /// Returns the index files of an image's layers, each layer once, and the profiles of its starts.
 async fn files(context: &LayerContext, image: &Image) -> anyhow::Result<Vec<PublishedFile>> {
     let mut files: Vec<PublishedFile> = Vec::new();
-    for layer in image.layers() {
+    for layer in image.layers().iter().filter(|layer| needs_index(layer)) {
         let name = FileName::Index {
             layer: layer.digest().clone(),
         };
@@ -158,8 +165,7 @@ fn push(config: &Config, fetching: &Fetching, args: &PushArgs) -> anyhow::Result
                 let preparation = resolve(config, &args.image, &context.store).await?.preparation;
                 let resolved = preparation.resolved();
                 let digest = resolved.manifest_document.digest.clone();
-                let layers = resolved.layers().iter().map(|layer| layer.digest.clone());
-                (built(directory, &digest, layers)?, digest)
+                (built(directory, &digest, resolved.layers())?, digest)
             }
         };
         anyhow::Ok((publisher.push(&digest, &files).await?, digest))
@@ -168,14 +174,16 @@ fn push(config: &Config, fetching: &Fetching, args: &PushArgs) -> anyhow::Result
 }
 
 /// Returns the files of an image that `index build` wrote to a directory, with their signatures.
-fn built(
-    directory: &Path,
-    manifest: &Digest,
-    layers: impl Iterator<Item = Digest>,
-) -> anyhow::Result<Vec<PublishedFile>> {
+fn built(directory: &Path, manifest: &Digest, layers: &[Descriptor]) -> anyhow::Result<Vec<PublishedFile>> {
     let mut names: Vec<FileName> = Vec::new();
-    for layer in layers {
-        let name = FileName::Index { layer };
+    // A layer that carries a table has no index.
+    for layer in layers
+        .iter()
+        .filter(|layer| !matches!(TableRef::of(layer), Ok(Some(_))))
+    {
+        let name = FileName::Index {
+            layer: layer.digest.clone(),
+        };
         if !names.contains(&name) {
             names.push(name);
         }
@@ -239,7 +247,7 @@ fn verify(config: &Config, fetching: &Fetching, args: &VerifyArgs) -> anyhow::Re
         let mut differences = Vec::new();
         let (mut compared, mut missing) = (0, 0);
         let mut seen = std::collections::HashSet::new();
-        for layer in image.layers() {
+        for layer in image.layers().iter().filter(|layer| needs_index(layer)) {
             if !seen.insert(layer.digest().clone()) {
                 continue;
             }

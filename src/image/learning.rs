@@ -15,7 +15,7 @@ use crate::store::{Durability, Store, StoreError};
 const RELATIVES: usize = 8;
 
 /// The profile of an image's program, and its place in the store.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Learning {
     store: Store,
     repository: String,
@@ -47,6 +47,11 @@ impl Learning {
     /// The known profile. A profile from another image counts no runs. The profile is empty if nothing is known.
     pub fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    /// Reads the profile of the image from the store again. A location may have had one meanwhile. Reads a file.
+    pub fn again(&self) -> Option<Profile> {
+        stored(&self.store, &self.profile.manifest, &self.profile.label)
     }
 
     /// Waits until the start of the program is over, then learns from the reads of the image and keeps the profile.

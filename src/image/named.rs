@@ -88,6 +88,9 @@ impl NamedImage {
     pub async fn open(&self, context: &LayerContext, replayed: Option<Label>) -> Result<Opening, BlobError> {
         let recalled = self.recall().await;
         let early = recalled.and_then(|recalled| Early::begin(recalled, context, replayed.clone()));
+        if early.is_none() {
+            context.locations.warm_up();
+        }
         let opening = self.resolve_expecting(context, replayed).await?;
         match early.and_then(|early| early.confirm(opening.preparation.resolved())) {
             Some((preparation, replay)) => Ok(Opening {

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use crate::image::{CompleteError, Image, Learning, Replay};
 use crate::layer::LayerError;
 use crate::profile::Profile;
+use crate::task::joined;
 
 /// Pause before the first retry to fetch the rest of an image. Each further retry doubles the pause, up to
 /// [`LONGEST_PAUSE`]. A larger value delays the rest of the image after a short failure; a smaller one sends more
@@ -103,6 +104,7 @@ impl Side {
         let (image, profile) = (image.clone(), learning.profile().clone());
         let early = self.replay.take();
         let (heard, recorder) = (image.clone(), image.record());
+        let looking = learning.clone();
         self.tasks.spawn(async move { learning.listen(&heard, recorder).await });
         self.tasks.spawn(async move {
             if mode != Prefetch::None {
@@ -110,6 +112,10 @@ impl Side {
                 if let Err(error) = replay(&image, profile, early).await {
                     tracing::info!(%error, "cannot fetch all that the profile names");
                     progress.set(PrefetchState::Profile, Some(error.to_string()));
+                }
+                // The profile may have come from a location since the mount began.
+                if let Ok(Some(profile)) = joined(tokio::task::spawn_blocking(move || looking.again())).await {
+                    progress.replayed(&profile);
                 }
             }
             if mode == Prefetch::All {
@@ -149,6 +155,14 @@ impl ProgressReport {
     fn set(&self, state: PrefetchState, problem: Option<String>) {
         let mut status = self.0.lock().expect("no panic while locked");
         (status.state, status.problem) = (state, problem);
+    }
+
+    /// Records the profile that was replayed, if none was known when the mount began.
+    fn replayed(&self, profile: &Profile) {
+        let mut status = self.0.lock().expect("no panic while locked");
+        if status.profile_bytes == 0 {
+            (status.runs, status.profile_bytes) = (profile.runs, profile.bytes());
+        }
     }
 
     fn problem(&self) -> Option<String> {

@@ -47,11 +47,11 @@ pub struct IndexFile {
 
 impl IndexFile {
     /// Returns the longest file that an index of a layer of `size` bytes can be. Real ones have one or two hundredths
-    /// of the layer's size.
+    /// of the layer's size, and layers of many empty files have a larger part of it.
     pub fn longest(size: u64) -> usize {
-        const LEAST: u64 = 1 << 20;
+        const MORE: u64 = 1 << 20;
         const MOST: u64 = 64 << 20;
-        usize::try_from((size / 4).clamp(LEAST, MOST)).unwrap_or(usize::MAX)
+        usize::try_from(size.saturating_add(MORE).min(MOST)).unwrap_or(usize::MAX)
     }
 
     /// Returns the bytes of the file.

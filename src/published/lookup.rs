@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -23,9 +23,14 @@ use crate::registry::{FileRepository, RegistryClient, Url};
 use crate::store::{Authority, Store};
 use crate::task::joined;
 
-/// Files that are fetched at the same time. More connections would slow each other down; with fewer, images of many small
-/// layers wait for round trips.
-const FETCHES: usize = 16;
+/// Bytes of files that may be in memory before they are believed. With more, hostile places take more memory; with fewer,
+/// images of many large layers wait for each other's indexes.
+const UNBELIEVED: usize = 128 << 20;
+/// The unit in which these bytes are counted.
+const UNIT: usize = 1 << 20;
+/// What a file counts for at least, which limits the number of files that are fetched at the same time to 16. More
+/// connections would slow each other down; with fewer, images of many small layers wait for round trips.
+const LEAST_COUNTED: usize = 8 << 20;
 /// Longest signature in bytes. Real ones have about 300.
 const LONGEST_SIGNATURE: usize = 4096;
 /// Longest time for one file. Streams of bytes that do not move end much earlier.
@@ -151,6 +156,18 @@ impl Locations {
         self.0.is_empty()
     }
 
+    /// Makes connections to the places, for questions that are about to be asked. Must be called on the runtime.
+    pub fn warm_up(&self) {
+        for asked in &*self.0 {
+            if let PlaceAccess::Repository(files) = &asked.access
+                && !asked.absence.is_failing(asked.place())
+            {
+                let files = files.clone();
+                tokio::spawn(async move { files.warm_up().await });
+            }
+        }
+    }
+
     /// Asks all places for the indexes of these layers (digest and size of each) of an image, and for the profile with
     /// this label. Must be called on the runtime.
     pub fn ask(&self, manifest: &Digest, layers: Vec<(Digest, u64)>, profile: Option<&Label>) -> Lookups {
@@ -160,7 +177,7 @@ impl Locations {
         }
         let places: Vec<(Arc<AskedPlace>, Arc<ImageList>)> =
             self.0.iter().map(|a| (a.clone(), Arc::default())).collect();
-        let permits = Arc::new(Semaphore::new(FETCHES));
+        let permits = Arc::new(Semaphore::new(UNBELIEVED / UNIT));
         let image = manifest.clone();
         let ask = |name: FileName, cap: usize| {
             let (places, permits, image) = (places.clone(), permits.clone(), image.clone());
@@ -170,7 +187,8 @@ impl Locations {
                 .map(|(asked, images)| {
                     let (name, permits, image) = (name.clone(), permits.clone(), image.clone());
                     async move {
-                        let _permit = permits.acquire().await.ok()?;
+                        let units = u32::try_from(cap.clamp(LEAST_COUNTED, UNBELIEVED) / UNIT).ok()?;
+                        let _permit = permits.acquire_many(units).await.ok()?;
                         let bytes = asked.try_fetch(&name, cap, &image, &images).await?;
                         Some((bytes, asked))
                     }
@@ -245,6 +263,7 @@ impl AskedPlace {
             tracing::debug!(%place, "not asking a location that was in trouble a moment ago");
             return None;
         }
+        let began = Instant::now();
         let fetching = tokio::time::timeout(LONGEST, self.fetch(name, cap, image, images));
         let fetched = fetching.await.unwrap_or_else(|_| {
             Err(PublishedError::Timeout {
@@ -253,7 +272,11 @@ impl AskedPlace {
             })
         });
         match fetched {
-            Ok(found) => found,
+            Ok(found) => {
+                let bytes = found.as_ref().map(Bytes::len);
+                tracing::debug!(%place, %name, ?bytes, took_ms = began.elapsed().as_secs_f64() * 1e3, "asked for a file");
+                found
+            }
             Err(error) => {
                 tracing::warn!(%place, %error, "not using an index location for this file");
                 let trouble = match &error {

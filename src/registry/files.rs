@@ -78,6 +78,21 @@ fn too_long(host: &str, what: &str, cap: usize) -> BlobError {
 }
 
 impl FileRepository {
+    /// Makes the connections and the login ready that the next requests need. What goes wrong here is reported by those
+    /// requests.
+    pub async fn warm_up(&self) {
+        let ask = Ask::get(self.repository.endpoint.base().clone());
+        let wait = self.client.retry().attempt_wait();
+        let greetings = (0..STRIPES).map(|_| self.client.request(&self.repository, &ask, wait));
+        for greeted in futures::future::join_all(greetings).await {
+            match greeted {
+                // The connection can be used again once the body has been read.
+                Ok(mut answer) => drop(answer.reply.error_body().await),
+                Err(error) => tracing::debug!(repository = %self.repository, %error, "cannot prepare a connection"),
+            }
+        }
+    }
+
     /// Returns the manifest under a tag, or none if there is no such tag.
     pub async fn manifest(&self, tag: &str) -> Result<Option<Document>, BlobError> {
         match self.client.manifest_of_tag(&self.repository, tag).await {

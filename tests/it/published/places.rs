@@ -235,6 +235,9 @@ fn the_profile_of_a_start_travels_with_the_indexes() {
         local() as usize > scene.layers[1].bytes.len() / 2
     });
     assert_eq!(mount.status()["layers"][2]["local"], 0);
+    eventually("the status says so", || {
+        mount.status()["prefetch"]["profile_bytes"].as_u64() > Some(0)
+    });
     let shown = fresh.ok(["profile", "show", "--json", &scene.image]).json();
     assert_eq!(shown.as_array().unwrap().len(), 1);
 }
@@ -306,4 +309,38 @@ fn an_index_comes_from_a_web_server() {
     // Nobody vouches for the server.
     let mount = trusting(&location).mount(&scene.image);
     assert_eq!(authorities(&mount), ["pass"; 3]);
+}
+
+#[test]
+fn a_layer_that_carries_a_table_needs_no_index() {
+    let scene = Scene::new();
+    let layers = [
+        crate::common::carried::CarriedBlob::plain(scene.layers[0].clone()),
+        crate::common::carried::Writer::new(crate::common::carried::Dialect::Containers)
+            .write(&crate::common::layers::Tar::new().file("table", "table\n").finish()),
+    ];
+    crate::common::carried::push(&scene.registry, "mixed", "1", &layers);
+    let image = format!("{}/mixed:1", scene.registry.host());
+    let directory = tempfile::tempdir().unwrap();
+    let location = directory.path().to_str().unwrap();
+    let host = Ocifs::new();
+    host.ok(["index", "build", &image, "-o", location]);
+    assert_eq!(files(directory.path()).len(), 1);
+    let other = tempfile::tempdir().unwrap();
+    host.ok([
+        "index",
+        "push",
+        &image,
+        other.path().to_str().unwrap(),
+        "--from",
+        location,
+    ]);
+    let mount = trusting(other.path().to_str().unwrap()).mount(&image);
+    assert_eq!(
+        authorities(&mount),
+        [format!("location {}", other.path().display()), "manifest".to_owned()]
+    );
+    assert_eq!(mount.read("table"), b"table\n");
+    let verified = trusting(location).ok(["index", "verify", "--json", &image]).json();
+    assert_eq!(verified["compared"], 1);
 }
