@@ -12,15 +12,20 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, bare, headings, ordered, save, words
+from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, TEALS, VIOLET, bare, headings, ordered, save, words
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 OCIFS = dict(zip(("first-contact", "indexed", "profile", "all"), BLUES))
+OCIFS.update(zip(("index", "index-profile"), TEALS))
+OCIFS["estargz"] = VIOLET
 NAMES = {
     "first-contact": "ocifs, image never seen",
+    "estargz": "ocifs, eStargz image",
+    "index": "ocifs, index published",
+    "index-profile": "ocifs, start published",
     "indexed": "ocifs, image known",
     "profile": "ocifs, start known",
     "all": "ocifs, prefetching all",
@@ -60,7 +65,7 @@ def draw_ready(rows, link):
     columns = 2 if len(workloads) > 1 else 1
     lines = math.ceil(len(workloads) / columns)
     ours = [k for k in keys if k[0] == "ocifs"]
-    legend_columns = 5 if columns > 1 else 2
+    legend_columns = 4 if columns > 1 else 2
     legend = math.ceil((len(ours) + 1) / legend_columns)
     height = lines * (0.62 + 0.235 * len(keys)) + 0.9 + 0.3 * legend
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, height), squeeze=False)
