@@ -20,11 +20,11 @@ use super::transport::{Act, Ask};
 use crate::blob::{BlobError, BlobSource as _, Document};
 use crate::oci::{Digest, ReferenceSelector};
 
-/// Bytes from which on a blob is read in [`STRIPES`] parts at once. A new connection is slow at first, so several
-/// connections bring a file of this size sooner than one. With a smaller value, small files cost more requests.
-const STRIPED_FROM: u64 = 256 << 10;
-/// Parts in which a blob is read. More parts cost more connections.
-const STRIPES: u64 = 4;
+/// Bytes of a blob for each part that is read at the same time. A new connection is slow at first, so several connections
+/// bring a file sooner than one. With a smaller value, small files cost more requests.
+const STRIPE: u64 = 64 << 10;
+/// Most parts in which a blob is read. More parts cost more connections.
+const STRIPES: u64 = 8;
 
 /// A repository of files.
 #[derive(Debug, Clone)]
@@ -116,7 +116,7 @@ impl FileRepository {
             ReadKind::Unchecked,
             Elsewhere::default(),
         );
-        let stripes = if size < STRIPED_FROM { 1 } else { STRIPES };
+        let stripes = (size / STRIPE).clamp(1, STRIPES);
         let length = size.div_ceil(stripes).max(1);
         let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
         let read = async |range: std::ops::Range<u64>| {
