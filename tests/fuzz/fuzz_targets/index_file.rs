@@ -17,7 +17,9 @@ fuzz_target!(|data: &[u8]| {
     let layer = named.unwrap_or_else(|| Digest::of(b"layer"));
     let mut bytes = data.to_vec();
     bytes.extend_from_slice(blake3::hash(data).as_bytes());
-    let Ok(file) = IndexFile::decode("file", &bytes, &layer, size) else { return };
+    let Ok(file) = IndexFile::decode("file", &bytes, &layer, size) else {
+        return;
+    };
     let again = IndexFile::decode("file", &file.encode(), &layer, size).unwrap();
     assert_eq!(again, file);
     let _ = SpanIndex::open(file.spans);
