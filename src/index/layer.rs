@@ -58,8 +58,8 @@ pub struct LayerEnd {
 /// span begins in the middle of a block or frame. To decode such a span, a reader has to begin at the nearest earlier
 /// restart. In an uncompressed layer each span is a restart.
 ///
-/// Inside a zstd frame a span begins at the first block that is at least `spacing` bytes of tar behind the start of the
-/// previous span. Later some of these spans become restarts.
+/// Inside a zstd frame a span begins at the first block that is at least half of `spacing` behind the start of the
+/// previous span. Later some of these spans become restarts. With more spans there are more places to choose from.
 ///
 /// What the sink receives depends on the blob alone, and not on the pieces in which it arrives. Only the time of
 /// [`DecodeSink::window`] may differ.
@@ -68,6 +68,8 @@ pub struct LayerDecoder {
     codec: Codec,
     cutter: Cutter,
     spacing: u64,
+    /// Smallest distance of spans inside a zstd frame.
+    block_spacing: u64,
     blob_size: u64,
     /// A place right behind all output so far, where a span begins with the next byte of output.
     next: Option<NextSpan>,
@@ -157,7 +159,8 @@ impl LayerDecoder {
     /// Makes a decoder like [`LayerDecoder::new`] that asks `room` for the memory of zstd windows.
     pub fn with_room(compression: Compression, spacing: u64, room: Room) -> Result<Self, IndexError> {
         let spacing = spacing.clamp(MIN_SPACING, MAX_SPAN);
-        let mut codec = Codec::new(compression, spacing, room)?;
+        let block_spacing = spacing / 2;
+        let mut codec = Codec::new(compression, block_spacing, room)?;
         codec.stop_at(0);
         Ok(Self {
             codec,
@@ -177,6 +180,7 @@ impl LayerDecoder {
                 next: 0,
             },
             spacing,
+            block_spacing,
             blob_size: 0,
             next: None,
             tracked: SpanId(0),
@@ -222,7 +226,8 @@ impl LayerDecoder {
                             self.codec.stop_at(restart_at + self.spacing);
                         }
                     }
-                    self.codec.cut_at(span_start + self.spacing, span_start + max_span);
+                    self.codec
+                        .cut_at(span_start + self.block_spacing, span_start + max_span);
                 }
             }
             self.window(sink);

@@ -6,7 +6,7 @@
 //!
 //! libzstd says nothing about what a block takes over from the blocks before it. So a parser of our own follows the
 //! blocks beside libzstd: their tables, and where their matches come from (`block`, `sequences`, `fse`, `literals`).
-//! It does not decode the literals, so it is faster than libzstd. It runs in a thread of its own (`worker`). It counts
+//! It does not decode the literals. It runs in a thread of its own (`worker`). It counts
 //! which bytes of the window a restart would need (`coverage`), and chooses restarts where they are few (`planner`).
 //!
 //! ```text
@@ -30,6 +30,7 @@ mod context;
 mod coverage;
 mod frame;
 mod fse;
+mod history;
 mod literals;
 mod pass;
 mod planner;

@@ -1,12 +1,16 @@
 //! Which bytes of a frame's output are read again, and from how far.
 //!
 //! # How it works
-//! The output is cut into *segments*. Each begins at a block where decoding could begin again, a candidate. Beside
-//! every byte of the output there is a *mark*: the last segment from which a match reads the byte. At first that is the
-//! byte's own segment. A candidate needs exactly the bytes before it whose mark is its own segment or a later one.
+//! The output is cut into *segments*. Each begins at a block where decoding could begin again, a candidate. Every
+//! [`GRAIN`] bytes of the output have a *mark*: the last segment from which a match reads one of these bytes. At first
+//! that is the segment of the first of them. A candidate needs the bytes before it whose mark is its own segment or a
+//! later one.
 //!
-//! Two rings hold the output and the marks of the last window. Once no match can reach a segment any more, its marked
-//! bytes are copied out of the rings ([`KeptSegment`]), and they stay until no candidate needs them.
+//! Once no match can reach a segment any more, its marks are counted ([`CountedSegment`]). So it takes little time to
+//! say how much a candidate needs.
+//!
+//! A candidate is known as soon as the output is one window behind it, and it needs bytes of the window before it. So two
+//! windows of output are kept ([`History`]), and a ring of their marks.
 //!
 //! # Invariants
 //! - Memory is bounded by what [`Coverage::memory`] says.
@@ -14,37 +18,38 @@
 use std::collections::VecDeque;
 
 use super::frame::BLOCK;
+use super::history::History;
 use super::sequences::Matches;
 
-/// Bytes of bookkeeping for one run of marked bytes.
-const RUN: usize = size_of::<KeptRun>();
-/// Bytes by which the rings grow at once.
-const GROWTH: usize = 4 << 20;
+/// Bytes of output for each mark, as a binary logarithm. More bytes make restarts larger, because they contain bytes
+/// that no match reads. Fewer bytes take more time.
+const GRAIN_LOG: u32 = 2;
+/// Bytes of output for each mark.
+const GRAIN: u64 = 1 << GRAIN_LOG;
+
+/// Marks by which the ring grows at once.
+const GROWTH: usize = 256 << 10;
 
 /// Number of a segment within its frame. The frame itself begins segment 0.
 pub(super) type SegmentNumber = u32;
 
-/// Marked bytes of a segment that no later match can read.
+/// A segment that no later match can read.
 #[derive(Debug)]
-struct KeptSegment {
+struct CountedSegment {
     segment: SegmentNumber,
     /// Positions of the segment in the frame's output.
     start: u64,
     end: u64,
-    runs: Vec<KeptRun>,
-    /// The bytes of all runs.
-    bytes: Vec<u8>,
-    /// Whether more bytes are marked than are worth keeping. No restart can use them then.
-    too_many: bool,
+    /// Bytes that are marked by each later segment. The first number is that of the next segment.
+    marked: Vec<u64>,
 }
 
-/// Neighbouring bytes with the same mark.
-#[derive(Debug, Clone, Copy)]
-struct KeptRun {
-    /// Offset of the first byte from the start of the segment.
-    offset: u32,
-    len: u32,
-    mark: SegmentNumber,
+impl CountedSegment {
+    /// Returns how many bytes segment `segment` or a later one reads.
+    fn read_since(&self, segment: SegmentNumber) -> u64 {
+        let first = (segment - self.segment).saturating_sub(1) as usize;
+        self.marked.get(first..).unwrap_or_default().iter().sum()
+    }
 }
 
 /// Bytes before a restart that it needs, or that a later one needs.
@@ -56,14 +61,6 @@ pub(super) struct SparseWindow {
     pub(super) bytes: Vec<u8>,
 }
 
-/// Neighbouring bytes that a candidate needs.
-struct NeededRun<'a> {
-    segment: SegmentNumber,
-    /// Position in the frame's output.
-    start: u64,
-    bytes: &'a [u8],
-}
-
 /// Marks of one frame's output.
 #[derive(Debug)]
 pub(super) struct Coverage {
@@ -72,21 +69,18 @@ pub(super) struct Coverage {
     longest: u64,
     /// Most bytes of the frame's output.
     most: u64,
-    /// Size of the rings once they are full.
-    capacity: usize,
-    output: Vec<u8>,
+    /// Bytes of output that are kept.
+    reachable: u64,
+    history: History,
+    /// A ring. The mark of the byte at position `p` of the frame's output is number `p / GRAIN`, modulo the ring's size.
     marks: Vec<u8>,
-    /// Index in the rings of the next byte of output.
-    head: usize,
-    /// Bytes of output so far.
-    position: u64,
+    /// Size of the ring once it is full, less one. The size is a power of two.
+    mask: usize,
     /// Whether the frame is over.
     finished: bool,
-    /// Segments whose bytes are in the rings, with their starts. The last one is the present segment.
+    /// Segments that later matches can read, with their starts. The last one is the present segment.
     segments: VecDeque<(SegmentNumber, u64)>,
-    kept: VecDeque<KeptSegment>,
-    /// Bytes of memory in `kept`.
-    kept_size: usize,
+    counted: VecDeque<CountedSegment>,
     /// Segments whose candidates are not forgotten, with their starts.
     candidates: VecDeque<(SegmentNumber, u64)>,
 }
@@ -98,34 +92,35 @@ impl Coverage {
             window,
             longest: longest(window, spacing),
             most: content.unwrap_or(u64::MAX),
-            capacity: usize::try_from(ring(window, content, spacing)).ok()?,
-            output: Vec::new(),
+            reachable: reachable(window, content, spacing),
+            history: History::default(),
             marks: Vec::new(),
-            head: 0,
-            position: 0,
+            mask: usize::try_from(ring(window, content, spacing)).ok()? - 1,
             finished: false,
             segments: VecDeque::from([(0, 0)]),
-            kept: VecDeque::new(),
-            kept_size: 0,
+            counted: VecDeque::new(),
             candidates: VecDeque::new(),
         })
     }
 
     /// Returns the smallest distance of candidates for this window. With it, a mark of one byte tells all segments
-    /// apart that the rings contain.
+    /// apart that the ring contains.
     pub(super) fn spacing(window: u64, spacing: u64) -> u64 {
         spacing.max(window / 64)
     }
 
-    /// Returns the bytes of memory that a whole frame takes: two rings, and a quarter as much for the bytes that are
-    /// kept.
+    /// Returns the bytes of memory that a whole frame takes: a history that may be an eighth longer than the output, and
+    /// the ring of marks. Free buffers count as part of the queues.
     pub(super) fn memory(window: u64, content: Option<u64>, spacing: u64) -> u64 {
-        ring(window, content, spacing).saturating_mul(5) / 2
+        let output = reachable(window, content, spacing);
+        (output / 8)
+            .saturating_mul(9)
+            .saturating_add(ring(window, content, spacing))
     }
 
     /// Returns the bytes of the frame's output so far.
     pub(super) fn position(&self) -> u64 {
-        self.position
+        self.history.end()
     }
 
     fn current(&self) -> (SegmentNumber, u64) {
@@ -136,19 +131,20 @@ impl Coverage {
     /// before it is too long for the rings.
     pub(super) fn begin_segment(&mut self) -> Option<SegmentNumber> {
         let (last, start) = self.current();
-        if self.position - start > self.longest {
+        let position = self.position();
+        if position - start > self.longest {
             return None;
         }
         let segment = last + 1;
-        self.segments.push_back((segment, self.position));
-        self.candidates.push_back((segment, self.position));
+        self.segments.push_back((segment, position));
+        self.candidates.push_back((segment, position));
         Some(segment)
     }
 
     /// Whether no later match can read what lies before the candidate of a segment.
     pub(super) fn is_complete(&self, segment: SegmentNumber) -> bool {
         let start = self.start_of(segment);
-        self.finished || start.is_none_or(|start| start.saturating_add(self.window) <= self.position)
+        self.finished || start.is_none_or(|start| start.saturating_add(self.window) <= self.position())
     }
 
     fn start_of(&self, segment: SegmentNumber) -> Option<u64> {
@@ -156,187 +152,176 @@ impl Coverage {
         candidate.map(|&(_, start)| start)
     }
 
-    /// Takes the output of a block. Returns false if there is no memory, or if the frame is longer than its header says.
-    pub(super) fn append(&mut self, mut bytes: &[u8]) -> bool {
-        if bytes.len() as u64 > self.most - self.position {
+    /// Takes the output of a block: the first `len` bytes of `output`. Returns false if there is no memory, or if the
+    /// frame is longer than its header says.
+    pub(super) fn append(&mut self, output: Vec<u8>, len: usize) -> bool {
+        let from = self.position();
+        if len as u64 > self.most - from || !self.history.push(output, len) {
             return false;
         }
         let mark = self.current().0 as u8;
-        while !bytes.is_empty() {
-            let (head, tail) = bytes.split_at(bytes.len().min(self.capacity - self.head));
-            let end = self.head + head.len();
-            if self.output.len() < end {
-                let more = end - self.output.len();
-                if !grow(&mut self.output, more, self.capacity) || !grow(&mut self.marks, more, self.capacity) {
-                    return false;
-                }
+        let mut at = from.div_ceil(GRAIN);
+        let end = self.position().div_ceil(GRAIN);
+        while at < end {
+            let begin = at as usize & self.mask;
+            let part = ((end - at) as usize).min(self.mask + 1 - begin);
+            if self.marks.len() < begin + part && !grow(&mut self.marks, begin + part, self.mask + 1) {
+                return false;
             }
-            self.output[self.head..end].copy_from_slice(head);
-            self.marks[self.head..end].fill(mark);
-            self.head = if end == self.capacity { 0 } else { end };
-            self.position += head.len() as u64;
-            bytes = tail;
+            self.marks[begin..begin + part].fill(mark);
+            at += part as u64;
         }
         while let (Some(&(segment, start)), Some(&(_, end))) = (self.segments.front(), self.segments.get(1))
-            && end.saturating_add(self.window) <= self.position
+            && end.saturating_add(self.window) <= self.position()
         {
-            self.keep(segment, start, end);
+            self.count(segment, start, end);
         }
+        self.history.forget(self.position().saturating_sub(self.reachable));
         true
+    }
+
+    /// Returns a buffer that is free for the output of another block, if there is one.
+    pub(super) fn take_spare(&mut self) -> Option<Vec<u8>> {
+        self.history.take_spare()
     }
 
     /// Ends the frame: no match follows.
     pub(super) fn finish(&mut self) {
         while let (Some(&(segment, start)), Some(&(_, end))) = (self.segments.front(), self.segments.get(1)) {
-            self.keep(segment, start, end);
+            self.count(segment, start, end);
         }
         self.finished = true;
     }
 
-    /// Copies the marked bytes of the first segment out of the rings.
-    fn keep(&mut self, segment: SegmentNumber, start: u64, end: u64) {
+    /// Counts the marks of the first segment.
+    fn count(&mut self, segment: SegmentNumber, start: u64, end: u64) {
         self.segments.pop_front();
-        let current = self.current().0;
-        let len = (end - start) as usize;
-        let mut kept = KeptSegment {
+        let mut counted = CountedSegment {
             segment,
             start,
             end,
-            runs: Vec::new(),
-            bytes: Vec::new(),
-            too_many: false,
+            marked: Vec::new(),
         };
-        let mut done = 0;
-        for (from, part) in self.parts(start, len) {
-            kept.add(
-                done,
-                &self.marks[from..from + part],
-                &self.output[from..from + part],
-                current,
-            );
-            done += part;
-        }
-        let most = self.capacity / 2;
-        if self.kept_size + kept.size() > most {
-            let first = self
-                .candidates
-                .front()
-                .map_or(SegmentNumber::MAX, |&(segment, _)| segment);
-            self.kept.iter_mut().for_each(|kept| kept.shrink(first));
-            self.kept_size = self.kept.iter().map(KeptSegment::size).sum();
-        }
-        if self.kept_size + kept.size() > most {
-            kept.too_many = true;
-            (kept.runs, kept.bytes) = (Vec::new(), Vec::new());
-        }
-        self.kept_size += kept.size();
-        self.kept.push_back(kept);
+        let mut marked: Vec<u64> = Vec::new();
+        self.runs(&counted, |by, _, len| {
+            let n = (by - segment - 1) as usize;
+            if marked.len() <= n {
+                marked.resize(n + 1, 0);
+            }
+            marked[n] += len;
+        });
+        counted.marked = marked;
+        self.counted.push_back(counted);
     }
 
-    /// Returns the index and the length of the one or two parts of the rings that hold `len` bytes from `start` on.
-    fn parts(&self, start: u64, len: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let back = (self.position - start) as usize;
-        let from = if back <= self.head {
-            self.head - back
-        } else {
-            self.head + self.capacity - back
-        };
-        let first = len.min(self.capacity - from);
-        [(from, first), (0, len - first)]
-            .into_iter()
-            .filter(|&(_, len)| len > 0)
-    }
-
-    /// Returns the runs of bytes that the candidate of a segment needs, each with the positions of its segment. `None`
-    /// if they are too many. The candidate must be complete.
-    fn runs_of(&self, segment: SegmentNumber) -> Option<impl Iterator<Item = NeededRun<'_>>> {
-        let before = || self.kept.iter().take_while(move |kept| kept.segment < segment);
-        if before().any(|kept| kept.too_many) {
-            return None;
+    /// Gives the marked runs of a segment to `take`: the segment that marked the run, the run's position, and its length.
+    fn runs(&self, counted: &CountedSegment, mut take: impl FnMut(SegmentNumber, u64, u64)) {
+        let &CountedSegment {
+            segment, start, end, ..
+        } = counted;
+        let own = segment as u8;
+        let mut at = start / GRAIN;
+        let last = end.div_ceil(GRAIN);
+        while at < last {
+            let begin = at as usize & self.mask;
+            let part = ((last - at) as usize).min(self.mask + 1 - begin);
+            let marks = self.marks.get(begin..begin + part).unwrap_or_default();
+            let mut from = 0;
+            loop {
+                from += count_same(&marks[from..], own);
+                let Some(&mark) = marks.get(from) else { break };
+                let len = count_same(&marks[from..], mark);
+                let position = |n: usize| ((at + n as u64) * GRAIN).clamp(start, end);
+                let (first, behind) = (position(from), position(from + len));
+                from += len;
+                // Marks are segments modulo 256. Where a segment begins between two marks, the mark there can be that of
+                // the segment before it.
+                let later = mark.wrapping_sub(own);
+                if later != u8::MAX {
+                    take(segment + SegmentNumber::from(later), first, behind - first);
+                }
+            }
+            at += part as u64;
         }
-        Some(before().flat_map(move |kept| {
-            let mut rest = &kept.bytes[..];
-            kept.runs.iter().filter_map(move |run| {
-                let bytes;
-                (bytes, rest) = rest.split_at(run.len as usize);
-                (run.mark >= segment).then(|| NeededRun {
-                    segment: kept.segment,
-                    start: kept.start + u64::from(run.offset),
-                    bytes,
-                })
-            })
-        }))
     }
 
-    /// Returns how many bytes the candidate of a segment needs that lie in segment `since` or a later one.
-    pub(super) fn cost(&self, segment: SegmentNumber, since: SegmentNumber) -> Option<u64> {
-        let runs = self.runs_of(segment)?.filter(|run| run.segment >= since);
-        Some(runs.map(|run| run.bytes.len() as u64).sum())
+    /// Returns the segments before the candidate of `segment`, from segment `since` on.
+    fn before(&self, segment: SegmentNumber, since: SegmentNumber) -> impl Iterator<Item = &CountedSegment> {
+        let from = self.counted.partition_point(|counted| counted.segment < since);
+        let range = self.counted.range(from..);
+        range.take_while(move |counted| counted.segment < segment)
+    }
+
+    /// Returns how many bytes the candidate of a segment needs that lie in segment `since` or a later one. The candidate
+    /// must be complete.
+    pub(super) fn cost(&self, segment: SegmentNumber, since: SegmentNumber) -> u64 {
+        self.before(segment, since)
+            .map(|counted| counted.read_since(segment))
+            .sum()
     }
 
     /// Returns the bytes that the candidate of a segment needs and that lie in segment `since` or a later one. Also
-    /// returns how far the bytes that it needs reach back in all. `None` if they are too many. The candidate must be
-    /// complete.
+    /// returns how far the bytes that it needs reach back in all. The candidate must be complete.
     pub(super) fn window_of(&self, segment: SegmentNumber, since: SegmentNumber) -> Option<(SparseWindow, u64)> {
         let restart = self.start_of(segment)?;
         let mut sparse = SparseWindow::default();
         let mut reach = 0;
-        for NeededRun {
-            segment: of,
-            start,
-            bytes,
-        } in self.runs_of(segment)?
-        {
-            reach = reach.max(restart - start);
-            if of < since {
-                continue;
-            }
-            let end = start + bytes.len() as u64;
-            match sparse.runs.last_mut() {
-                Some((back, len)) if *back == restart - start => {
-                    *back = restart - end;
-                    *len += end - start;
+        let first = self.before(segment, 0).find(|counted| counted.read_since(segment) > 0);
+        if let Some(counted) = first {
+            self.runs(counted, |by, start, _| {
+                if by >= segment {
+                    reach = reach.max(restart - start);
                 }
-                _ => sparse.runs.push((restart - end, end - start)),
-            }
-            sparse.bytes.extend_from_slice(bytes);
+            });
+        }
+        for counted in self.before(segment, since) {
+            self.runs(counted, |by, start, len| {
+                if by < segment {
+                    return;
+                }
+                match sparse.runs.last_mut() {
+                    Some((back, before)) if *back == restart - start => {
+                        *back -= len;
+                        *before += len;
+                    }
+                    _ => sparse.runs.push((restart - start - len, len)),
+                }
+                self.history.copy(start, len as usize, &mut sparse.bytes);
+            });
         }
         Some((sparse, reach))
     }
 
-    /// Forgets all candidates up to and including that of `segment`, and the bytes that only they need.
+    /// Forgets all candidates up to and including that of `segment`, and the segments that only they need.
     pub(super) fn forget(&mut self, segment: SegmentNumber) {
         while self.candidates.front().is_some_and(|candidate| candidate.0 <= segment) {
             self.candidates.pop_front();
         }
-        let first = self.candidates.front().copied();
-        let needed = |kept: &KeptSegment| {
-            first.is_some_and(|(segment, start)| {
-                kept.runs.iter().any(|run| run.mark >= segment)
-                    || kept.too_many && kept.end > start.saturating_sub(self.window)
-            })
-        };
-        while let Some(front) = self.kept.front()
-            && !needed(front)
+        let first = self
+            .candidates
+            .front()
+            .map_or(SegmentNumber::MAX, |candidate| candidate.0);
+        while let Some(counted) = self.counted.front()
+            && counted.segment <= segment
+            && counted.read_since(first.max(counted.segment)) == 0
         {
-            self.kept_size -= front.size();
-            self.kept.pop_front();
+            self.counted.pop_front();
         }
     }
 
     /// Returns a receiver for the matches of the next block.
     pub(super) fn matches(&mut self) -> BlockMatches<'_> {
         let (segment, segment_start) = self.current();
+        let position = self.position();
         BlockMatches {
             marks: &mut self.marks,
-            capacity: self.capacity,
-            head: self.head,
+            mask: self.mask,
             mark: segment as u8,
-            begin: self.position,
-            position: self.position,
+            begin: position,
+            position,
             segment_start,
             window: self.window,
-            literals: 0,
+            matched: 0,
         }
     }
 }
@@ -348,70 +333,30 @@ fn longest(window: u64, spacing: u64) -> u64 {
     least.saturating_add(spacing).saturating_add(2 * BLOCK as u64)
 }
 
-/// Size of a ring: a window, a segment that is not yet kept, and the blocks that overlap their ends.
-fn ring(window: u64, content: Option<u64>, spacing: u64) -> u64 {
+/// Returns the most bytes of output that matter at a time: two windows, or one window and a segment that is not yet
+/// counted. Also, the blocks that overlap their ends.
+fn reachable(window: u64, content: Option<u64>, spacing: u64) -> u64 {
     let all = window
-        .saturating_add(longest(window, spacing))
+        .saturating_add(window.max(longest(window, spacing)))
         .saturating_add(2 * BLOCK as u64);
     all.min(content.unwrap_or(u64::MAX).saturating_add(BLOCK as u64))
 }
 
-/// Lengthens a ring. Returns false if there is no memory.
-fn grow(ring: &mut Vec<u8>, more: usize, capacity: usize) -> bool {
-    let len = ring.len() + more;
+/// Returns the number of marks in the ring once it is full.
+fn ring(window: u64, content: Option<u64>, spacing: u64) -> u64 {
+    (reachable(window, content, spacing) / GRAIN + 2).next_power_of_two()
+}
+
+/// Lengthens a ring to `len`. Returns false if there is no memory.
+fn grow(ring: &mut Vec<u8>, len: usize, capacity: usize) -> bool {
     if ring.capacity() < len {
-        let room = len.next_multiple_of(GROWTH).min(capacity).max(len) - ring.len();
+        let room = len.next_multiple_of(GROWTH).min(capacity) - ring.len();
         if ring.try_reserve_exact(room).is_err() {
             return false;
         }
     }
     ring.resize(len, 0);
     true
-}
-
-impl KeptSegment {
-    /// Adds the marked bytes of a part of the segment, which begins `done` bytes behind the segment's start.
-    fn add(&mut self, done: usize, marks: &[u8], output: &[u8], current: SegmentNumber) {
-        let own = self.segment as u8;
-        let mut at = 0;
-        loop {
-            at += count_same(&marks[at..], own);
-            let Some(&mark) = marks.get(at) else { return };
-            let len = count_same(&marks[at..], mark);
-            self.runs.push(KeptRun {
-                offset: (done + at) as u32,
-                len: len as u32,
-                // Marks are segments modulo 256, and none of them is later than the present one.
-                mark: current - SegmentNumber::from((current as u8).wrapping_sub(mark)),
-            });
-            self.bytes.extend_from_slice(&output[at..at + len]);
-            at += len;
-        }
-    }
-
-    /// Bytes of memory.
-    fn size(&self) -> usize {
-        self.runs.len() * RUN + self.bytes.len()
-    }
-
-    /// Forgets the bytes that only candidates before that of segment `first` need.
-    fn shrink(&mut self, first: SegmentNumber) {
-        let (mut from, mut to) = (0, 0);
-        let bytes = &mut self.bytes;
-        self.runs.retain(|run| {
-            let end = from + run.len as usize;
-            let needed = run.mark >= first;
-            if needed {
-                bytes.copy_within(from..end, to);
-                to += run.len as usize;
-            }
-            from = end;
-            needed
-        });
-        bytes.truncate(to);
-        bytes.shrink_to_fit();
-        self.runs.shrink_to_fit();
-    }
 }
 
 /// Returns how many marks at the front are `mark`.
@@ -426,8 +371,7 @@ fn count_same(marks: &[u8], mark: u8) -> usize {
 #[derive(Debug)]
 pub(super) struct BlockMatches<'a> {
     marks: &'a mut [u8],
-    capacity: usize,
-    head: usize,
+    mask: usize,
     mark: u8,
     /// Position of the block in the frame's output.
     begin: u64,
@@ -435,13 +379,14 @@ pub(super) struct BlockMatches<'a> {
     position: u64,
     segment_start: u64,
     window: u64,
-    literals: u64,
+    /// Bytes of the matches so far.
+    matched: u64,
 }
 
 impl BlockMatches<'_> {
     /// Returns how many literals lie before the matches.
     pub(super) fn literals(&self) -> u64 {
-        self.literals
+        self.made() - self.matched
     }
 
     /// Returns how many bytes the literals between the matches, and the matches, have made.
@@ -449,19 +394,25 @@ impl BlockMatches<'_> {
         self.position - self.begin
     }
 
-    /// Marks `len` bytes from `start` on, all before the present segment.
+    /// Marks the bytes from `start` to `end`.
     #[inline(always)]
-    fn mark(&mut self, start: u64, len: usize) {
-        let back = (self.begin - start) as usize;
-        let from = if back <= self.head {
-            self.head - back
-        } else {
-            self.head + self.capacity - back
-        };
-        let first = len.min(self.capacity - from);
-        fill(&mut self.marks[from..from + first], self.mark);
-        if first < len {
-            fill(&mut self.marks[..len - first], self.mark);
+    fn mark(&mut self, start: u64, end: u64) {
+        let (first, behind) = (start / GRAIN, end.div_ceil(GRAIN));
+        let from = first as usize & self.mask;
+        let until = from + (behind - first) as usize;
+        match self.marks.get_mut(from..until) {
+            Some(marks) => fill(marks, self.mark),
+            None => self.mark_singly(first, behind),
+        }
+    }
+
+    /// Marks across the end of the ring.
+    #[cold]
+    fn mark_singly(&mut self, first: u64, behind: u64) {
+        for at in first..behind {
+            if let Some(mark) = self.marks.get_mut(at as usize & self.mask) {
+                *mark = self.mark;
+            }
         }
     }
 }
@@ -469,15 +420,12 @@ impl BlockMatches<'_> {
 /// Fills marks, which are few most of the time.
 #[inline(always)]
 fn fill(marks: &mut [u8], mark: u8) {
-    let eight = [mark; 8];
     if marks.len() > 16 {
         marks.fill(mark);
-    } else if let Some((head, _)) = marks.split_first_chunk_mut::<8>() {
-        *head = eight;
-        // The two parts overlap.
-        if let Some((_, tail)) = marks.split_last_chunk_mut::<8>() {
-            *tail = eight;
-        }
+    } else if marks.len() >= 8 {
+        fill_overlapping::<8>(marks, mark);
+    } else if marks.len() >= 4 {
+        fill_overlapping::<4>(marks, mark);
     } else {
         for old in marks {
             *old = mark;
@@ -485,19 +433,30 @@ fn fill(marks: &mut [u8], mark: u8) {
     }
 }
 
+/// Fills `N` to `2 * N` marks with two writes, which may overlap.
+#[inline(always)]
+fn fill_overlapping<const N: usize>(marks: &mut [u8], mark: u8) {
+    if let Some(head) = marks.first_chunk_mut::<N>() {
+        *head = [mark; N];
+    }
+    if let Some(tail) = marks.last_chunk_mut::<N>() {
+        *tail = [mark; N];
+    }
+}
+
 impl Matches for BlockMatches<'_> {
     #[inline(always)]
     fn take(&mut self, literals: usize, len: usize, offset: u64) -> bool {
         self.position += literals as u64;
-        self.literals += literals as u64;
-        if offset > self.position || offset > self.window {
+        if offset > self.position.min(self.window) {
             return false;
         }
         let start = self.position - offset;
         if start < self.segment_start {
-            self.mark(start, len.min((self.segment_start - start) as usize));
+            self.mark(start, (start + len as u64).min(self.segment_start));
         }
         self.position += len as u64;
+        self.matched += len as u64;
         true
     }
 }
@@ -540,7 +499,7 @@ mod tests {
             }
             output.extend(std::iter::repeat_with(|| rng.u8(..)).take(block));
             let from = output.len() - block;
-            assert!(coverage.append(&output[from..]));
+            assert!(coverage.append(output[from..].to_vec(), block));
         }
         coverage.finish();
         assert!(restarts.len() > 60);
@@ -553,16 +512,24 @@ mod tests {
                     needed[from.min(end)..end].fill(true);
                 }
             }
-            let count = |range: std::ops::Range<usize>| needed[range].iter().filter(|&&needed| needed).count() as u64;
+            // The restart has whole grains.
+            let grain = GRAIN as usize;
+            let mut allowed = vec![false; restart];
+            allowed[restart / grain * grain..].fill(true);
+            for (grain, needed) in allowed.chunks_mut(grain).zip(needed.chunks(grain)) {
+                if needed.contains(&true) {
+                    grain.fill(true);
+                }
+            }
             // Once all that it needs, once only what it needs of the last 40,000 bytes or so.
             let all = (coverage.window_of(segment, 0), 0);
             let since = segment.saturating_sub(8);
             let from = starts.get(&since).copied().unwrap_or(0);
             for ((window, from), since) in [(all, 0), ((coverage.window_of(segment, since), from), since)] {
                 let (sparse, reach) = window.unwrap();
-                assert_eq!(coverage.cost(segment, since), Some(count(from..restart)));
-                let first = needed.iter().position(|&needed| needed);
-                assert_eq!(reach as usize, first.map_or(0, |first| restart - first));
+                assert_eq!(coverage.cost(segment, since), sparse.bytes.len() as u64);
+                let first = needed.iter().position(|&needed| needed).unwrap_or(restart);
+                assert!((0..grain).contains(&(reach as usize + first - restart)));
                 let mut bytes = &sparse.bytes[..];
                 let mut found = vec![false; restart];
                 for (back, len) in sparse.runs {
@@ -573,7 +540,10 @@ mod tests {
                     found[range].fill(true);
                     bytes = tail;
                 }
-                assert!(found[from..] == needed[from..] && !found[..from].contains(&true));
+                assert!(!found[..from].contains(&true));
+                for at in from..restart {
+                    assert!(needed[at] <= found[at] && found[at] <= allowed[at]);
+                }
             }
         }
     }
@@ -582,7 +552,7 @@ mod tests {
     fn matches_beyond_the_window_are_not_taken() {
         let mut coverage = Coverage::new(1000, None, 4000).unwrap();
         assert!(!coverage.matches().take(10, 3, 11));
-        assert!(coverage.append(&[1; 3000]));
+        assert!(coverage.append(vec![1; 3000], 3000));
         assert!(coverage.matches().take(10, 3, 1000));
         assert!(!coverage.matches().take(10, 3, 1001));
     }

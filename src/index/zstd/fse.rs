@@ -337,6 +337,15 @@ impl State {
         (self.0 >> 24) as u8 as u32
     }
 
+    /// Returns how many bits the values of these states, and the choice of the next states, take in all.
+    #[inline(always)]
+    pub(super) fn bits_of(states: [Self; 3]) -> u32 {
+        // No sum overflows into the next field: the first are below 2^10, and the others below 2^6.
+        let [first, second, third] = states.map(|state| state.0 & 0xffff_ffff);
+        let sum = first + second + third;
+        (sum >> 16) as u8 as u32 + (sum >> 24) as u8 as u32
+    }
+
     #[inline(always)]
     pub(super) fn baseline(self) -> u32 {
         (self.0 >> 32) as u32

@@ -217,7 +217,7 @@ impl ZstdPass {
 
     fn begin_following(&mut self, header: FrameHeader) {
         if let Some(memory) = Planner::memory(&header, self.spacing)
-            && self.worker.begin(header)
+            && self.worker.begin(header, self.offset)
         {
             self.context.use_beside(memory + PlannerWorker::MEMORY);
             self.followed = true;
@@ -320,10 +320,13 @@ impl ZstdPass {
         let span = self.named.take();
         let Some(kind) = ready.kind else { return };
         if self.followed {
-            let (content, output) = match self.worker.buffers() {
+            let (content, mut output) = match self.worker.buffers() {
                 Some(used) => (used.content, used.output),
-                None => (Vec::new(), vec![0; BLOCK]),
+                None => (Vec::new(), Vec::new()),
             };
+            if output.len() < BLOCK {
+                output = vec![0; BLOCK];
+            }
             self.worker.block(DecodedBlock {
                 kind,
                 content: mem::replace(&mut self.piece, content),

@@ -9,7 +9,8 @@
 //! keeps only bytes behind the restart before it ([`Restart`]).
 //!
 //! The index may take [`BUDGET`] of the blob. So restarts are close together where they need little, and far apart where
-//! they need much.
+//! they need much. A read decodes half of the bytes between two restarts on average, and a stretch twice as long is also
+//! read twice as often. So the worth of a restart grows with the square of its distance ([`PRICE`]).
 //!
 //! # Invariants
 //! - The restarts depend on nothing but the blob, and on whether there was memory.
@@ -17,6 +18,7 @@
 //!   valid.
 
 use std::collections::VecDeque;
+use std::mem;
 
 use super::block::{Carried, Follower, LiveTable, TableUse};
 use super::coverage::{Coverage, SegmentNumber};
@@ -29,8 +31,13 @@ use crate::index::{SpanId, step::SpanRestart};
 const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 145 };
 /// Bytes of the index for each span.
 const SPAN_ENTRY: u64 = 64;
-/// Smallest distance of restarts in bytes of tar, as a multiple of the distance of candidates.
-const LEAST_DISTANCE: u64 = if cfg!(fuzzing) { 1 } else { 3 };
+/// A restart may take about `share * share / PRICE` bytes, where `share` is [`BUDGET`] of the bytes of the blob since the
+/// restart before it. With a larger value, cheap restarts are missed; with a smaller one, dear ones close to others use
+/// up what is allowed.
+const PRICE: u64 = 6000;
+/// Least number of needed bytes from which the planner learns how well they compress. Below it, most of a restart is
+/// tables.
+const TELLING: u64 = 4096;
 
 /// A block that was decoded.
 #[derive(Debug)]
@@ -77,9 +84,10 @@ struct Frame {
     follower: Follower,
     coverage: Coverage,
     candidates: VecDeque<RestartCandidate>,
-    /// Position of the last restart in the frame's output, and its segment.
+    /// Position of the last restart in the frame's output, its segment, and its offset in the blob.
     restart_at: u64,
     restart: SegmentNumber,
+    restart_offset: u64,
     /// Position of the last candidate.
     candidate_at: u64,
 }
@@ -116,8 +124,8 @@ impl Planner {
         (!short && !header.dictionary).then(|| Coverage::memory(header.window, header.content, spacing))
     }
 
-    /// Begins a frame.
-    pub(super) fn begin(&mut self, header: FrameHeader) {
+    /// Begins a frame, of which the first block is at blob offset `offset`.
+    pub(super) fn begin(&mut self, header: FrameHeader, offset: u64) {
         let coverage = Coverage::new(header.window, header.content, self.spacing);
         self.frame = coverage.map(|coverage| {
             Box::new(Frame {
@@ -127,6 +135,7 @@ impl Planner {
                 candidates: VecDeque::new(),
                 restart_at: 0,
                 restart: 0,
+                restart_offset: offset,
                 candidate_at: 0,
             })
         });
@@ -149,8 +158,8 @@ impl Planner {
         self.frame = None;
     }
 
-    /// Takes a block.
-    pub(super) fn block(&mut self, block: &DecodedBlock) {
+    /// Takes a block. Its content remains, and its output is what the next block may use.
+    pub(super) fn block(&mut self, block: &mut DecodedBlock) {
         let spacing = self.spacing;
         if let Some(frame) = &mut self.frame
             && frame.follow(block, spacing).is_none()
@@ -162,7 +171,7 @@ impl Planner {
 
     /// Returns the restarts that were chosen since the last call, in the order of their spans.
     pub(super) fn take(&mut self) -> Vec<SpanRestart> {
-        std::mem::take(&mut self.chosen)
+        mem::take(&mut self.chosen)
     }
 
     /// Decides the candidates about which everything is known.
@@ -172,24 +181,26 @@ impl Planner {
             && frame.coverage.is_complete(candidate.segment)
         {
             let segment = candidate.segment;
-            let distance = candidate.position - frame.restart_at;
             let entries = (u64::from(candidate.span.0) + 1) * SPAN_ENTRY;
-            let allowed = candidate.offset.saturating_mul(BUDGET) / 10_000;
-            let allowed = allowed.saturating_sub(entries + self.spent);
-            if distance >= LEAST_DISTANCE * self.spacing
-                && candidate.usable
+            let allowed = budget(candidate.offset).saturating_sub(entries + self.spent);
+            let share = budget(candidate.offset.saturating_sub(frame.restart_offset));
+            let worth = share.saturating_mul(share) / PRICE;
+            let needed = frame.coverage.cost(segment, frame.restart);
+            if candidate.usable
                 && candidate.at_risk == [false; 3]
-                && let Some(needed) = frame.coverage.cost(segment, frame.restart)
-                && needed.saturating_mul(self.rate) / 1000 <= allowed
+                && needed.saturating_mul(self.rate) / 1000 <= allowed.min(worth)
                 && let Some(stored) = frame.stored(candidate)
             {
                 let len = stored.len() as u64;
-                self.rate = (len * 1000 / needed.max(1)).clamp(100, 3000);
+                if needed >= TELLING {
+                    self.rate = (len * 1000 / needed).clamp(100, 1000);
+                }
                 if len <= allowed {
                     self.spent += len;
                     self.chosen.push((candidate.span, stored));
                     frame.restart_at = candidate.position;
                     frame.restart = segment;
+                    frame.restart_offset = candidate.offset;
                 }
             }
             frame.coverage.forget(segment);
@@ -198,9 +209,14 @@ impl Planner {
     }
 }
 
+/// Returns [`BUDGET`] of this many bytes of the blob.
+fn budget(bytes: u64) -> u64 {
+    bytes.saturating_mul(BUDGET) / 10_000
+}
+
 impl Frame {
     /// Follows a block. `None` if it is not understood.
-    fn follow(&mut self, block: &DecodedBlock, spacing: u64) -> Option<()> {
+    fn follow(&mut self, block: &mut DecodedBlock, spacing: u64) -> Option<()> {
         let position = self.coverage.position();
         if let Some((span, offset)) = block.candidate
             && position - self.candidate_at >= Coverage::spacing(self.header.window, spacing)
@@ -230,7 +246,9 @@ impl Frame {
                 candidate.note(uses);
             }
         }
-        self.coverage.append(block.output.get(..block.made)?).then_some(())
+        let appended = self.coverage.append(mem::take(&mut block.output), block.made);
+        block.output = self.coverage.take_spare().unwrap_or_default();
+        appended.then_some(())
     }
 
     /// Returns the restart of a candidate as the index keeps it.

@@ -5,6 +5,21 @@ use super::fse::{STATES, State, StateTable};
 /// Bytes that have to lie before the bit stream, so that reading past its front stays within the slice.
 pub(super) const PAD: usize = 8;
 
+/// Bits that are available at least after a refill.
+const REFILLED: u32 = 57;
+
+/// Sequences that are decoded before their matches are handed on. Two short loops are faster than one long loop, which
+/// has more variables than the processor has registers.
+const AT_ONCE: usize = 128;
+
+/// A sequence. The value of its offset may be a repeat code.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sequence {
+    value: u32,
+    matched: u32,
+    literals: u32,
+}
+
 /// Decoding tables of the three fields of a sequence.
 #[derive(Debug)]
 pub(super) struct SequenceTables {
@@ -48,10 +63,10 @@ impl<'a> BackwardBits<'a> {
     /// Makes at least 57 bits available.
     #[inline(always)]
     fn refill(&mut self) -> Option<()> {
-        self.at = self.at.checked_sub((self.used >> 3) as usize)?;
+        let from = self.at.checked_sub(8 + (self.used >> 3) as usize)?;
         self.used &= 7;
-        let from = self.at.checked_sub(8)?;
-        self.word = u64::from_le_bytes(self.bytes.get(from..self.at)?.try_into().ok()?);
+        self.at = from + 8;
+        self.word = u64::from_le_bytes(*self.bytes.get(from..)?.first_chunk()?);
         Some(())
     }
 
@@ -88,48 +103,60 @@ pub(super) fn decode(
     let mut offset = entry(&tables.offset, bits.take(tables.offset.log));
     let mut length = entry(&tables.matches, bits.take(tables.matches.log));
     let mut recent = *repeats;
-    for left in (0..count).rev() {
-        bits.refill()?;
-        let value = u64::from(offset.baseline()) + u64::from(bits.take(offset.extra()));
-        if length.extra() + literals.extra() > 25 {
+    let mut some = [Sequence::default(); AT_ONCE];
+    let mut left = count;
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        for sequence in &mut some[..now] {
+            left -= 1;
             bits.refill()?;
-        }
-        let match_len = length.baseline() + bits.take(length.extra());
-        let literal_len = literals.baseline() + bits.take(literals.extra());
-        let distance = if value > 3 {
-            recent = [value - 3, recent[0], recent[1]];
-            recent[0]
-        } else {
-            repeated(&mut recent, value - 1 + u64::from(literal_len == 0))?
-        };
-        if !matches.take(literal_len as usize, match_len as usize, distance) {
-            return None;
-        }
-        if left > 0 {
-            // The three states take at most 26 bits.
-            if bits.used > 64 - 26 {
+            // If all bits of the sequence and of the next states are there, nothing has to be checked in between.
+            let all_there = State::bits_of([literals, offset, length]) <= REFILLED;
+            let value = offset.baseline().wrapping_add(bits.take(offset.extra()));
+            if !all_there {
                 bits.refill()?;
             }
-            literals = entry(&tables.literals, literals.next() + bits.take(literals.bits()));
-            length = entry(&tables.matches, length.next() + bits.take(length.bits()));
-            offset = entry(&tables.offset, offset.next() + bits.take(offset.bits()));
+            *sequence = Sequence {
+                value,
+                matched: length.baseline() + bits.take(length.extra()),
+                literals: literals.baseline() + bits.take(literals.extra()),
+            };
+            if left > 0 {
+                if !all_there {
+                    bits.refill()?;
+                }
+                literals = entry(&tables.literals, literals.next() + bits.take(literals.bits()));
+                length = entry(&tables.matches, length.next() + bits.take(length.bits()));
+                offset = entry(&tables.offset, offset.next() + bits.take(offset.bits()));
+            }
+        }
+        for sequence in &some[..now] {
+            recent = next_repeats(recent, u64::from(sequence.value), sequence.literals == 0);
+            if recent[0] == 0 || !matches.take(sequence.literals as usize, sequence.matched as usize, recent[0]) {
+                return None;
+            }
         }
     }
     *repeats = recent;
     (bits.position()? == start * 8).then_some(())
 }
 
-/// Returns the offset that a repeat code means, and moves it to the front (RFC 8878, 3.1.1.5).
+/// Returns the repeat offsets behind a match (RFC 8878, 3.1.1.5). The first of them is the offset of the match; 0 is not
+/// valid.
+///
+/// Values up to 3 are repeat codes. Which values come is hard to predict, so there are no branches.
 #[inline(always)]
-fn repeated(recent: &mut [u64; 3], code: u64) -> Option<u64> {
-    let [first, second, third] = *recent;
-    *recent = match code {
-        0 => *recent,
-        1 => [second, first, third],
-        2 => [third, first, second],
-        _ => [first.checked_sub(1).filter(|&offset| offset > 0)?, first, second],
+fn next_repeats([first, second, third]: [u64; 3], value: u64, no_literals: bool) -> [u64; 3] {
+    let code = match value > 3 {
+        true => 4,
+        false => value - 1 + u64::from(no_literals),
     };
-    Some(recent[0])
+    let offsets = [first, second, third, first - 1, value.wrapping_sub(3), 0, 0, 0];
+    [
+        offsets[(code & 7) as usize],
+        if code == 0 { second } else { first },
+        if code <= 1 { third } else { second },
+    ]
 }
 
 #[cfg(test)]
@@ -139,16 +166,20 @@ mod tests {
     #[test]
     fn repeats_move_to_the_front() {
         let mut recent = [1, 4, 8];
-        assert_eq!(repeated(&mut recent, 0), Some(1));
-        assert_eq!(repeated(&mut recent, 2), Some(8));
-        assert_eq!(recent, [8, 1, 4]);
-        assert_eq!(repeated(&mut recent, 1), Some(1));
-        assert_eq!(recent, [1, 8, 4]);
-        // One less than the first would be no distance at all.
-        assert_eq!(repeated(&mut recent, 3), None);
-        recent = [5, 8, 4];
-        assert_eq!(repeated(&mut recent, 3), Some(4));
-        assert_eq!(recent, [4, 5, 8]);
+        for (value, no_literals, behind) in [
+            (1, false, [1, 4, 8]),
+            (3, false, [8, 1, 4]),
+            (2, false, [1, 8, 4]),
+            (1, true, [8, 1, 4]),
+            (2, true, [4, 8, 1]),
+            (3, true, [3, 4, 8]),
+            (10, true, [7, 3, 4]),
+        ] {
+            recent = next_repeats(recent, value, no_literals);
+            assert_eq!(recent, behind);
+        }
+        // One less than the first is no distance at all.
+        assert_eq!(next_repeats([1, 8, 4], 3, true)[0], 0);
     }
 
     #[test]

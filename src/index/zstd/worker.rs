@@ -1,6 +1,6 @@
 //! A thread that chooses restarts beside the thread that decodes.
 //!
-//! Following the blocks takes about half the time of decoding them, so it would slow a pass down. The thread starts with
+//! Following the blocks takes about as long as decoding them, so it would slow a pass down. The thread starts with
 //! the first frame that is worth following. Both queues between the threads are bounded: one by its capacity, the other
 //! by the number of blocks.
 
@@ -11,13 +11,14 @@ use super::frame::FrameHeader;
 use super::planner::{DecodedBlock, Planner};
 use crate::index::step::SpanRestart;
 
-/// Blocks that wait for the thread. With fewer of them, one thread waits for the other more often.
-const QUEUE: usize = 16;
+/// Blocks that wait for the thread. With fewer of them, one thread waits for the other more often. With more of them, a
+/// pass over a window of 8 MiB takes more memory than an ordinary one (`layer::windows`).
+const QUEUE: usize = 12;
 
 /// What the thread is told.
 #[derive(Debug)]
 enum PlannerMessage {
-    Begin(FrameHeader),
+    Begin(FrameHeader, u64),
     Block(DecodedBlock),
     GiveUp,
     End,
@@ -49,8 +50,8 @@ pub(super) struct PlannerWorker {
 }
 
 impl PlannerWorker {
-    /// Bytes of memory in the queues: a block's content and its output are at most 128 KiB each.
-    pub(super) const MEMORY: u64 = (QUEUE as u64 + 2) * (256 << 10);
+    /// Bytes of memory in the queues, and of free buffers: a block's content and its output are at most 128 KiB each.
+    pub(super) const MEMORY: u64 = (QUEUE as u64 + 6) * (256 << 10);
 
     pub(super) fn new(spacing: u64) -> Self {
         Self {
@@ -62,12 +63,12 @@ impl PlannerWorker {
         }
     }
 
-    /// Begins a frame. Returns whether it is followed.
-    pub(super) fn begin(&mut self, header: FrameHeader) -> bool {
+    /// Begins a frame, of which the first block is at blob offset `offset`. Returns whether it is followed.
+    pub(super) fn begin(&mut self, header: FrameHeader, offset: u64) -> bool {
         if self.running.is_none() && !self.refused {
             self.start();
         }
-        self.tell(PlannerMessage::Begin(header));
+        self.tell(PlannerMessage::Begin(header, offset));
         self.running.is_some()
     }
 
@@ -78,9 +79,9 @@ impl PlannerWorker {
         let work = move || {
             for told in inbox {
                 match told {
-                    PlannerMessage::Begin(header) => planner.begin(header),
-                    PlannerMessage::Block(block) => {
-                        planner.block(&block);
+                    PlannerMessage::Begin(header, offset) => planner.begin(header, offset),
+                    PlannerMessage::Block(mut block) => {
+                        planner.block(&mut block);
                         // The receiver lives as long as the sender of `inbox`.
                         drop(outbox.send(Returned::Used(block)));
                     }
