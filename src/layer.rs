@@ -303,7 +303,8 @@ impl Layer {
             let ahead = self.touch(&content);
             // All flights of this read start before the reader waits for the first one.
             for spans in self.spans_with_content(&content) {
-                self.want(spans);
+                let until = self.ahead_in_group(&spans, &ahead);
+                self.want_until(spans, until);
             }
             self.read_ahead_of(ahead);
             for spans in self.spans_with_content(&content) {
@@ -431,9 +432,16 @@ impl Layer {
     /// Starts flights for those of `spans` that are neither local nor in flight. Returns the flight of the first
     /// span, or `None` if that span is local.
     fn want(self: &Arc<Self>, spans: Range<u32>) -> Option<Flight<Landing>> {
+        let until = spans.end;
+        self.want_until(spans, until)
+    }
+
+    /// Starts flights like [`Layer::want`]. If the last one decodes a group, it goes on up to span `until`, although the
+    /// reader does not wait for that.
+    fn want_until(self: &Arc<Self>, spans: Range<u32>, until: u32) -> Option<Flight<Landing>> {
         let (runs, first) = {
             let mut board = self.data.flights.board();
-            let runs = self.claim(&mut board, spans.clone(), Priority::Demand);
+            let runs = self.claim(&mut board, spans.clone(), until, Priority::Demand);
             (runs, board.flight(spans.start))
         };
         for run in runs {
@@ -450,8 +458,26 @@ impl Layer {
         self.data.context.lanes.enter(Priority::Demand, bytes, self.policy())
     }
 
-    /// Claims the missing spans of `spans`, and returns a run for each stretch of neighbours.
-    fn claim(self: &Arc<Self>, board: &mut Board<'_, Landing>, spans: Range<u32>, purpose: Priority) -> Vec<Run> {
+    /// Returns the end of what readahead wants in the group of the last of `spans`. A flight of its own would have to decode
+    /// the group from its beginning again.
+    fn ahead_in_group(&self, spans: &Range<u32>, ahead: &[(Range<u32>, Priority)]) -> u32 {
+        let group = self.spans().group(spans.end - 1);
+        let in_group = ahead
+            .iter()
+            .map(|(ahead, _)| ahead.start.max(spans.end)..ahead.end.min(group.end));
+        let ends = in_group.filter(|ahead| !ahead.is_empty()).map(|ahead| ahead.end);
+        ends.max().unwrap_or(spans.end)
+    }
+
+    /// Claims the missing spans of `spans`, and those behind them up to span `until` that share the last group. Returns a run
+    /// for each stretch of neighbours.
+    fn claim(
+        self: &Arc<Self>,
+        board: &mut Board<'_, Landing>,
+        spans: Range<u32>,
+        until: u32,
+        purpose: Priority,
+    ) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         let mut span = spans.start;
         while span < spans.end {
@@ -459,7 +485,7 @@ impl Layer {
                 span += 1;
                 continue;
             }
-            let group = self.data.wanted_of_group(span, spans.end);
+            let group = self.data.wanted_of_group(span, until);
             let run = match runs.last_mut() {
                 Some(run) if run.spans.end == group.start => run,
                 _ => {

@@ -118,7 +118,7 @@ impl Layer {
         let (runs, flying) = {
             let mut board = self.data.flights.board();
             let flying = spans.clone().filter(|&span| board.is_flying(span)).collect();
-            (self.claim(&mut board, spans, priority), flying)
+            (self.claim(&mut board, spans.clone(), spans.end, priority), flying)
         };
         let start = |run| flight::start(run, std::future::ready(pass.clone()));
         Begun {

@@ -29,6 +29,9 @@ use crate::index::{SpanId, step::SpanRestart};
 /// Bytes of index that the planner allows, in 1/10000 of the blob's bytes so far. The goal for the whole index is 1.5 %.
 /// The fuzz targets want as many restarts as there can be.
 const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 145 };
+/// Most memory for following a frame. With more, decoders of frames with long windows would exceed what they may take while
+/// the planner gives up; with less, frames with windows that are a little longer than usual get no restarts.
+const MOST_MEMORY: u64 = 256 << 20;
 /// Bytes of the index for each span.
 const SPAN_ENTRY: u64 = 64;
 /// A restart may take about `share * share / PRICE` bytes, where `share` is [`BUDGET`] of the bytes of the blob since the
@@ -121,7 +124,8 @@ impl Planner {
     /// be known of it.
     pub(super) fn memory(header: &FrameHeader, spacing: u64) -> Option<u64> {
         let short = header.content.is_some_and(|content| content <= spacing);
-        (!short && !header.dictionary).then(|| Coverage::memory(header.window, header.content, spacing))
+        let memory = Coverage::memory(header.window, header.content, spacing);
+        (!short && !header.dictionary && memory <= MOST_MEMORY).then_some(memory)
     }
 
     /// Begins a frame, of which the first block is at blob offset `offset`.
