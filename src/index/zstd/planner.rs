@@ -31,7 +31,7 @@ use crate::index::{SpanId, step::SpanRestart};
 const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 145 };
 /// Most memory for following a frame. With more, decoders of frames with long windows would exceed what they may take while
 /// the planner gives up; with less, frames with windows that are a little longer than usual get no restarts.
-const MOST_MEMORY: u64 = 256 << 20;
+const MOST_MEMORY: u64 = 512 << 20;
 /// Bytes of the index for each span.
 const SPAN_ENTRY: u64 = 64;
 /// A restart may take about `share * share / PRICE` bytes, where `share` is [`BUDGET`] of the bytes of the blob since the
