@@ -12,9 +12,11 @@
 //! - The tree is made only from such layers.
 
 mod early;
+mod error;
 mod expecting;
 mod kept;
 mod learning;
+mod merged;
 mod named;
 mod prefetch;
 mod programs;
@@ -32,90 +34,34 @@ use tokio::sync::{OnceCell, watch};
 
 use early::Early;
 pub use early::Replay;
+pub use error::{CompleteError, ImageError};
 use kept::KeptSource;
 pub use kept::{Confirm, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
 pub use named::{NamedImage, Opening};
 pub use verify::{StoreReport, Unchecked, verify};
 
+use self::merged::{Tocs, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
-use crate::blob::{BlobError, BlobSource, ImageSource, Link};
-use crate::device::DeviceError;
-use crate::erofs::{ErofsError, Reader};
+use crate::blob::{BlobSource, ImageSource, Link};
+use crate::erofs::Reader;
 use crate::layer::{
     self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened, ToOpen,
 };
-use crate::memory::{Allowance, Charge, OverLimit};
+use crate::memory::Charge;
 use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{BLOCK, Block, FIRST_SCORE, Label, MOST_BLOCKS, Profile, Recorder, Touch};
 use crate::published::Lookups;
 use crate::resolve::ResolvedImage;
-use crate::store::{Authority, IndexName, LayerDir, Store, StoreError, TreeName};
-use crate::task::{TaskError, joined};
-use crate::toc::PackedToc;
-use crate::toc::carried::{ADDED, TableRef};
-use crate::tree::{LayerIdx, Merger, Tree, TreeError};
+use crate::store::{Authority, IndexName, LayerDir, Store, TreeName};
+use crate::task::joined;
+use crate::toc::carried::TableRef;
+use crate::tree::LayerIdx;
 
 /// Number of layers that are opened at the same time. Each has a few files open meanwhile, and a process may open
 /// only a limited number.
 const OPENING: usize = 64;
-
-/// Why an image cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ImageError {
-    /// A blob could not be fetched.
-    #[error(transparent)]
-    Blob(#[from] BlobError),
-    /// A layer could not be opened.
-    #[error(transparent)]
-    Layer(#[from] OpenError),
-    /// The layers cannot be merged.
-    #[error("cannot merge the layers: {0}")]
-    Merge(#[from] TreeError),
-    /// The tree could not be written or read back.
-    #[error("cannot build the tree: {0}")]
-    Tree(#[from] ErofsError),
-    /// The tree takes more memory than the image is allowed.
-    #[error("the tree of the image takes {0}")]
-    TooMuchMemory(#[from] OverLimit),
-    /// The store could not be read or written.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// A data device could not be read.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Opening the image was interrupted.
-    #[error("cannot open the image: {0}")]
-    Task(#[from] TaskError),
-}
-
-/// Why a part of an image is not in the store.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CompleteError {
-    /// A span could not be fetched.
-    #[error(transparent)]
-    Layer(#[from] LayerError),
-    /// Spans are missing in the store, although no fetch failed.
-    #[error("{}", not_kept(*spans, problem.as_deref()))]
-    NotKept {
-        /// Number of spans that are not in the store.
-        spans: usize,
-        /// Why the store cannot be written. If it can be written, the image is larger than the store may be.
-        problem: Option<String>,
-    },
-}
-
-fn not_kept(spans: usize, problem: Option<&str>) -> String {
-    match problem {
-        Some(problem) => format!("{spans} spans could not be kept: {problem}"),
-        None => {
-            format!("{spans} spans could not be kept, because the image does not fit in the cache: raise --cache-size")
-        }
-    }
-}
 
 /// What the preparation of an image is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -418,37 +364,6 @@ fn programs(store: &Store, name: &TreeName, tree: &Reader<Vec<u8>>, layers: &Lay
         let unknown = |error| tracing::warn!(%error, "cannot find out what the programs need");
         programs.map_err(unknown).ok()
     })
-}
-
-/// Tables of contents that the store does not have, with their memory charges.
-type Tocs = HashMap<Digest, Option<(PackedToc, Charge)>>;
-
-/// Merges the layers' tables, base first. Only one table is in memory at a time if the store has them. `added` says of each
-/// layer whether its writer has added files that are no part of the image.
-fn merge(layers: &Layers, added: &[bool], tocs: &Tocs, tables: &Arc<Allowance>) -> Result<Tree, ImageError> {
-    let mut merger = Merger::charged(tables.charge())?;
-    for (position, layer) in layers.all.iter().enumerate() {
-        let digest = layer.digest();
-        let hidden: &[&[u8]] = if added[position] { &ADDED } else { &[] };
-        let position = LayerIdx(position as u32);
-        let merged = match &tocs[digest] {
-            Some((toc, _)) => merger.add_without(position, toc, hidden),
-            None => {
-                let toc = layer::stored_toc(digest, layer.home())?;
-                let mut charge = tables.charge();
-                charge.exactly(toc.bytes() as u64)?;
-                merger.add_without(position, &toc, hidden)
-            }
-        };
-        merged.map_err(|error| match error {
-            TreeError::Toc { source, .. } => ImageError::Layer(OpenError::Toc {
-                layer: digest.clone(),
-                reason: source.to_string(),
-            }),
-            error => ImageError::Merge(error),
-        })?;
-    }
-    Ok(merger.finish())
 }
 
 /// Returns the blocks of a layer's data device up to `end`, as if a run had read them first of all.

@@ -26,6 +26,7 @@ mod arrival;
 mod carried;
 mod data;
 mod disk;
+mod error;
 mod export;
 mod first_pass;
 mod flight;
@@ -57,6 +58,7 @@ use tokio::runtime::Handle;
 
 pub use data::LayerContext;
 use data::LayerData;
+pub use error::LayerError;
 pub use export::{ExportError, export};
 pub use first_pass::FirstPassError;
 use flight::Run;
@@ -75,52 +77,12 @@ pub(crate) use stored::stored_map;
 pub use stored::stored_toc;
 use touch::Touches;
 
-use crate::blob::{BlobError, BlobSource, Link};
+use crate::blob::{BlobSource, Link};
 use crate::fetch::{Board, Claim, Flight, Pass, Policy, Priority, Readahead, Spans as _};
-use crate::index::IndexError;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
 use crate::store::{Authority, IndexName, LayerDir};
-use crate::task::TaskError;
-
-/// Why bytes of a layer cannot be read. All readers of a flight share the error.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum LayerError {
-    /// The blob's source gave up.
-    #[error("layer {layer}: {source}")]
-    Blob {
-        /// Digest of the layer.
-        layer: Digest,
-        /// The error of the source.
-        source: BlobError,
-    },
-    /// Every time the bytes are fetched, they do not decode, or do not decode to what the index says.
-    #[error("layer {layer}, span {span}: {source}")]
-    Corrupt {
-        /// Digest of the layer.
-        layer: Digest,
-        /// The span that failed.
-        span: u32,
-        /// What is wrong with the bytes.
-        source: Arc<IndexError>,
-    },
-    /// The task that fetches the bytes ended without a result.
-    #[error("layer {layer}: {source}")]
-    Task {
-        /// Digest of the layer.
-        layer: Digest,
-        /// Why the task ended.
-        source: TaskError,
-    },
-    /// The process is shutting down.
-    #[error("layer {layer}: unmounting")]
-    Closed {
-        /// Digest of the layer.
-        layer: Digest,
-    },
-}
 
 /// What a flight delivers for one span.
 #[derive(Debug, Clone)]

@@ -57,9 +57,9 @@ pub(super) struct Globals {
     /// Believe what is at --index without a signature: whoever can put files there decides what images contain
     #[arg(long, global = true)]
     index_trust_location: bool,
-    /// Configuration file (TOML: store, cache-size, memory, timeout, prefetch, plain-http (a list of hosts), ca, allow-private-redirects,
-    /// foreign-layers-from (a list of hosts), log-format, and tables [[index]] with location, and key or trust = "location")
-    /// [default: /etc/ocifs.toml]
+    /// Configuration file in TOML. Like the options: store, cache-size, memory, timeout, prefetch, log-format, ca,
+    /// allow-private-redirects. Lists of hosts: plain-http, foreign-layers-from. For each index location a table [[index]] with
+    /// location, and with key or trust = "location". [default: /etc/ocifs.toml]
     #[arg(
         long,
         global = true,

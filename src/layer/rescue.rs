@@ -11,9 +11,9 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 
 use super::opening::ToOpen;
-use super::{Layer, LayerError, open, stored_toc};
+use super::{Layer, LayerError, OpenError, open, stored_toc};
 use crate::store::{Authority, LayerDir};
-use crate::task::joined;
+use crate::task::{TaskError, joined};
 use crate::toc::{EntryKind, FileData, PackedToc, TocError};
 
 /// The layer that a pass opened in place of one with a wrong index. None if it cannot be used.
@@ -48,6 +48,17 @@ impl Layer {
     }
 }
 
+/// Why an index and a pass cannot be compared.
+#[derive(Debug, thiserror::Error)]
+enum Incomparable {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Toc(#[from] TocError),
+    #[error(transparent)]
+    Task(#[from] TaskError),
+}
+
 async fn stream_instead(layer: Arc<Layer>) -> Option<Arc<Layer>> {
     let data = layer.data.clone();
     let digest = layer.digest();
@@ -70,15 +81,21 @@ async fn stream_instead(layer: Arc<Layer>) -> Option<Arc<Layer>> {
     let (index, pass) = (layer.home().cloned(), opened.layer.home().cloned());
     let (digest, toc) = (digest.clone(), opened.toc);
     let comparing = tokio::task::spawn_blocking(move || {
-        let read = |dir: Option<LayerDir>| stored_toc(&digest, dir.as_ref()).ok();
-        let pass = toc.map(|(toc, _)| toc).or_else(|| read(pass))?;
-        have_same_places(&read(index)?, &pass).ok()
+        let read = |dir: Option<LayerDir>| stored_toc(&digest, dir.as_ref());
+        let pass = match toc {
+            Some((toc, _)) => toc,
+            None => read(pass)?,
+        };
+        Ok::<_, Incomparable>(have_same_places(&read(index)?, &pass)?)
     });
-    let same = joined(comparing).await.ok().flatten() == Some(true);
-    if !same {
-        tracing::warn!(layer = %layer.digest(), "the layer has other files than its index says");
+    let compared = joined(comparing).await.unwrap_or_else(|error| Err(error.into()));
+    let layer = layer.digest();
+    match compared {
+        Ok(true) => return Some(opened.layer),
+        Ok(false) => tracing::warn!(%layer, "the layer has other files than its index says"),
+        Err(error) => tracing::warn!(%layer, %error, "cannot compare the index with the layer"),
     }
-    same.then_some(opened.layer)
+    None
 }
 
 /// Whether every file of `index` is in `pass`, with the same content at the same places of the data device.

@@ -81,8 +81,7 @@ impl SpanMap for IndexedSpans {
     }
 
     fn run_around(&self, device: u64) -> Option<Range<u64>> {
-        let extent = self.extents.around_device(device)?;
-        Some(extent.device..extent.device + extent.len)
+        self.extents.run_around(device)
     }
 
     fn pieces(&self, span: u32) -> Vec<Piece> {

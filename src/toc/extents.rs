@@ -151,9 +151,15 @@ impl<B: AsRef<[u8]>> ExtentTable<B> {
         (content.start < content.end).then_some(content)
     }
 
+    /// Returns the device range of the extent around a device offset.
+    pub(crate) fn run_around(&self, device: u64) -> Option<Range<u64>> {
+        let extent = self.around_device(device)?;
+        Some(extent.device..extent.device + extent.len)
+    }
+
     /// Returns the whole extent around a device address, mostly the content of one file; `None` if the address is not
     /// content.
-    pub(crate) fn around_device(&self, device: u64) -> Option<Extent> {
+    fn around_device(&self, device: u64) -> Option<Extent> {
         let index = self.first_behind(device, |extent| extent.device);
         let extent = (index < self.len()).then(|| self.extent(index));
         extent.filter(|extent| extent.device <= device)
