@@ -3,7 +3,7 @@
 //! ```text
 //! offset        bytes  all integers little-endian
 //! 0             8      magic "ocifspan"
-//! 8             4      version, 2
+//! 8             4      version, 3
 //! 12            4      compression: 0 tar, 1 gzip, 2 zstd
 //! 16            8      size of the blob
 //! 24            8      size of the tar
@@ -31,7 +31,7 @@ use super::{BitPosition, Compression, IndexError, MAX_SPAN, SpanStart, malformed
 use crate::oci::{DiffId, Digest};
 
 const MAGIC: [u8; 8] = *b"ocifspan";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 320;
 const ENTRY: usize = 64;
 const CHECKSUM: usize = 32;

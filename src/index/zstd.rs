@@ -26,6 +26,7 @@
 //! - What the parser believes can make a span undecodable, but not wrong: spans have digests.
 
 mod block;
+mod choice;
 mod context;
 mod coverage;
 mod frame;
@@ -35,7 +36,9 @@ mod literals;
 mod pass;
 mod planner;
 mod restart;
+mod segment;
 mod sequences;
+mod series;
 mod worker;
 
 use super::IndexError;

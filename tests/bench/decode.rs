@@ -206,12 +206,23 @@ fn main() {
         "one span: {:.2} ms of CPU, median",
         span_read(&index, &blob).as_secs_f64() * 1e3
     );
-    for reads in [1, 10, 50, 200] {
+    println!("a random read fetches {} bytes, mean", mean_read(&index));
+    for reads in [10, 50, 200] {
         println!(
             "{reads} random reads fetch {} bytes, median",
             random_reads(&index, reads)
         );
     }
+}
+
+/// Returns the bytes of the blob that a random read fetches, if nothing is local.
+fn mean_read(index: &SpanIndex) -> u64 {
+    let fetched = index.spans().map(|span| {
+        let range = index.blob_range(index.restart_for(span), span);
+        let tar = index.tar_range(span);
+        u128::from(range.end - range.start) * u128::from(tar.end - tar.start)
+    });
+    (fetched.sum::<u128>() / u128::from(index.tar_size())) as u64
 }
 
 /// Returns the bytes of the blob that random reads fetch. The value is the median over some sets of reads.

@@ -6,11 +6,9 @@
 //! that is the segment of the first of them. A candidate needs the bytes before it whose mark is its own segment or a
 //! later one.
 //!
-//! Once no match can reach a segment any more, its marks are counted ([`CountedSegment`]). So it takes little time to
-//! say how much a candidate needs.
-//!
-//! A candidate is known as soon as the output is one window behind it, and it needs bytes of the window before it. So two
-//! windows of output are kept ([`History`]), and a ring of their marks.
+//! Once no match can reach a segment any more, its marks are counted, and the bytes that later segments read are kept
+//! ([`CountedSegment`]). So it takes little time to say how much a candidate needs, and the output itself is kept only
+//! for a window and one segment ([`History`]), with a ring of its marks.
 //!
 //! # Invariants
 //! - Memory is bounded by what [`Coverage::memory`] says.
@@ -19,6 +17,7 @@ use std::collections::VecDeque;
 
 use super::frame::BLOCK;
 use super::history::History;
+use super::segment::{CountedSegment, SegmentNumber, SparseWindow};
 use super::sequences::Matches;
 
 /// Bytes of output for each mark, as a binary logarithm. More bytes make restarts larger, because they contain bytes
@@ -30,35 +29,14 @@ const GRAIN: u64 = 1 << GRAIN_LOG;
 /// Marks by which the ring grows at once.
 const GROWTH: usize = 256 << 10;
 
-/// Number of a segment within its frame. The frame itself begins segment 0.
-pub(super) type SegmentNumber = u32;
-
-/// A segment that no later match can read.
-#[derive(Debug)]
-struct CountedSegment {
+/// A segment that later matches can read.
+#[derive(Debug, Clone, Copy)]
+struct OpenSegment {
     segment: SegmentNumber,
-    /// Positions of the segment in the frame's output.
+    /// Position in the frame's output.
     start: u64,
-    end: u64,
-    /// Bytes that are marked by each later segment. The first number is that of the next segment.
-    marked: Vec<u64>,
-}
-
-impl CountedSegment {
-    /// Returns how many bytes segment `segment` or a later one reads.
-    fn read_since(&self, segment: SegmentNumber) -> u64 {
-        let first = (segment - self.segment).saturating_sub(1) as usize;
-        self.marked.get(first..).unwrap_or_default().iter().sum()
-    }
-}
-
-/// Bytes before a restart that it needs, or that a later one needs.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct SparseWindow {
-    /// Where the bytes lie: how far each run ends before the restart, and its length. In order of the output.
-    pub(super) runs: Vec<(u64, u64)>,
-    /// The bytes of all runs.
-    pub(super) bytes: Vec<u8>,
+    /// Offset in the blob.
+    offset: u64,
 }
 
 /// Marks of one frame's output.
@@ -69,8 +47,6 @@ pub(super) struct Coverage {
     longest: u64,
     /// Most bytes of the frame's output.
     most: u64,
-    /// Bytes of output that are kept.
-    reachable: u64,
     history: History,
     /// A ring. The mark of the byte at position `p` of the frame's output is number `p / GRAIN`, modulo the ring's size.
     marks: Vec<u8>,
@@ -78,28 +54,29 @@ pub(super) struct Coverage {
     mask: usize,
     /// Whether the frame is over.
     finished: bool,
-    /// Segments that later matches can read, with their starts. The last one is the present segment.
-    segments: VecDeque<(SegmentNumber, u64)>,
+    /// Segments that later matches can read. The last one is the present segment.
+    segments: VecDeque<OpenSegment>,
     counted: VecDeque<CountedSegment>,
-    /// Segments whose candidates are not forgotten, with their starts.
-    candidates: VecDeque<(SegmentNumber, u64)>,
 }
 
 impl Coverage {
-    /// Begins a frame with this window. Segments have at least `spacing` bytes.
-    pub(super) fn new(window: u64, content: Option<u64>, spacing: u64) -> Option<Self> {
+    /// Begins a frame with this window, of which the first block is at blob offset `offset`. Segments have at least
+    /// `spacing` bytes.
+    pub(super) fn new(window: u64, content: Option<u64>, spacing: u64, offset: u64) -> Option<Self> {
         Some(Self {
             window,
             longest: longest(window, spacing),
             most: content.unwrap_or(u64::MAX),
-            reachable: reachable(window, content, spacing),
             history: History::default(),
             marks: Vec::new(),
             mask: usize::try_from(ring(window, content, spacing)).ok()? - 1,
             finished: false,
-            segments: VecDeque::from([(0, 0)]),
+            segments: VecDeque::from([OpenSegment {
+                segment: 0,
+                start: 0,
+                offset,
+            }]),
             counted: VecDeque::new(),
-            candidates: VecDeque::new(),
         })
     }
 
@@ -109,13 +86,16 @@ impl Coverage {
         spacing.max(window / 64)
     }
 
-    /// Returns the bytes of memory that a whole frame takes: a history that may be an eighth longer than the output, and
-    /// the ring of marks. Free buffers count as part of the queues.
-    pub(super) fn memory(window: u64, content: Option<u64>, spacing: u64) -> u64 {
+    /// Returns the bytes of memory that a whole frame takes: a history that may be an eighth longer than the output, the
+    /// ring of marks, and the bytes of counted segments of `kept` bytes of output. Free buffers count as part of the
+    /// queues.
+    pub(super) fn memory(window: u64, content: Option<u64>, spacing: u64, kept: u64) -> u64 {
         let output = reachable(window, content, spacing);
+        let segments = CountedSegment::most(content.map_or(kept, |content| content.min(kept)));
         (output / 8)
             .saturating_mul(9)
             .saturating_add(ring(window, content, spacing))
+            .saturating_add(segments as u64)
     }
 
     /// Returns the bytes of the frame's output so far.
@@ -123,33 +103,28 @@ impl Coverage {
         self.history.end()
     }
 
+    /// Returns the number of the present segment and its start.
     fn current(&self) -> (SegmentNumber, u64) {
-        self.segments.back().copied().unwrap_or_default()
+        let last = self.segments.back();
+        last.map_or((0, 0), |last| (last.segment, last.start))
     }
 
     /// Begins a segment, and with it a candidate, at the present position. Returns its number, or `None` if the segment
     /// before it is too long for the rings.
-    pub(super) fn begin_segment(&mut self) -> Option<SegmentNumber> {
-        let (last, start) = self.current();
-        let position = self.position();
-        if position - start > self.longest {
+    pub(super) fn begin_segment(&mut self, offset: u64) -> Option<SegmentNumber> {
+        let (last, before) = self.current();
+        let start = self.position();
+        if start - before > self.longest {
             return None;
         }
         let segment = last + 1;
-        self.segments.push_back((segment, position));
-        self.candidates.push_back((segment, position));
+        self.segments.push_back(OpenSegment { segment, start, offset });
         Some(segment)
     }
 
     /// Whether no later match can read what lies before the candidate of a segment.
     pub(super) fn is_complete(&self, segment: SegmentNumber) -> bool {
-        let start = self.start_of(segment);
-        self.finished || start.is_none_or(|start| start.saturating_add(self.window) <= self.position())
-    }
-
-    fn start_of(&self, segment: SegmentNumber) -> Option<u64> {
-        let candidate = self.candidates.iter().find(|candidate| candidate.0 == segment);
-        candidate.map(|&(_, start)| start)
+        self.finished || self.segments.front().is_some_and(|first| first.segment >= segment)
     }
 
     /// Takes the output of a block: the first `len` bytes of `output`. Returns false if there is no memory, or if the
@@ -171,12 +146,14 @@ impl Coverage {
             self.marks[begin..begin + part].fill(mark);
             at += part as u64;
         }
-        while let (Some(&(segment, start)), Some(&(_, end))) = (self.segments.front(), self.segments.get(1))
-            && end.saturating_add(self.window) <= self.position()
+        while let Some(next) = self.segments.get(1)
+            && next.start.saturating_add(self.window) <= self.position()
         {
-            self.count(segment, start, end);
+            self.count();
         }
-        self.history.forget(self.position().saturating_sub(self.reachable));
+        if let Some(first) = self.segments.front() {
+            self.history.forget(first.start);
+        }
         true
     }
 
@@ -187,38 +164,21 @@ impl Coverage {
 
     /// Ends the frame: no match follows.
     pub(super) fn finish(&mut self) {
-        while let (Some(&(segment, start)), Some(&(_, end))) = (self.segments.front(), self.segments.get(1)) {
-            self.count(segment, start, end);
+        while self.segments.len() > 1 {
+            self.count();
         }
         self.finished = true;
     }
 
-    /// Counts the marks of the first segment.
-    fn count(&mut self, segment: SegmentNumber, start: u64, end: u64) {
-        self.segments.pop_front();
-        let mut counted = CountedSegment {
-            segment,
-            start,
-            end,
-            marked: Vec::new(),
+    /// Counts the marks of the first segment, and keeps the bytes that are read again.
+    fn count(&mut self) {
+        let Some(OpenSegment { segment, start, offset }) = self.segments.pop_front() else {
+            return;
         };
-        let mut marked: Vec<u64> = Vec::new();
-        self.runs(&counted, |by, _, len| {
-            let n = (by - segment - 1) as usize;
-            if marked.len() <= n {
-                marked.resize(n + 1, 0);
-            }
-            marked[n] += len;
-        });
-        counted.marked = marked;
-        self.counted.push_back(counted);
-    }
-
-    /// Gives the marked runs of a segment to `take`: the segment that marked the run, the run's position, and its length.
-    fn runs(&self, counted: &CountedSegment, mut take: impl FnMut(SegmentNumber, u64, u64)) {
-        let &CountedSegment {
-            segment, start, end, ..
-        } = counted;
+        let end = self.segments.front().map_or(start, |next| next.start);
+        let stored = self.segments.front().map_or(0, |next| next.offset - offset);
+        let mut counted = CountedSegment::new(segment, start, end - start, stored);
+        let mut history = self.history.reader();
         let own = segment as u8;
         let mut at = start / GRAIN;
         let last = end.div_ceil(GRAIN);
@@ -238,74 +198,52 @@ impl Coverage {
                 // the segment before it.
                 let later = mark.wrapping_sub(own);
                 if later != u8::MAX {
-                    take(segment + SegmentNumber::from(later), first, behind - first);
+                    counted.add(first, behind - first, later, &mut history);
                 }
             }
             at += part as u64;
         }
+        counted.finish();
+        self.counted.push_back(counted);
     }
 
-    /// Returns the segments before the candidate of `segment`, from segment `since` on.
-    fn before(&self, segment: SegmentNumber, since: SegmentNumber) -> impl Iterator<Item = &CountedSegment> {
-        let from = self.counted.partition_point(|counted| counted.segment < since);
-        let range = self.counted.range(from..);
-        range.take_while(move |counted| counted.segment < segment)
+    /// Calls `take` for the segments before the candidate of `segment`, the last one first: with the segment, and with
+    /// what the candidate needs of it and of those behind it. That is given as the bytes of the blob that have about as
+    /// many bytes of output. `None` means that not all of these bytes are kept. The candidate must be complete.
+    pub(super) fn costs(&self, segment: SegmentNumber, mut take: impl FnMut(SegmentNumber, Option<u64>)) {
+        let before = self.counted.partition_point(|counted| counted.segment < segment);
+        let mut needed = Some(0);
+        for counted in self.counted.range(..before).rev() {
+            needed = needed.and_then(|needed| Some(needed + counted.stored_since(segment)?));
+            take(counted.segment, needed);
+        }
     }
 
-    /// Returns how many bytes the candidate of a segment needs that lie in segment `since` or a later one. The candidate
+    /// Returns the bytes that the candidate of a segment needs and that lie in segment `since` or a later one. The
+    /// candidate is at position `restart`. Also returns how far the bytes that it needs reach back in all. The candidate
     /// must be complete.
-    pub(super) fn cost(&self, segment: SegmentNumber, since: SegmentNumber) -> u64 {
-        self.before(segment, since)
-            .map(|counted| counted.read_since(segment))
-            .sum()
-    }
-
-    /// Returns the bytes that the candidate of a segment needs and that lie in segment `since` or a later one. Also
-    /// returns how far the bytes that it needs reach back in all. The candidate must be complete.
-    pub(super) fn window_of(&self, segment: SegmentNumber, since: SegmentNumber) -> Option<(SparseWindow, u64)> {
-        let restart = self.start_of(segment)?;
+    pub(super) fn window_of(&self, segment: SegmentNumber, restart: u64, since: SegmentNumber) -> (SparseWindow, u64) {
+        let before = self.counted.partition_point(|counted| counted.segment < segment);
+        let before = self.counted.range(..before);
+        let first = before.clone().find_map(|counted| counted.first_read_since(segment));
         let mut sparse = SparseWindow::default();
-        let mut reach = 0;
-        let first = self.before(segment, 0).find(|counted| counted.read_since(segment) > 0);
-        if let Some(counted) = first {
-            self.runs(counted, |by, start, _| {
-                if by >= segment {
-                    reach = reach.max(restart - start);
-                }
-            });
+        for counted in before.filter(|counted| counted.segment >= since) {
+            counted.collect(segment, restart, &mut sparse);
         }
-        for counted in self.before(segment, since) {
-            self.runs(counted, |by, start, len| {
-                if by < segment {
-                    return;
-                }
-                match sparse.runs.last_mut() {
-                    Some((back, before)) if *back == restart - start => {
-                        *back -= len;
-                        *before += len;
-                    }
-                    _ => sparse.runs.push((restart - start - len, len)),
-                }
-                self.history.copy(start, len as usize, &mut sparse.bytes);
-            });
-        }
-        Some((sparse, reach))
+        (sparse, first.map_or(0, |first| restart - first))
     }
 
-    /// Forgets all candidates up to and including that of `segment`, and the segments that only they need.
-    pub(super) fn forget(&mut self, segment: SegmentNumber) {
-        while self.candidates.front().is_some_and(|candidate| candidate.0 <= segment) {
-            self.candidates.pop_front();
-        }
-        let first = self
-            .candidates
-            .front()
-            .map_or(SegmentNumber::MAX, |candidate| candidate.0);
+    /// Forgets what only candidates before that of `segment` need, and the bytes before segment `since`.
+    pub(super) fn forget(&mut self, segment: SegmentNumber, since: SegmentNumber) {
         while let Some(counted) = self.counted.front()
-            && counted.segment <= segment
-            && counted.read_since(first.max(counted.segment)) == 0
+            && counted.segment < segment
+            && counted.read_since(segment) == 0
         {
             self.counted.pop_front();
+        }
+        let before = self.counted.partition_point(|counted| counted.segment < since);
+        for counted in self.counted.range_mut(..before) {
+            counted.drop_bytes();
         }
     }
 
@@ -333,11 +271,11 @@ fn longest(window: u64, spacing: u64) -> u64 {
     least.saturating_add(spacing).saturating_add(2 * BLOCK as u64)
 }
 
-/// Returns the most bytes of output that matter at a time: two windows, or one window and a segment that is not yet
-/// counted. Also, the blocks that overlap their ends.
+/// Returns the most bytes of output that matter at a time: a window, and a segment that is not yet counted. Also, the
+/// blocks that overlap their ends.
 fn reachable(window: u64, content: Option<u64>, spacing: u64) -> u64 {
     let all = window
-        .saturating_add(window.max(longest(window, spacing)))
+        .saturating_add(longest(window, spacing))
         .saturating_add(2 * BLOCK as u64);
     all.min(content.unwrap_or(u64::MAX).saturating_add(BLOCK as u64))
 }
@@ -472,7 +410,7 @@ mod tests {
     fn candidates_need_what_later_matches_read_before_them() {
         let mut rng = fastrand::Rng::with_seed(3);
         let (window, spacing) = (70_000u64, 5000);
-        let mut coverage = Coverage::new(window, Some(1 << 22), spacing).unwrap();
+        let mut coverage = Coverage::new(window, Some(1 << 22), spacing, 0).unwrap();
         let mut output: Vec<u8> = Vec::new();
         let mut restarts: Vec<(SegmentNumber, usize)> = Vec::new();
         let mut reads: Vec<(usize, usize, usize)> = Vec::new();
@@ -480,7 +418,7 @@ mod tests {
         for _ in 0..400 {
             if output.len() - last >= spacing as usize {
                 last = output.len();
-                restarts.push((coverage.begin_segment().unwrap(), last));
+                restarts.push((coverage.begin_segment(last as u64).unwrap(), last));
             }
             let block = rng.usize(1..3000);
             let mut matches = coverage.matches();
@@ -522,12 +460,19 @@ mod tests {
                 }
             }
             // Once all that it needs, once only what it needs of the last 40,000 bytes or so.
-            let all = (coverage.window_of(segment, 0), 0);
+            let all = (coverage.window_of(segment, restart as u64, 0), 0);
             let since = segment.saturating_sub(8);
             let from = starts.get(&since).copied().unwrap_or(0);
-            for ((window, from), since) in [(all, 0), ((coverage.window_of(segment, since), from), since)] {
-                let (sparse, reach) = window.unwrap();
-                assert_eq!(coverage.cost(segment, since), sparse.bytes.len() as u64);
+            let recent = (coverage.window_of(segment, restart as u64, since), from);
+            for (((sparse, reach), from), since) in [(all, 0), (recent, since)] {
+                let mut cost = Some(0);
+                coverage.costs(segment, |earlier, needed| {
+                    if earlier >= since {
+                        cost = needed;
+                    }
+                });
+                // Every byte of output has a byte in this blob.
+                assert_eq!(cost, Some(sparse.bytes.len() as u64));
                 let first = needed.iter().position(|&needed| needed).unwrap_or(restart);
                 assert!((0..grain).contains(&(reach as usize + first - restart)));
                 let mut bytes = &sparse.bytes[..];
@@ -550,7 +495,7 @@ mod tests {
 
     #[test]
     fn matches_beyond_the_window_are_not_taken() {
-        let mut coverage = Coverage::new(1000, None, 4000).unwrap();
+        let mut coverage = Coverage::new(1000, None, 4000, 0).unwrap();
         assert!(!coverage.matches().take(10, 3, 11));
         assert!(coverage.append(vec![1; 3000], 3000));
         assert!(coverage.matches().take(10, 3, 1000));

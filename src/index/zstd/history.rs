@@ -11,6 +11,8 @@ use std::collections::VecDeque;
 
 use super::frame::BLOCK;
 
+/// Bytes that are copied at once where fewer are wanted.
+const SHORT: usize = 32;
 /// Free buffers that are kept for later blocks.
 const SPARE: usize = 4;
 
@@ -89,18 +91,11 @@ impl History {
         }
     }
 
-    /// Appends `len` bytes from `start` on to `out`, as far as they are not forgotten.
-    pub(super) fn copy(&self, mut start: u64, mut len: usize, out: &mut Vec<u8>) {
-        let behind = self.buffers.partition_point(|buffer| buffer.start <= start);
-        for buffer in self.buffers.range(behind.saturating_sub(1)..) {
-            let from = start.saturating_sub(buffer.start) as usize;
-            let taken = len.min(buffer.len.saturating_sub(from));
-            out.extend(buffer.bytes.get(from..from + taken).unwrap_or_default());
-            start += taken as u64;
-            len -= taken;
-            if len == 0 {
-                break;
-            }
+    /// Returns a reader of the output, from its first byte that is not forgotten on.
+    pub(super) fn reader(&self) -> HistoryReader<'_> {
+        HistoryReader {
+            history: self,
+            buffer: 0,
         }
     }
 
@@ -113,6 +108,43 @@ impl History {
     /// Returns a free buffer, if there is one.
     pub(super) fn take_spare(&mut self) -> Option<Vec<u8>> {
         self.spare.pop()
+    }
+}
+
+/// Reads output in the order of its positions.
+#[derive(Debug)]
+pub(super) struct HistoryReader<'a> {
+    history: &'a History,
+    /// The buffer that was read last.
+    buffer: usize,
+}
+
+impl HistoryReader<'_> {
+    /// Appends `len` bytes from `start` on to `out`, as far as they are not forgotten. No call may begin before the call
+    /// before it.
+    #[inline]
+    pub(super) fn copy(&mut self, mut start: u64, mut len: usize, out: &mut Vec<u8>) {
+        while let Some(buffer) = self.history.buffers.get(self.buffer) {
+            let from = start.saturating_sub(buffer.start) as usize;
+            // Most runs are short, and copying a fixed number of bytes takes least time.
+            if len <= SHORT
+                && from + SHORT <= buffer.len
+                && let Some(bytes) = buffer.bytes.get(from..).and_then(|bytes| bytes.first_chunk::<SHORT>())
+            {
+                let end = out.len() + len;
+                out.extend_from_slice(bytes);
+                out.truncate(end);
+                break;
+            }
+            let taken = len.min(buffer.len.saturating_sub(from));
+            out.extend_from_slice(buffer.bytes.get(from..from + taken).unwrap_or_default());
+            start += taken as u64;
+            len -= taken;
+            if len == 0 {
+                break;
+            }
+            self.buffer += 1;
+        }
     }
 }
 
@@ -141,7 +173,9 @@ mod tests {
             let from = rng.usize(first..=all.len());
             let len = rng.usize(0..=all.len() - from);
             let mut copied = Vec::new();
-            history.copy(from as u64, len, &mut copied);
+            let mut reader = history.reader();
+            reader.copy(from as u64, len / 2, &mut copied);
+            reader.copy((from + len / 2) as u64, len - len / 2, &mut copied);
             assert!(copied == all[from..from + len]);
         }
         assert!(!history.push(vec![0; 10], 11));

@@ -2,15 +2,16 @@
 //!
 //! # How it works
 //! The pass over a layer tells the planner every block. The planner follows them ([`Follower`]) and counts what each
-//! candidate would need of the window ([`Coverage`]). Once no later match can read what lies before a candidate, the
-//! candidate is decided: it becomes a restart if the index may still grow by the bytes that it takes.
+//! candidate would need of the window ([`Coverage`]). A candidate is complete once no later match can read what lies
+//! before it.
 //!
 //! A byte that a restart needs, and that lies before the restart before it, is needed by that restart too. So a restart
-//! keeps only bytes behind the restart before it ([`Restart`]).
+//! keeps only bytes behind the restart before it ([`Restart`]), and what it takes in the index depends on that one.
 //!
 //! The index may take [`BUDGET`] of the blob. So restarts are close together where they need little, and far apart where
-//! they need much. A read decodes half of the bytes between two restarts on average, and a stretch twice as long is also
-//! read twice as often. So the worth of a restart grows with the square of its distance ([`PRICE`]).
+//! they need much. As soon as the complete candidates cover [`HORIZON`] bytes of output, the best restarts among them are
+//! looked for (`choice`). Those in the first quarter are then decided; the others wait for the next round, which sees
+//! further.
 //!
 //! # Invariants
 //! - The restarts depend on nothing but the blob, and on whether there was memory.
@@ -21,26 +22,33 @@ use std::collections::VecDeque;
 use std::mem;
 
 use super::block::{Carried, Follower, LiveTable, TableUse};
-use super::coverage::{Coverage, SegmentNumber};
-use super::frame::{BlockKind, FrameHeader};
+use super::choice::{self, CandidateCosts, Place};
+use super::coverage::Coverage;
+use super::frame::{BLOCK_HEADER, BlockKind, FrameHeader};
 use super::restart::Restart;
+use super::segment::SegmentNumber;
+use super::sequences::PAD;
+use super::series::SeriesWriter;
 use crate::index::{SpanId, step::SpanRestart};
 
-/// Bytes of index that the planner allows, in 1/10000 of the blob's bytes so far. The goal for the whole index is 1.5 %.
+/// Bytes of index that the planner allows, in 1/10000 of the blob's bytes so far. The goal for an index file is 1.5 % of
+/// an image, and the table of contents is part of it.
 /// The fuzz targets want as many restarts as there can be.
-const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 145 };
+const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 105 };
+/// Bytes of output of the candidates among which restarts are looked for.
+const HORIZON: u64 = 16 << 20;
 /// Most memory for following a frame. With more, decoders of frames with long windows would exceed what they may take while
 /// the planner gives up; with less, frames with windows that are a little longer than usual get no restarts.
 const MOST_MEMORY: u64 = 512 << 20;
 /// Bytes of the index for each span.
 const SPAN_ENTRY: u64 = 64;
-/// A restart may take about `share * share / PRICE` bytes, where `share` is [`BUDGET`] of the bytes of the blob since the
-/// restart before it. With a larger value, cheap restarts are missed; with a smaller one, dear ones close to others use
-/// up what is allowed.
-const PRICE: u64 = 6000;
-/// Least number of needed bytes from which the planner learns how well they compress. Below it, most of a restart is
-/// tables.
-const TELLING: u64 = 4096;
+/// Bytes of the index for the tables of a restart.
+const TABLES: u64 = 100;
+/// Bytes that a restart takes for those bytes of the blob that have as many bytes of output, in 1/1000, as long as there
+/// was no restart that tells. The bytes of a restart are torn out of their context, so they compress less well.
+const FIRST_RATE: u64 = 1400;
+/// Least size of a restart from which the planner learns the rate. Below it, most of a restart is tables.
+const TELLING: u64 = 2048;
 
 /// A block that was decoded.
 #[derive(Debug)]
@@ -71,6 +79,13 @@ struct RestartCandidate {
 }
 
 impl RestartCandidate {
+    fn place(&self) -> Place {
+        Place {
+            offset: self.offset,
+            position: self.position,
+        }
+    }
+
     /// Notes what a block behind the candidate did with its tables.
     fn note(&mut self, uses: TableUse) {
         for n in 0..3 {
@@ -93,6 +108,11 @@ struct Frame {
     restart_offset: u64,
     /// Position of the last candidate.
     candidate_at: u64,
+    /// Offset in the blob of the next block.
+    offset: u64,
+    /// Whether all blocks came.
+    finished: bool,
+    series: Option<SeriesWriter>,
 }
 
 /// Chooses restarts while blocks come in.
@@ -102,7 +122,7 @@ pub(super) struct Planner {
     frame: Option<Box<Frame>>,
     /// Bytes that the chosen restarts take in the index.
     spent: u64,
-    /// Stored size of the last restart, in 1/1000 of the bytes that it needed of the window.
+    /// Bytes that restarts take for those bytes of the blob that have as many bytes of output, in 1/1000.
     rate: u64,
     /// Restarts that nobody has taken yet.
     chosen: Vec<SpanRestart>,
@@ -115,7 +135,7 @@ impl Planner {
             spacing,
             frame: None,
             spent: 0,
-            rate: 500,
+            rate: FIRST_RATE,
             chosen: Vec::new(),
         }
     }
@@ -124,13 +144,15 @@ impl Planner {
     /// be known of it.
     pub(super) fn memory(header: &FrameHeader, spacing: u64) -> Option<u64> {
         let short = header.content.is_some_and(|content| content <= spacing);
-        let memory = Coverage::memory(header.window, header.content, spacing);
+        let kept = header.window.saturating_add(HORIZON + spacing);
+        let memory =
+            Coverage::memory(header.window, header.content, spacing, kept).saturating_add(SeriesWriter::MEMORY);
         (!short && !header.dictionary && memory <= MOST_MEMORY).then_some(memory)
     }
 
     /// Begins a frame, of which the first block is at blob offset `offset`.
     pub(super) fn begin(&mut self, header: FrameHeader, offset: u64) {
-        let coverage = Coverage::new(header.window, header.content, self.spacing);
+        let coverage = Coverage::new(header.window, header.content, self.spacing, offset);
         self.frame = coverage.map(|coverage| {
             Box::new(Frame {
                 header,
@@ -141,6 +163,9 @@ impl Planner {
                 restart: 0,
                 restart_offset: offset,
                 candidate_at: 0,
+                offset,
+                finished: false,
+                series: SeriesWriter::new(),
             })
         });
     }
@@ -152,25 +177,24 @@ impl Planner {
 
     /// Ends the frame.
     pub(super) fn end(&mut self) {
-        if let Some(frame) = &mut self.frame {
+        if let Some(mut frame) = self.frame.take() {
             frame.coverage.finish();
+            frame.finished = true;
             for candidate in &mut frame.candidates {
                 candidate.at_risk = [false; 3];
             }
-            self.decide();
+            self.decide(&mut frame);
         }
-        self.frame = None;
     }
 
     /// Takes a block. Its content remains, and its output is what the next block may use.
     pub(super) fn block(&mut self, block: &mut DecodedBlock) {
-        let spacing = self.spacing;
-        if let Some(frame) = &mut self.frame
-            && frame.follow(block, spacing).is_none()
+        if let Some(mut frame) = self.frame.take()
+            && frame.follow(block, self.spacing).is_some()
         {
-            self.frame = None;
+            self.decide(&mut frame);
+            self.frame = Some(frame);
         }
-        self.decide();
     }
 
     /// Returns the restarts that were chosen since the last call, in the order of their spans.
@@ -178,39 +202,42 @@ impl Planner {
         mem::take(&mut self.chosen)
     }
 
-    /// Decides the candidates about which everything is known.
-    fn decide(&mut self) {
-        let Some(frame) = &mut self.frame else { return };
-        while let Some(candidate) = frame.candidates.front()
-            && frame.coverage.is_complete(candidate.segment)
-        {
-            let segment = candidate.segment;
-            let entries = (u64::from(candidate.span.0) + 1) * SPAN_ENTRY;
-            let allowed = budget(candidate.offset).saturating_sub(entries + self.spent);
-            let share = budget(candidate.offset.saturating_sub(frame.restart_offset));
-            let worth = share.saturating_mul(share) / PRICE;
-            let needed = frame.coverage.cost(segment, frame.restart);
-            if candidate.usable
-                && candidate.at_risk == [false; 3]
-                && needed.saturating_mul(self.rate) / 1000 <= allowed.min(worth)
-                && let Some(stored) = frame.stored(candidate)
-            {
+    /// Decides candidates, as long as enough of them are complete.
+    fn decide(&mut self, frame: &mut Frame) {
+        while let Some(region) = frame.region() {
+            let spans = frame.candidates[region.complete - 1].span.0 + 1;
+            let end = frame.end_of(&region);
+            let most = budget(end.offset).saturating_sub(u64::from(spans) * SPAN_ENTRY);
+            let places = frame.places(&region, end);
+            let costs = frame.costs(&region, self.rate);
+            let chosen = choice::choose(&places, &costs, most.saturating_sub(self.spent));
+            let mut before = 0;
+            for place in chosen.into_iter().take_while(|&place| place <= region.decided) {
+                // The first place is that of the last restart.
+                let Some(stored) = frame.make_restart(place - 1) else {
+                    continue;
+                };
                 let len = stored.len() as u64;
-                if needed >= TELLING {
-                    self.rate = (len * 1000 / needed).clamp(100, 1000);
+                let expected = costs[place - 1][mem::replace(&mut before, place)].unwrap_or(0);
+                if len.min(expected) >= TELLING {
+                    let rate = self.rate * (len - TABLES) / (expected - TABLES);
+                    self.rate = ((self.rate * 7 + rate) / 8).clamp(500, 5000);
                 }
-                if len <= allowed {
-                    self.spent += len;
-                    self.chosen.push((candidate.span, stored));
-                    frame.restart_at = candidate.position;
-                    frame.restart = segment;
-                    frame.restart_offset = candidate.offset;
-                }
+                self.spent += len;
+                self.chosen.push((frame.candidates[place - 1].span, stored));
             }
-            frame.coverage.forget(segment);
-            frame.candidates.pop_front();
+            frame.forget(region.decided);
         }
     }
+}
+
+/// The candidates among which restarts are looked for, the first ones of the frame.
+#[derive(Debug)]
+struct Region {
+    /// Number of candidates.
+    complete: usize,
+    /// Number of those that are decided now.
+    decided: usize,
 }
 
 /// Returns [`BUDGET`] of this many bytes of the blob.
@@ -222,6 +249,7 @@ impl Frame {
     /// Follows a block. `None` if it is not understood.
     fn follow(&mut self, block: &mut DecodedBlock, spacing: u64) -> Option<()> {
         let position = self.coverage.position();
+        self.offset += (BLOCK_HEADER + block.content.len()).saturating_sub(PAD) as u64;
         if let Some((span, offset)) = block.candidate
             && position - self.candidate_at >= Coverage::spacing(self.header.window, spacing)
         {
@@ -230,7 +258,7 @@ impl Frame {
             let is_single = |table: &LiveTable| *table == LiveTable::Single;
             self.candidates.push_back(RestartCandidate {
                 span,
-                segment: self.coverage.begin_segment()?,
+                segment: self.coverage.begin_segment(offset)?,
                 offset,
                 position,
                 at_risk: [&carried.literals, &carried.offset, &carried.matches].map(is_single),
@@ -255,10 +283,102 @@ impl Frame {
         appended.then_some(())
     }
 
-    /// Returns the restart of a candidate as the index keeps it.
-    fn stored(&self, candidate: &RestartCandidate) -> Option<Vec<u8>> {
-        let (sparse, reach) = self.coverage.window_of(candidate.segment, self.restart)?;
-        let covers = candidate.position - self.restart_at;
-        Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?.store()
+    /// Returns the candidates among which restarts are looked for, once there are enough.
+    fn region(&self) -> Option<Region> {
+        let first = self.candidates.front()?.position;
+        if self.finished {
+            let complete = self.candidates.len();
+            return Some(Region {
+                complete,
+                decided: complete,
+            });
+        }
+        let last = self.candidates.back()?.position;
+        if last - first < HORIZON {
+            return None;
+        }
+        let complete = |candidate: &RestartCandidate| self.coverage.is_complete(candidate.segment);
+        let complete = self.candidates.partition_point(complete);
+        let last = self.candidates.get(complete)?.position;
+        if last - first < HORIZON {
+            return None;
+        }
+        let decided = self
+            .candidates
+            .partition_point(|candidate| candidate.position < first + HORIZON / 4);
+        Some(Region { complete, decided })
+    }
+
+    /// Returns the end of a region: the next candidate, or the end of the frame.
+    fn end_of(&self, region: &Region) -> Place {
+        match self.candidates.get(region.complete) {
+            Some(candidate) => candidate.place(),
+            None => Place {
+                offset: self.offset,
+                position: self.coverage.position(),
+            },
+        }
+    }
+
+    /// Returns the last restart, the candidates of a region and its end.
+    fn places(&self, region: &Region, end: Place) -> Vec<Place> {
+        let restart = Place {
+            offset: self.restart_offset,
+            position: self.restart_at,
+        };
+        let candidates = self.candidates.range(..region.complete).map(RestartCandidate::place);
+        [restart].into_iter().chain(candidates).chain([end]).collect()
+    }
+
+    /// Returns about how many bytes of the index the candidates of a region take, by the restart before them: first the
+    /// last one that there is, then each candidate of the region.
+    fn costs(&self, region: &Region, rate: u64) -> Vec<CandidateCosts> {
+        let bytes = |needed: Option<u64>| needed.map(|needed| TABLES + needed.saturating_mul(rate) / 1000);
+        let first = self.candidates.front().map_or(0, |first| first.segment);
+        let cost = |(n, candidate): (usize, &RestartCandidate)| {
+            let mut costs = vec![None; n + 1];
+            if !candidate.usable || candidate.at_risk != [false; 3] {
+                return costs;
+            }
+            let (mut lowest, mut all) = (n + 1, Some(0));
+            self.coverage.costs(candidate.segment, |segment, needed| {
+                // Each candidate begins a segment, so those of the region are numbered without gaps.
+                let place = match segment.checked_sub(first) {
+                    Some(n) => n as usize + 1,
+                    None if segment >= self.restart => 0,
+                    None => return,
+                };
+                costs[place] = bytes(needed);
+                (lowest, all) = (place, needed);
+            });
+            // Nothing is needed of the segments before those.
+            costs[..lowest].fill(bytes(all));
+            costs
+        };
+        self.candidates.range(..region.complete).enumerate().map(cost).collect()
+    }
+
+    /// Makes candidate `n` a restart, and returns what the index keeps of it.
+    fn make_restart(&mut self, n: usize) -> Option<Vec<u8>> {
+        let candidate = self.candidates.get(n)?;
+        let (segment, place) = (candidate.segment, candidate.place());
+        let (sparse, reach) = self.coverage.window_of(segment, place.position, self.restart);
+        let covers = place.position - self.restart_at;
+        let restart = Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?;
+        let stored = self.series.as_mut()?.add(&restart.store())?;
+        self.restart_at = place.position;
+        self.restart = segment;
+        self.restart_offset = place.offset;
+        Some(stored)
+    }
+
+    /// Forgets the first `count` candidates.
+    fn forget(&mut self, count: usize) {
+        self.candidates.drain(..count);
+        let next = self
+            .candidates
+            .front()
+            .map_or(SegmentNumber::MAX, |first| first.segment);
+        self.coverage.forget(next, self.restart);
     }
 }

@@ -13,28 +13,27 @@
 //! repeat offsets      3 numbers
 //! length of tables    number
 //! tables              Huffman, offsets, match lengths, literal lengths: as in a dictionary
-//! runs                number of runs, then for each run: bytes between it and the run before, its length. The first
-//!                     run has as its distance how far it begins before the restart
+//! number of runs      number
+//! distances           of each run: bytes between its start and the start of the run before it. The first run has how
+//!                     far it begins before the restart
+//! lengths             of each run
 //! bytes               those of all runs
 //! ```
 //! The runs lie behind the restart before it. If matches reach further back, that restart has the bytes, because it needs
 //! them too. So loading a restart may load some restarts before it ([`RestartChain`]).
 //!
-//! All of it is one zstd frame. A number has seven bits in each byte, the lowest first; the highest bit of a byte says
-//! that another byte follows.
-
-use std::io::Read;
+//! A number has seven bits in each byte, the lowest first; the highest bit of a byte says that another byte follows. The
+//! index keeps restarts compressed (`series`).
 
 use super::block::{Carried, LiveTable};
-use super::coverage::SparseWindow;
 use super::frame::{FrameHeader, window_descriptor, window_size};
 use super::fse::{Distribution, Field, StateTable};
 use super::literals::huffman_len;
+use super::segment::SparseWindow;
+use super::series::{Allow, SeriesReader};
 use crate::index::{IndexError, ZSTD_MAGIC, malformed};
 
 const DICTIONARY_MAGIC: u32 = 0xec30_a437;
-/// Level of zstd for restarts.
-const LEVEL: i32 = 3;
 const CHECKSUM_FLAG: u8 = 1;
 /// Most bytes of the tables: one description of 128 bytes, and three of at most 53 counts of ten bits.
 const MOST_TABLES: u64 = 512;
@@ -44,8 +43,6 @@ const LEAST_CONTENT: u64 = 8;
 const MOST_WINDOW: u64 = 1 << super::WINDOW_LOG_MAX;
 /// A Huffman table of two symbols, for frames that had none so far.
 const ANY_HUFFMAN: [u8; 2] = [128, 0x10];
-/// Bytes in which a stored restart is decompressed.
-const PIECE: usize = 64 << 10;
 /// Bytes of memory for a restart that is being loaded, beyond which it asks for more.
 const LOADING: u64 = 1 << 20;
 
@@ -114,8 +111,8 @@ impl Restart {
             && are_tables(&self.tables)
     }
 
-    /// Returns the restart as the index keeps it.
-    pub(super) fn store(&self) -> Option<Vec<u8>> {
+    /// Returns the restart as the index keeps it, before it is compressed.
+    pub(super) fn store(&self) -> Vec<u8> {
         let mut out = vec![if self.checksum { CHECKSUM_FLAG } else { 0 }];
         put(&mut out, self.window);
         put(&mut out, self.reach);
@@ -130,30 +127,19 @@ impl Restart {
         for &(back, len) in &self.sparse.runs {
             let start = back + len;
             put(&mut out, before.map_or(start, |before: u64| before - start));
+            before = Some(start);
+        }
+        for &(_, len) in &self.sparse.runs {
             put(&mut out, len);
-            before = Some(back);
         }
         out.extend_from_slice(&self.sparse.bytes);
-        zstd::bulk::compress(&out, LEVEL).ok()
+        out
     }
 
-    /// Reads a stored restart. `allow` is asked before memory is used for it, with the number of bytes in all.
-    fn load(stored: &[u8], allow: &mut dyn FnMut(u64) -> Result<(), IndexError>) -> Result<Self, IndexError> {
+    /// Reads a stored restart. `allow` is asked before memory is used for it, with the number of bytes.
+    fn load(stored: &[u8], allow: &mut Allow<'_>) -> Result<Self, IndexError> {
         let wrong = || malformed("a zstd restart is not valid");
-        let mut plain = Vec::new();
-        let mut reader = zstd::stream::read::Decoder::with_buffer(stored).map_err(|_| IndexError::OutOfMemory)?;
-        reader
-            .window_log_max(super::ARCHIVE_WINDOW_LOG_MAX)
-            .map_err(|_| IndexError::OutOfMemory)?;
-        loop {
-            // Twice, for the vector grows by doubling.
-            allow(2 * (plain.len() + PIECE) as u64)?;
-            let read = reader.by_ref().take(PIECE as u64).read_to_end(&mut plain);
-            if read.map_err(|_| malformed("a zstd restart does not decompress"))? == 0 {
-                break;
-            }
-        }
-        let mut rest = &plain[..];
+        let mut rest = stored;
         let flags = byte(&mut rest)
             .filter(|flags| flags & !CHECKSUM_FLAG == 0)
             .ok_or_else(wrong)?;
@@ -167,24 +153,35 @@ impl Restart {
         }
         let len = number(&mut rest).filter(|&len| len <= MOST_TABLES).ok_or_else(wrong)?;
         let (tables, mut rest) = rest.split_at_checked(len as usize).ok_or_else(wrong)?;
-        let runs = number(&mut rest).ok_or_else(wrong)?;
-        let mut sparse = SparseWindow::default();
-        let mut total = 0u64;
-        for n in 0..runs {
-            // Each run takes bytes of `rest`, so a wrong number of runs ends the loop.
-            let gap = number(&mut rest).ok_or_else(wrong)?;
-            let len = number(&mut rest).filter(|&len| len > 0).ok_or_else(wrong)?;
-            let start = match sparse.runs.last() {
-                None if n == 0 => Some(gap),
-                last => last.and_then(|&(back, _)| back.checked_sub(gap)),
+        // Each run takes at least two bytes of `rest`.
+        let runs = number(&mut rest)
+            .filter(|&runs| runs <= rest.len() as u64 / 2)
+            .ok_or_else(wrong)?;
+        allow(rest.len() as u64 + runs * size_of::<(u64, u64)>() as u64)?;
+        let mut sparse = SparseWindow {
+            runs: Vec::with_capacity(runs as usize),
+            bytes: Vec::new(),
+        };
+        let mut start = None;
+        for _ in 0..runs {
+            let distance = number(&mut rest).ok_or_else(wrong)?;
+            let from = match start {
+                None => distance,
+                Some(before) => u64::checked_sub(before, distance).ok_or_else(wrong)?,
             };
-            let back = start.and_then(|start| start.checked_sub(len)).ok_or_else(wrong)?;
+            sparse.runs.push((from, 0));
+            start = Some(from);
+        }
+        let mut total = 0u64;
+        let mut end = u64::MAX;
+        for run in &mut sparse.runs {
+            let len = number(&mut rest).filter(|&len| len > 0).ok_or_else(wrong)?;
+            let from = run.0;
+            // No run begins before the end of the one before it.
+            let back = from.checked_sub(len).filter(|_| from <= end).ok_or_else(wrong)?;
             total = total.checked_add(len).ok_or_else(wrong)?;
-            sparse.runs.push((back, len));
-            if n % 1024 == 0 {
-                let runs = (sparse.runs.len() + 1024) * 2 * size_of::<(u64, u64)>();
-                allow((2 * (plain.len() + PIECE) + runs) as u64)?;
-            }
+            *run = (back, len);
+            end = back;
         }
         if total != rest.len() as u64 {
             return Err(wrong());
@@ -275,14 +272,17 @@ impl Beginning {
         chain: &mut RestartChain<'_>,
         allow: &mut dyn FnMut(u64, u64) -> Result<(), IndexError>,
     ) -> Result<Option<Self>, IndexError> {
-        let Some((start, stored)) = chain.next() else {
+        let mut restarts = SeriesReader::new(chain);
+        let Some((start, stored)) = restarts.next(&mut |bytes| allow(bytes, bytes))? else {
             return Ok(None);
         };
-        let restart = Restart::load(stored, &mut |bytes| allow(bytes, bytes))?;
+        let held = stored.capacity() as u64 + restarts.held();
+        let restart = Restart::load(&stored, &mut |bytes| allow(held + bytes, held + bytes))?;
+        drop(stored);
         let content = restart.content_len();
         let window = window_descriptor(restart.window).map_or(u64::MAX, window_size);
-        // The restart that is loaded, the dictionary, and libzstd's copy of it. Then the copy, and libzstd's window.
-        let at_once = content.saturating_mul(2);
+        // The restarts that are loaded, the dictionary, and libzstd's copy of it. Then the copy, and libzstd's window.
+        let at_once = content.saturating_mul(2).saturating_add(held);
         let later = content.saturating_add(window).saturating_add(LOADING);
         allow(at_once.saturating_add(LOADING), later)?;
         let mut dictionary = restart.dictionary()?;
@@ -290,15 +290,17 @@ impl Beginning {
         let (frame_header, checksum, reach) = (restart.frame_header(), restart.checksum, restart.reach);
         let mut covered = restart.covers;
         drop(restart);
+        let mut allow = |bytes: u64| {
+            let bytes = bytes.saturating_add(at_once);
+            allow(bytes, bytes.max(later))
+        };
         while covered < reach {
-            let next = chain
-                .next()
-                .filter(|&(offset, _)| start.checked_sub(covered) == Some(offset));
-            let (_, stored) = next.ok_or(malformed("a zstd restart lacks the one before it"))?;
-            let earlier = Restart::load(stored, &mut |bytes| {
-                let bytes = bytes.saturating_add(at_once);
-                allow(bytes, bytes.max(later))
-            })?;
+            let (_, stored) = restarts
+                .next(&mut allow)?
+                .filter(|&(offset, _)| start.checked_sub(covered) == Some(offset))
+                .ok_or(malformed("a zstd restart lacks the one before it"))?;
+            let held = stored.capacity() as u64 + restarts.held();
+            let earlier = Restart::load(&stored, &mut |bytes| allow(held + bytes))?;
             earlier.fill(&mut dictionary, covered, content);
             covered = covered.saturating_add(earlier.covers);
         }
@@ -356,6 +358,7 @@ fn number(rest: &mut &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::series::SeriesWriter;
     use super::*;
 
     fn restart(reach: u64, covers: u64, runs: Vec<(u64, u64)>) -> Restart {
@@ -386,10 +389,19 @@ mod tests {
         loaded.map(Option::unwrap)
     }
 
+    /// Returns restarts as the index keeps them, the first ones first.
+    fn series(restarts: &[Restart]) -> Vec<Vec<u8>> {
+        let mut series = SeriesWriter::new().unwrap();
+        restarts
+            .iter()
+            .map(|restart| series.add(&restart.store()).unwrap())
+            .collect()
+    }
+
     #[test]
     fn a_restart_is_loaded_as_it_was_stored() {
         let restart = restart(120, 100, vec![(90, 10), (40, 50), (0, 3)]);
-        let stored = restart.store().unwrap();
+        let stored = restart.store();
         assert_eq!(Restart::load(&stored, &mut |_| Ok(())).unwrap(), restart);
         for cut in 0..stored.len() {
             assert!(Restart::load(&stored[..cut], &mut |_| Ok(())).is_err());
@@ -398,10 +410,11 @@ mod tests {
 
     #[test]
     fn the_dictionary_has_the_bytes_where_they_belong_and_libzstd_takes_it() {
-        let later = restart(120, 100, vec![(90, 10), (40, 50), (0, 3)]).store().unwrap();
+        let later = restart(120, 100, vec![(90, 10), (40, 50), (0, 3)]);
         // Its first run is too far away for the later restart, and the second one is in part.
-        let earlier = restart(200, 200, vec![(190, 10), (15, 10), (2, 3)]).store().unwrap();
-        let beginning = load(&[(1000, &later), (900, &earlier), (0, b"not needed")]).unwrap();
+        let earlier = restart(200, 200, vec![(190, 10), (15, 10), (2, 3)]);
+        let stored = series(&[earlier, later]);
+        let beginning = load(&[(1000, &stored[1]), (900, &stored[0]), (0, b"not needed")]).unwrap();
         let dictionary = beginning.dictionary;
         let content = &dictionary[dictionary.len() - 200..];
         let mut expected = [0; 200];
@@ -421,27 +434,23 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_needs_the_one_before_it() {
-        let later = restart(120, 100, vec![(90, 10)]).store().unwrap();
-        let earlier = restart(20, 200, vec![(3, 10)]).store().unwrap();
-        assert!(load(&[(1000, &later), (900, &earlier)]).is_ok());
-        assert!(load(&[(1000, &later), (901, &earlier)]).is_err());
-        assert!(load(&[(1000, &later)]).is_err());
-        assert!(load(&[(50, &later), (0, &earlier)]).is_err());
+    fn a_restart_needs_the_ones_before_it() {
+        let later = || restart(120, 100, vec![(90, 10)]);
+        let earlier = || restart(20, 200, vec![(3, 10)]);
+        let together = series(&[earlier(), later()]);
+        let alone = [series(&[earlier()]), series(&[later()])].concat();
+        for stored in [together, alone] {
+            assert!(load(&[(1000, &stored[1]), (900, &stored[0])]).is_ok());
+            assert!(load(&[(1000, &stored[1]), (901, &stored[0])]).is_err());
+            assert!(load(&[(1000, &stored[1])]).is_err());
+            assert!(load(&[(50, &stored[1]), (0, &stored[0])]).is_err());
+        }
     }
 
     #[test]
-    fn a_bomb_takes_no_more_than_is_allowed() {
-        let stored = zstd::bulk::compress(&vec![0x80; 50 << 20], 3).unwrap();
-        let mut asked = 0;
-        let loaded = Restart::load(&stored, &mut |bytes| {
-            asked = bytes;
-            match bytes < 1 << 20 {
-                true => Ok(()),
-                false => Err(IndexError::OutOfMemory),
-            }
-        });
-        assert_eq!(loaded, Err(IndexError::OutOfMemory));
-        assert!(asked < 2 << 20);
+    fn no_run_overlaps_another() {
+        let mut overlapping = restart(120, 100, vec![(90, 10), (40, 50)]);
+        overlapping.sparse.runs = vec![(60, 30), (50, 30)];
+        assert!(Restart::load(&overlapping.store(), &mut |_| Ok(())).is_err());
     }
 }
