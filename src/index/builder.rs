@@ -22,6 +22,7 @@ pub struct SpanIndexBuilder {
     compressor: zstd::bulk::Compressor<'static>,
     hasher: blake3::Hasher,
     tar_size: u64,
+    short_of_memory: bool,
     /// The first error. [`SpanIndexBuilder::finish`] reports it, because the methods of [`DecodeSink`] cannot fail.
     trouble: Option<IndexError>,
 }
@@ -46,6 +47,7 @@ impl SpanIndexBuilder {
             compressor: zstd::bulk::Compressor::new(WINDOW_LEVEL).map_err(|_| IndexError::OutOfMemory)?,
             hasher: blake3::Hasher::new(),
             tar_size: 0,
+            short_of_memory: false,
             trouble: None,
         })
     }
@@ -65,6 +67,7 @@ impl SpanIndexBuilder {
             compression: self.compression,
             tar_size: self.tar_size,
             identity,
+            short_of_memory: self.short_of_memory,
         };
         SpanIndex::new(header, self.entries, self.windows)
     }
@@ -125,5 +128,8 @@ impl DecodeSink for SpanIndexBuilder {
             }
             _ => self.out_of_order(),
         }
+    }
+    fn short_of_memory(&mut self) {
+        self.short_of_memory = true;
     }
 }

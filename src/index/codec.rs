@@ -131,6 +131,14 @@ impl Codec {
         }
     }
 
+    /// Whether there are fewer restarts than there could be, because memory was short.
+    pub(super) fn is_short_of_memory(&self) -> bool {
+        match self {
+            Self::ZstdPass(zstd) => zstd.is_short_of_memory(),
+            Self::Tar { .. } | Self::Gzip(_) | Self::Zstd(_) => false,
+        }
+    }
+
     /// Checks that the blob may end after `size` bytes. Returns the offset of ignored bytes after the content, if
     /// there are any.
     pub(super) fn finish(&mut self, size: u64) -> Result<Option<u64>, IndexError> {

@@ -4,7 +4,8 @@
 //! offset        bytes  all integers little-endian
 //! 0             8      magic "ocifspan"
 //! 8             4      version, 3
-//! 12            4      compression: 0 tar, 1 gzip, 2 zstd
+//! 12            2      compression: 0 tar, 1 gzip, 2 zstd
+//! 14            2      flags: 1 means that memory was short, so there are fewer restarts than there could be
 //! 16            8      size of the blob
 //! 24            8      size of the tar
 //! 32            8      number of spans, n
@@ -38,6 +39,7 @@ const CHECKSUM: usize = 32;
 /// Bytes of a digest as text. The longest, `sha512:` and 128 digits, has 135 bytes.
 const DIGEST_TEXT: usize = 136;
 const RESTART: u32 = 1;
+const SHORT_OF_MEMORY: u16 = 1;
 
 /// The layer that an index describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +58,8 @@ pub(super) struct IndexHeader {
     pub(super) compression: Compression,
     pub(super) tar_size: u64,
     pub(super) identity: Identity,
+    /// Whether there are fewer restarts than there could be, because memory was short.
+    pub(super) short_of_memory: bool,
 }
 
 /// One span of the index.
@@ -106,16 +110,19 @@ fn header_bytes(header: &IndexHeader, spans: usize, windows: usize) -> [u8; HEAD
         compression,
         tar_size,
         identity,
+        short_of_memory,
     } = header;
     let mut bytes = [0; HEADER];
     bytes[0..8].copy_from_slice(&MAGIC);
     bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-    let code: u32 = match compression {
+    let code: u16 = match compression {
         Compression::Tar => 0,
         Compression::Gzip => 1,
         Compression::Zstd => 2,
     };
-    bytes[12..16].copy_from_slice(&code.to_le_bytes());
+    bytes[12..14].copy_from_slice(&code.to_le_bytes());
+    let flags = if *short_of_memory { SHORT_OF_MEMORY } else { 0 };
+    bytes[14..16].copy_from_slice(&flags.to_le_bytes());
     bytes[16..24].copy_from_slice(&identity.blob_size.to_le_bytes());
     bytes[24..32].copy_from_slice(&tar_size.to_le_bytes());
     bytes[32..40].copy_from_slice(&(spans as u64).to_le_bytes());
@@ -139,6 +146,10 @@ fn entry_bytes(entry: &SpanEntry) -> [u8; ENTRY] {
     bytes[28..32].copy_from_slice(&if entry.restart { RESTART } else { 0 }.to_le_bytes());
     bytes[32..64].copy_from_slice(&entry.digest);
     bytes
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(bytes[at..at + 2].try_into().expect("a slice of two bytes"))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -175,12 +186,16 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(IndexHeader, Vec<SpanEntry>, Range<
     if blake3::hash(content).as_bytes() != checksum {
         return Err(malformed("its checksum does not match"));
     }
-    let compression = match u32_at(bytes, 12) {
+    let compression = match u16_at(bytes, 12) {
         0 => Compression::Tar,
         1 => Compression::Gzip,
         2 => Compression::Zstd,
         _ => return Err(malformed("its compression is unknown")),
     };
+    let flags = u16_at(bytes, 14);
+    if flags & !SHORT_OF_MEMORY != 0 {
+        return Err(malformed("it has unknown flags"));
+    }
     let room = (content.len() - HEADER) as u64;
     let table = u64_at(bytes, 32)
         .checked_mul(ENTRY as u64)
@@ -200,6 +215,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(IndexHeader, Vec<SpanEntry>, Range<
             blob_size: u64_at(bytes, 16),
             diff_id: DiffId(digest_at(bytes, 48 + DIGEST_TEXT)?),
         },
+        short_of_memory: flags & SHORT_OF_MEMORY != 0,
     };
     Ok((header, entries.collect::<Result<_, _>>()?, table_end..content.len()))
 }

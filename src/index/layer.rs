@@ -37,6 +37,9 @@ pub trait DecodeSink {
     /// For gzip it is the history: at most 32 KiB, ending right before the span. A restart without the event needs no
     /// history. For zstd it is the state of a frame as the index keeps it, and makes the span a restart.
     fn window(&mut self, span: SpanId, window: Vec<u8>);
+    /// Notes that there are fewer restarts than there could be, because memory was short. So another pass may find other
+    /// restarts.
+    fn short_of_memory(&mut self) {}
 }
 
 /// What the first pass found out about a whole blob.
@@ -247,6 +250,9 @@ impl LayerDecoder {
     pub fn finish(mut self, sink: &mut dyn DecodeSink) -> Result<LayerEnd, IndexError> {
         let trailing_garbage = self.codec.finish(self.blob_size)?;
         self.window(sink);
+        if self.codec.is_short_of_memory() {
+            sink.short_of_memory();
+        }
         Ok(LayerEnd {
             blob_size: self.blob_size,
             tar_size: self.cutter.out,

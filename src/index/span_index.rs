@@ -74,6 +74,12 @@ impl SpanIndex {
         self.header.compression
     }
 
+    /// Whether there are fewer restarts than there could be, because memory was short when the layer was indexed. Other
+    /// hosts find other restarts then.
+    pub fn is_short_of_memory(&self) -> bool {
+        self.header.short_of_memory
+    }
+
     /// Returns the digest of the blob.
     pub fn blob_digest(&self) -> &Digest {
         &self.header.identity.blob

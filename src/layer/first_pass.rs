@@ -196,6 +196,7 @@ struct Batch {
 enum DecodeEvent {
     Span(SpanStart),
     Window(SpanId, Vec<u8>),
+    ShortOfMemory,
 }
 
 /// Collects the decoder's bytes and events, and passes them on in batches.
@@ -235,6 +236,12 @@ impl DecodeSink for Batcher {
         self.batch
             .events
             .push((self.batch.bytes.len(), DecodeEvent::Window(span, window)));
+    }
+
+    fn short_of_memory(&mut self) {
+        self.batch
+            .events
+            .push((self.batch.bytes.len(), DecodeEvent::ShortOfMemory));
     }
 }
 
@@ -339,6 +346,7 @@ fn tabulate(
             match event {
                 DecodeEvent::Span(start) => table.span(layer, start)?,
                 DecodeEvent::Window(span, window) => table.spans.window(span, window),
+                DecodeEvent::ShortOfMemory => table.spans.short_of_memory(),
             }
         }
         table.content(layer, &batch.bytes[done..])?;

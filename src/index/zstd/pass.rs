@@ -63,6 +63,7 @@ pub(in crate::index) struct ZstdPass {
     worker: PlannerWorker,
     /// Whether the planner follows the frame.
     followed: bool,
+    short_of_memory: bool,
     phase: PassPhase,
     /// What the present phase needs at once, as far as it came, behind [`PAD`] bytes.
     piece: Vec<u8>,
@@ -90,6 +91,7 @@ impl ZstdPass {
             context: ZstdContext::new(0, room)?,
             worker: PlannerWorker::new(spacing),
             followed: false,
+            short_of_memory: false,
             phase: PassPhase::FrameHeader,
             piece: vec![0; PAD],
             out: vec![0; BLOCK],
@@ -216,20 +218,28 @@ impl ZstdPass {
     }
 
     fn begin_following(&mut self, header: FrameHeader) {
-        if let Some(memory) = Planner::memory(&header, self.spacing)
-            && self.worker.begin(header, self.offset)
-        {
+        let Some(memory) = Planner::memory(&header, self.spacing) else {
+            return;
+        };
+        self.followed = self.worker.begin(header, self.offset);
+        self.short_of_memory |= !self.followed;
+        if self.followed {
             self.context.use_beside(memory + PlannerWorker::MEMORY);
-            self.followed = true;
         }
     }
 
     /// Asks for room. If there is none for the planner, the frame gets no further restarts.
     fn ask_for_room(&mut self) -> Result<(), IndexError> {
         if !self.context.ask_for_room(self.offset)? {
+            self.short_of_memory |= self.followed;
             self.give_up();
         }
         Ok(())
+    }
+
+    /// Whether a frame has fewer restarts than there could be, because memory was short.
+    pub(in crate::index) fn is_short_of_memory(&self) -> bool {
+        self.short_of_memory
     }
 
     fn give_up(&mut self) {
@@ -404,5 +414,32 @@ impl ZstdPass {
         } else {
             Err(IndexError::Truncated { offset: size })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::zstd::room_within;
+
+    /// Decodes a whole blob. Returns whether memory was short.
+    fn is_short(blob: &[u8], memory: u64) -> bool {
+        let mut pass = ZstdPass::new(64 << 10, room_within(memory)).unwrap();
+        let mut input = blob;
+        while !matches!(pass.step(&mut input).unwrap(), Step::Input) {}
+        pass.finish(blob.len() as u64).unwrap();
+        pass.is_short_of_memory()
+    }
+
+    #[test]
+    fn a_pass_says_that_restarts_were_given_up() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let tar: Vec<u8> = std::iter::repeat_with(|| rng.u8(b'a'..b'm')).take(6 << 20).collect();
+        let blob = zstd::bulk::compress(&tar, 3).unwrap();
+        assert!(!is_short(&blob, 1 << 30));
+        assert!(is_short(&blob, 9 << 20));
+        // A short frame has no restarts inside it.
+        let short = zstd::bulk::compress(&tar[..60_000], 3).unwrap();
+        assert!(!is_short(&short, 1 << 20));
     }
 }
