@@ -2,13 +2,8 @@
 //!
 //! A read decodes from the restart before it to the end of its span. So a restart makes reads behind it cheaper, up to
 //! the next restart. It also takes bytes of the index, and how many depends on the restart before it. The choice
-//! weighs both against each other ([`PRICE`]), and is the best one for the region: all ways to choose are compared, by
+//! weighs both against each other (`price`), and is the best one for the region: all ways to choose are compared, by
 //! dynamic programming.
-
-/// What a byte of the index is worth: it must save a byte of the blob for each read of this many bytes of tar. With
-/// less, restarts are chosen early that leave no bytes for better ones later. With more, bytes of the index are left
-/// over. The fuzz targets want as many restarts as there can be.
-const PRICE: u128 = if cfg!(fuzzing) { 0 } else { 200 << 20 };
 
 /// A place where decoding begins, can begin, or ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,17 +17,18 @@ pub(super) struct Place {
 /// Bytes of the index that a candidate takes, by the number of the restart before it. `None` where that is impossible.
 pub(super) type CandidateCosts = Vec<Option<u64>>;
 
-/// Chooses restarts that take at most `allowed` bytes of the index together.
+/// Chooses restarts that take at most `allowed` bytes of the index together. Each byte of the index must save a byte of
+/// the blob for each read of `price` bytes of tar.
 ///
 /// `places` are the last restart before the region, the candidates of the region, and its end. `costs` are those of the
 /// candidates, the first of which is place 1: entry 0 if place 0 is the restart before it, and so on. Returns the places
 /// of the new restarts, in order.
-pub(super) fn choose(places: &[Place], costs: &[CandidateCosts], allowed: u64) -> Vec<usize> {
+pub(super) fn choose(places: &[Place], costs: &[CandidateCosts], price: u64, allowed: u64) -> Vec<usize> {
     let affordable = |costs: &CandidateCosts| costs.iter().flatten().any(|&cost| cost <= allowed);
     if !costs.iter().any(affordable) {
         return Vec::new();
     }
-    let mut price = PRICE;
+    let mut price = u128::from(price);
     loop {
         let chosen = choose_at(places, costs, price);
         if total(&chosen, costs) <= u128::from(allowed) {
@@ -162,12 +158,12 @@ mod tests {
         let costs: Vec<CandidateCosts> = (0..18).map(|n| vec![Some(1000); n + 1]).collect();
         let counts: Vec<usize> = [0, 999, 1000, 5500, 18_000]
             .into_iter()
-            .map(|allowed| choose(&places, &costs, allowed).len())
+            .map(|allowed| choose(&places, &costs, 1 << 20, allowed).len())
             .collect();
         assert_eq!(counts[..3], [0, 0, 1]);
         assert!((2..=5).contains(&counts[3]));
         assert!(counts[4] > counts[3]);
         // The only restart lies where it helps most.
-        assert!((7..=12).contains(&choose(&places, &costs, 1000)[0]));
+        assert!((7..=12).contains(&choose(&places, &costs, 1 << 20, 1000)[0]));
     }
 }

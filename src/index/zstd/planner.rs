@@ -34,7 +34,13 @@ use crate::index::{SpanId, step::SpanRestart};
 /// Bytes of index that the planner allows, in 1/10000 of the blob's bytes so far. The goal for an index file is 1.5 % of
 /// an image, and the table of contents is part of it.
 /// The fuzz targets want as many restarts as there can be.
-const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 105 };
+const BUDGET: u64 = if cfg!(fuzzing) { 1 << 40 } else { 115 };
+/// How much a byte of the index must save: a byte of the blob for each read of this many times the distance of
+/// candidates, in bytes of tar. With less, restarts are chosen early that leave no bytes for better ones later. With more,
+/// bytes of the index are left over. The fuzz targets want as many restarts as there can be.
+const PRICE: u64 = if cfg!(fuzzing) { 0 } else { 600 };
+/// The price is at most this many times the bytes of the frame so far, because there are few reads of a short frame.
+const SHORT_FRAME: u64 = 2;
 /// Bytes of output of the candidates among which restarts are looked for.
 const HORIZON: u64 = 16 << 20;
 /// Most memory for following a frame. With more, decoders of frames with long windows would exceed what they may take while
@@ -210,11 +216,14 @@ impl Planner {
             let most = budget(end.offset).saturating_sub(u64::from(spans) * SPAN_ENTRY);
             let places = frame.places(&region, end);
             let costs = frame.costs(&region, self.rate);
-            let chosen = choice::choose(&places, &costs, most.saturating_sub(self.spent));
+            let price = (PRICE * self.spacing).min(end.position.saturating_mul(SHORT_FRAME));
+            let chosen = choice::choose(&places, &costs, price, most.saturating_sub(self.spent));
             let mut before = 0;
             for place in chosen.into_iter().take_while(|&place| place <= region.decided) {
                 // The first place is that of the last restart.
-                let Some(stored) = frame.make_restart(place - 1) else {
+                // What a restart takes is known only now, and may be more than was expected.
+                let allowed = (most + most / 8).saturating_sub(self.spent);
+                let Some(stored) = frame.make_restart(place - 1, allowed) else {
                     continue;
                 };
                 let len = stored.len() as u64;
@@ -358,14 +367,20 @@ impl Frame {
         self.candidates.range(..region.complete).enumerate().map(cost).collect()
     }
 
-    /// Makes candidate `n` a restart, and returns what the index keeps of it.
-    fn make_restart(&mut self, n: usize) -> Option<Vec<u8>> {
+    /// Makes candidate `n` a restart, and returns what the index keeps of it. `None` if that is more than `allowed`
+    /// bytes, or if there can be no restart.
+    fn make_restart(&mut self, n: usize, allowed: u64) -> Option<Vec<u8>> {
         let candidate = self.candidates.get(n)?;
         let (segment, place) = (candidate.segment, candidate.place());
         let (sparse, reach) = self.coverage.window_of(segment, place.position, self.restart);
         let covers = place.position - self.restart_at;
         let restart = Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?;
-        let stored = self.series.as_mut()?.add(&restart.store())?;
+        let series = self.series.as_mut()?;
+        let stored = series.add(&restart.store())?;
+        if stored.len() as u64 > allowed {
+            series.end();
+            return None;
+        }
         self.restart_at = place.position;
         self.restart = segment;
         self.restart_offset = place.offset;

@@ -105,7 +105,7 @@ fn the_index_survives_its_file() {
     newer[8] = 9;
     assert!(matches!(
         SpanIndex::open(newer),
-        Err(IndexError::Version { found: 9, known: 2 })
+        Err(IndexError::Version { found: 9, known: 3 })
     ));
 }
 
