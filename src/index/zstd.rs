@@ -14,7 +14,7 @@
 //!                              |                             |
 //!                              +-------- DecodedBlock -------+
 //!                                             v
-//! planner thread         Follower -> Coverage -> Planner -> Restart, stored in the index
+//! planner thread         Follower -> Coverage -> Planner -> Restart -> Series, stored in the index
 //! ```
 //!
 //! [`Zstd`] begins at a restart. A restart inside a frame (`restart`) becomes a dictionary and the header of a frame

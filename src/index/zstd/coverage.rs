@@ -7,8 +7,8 @@
 //! later one.
 //!
 //! Once no match can reach a segment any more, its marks are counted, and the bytes that later segments read are kept
-//! ([`CountedSegment`]). So it takes little time to say how much a candidate needs, and the output itself is kept only
-//! for a window and one segment ([`History`]), with a ring of its marks.
+//! ([`CountedSegment`]). So it takes little time to say how much a candidate needs. The output itself is kept only for a
+//! window and one segment ([`History`]), and a ring has its marks.
 //!
 //! # Invariants
 //! - Memory is bounded by what [`Coverage::memory`] says.

@@ -14,7 +14,7 @@
 //! further.
 //!
 //! # Invariants
-//! - The restarts depend on nothing but the blob, and on whether there was memory.
+//! - The restarts depend on nothing but the blob, and on whether there was memory. If there was not, the index says so.
 //! - A frame that the planner does not understand gets no further restarts. That is no error: libzstd decides what is
 //!   valid.
 
@@ -50,8 +50,8 @@ const MOST_MEMORY: u64 = 512 << 20;
 const SPAN_ENTRY: u64 = 64;
 /// Bytes of the index for the tables of a restart.
 const TABLES: u64 = 100;
-/// Bytes that a restart takes for those bytes of the blob that have as many bytes of output, in 1/1000, as long as there
-/// was no restart that tells. The bytes of a restart are torn out of their context, so they compress less well.
+/// Bytes that a restart takes for each 1000 bytes of the blob that have as many bytes of output. The planner begins with
+/// this rate. The bytes of a restart are torn out of their context, so they compress less well than in the blob.
 const FIRST_RATE: u64 = 1400;
 /// Least size of a restart from which the planner learns the rate. Below it, most of a restart is tables.
 const TELLING: u64 = 2048;
@@ -128,7 +128,7 @@ pub(super) struct Planner {
     frame: Option<Box<Frame>>,
     /// Bytes that the chosen restarts take in the index.
     spent: u64,
-    /// Bytes that restarts take for those bytes of the blob that have as many bytes of output, in 1/1000.
+    /// Bytes that a restart takes for each 1000 bytes of the blob that have as many bytes of output.
     rate: u64,
     /// Restarts that nobody has taken yet.
     chosen: Vec<SpanRestart>,

@@ -1,8 +1,11 @@
 //! Stored zstd restarts of any content: decoding from them does not panic, and takes no more memory than it may.
 //!
 //! The first two bytes are the length of the restart before the other one. The third byte says whether they are
-//! compressed already. The rest are both restarts. The target puts them into an index with a correct checksum.
+//! compressed already, and otherwise, whether they are one series. The rest are both restarts. The target puts them into
+//! an index with a correct checksum.
 #![no_main]
+
+use std::io::Write as _;
 
 use libfuzzer_sys::fuzz_target;
 use ocifs::index::{SpanId, SpanIndex};
@@ -16,7 +19,7 @@ const BLOCKS: &[u8] = &[
 
 fn index(restarts: [&[u8]; 2]) -> Vec<u8> {
     let mut file = b"ocifspan".to_vec();
-    file.extend([2u32, 2].map(u32::to_le_bytes).concat());
+    file.extend([3u32, 2].map(u32::to_le_bytes).concat());
     let windows: usize = restarts.iter().map(|restart| restart.len()).sum();
     file.extend([1 << 20, 3 * SPAN, 3, windows as u64].map(u64::to_le_bytes).concat());
     for _ in 0..2 {
@@ -43,16 +46,34 @@ fn index(restarts: [&[u8]; 2]) -> Vec<u8> {
     file
 }
 
+/// Compresses restarts as parts of one series, or of two.
+fn compressed(restarts: [&[u8]; 2], together: bool) -> [Vec<u8>; 2] {
+    let series = || zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+    let mut encoder = series();
+    let mut number = 0;
+    restarts.map(|plain| {
+        if !together {
+            (encoder, number) = (series(), 0);
+        }
+        let from = encoder.get_ref().len();
+        encoder.write_all(plain).unwrap();
+        encoder.flush().unwrap();
+        let piece = [&[number], &encoder.get_ref()[from..]].concat();
+        number += 1;
+        piece
+    })
+}
+
 fuzz_target!(|data: &[u8]| {
-    let Some((&[low, high, compressed], rest)) = data.split_first_chunk() else {
+    let Some((&[low, high, kind], rest)) = data.split_first_chunk() else {
         return;
     };
     let length = usize::from(u16::from_le_bytes([low, high])).min(rest.len());
     let (earlier, later) = rest.split_at(length);
-    let stored = [earlier, later].map(|plain| match compressed & 1 {
-        0 if !plain.is_empty() => zstd::bulk::compress(plain, 1).unwrap(),
-        _ => plain.to_vec(),
-    });
+    let stored = match kind & 1 {
+        0 => compressed([earlier, later], kind & 2 == 0),
+        _ => [earlier, later].map(<[u8]>::to_vec),
+    };
     let index = SpanIndex::open(index([&stored[0], &stored[1]])).unwrap();
     for span in index.spans().filter(|&span| index.restart_for(span) == span) {
         // The decoder may take 192 MiB, and libFuzzer watches the memory of the process.

@@ -40,7 +40,11 @@ fn frames_of_every_level_have_restarts() {
         let blob = filter("zstd", &[args, &["-c"]].concat(), tar);
         let restarts = check_to_the_end(&blob, tar);
         // How many there are depends on the content. With a large window, a restart needs more of it.
-        let least = if args.contains(&"-22") || args.contains(&"-9") { 1 } else { 2 };
+        let least = if args.contains(&"-22") || args.contains(&"-9") {
+            1
+        } else {
+            2
+        };
         assert!(restarts >= least, "{args:?}: {restarts} restarts");
     }
 }
