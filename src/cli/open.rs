@@ -41,7 +41,9 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
         true => Locations::default(),
         false => Locations::new(config.index.clone(), &client?, &store)?,
     };
-    let context = LayerContext::new(store, config.memory, config.cache_size).with_locations(locations);
+    let context = LayerContext::new(store, config.memory, config.cache_size)
+        .with_locations(locations)
+        .with_timeout(config.timeout);
     if let Some(error) = problem {
         context.health.store_lost(&error);
     }

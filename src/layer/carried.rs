@@ -3,25 +3,24 @@
 //! One or two requests fetch the table. The layer is open then, and none of its content is here. The table is kept in the
 //! store like any other index, in the directory of its authority, so it is fetched once.
 //!
-//! Anything that goes wrong with a table is no error of the layer: the layer is streamed then. The log says why.
+//! Anything that goes wrong with a table is no error of the layer: the layer is streamed then. That includes a table that
+//! does not come in some seconds ([`fetch`]). The log says why.
 //!
 //! A chunk whose bytes do not match the table, however often they are fetched, is an error of its reader. The table is
 //! distrusted from then on ([`distrust`]), so the next opening streams the layer.
 
-use std::ops::Range;
+mod fetch;
+
 use std::sync::Arc;
 
-use bytes::BytesMut;
-use futures::StreamExt as _;
+use fetch::{Unfetched, fetch};
 
 use super::data::{LayerContext, LayerData};
 use super::opening::{OpenError, Opened, ToOpen};
-use super::race::Origin;
 use super::stored::{LayerIndex, keep_chunks, open_device, stored_chunks};
 use super::{IndexSource, Layer};
 use crate::blob::BlobError;
 use crate::index::IndexError;
-use crate::memory::Charge;
 use crate::span::ChunkSpans;
 use crate::store::{Authority, LayerDir, StoreError};
 use crate::task::joined;
@@ -71,19 +70,6 @@ pub(super) async fn open(
     }
 }
 
-/// Why [`fetch`] brings no table.
-enum Unfetched {
-    /// The layer can still be streamed.
-    Table(NoTable),
-    Open(OpenError),
-}
-
-impl<E: Into<NoTable>> From<E> for Unfetched {
-    fn from(error: E) -> Self {
-        Self::Table(error.into())
-    }
-}
-
 async fn from_store(
     context: &LayerContext,
     wanted: &ToOpen,
@@ -108,62 +94,6 @@ async fn from_store(
         Some(Opened { layer, toc: None })
     });
     Ok(joined(loading).await?)
-}
-
-/// Fetches and reads the table.
-async fn fetch(context: &LayerContext, wanted: &ToOpen, table: &TableRef) -> Result<CarriedTables, Unfetched> {
-    let origin = Origin {
-        blob: wanted.blob.clone(),
-        lanes: context.lanes.clone(),
-        stats: wanted.stats.clone(),
-        patient: context.patient,
-    };
-    // The compressed table is in memory until it is read.
-    let mut charge = context.tables.charge();
-    let first = table.first_range();
-    let mut bytes = read(&origin, first.clone(), &mut charge).await?;
-    let place = table.table_range(&bytes)?;
-    let mut start = first.start;
-    if place.start < start {
-        let mut before = read(&origin, place.start..start, &mut charge).await?;
-        before.unsplit(bytes);
-        (bytes, start) = (before, place.start);
-    }
-    let charges = [context.tables.charge(), context.tables.charge()];
-    let table = table.clone();
-    let reading = tokio::task::spawn_blocking(move || {
-        let _charge = charge;
-        // The table is within the bytes that were read.
-        let within = (place.start - start) as usize..(place.end - start) as usize;
-        table.read_charged(place, &bytes[within], charges)
-    });
-    let read = joined(reading).await.map_err(|error| Unfetched::Open(error.into()))?;
-    Ok(read?)
-}
-
-/// Reads exactly these bytes of the blob, and charges for them in addition to what is charged.
-async fn read(origin: &Origin, range: Range<u64>, charge: &mut Charge) -> Result<BytesMut, Unfetched> {
-    let len = range.end - range.start;
-    let cut_short = |range: &Range<u64>| BlobError::Protocol {
-        host: "the source".to_owned(),
-        what: format!("blob {}", origin.blob.digest()),
-        detail: format!("the bytes {}..{} are not all there", range.start, range.end),
-        transient: true,
-    };
-    charge.grow(len).map_err(CarriedError::from)?;
-    let mut stream = origin.read(range.clone()).await?;
-    let mut bytes = BytesMut::new();
-    while let Some(more) = stream.next().await.transpose()? {
-        origin.stats.fetched_more(more.len());
-        bytes.extend_from_slice(&more);
-        if bytes.len() as u64 > len {
-            return Err(cut_short(&range).into());
-        }
-    }
-    if bytes.len() as u64 != len {
-        return Err(cut_short(&range).into());
-    }
-    Ok(bytes)
 }
 
 /// Keeps the tables in the store and makes the layer.

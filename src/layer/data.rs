@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
@@ -46,6 +47,8 @@ pub struct LayerContext {
     pub health: Arc<Health>,
     /// Whether to retry failed requests of a layer that is being streamed without a deadline.
     pub(super) patient: bool,
+    /// The timeout of reads, if they have one.
+    pub(super) timeout: Option<Duration>,
     pub(super) passes: Arc<Semaphore>,
     pub(super) windows: Windows,
     pub(super) shared: Arc<SharedLayers>,
@@ -68,6 +71,7 @@ impl LayerContext {
             tables,
             health: Arc::default(),
             patient: false,
+            timeout: None,
             passes: Arc::new(Semaphore::new(PASSES)),
             ahead: Ahead::default(),
             shared: Arc::default(),
@@ -90,6 +94,11 @@ impl LayerContext {
     /// is. Readers that wait for such a layer get an error from the mount when the wait takes too long.
     pub fn patient(self) -> Self {
         Self { patient: true, ..self }
+    }
+
+    /// Returns this context with the timeout of reads. What a layer can do without takes only a part of that time.
+    pub fn with_timeout(self, timeout: Option<Duration>) -> Self {
+        Self { timeout, ..self }
     }
 
     /// Removes a stored index, so that the next opening makes it again. Images that are open keep the index that they

@@ -1,4 +1,6 @@
 //! Layers that carry a table of contents: eStargz and zstd:chunked.
 
 mod mounts;
+mod scene;
 mod tables;
+mod unfetched;
