@@ -41,7 +41,7 @@ pub use learning::{Learning, stored as stored_profile};
 pub use named::{NamedImage, Opening};
 pub use verify::{StoreReport, Unchecked, verify};
 
-use self::merged::{Tocs, merge};
+use self::merged::{Tocs, hold, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
 use crate::blob::{BlobSource, ImageSource, Link};
@@ -255,10 +255,10 @@ impl Preparation {
                     let made = tree_file::make(&store, &budget, (&name, &manifest), &sizes, &tables, || {
                         merge(&order, &added, &tocs, &tables)
                     });
-                    drop(tocs);
                     made?
                 }
             };
+            hold(&order, tocs);
             let mut charge = tables.charge();
             charge.exactly(tree.image().len() as u64)?;
             let programs = programs(&store, &name, &tree, &order);

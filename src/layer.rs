@@ -70,7 +70,7 @@ pub use opening::OpenError;
 pub(crate) use opening::{Opened, ToOpen};
 pub(crate) use programs::{LayerPrograms, stored_programs};
 use race::Origin;
-use rescue::Passed;
+use rescue::Rescue;
 pub(crate) use stats::LayerStats;
 pub use stats::{IndexSource, LayerStatus, progress};
 pub(crate) use stored::stored_map;
@@ -79,10 +79,12 @@ use touch::Touches;
 
 use crate::blob::{BlobSource, Link};
 use crate::fetch::{Board, Claim, Flight, Pass, Policy, Priority, Readahead, Spans as _};
+use crate::memory::Charge;
 use crate::oci::Digest;
 use crate::profile::Recorder;
 use crate::span::{Piece, SpanMap};
 use crate::store::{Authority, IndexName, LayerDir};
+use crate::toc::PackedToc;
 
 /// What a flight delivers for one span.
 #[derive(Debug, Clone)]
@@ -117,8 +119,10 @@ pub struct Layer {
     /// Runtime of the flights. Reads that need no waiting come from threads that belong to no runtime.
     runtime: Handle,
     stats: Arc<LayerStats>,
-    /// The layer that answers in place of this one, if the index of this one turned out to be wrong.
-    passed: OnceLock<Passed>,
+    /// The pass in place of this layer's index, if bytes were not what the index says.
+    rescue: Rescue,
+    /// The table of contents of an index that the store does not have; see [`Layer::hold_toc`].
+    toc: OnceLock<(PackedToc, Charge)>,
 }
 
 impl Layer {
@@ -132,7 +136,8 @@ impl Layer {
             recorder: OnceLock::new(),
             runtime: Handle::current(),
             stats,
-            passed: OnceLock::new(),
+            rescue: Rescue::default(),
+            toc: OnceLock::new(),
         })
     }
 

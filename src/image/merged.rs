@@ -8,6 +8,7 @@ use super::prefetch::Layers;
 use crate::layer::{self, OpenError};
 use crate::memory::{Allowance, Charge};
 use crate::oci::Digest;
+use crate::store::Authority;
 use crate::toc::PackedToc;
 use crate::toc::carried::ADDED;
 use crate::tree::{LayerIdx, Merger, Tree, TreeError};
@@ -41,4 +42,14 @@ pub(super) fn merge(layers: &Layers, added: &[bool], tocs: &Tocs, tables: &Arc<A
         })?;
     }
     Ok(merger.finish())
+}
+
+/// Leaves the tables that the store does not have with their layers, which compare them with a pass if bytes are not what
+/// the table says. A layer that a pass opened needs none.
+pub(super) fn hold(layers: &Layers, mut tocs: Tocs) {
+    for layer in layers.all.iter().filter(|layer| *layer.authority() != Authority::Pass) {
+        if let Some(toc) = tocs.remove(layer.digest()).flatten() {
+            layer.hold_toc(toc);
+        }
+    }
 }

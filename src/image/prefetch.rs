@@ -12,6 +12,7 @@ use crate::blob::Link;
 use crate::fetch::{Policy, Priority, Wanted, runs};
 use crate::layer::{Layer, LayerError, flown};
 use crate::profile::Profile;
+use crate::store::Authority;
 
 /// Number of a profile's requests that queue for a pass at once: more than the link ever has room for.
 const LINED_UP: usize = 32;
@@ -93,7 +94,19 @@ impl Layers {
     /// Fetches every span that is not on the local devices. Returns how many are still missing afterwards. Some are
     /// missing only if the devices cannot be written, or may not grow that large. If none is missing, the image needs
     /// no registry.
+    ///
+    /// If bytes of a layer are not what its index says, fetches what a pass over the layer says in place of that.
     pub(super) async fn complete(&self) -> Result<usize, LayerError> {
+        let mut layers = self.all.clone();
+        loop {
+            match Self::new(layers.clone()).complete_indexed().await {
+                Err(error @ LayerError::Corrupt { .. }) => replace_wrong(&mut layers, error).await?,
+                result => return result,
+            }
+        }
+    }
+
+    async fn complete_indexed(&self) -> Result<usize, LayerError> {
         // One by one, because each request may have to pause first.
         let theirs = self.fetch(self.missing(), Priority::Background, 1).await?;
         // Other flights or processes were fetching these spans. If they gave up, the spans are fetched here.
@@ -148,5 +161,23 @@ impl Layers {
 
     fn policy(&self) -> Policy {
         Policy::of(self.link().unwrap_or(Link::LOCAL))
+    }
+}
+
+/// Replaces the layer whose bytes failed with `error` by the layer that a pass opens. Fails with `error` if there is no such
+/// layer, or if the failed one was opened by a pass itself. So each layer is replaced at most once.
+async fn replace_wrong(layers: &mut [Arc<Layer>], error: LayerError) -> Result<(), LayerError> {
+    let LayerError::Corrupt { layer: wrong, .. } = &error else {
+        return Err(error);
+    };
+    let is_wrong = |layer: &&mut Arc<Layer>| layer.digest() == wrong && *layer.authority() != Authority::Pass;
+    let mut replaced = false;
+    for layer in layers.iter_mut().filter(is_wrong) {
+        *layer = layer.by_pass(error.clone()).await?;
+        replaced = true;
+    }
+    match replaced {
+        true => Ok(()),
+        false => Err(error),
     }
 }

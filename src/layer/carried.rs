@@ -6,8 +6,9 @@
 //! Anything that goes wrong with a table is no error of the layer: the layer is streamed then. That includes a table that
 //! does not come in some seconds ([`fetch`]). The log says why.
 //!
-//! A chunk whose bytes do not match the table, however often they are fetched, is an error of its reader. The table is
-//! distrusted from then on ([`distrust`]), so the next opening streams the layer.
+//! If the bytes of a chunk do not match the table, however often they are fetched, the layer is streamed too
+//! ([`super::rescue`]). The index of that pass is used from then on. If the pass fails, the read fails, and the table stays:
+//! it may be the source that is wrong.
 
 mod fetch;
 
@@ -15,12 +16,11 @@ use std::sync::Arc;
 
 use fetch::{Unfetched, fetch};
 
-use super::data::{LayerContext, LayerData};
+use super::data::LayerContext;
 use super::opening::{OpenError, Opened, ToOpen};
 use super::stored::{LayerIndex, keep_chunks, open_device, stored_chunks};
 use super::{IndexSource, Layer};
 use crate::blob::BlobError;
-use crate::index::IndexError;
 use crate::span::ChunkSpans;
 use crate::store::{Authority, LayerDir, StoreError};
 use crate::task::joined;
@@ -34,8 +34,6 @@ enum NoTable {
     Carried(#[from] CarriedError),
     #[error("the layer's own table of contents cannot be fetched: {0}")]
     Blob(#[from] BlobError),
-    #[error("chunks of the layer did not match its own table of contents earlier")]
-    Distrusted,
 }
 
 /// Opens a layer by its table, which is in the store or is fetched. `known` names its index. Returns none if the layer has
@@ -49,10 +47,6 @@ pub(super) async fn open(
         return Ok(None);
     };
     let layer = wanted.blob.digest();
-    if known.dir.as_ref().is_some_and(is_distrusted) {
-        tracing::warn!(%layer, error = %NoTable::Distrusted, "streaming the layer");
-        return Ok(None);
-    }
     if let Some(opened) = from_store(context, wanted, table, known).await? {
         return Ok(Some(opened));
     }
@@ -156,28 +150,4 @@ fn publish(
 ) -> Result<(), StoreError> {
     context.store.note_authority(dir, authority)?;
     keep_chunks(&context.store, dir, spans, toc)
-}
-
-/// Whether chunks of a layer did not match its table earlier.
-fn is_distrusted(dir: &LayerDir) -> bool {
-    dir.distrusted().exists()
-}
-
-/// Records that a chunk of a layer does not match the table that the layer carries, and removes the table from the store.
-/// The next opening streams the layer. Does nothing if the index is not that table.
-pub(super) fn distrust(data: &LayerData, error: &IndexError) {
-    // A lack of memory says nothing about the table.
-    let out_of_memory = matches!(error, IndexError::ZstdMemory { .. } | IndexError::OutOfMemory);
-    let (Authority::Manifest { .. }, Some(dir)) = (&data.authority, &data.home) else {
-        return;
-    };
-    if out_of_memory || !data.context.store.is_writable() {
-        return;
-    }
-    let layer = &data.digest;
-    tracing::warn!(%layer, "the layer does not match its own table of contents; it will be streamed the next time");
-    let noted = data.context.store.note_distrust(dir);
-    if let Err(error) = noted.and_then(|()| data.context.forget(&data.index)) {
-        data.context.health.store_failed(&error);
-    }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::{FutureExt as _, StreamExt as _};
 use tokio::task::JoinHandle;
 
-use super::{Claim, Landed, Landing, Layer, LayerError, carried, stripes};
+use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
 use crate::blob::{BlobError, Verdict};
 use crate::device::SpanLock;
 use crate::fetch::Pass;
@@ -144,9 +144,6 @@ async fn fly(run: &mut Run, ticket: &mut FlightTicket) -> Result<(), LayerError>
             }
             _ => break,
         }
-    }
-    if let Err(LayerError::Corrupt { source, .. }) = &outcome {
-        tokio::task::block_in_place(|| carried::distrust(&layer.data, source));
     }
     outcome
 }

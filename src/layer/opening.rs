@@ -67,6 +67,20 @@ pub(crate) struct ToOpen {
     pub(crate) table: Option<TableRef>,
 }
 
+impl ToOpen {
+    /// A layer that only a pass on this host may open.
+    pub(crate) fn by_pass(blob: Arc<dyn BlobSource>, diff_id: DiffId, stats: Arc<LayerStats>) -> Self {
+        Self {
+            blob,
+            diff_id,
+            stats,
+            authorities: vec![Authority::Pass],
+            lookups: Arc::default(),
+            table: None,
+        }
+    }
+}
+
 pub(super) fn too_much(layer: &Digest) -> impl Fn(OverLimit) -> OpenError {
     let layer = layer.clone();
     move |source| OpenError::TooMuchMemory {

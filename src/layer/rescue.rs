@@ -1,23 +1,38 @@
-//! Reads of a layer whose index turned out to be wrong.
+//! Reads of a layer whose bytes are not what its index says.
 //!
-//! An index that no pass on this host made may state digests that the content does not have. The layer is then streamed once,
-//! like a layer without an index. The pass finds the same files. If they have the same places in the data device, the layer
-//! that was streamed answers the reads from then on. Otherwise the reads fail.
+//! An index that no pass on this host made may state digests that the content does not have. Or the source sends wrong bytes,
+//! for a while or for ever. The layer is then streamed once, like a layer without an index. That tells the two cases apart:
+//! - The pass succeeds. Then the whole blob was here and had the right digest. The pass finds the same files. If they have
+//!   the same places in the data device, the layer that was streamed answers the reads from then on. Otherwise the reads fail.
+//!   The store has the index of the pass, which outranks all others. So the other index is not used any more.
+//! - The pass fails. Then nothing is known of the index, and nothing is kept. The read fails, and the next read that gets
+//!   wrong bytes begins anew.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 
 use super::opening::ToOpen;
-use super::{Layer, LayerError, OpenError, open, stored_toc};
-use crate::store::{Authority, LayerDir};
+use super::{FirstPassError, Layer, LayerError, OpenError, open, stored_toc};
+use crate::memory::Charge;
 use crate::task::{TaskError, joined};
 use crate::toc::{EntryKind, FileData, PackedToc, TocError};
 
-/// The layer that a pass opened in place of one with a wrong index. None if it cannot be used.
-pub(super) type Passed = Shared<BoxFuture<'static, Option<Arc<Layer>>>>;
+/// The pass in place of an index, from when it begins. None before that, and after a pass that failed.
+pub(super) type Rescue = Mutex<Option<Shared<BoxFuture<'static, Passed>>>>;
+
+/// The outcome of a pass in place of an index.
+#[derive(Debug, Clone)]
+pub(super) enum Passed {
+    /// The layer that the pass opened. It has the same files at the same places.
+    Instead(Arc<Layer>),
+    /// The layer cannot be used without its index, and another pass would find the same.
+    Useless,
+    /// The pass failed. Another one may succeed.
+    Failed,
+}
 
 impl Layer {
     /// Fills `buf` like [`Layer::read`], for a read that failed with `error` because the bytes are not what the index says.
@@ -29,22 +44,44 @@ impl Layer {
         error: LayerError,
     ) -> BoxFuture<'a, Result<(), LayerError>> {
         async move {
-            let passed = self.passed.get_or_init(|| {
+            let layer = self.by_pass(error).await?;
+            buf.fill(0);
+            layer.read(offset, buf).await
+        }
+        .boxed()
+    }
+
+    /// Returns the layer that a pass opens in place of this one, whose bytes are not what its index says. Streams the layer
+    /// first if nobody did so. Returns `error` if that does not help.
+    pub(crate) async fn by_pass(self: &Arc<Self>, error: LayerError) -> Result<Arc<Self>, LayerError> {
+        let streaming = {
+            let mut rescue = self.rescue.lock().expect("no panic while locked");
+            let begin = || {
                 let layer = self.clone();
                 let streaming = async move { stream_instead(layer).await }.boxed().shared();
                 // The pass goes on if its readers give up.
                 self.runtime.spawn(streaming.clone());
                 streaming
-            });
-            match passed.clone().await {
-                Some(layer) => {
-                    buf.fill(0);
-                    layer.read(offset, buf).await
+            };
+            rescue.get_or_insert_with(begin).clone()
+        };
+        match streaming.clone().await {
+            Passed::Instead(layer) => Ok(layer),
+            Passed::Useless => Err(error),
+            Passed::Failed => {
+                let mut rescue = self.rescue.lock().expect("no panic while locked");
+                if rescue.as_ref().is_some_and(|present| present.ptr_eq(&streaming)) {
+                    *rescue = None;
                 }
-                None => Err(error),
+                Err(error)
             }
         }
-        .boxed()
+    }
+
+    /// Keeps the table of contents of an index that the store does not have, with its memory charge. Without the table, the
+    /// index cannot be compared with a pass.
+    pub(crate) fn hold_toc(&self, toc: (PackedToc, Charge)) {
+        self.toc.get_or_init(|| toc);
     }
 }
 
@@ -59,43 +96,58 @@ enum Incomparable {
     Task(#[from] TaskError),
 }
 
-async fn stream_instead(layer: Arc<Layer>) -> Option<Arc<Layer>> {
+async fn stream_instead(layer: Arc<Layer>) -> Passed {
     let data = layer.data.clone();
-    let digest = layer.digest();
-    tracing::warn!(layer = %digest, authority = %data.authority, "the layer is not what its index says, streaming it");
-    let to_open = ToOpen {
-        blob: layer.blob.clone(),
-        diff_id: data.diff_id.clone(),
-        stats: layer.stats.clone(),
-        authorities: vec![Authority::Pass],
-        lookups: Arc::default(),
-        table: None,
-    };
+    let (digest, authority) = (layer.digest().clone(), &data.authority);
+    tracing::warn!(layer = %digest, %authority, "bytes of the layer are not what its index says, streaming the layer");
+    let to_open = ToOpen::by_pass(layer.blob.clone(), data.diff_id.clone(), layer.stats.clone());
     let opened = match open(&data.context, to_open).await {
         Ok(opened) => opened,
         Err(error) => {
             tracing::warn!(layer = %digest, %error, "the layer cannot be streamed either");
-            return None;
+            return match is_final(&error) {
+                true => Passed::Useless,
+                false => Passed::Failed,
+            };
         }
     };
-    let (index, pass) = (layer.home().cloned(), opened.layer.home().cloned());
-    let (digest, toc) = (digest.clone(), opened.toc);
+    let (index, pass, toc) = (layer.clone(), opened.layer.clone(), opened.toc);
     let comparing = tokio::task::spawn_blocking(move || {
-        let read = |dir: Option<LayerDir>| stored_toc(&digest, dir.as_ref());
+        let read = |layer: &Layer| stored_toc(layer.digest(), layer.home());
         let pass = match toc {
             Some((toc, _)) => toc,
-            None => read(pass)?,
+            None => read(&pass)?,
         };
-        Ok::<_, Incomparable>(have_same_places(&read(index)?, &pass)?)
+        let is_same = match index.toc.get() {
+            Some((toc, _)) => have_same_places(toc, &pass),
+            None => have_same_places(&read(&index)?, &pass),
+        };
+        Ok::<_, Incomparable>(is_same?)
     });
     let compared = joined(comparing).await.unwrap_or_else(|error| Err(error.into()));
-    let layer = layer.digest();
     match compared {
-        Ok(true) => return Some(opened.layer),
-        Ok(false) => tracing::warn!(%layer, "the layer has other files than its index says"),
-        Err(error) => tracing::warn!(%layer, %error, "cannot compare the index with the layer"),
+        Ok(true) => {
+            tracing::warn!(layer = %digest, %authority, "the whole layer has the right digest, using what a pass over it found in place of its index");
+            return Passed::Instead(opened.layer);
+        }
+        Ok(false) => tracing::warn!(layer = %digest, %authority, "the layer has other files than its index says"),
+        Err(error) => tracing::warn!(layer = %digest, %error, "cannot compare the index with the layer"),
     }
-    None
+    Passed::Useless
+}
+
+/// Whether another pass would fail in the same way: the blob was right, or there is too little memory for it.
+fn is_final(error: &OpenError) -> bool {
+    match error {
+        OpenError::FirstPass(error) => matches!(
+            error,
+            FirstPassError::DiffId { .. }
+                | FirstPassError::Tar { verified: true, .. }
+                | FirstPassError::TooMuchMemory { .. }
+        ),
+        OpenError::TooMuchMemory { .. } => true,
+        OpenError::Toc { .. } | OpenError::Task(_) => false,
+    }
 }
 
 /// Whether every file of `index` is in `pass`, with the same content at the same places of the data device.

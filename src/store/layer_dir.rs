@@ -72,12 +72,6 @@ impl LayerDir {
         self.path.join("extents")
     }
 
-    /// Returns the path of the file whose existence says that the index is not to be used: content of the layer did not
-    /// match it.
-    pub fn distrusted(&self) -> PathBuf {
-        self.path.join("distrusted")
-    }
-
     /// Returns the path of the file that says what the layer's programs need.
     pub fn programs(&self) -> PathBuf {
         self.path.join("programs")
@@ -133,13 +127,6 @@ impl Store {
     pub(crate) fn note_authority(&self, dir: &LayerDir, authority: &Authority) -> Result<(), StoreError> {
         self.publish(&dir.authority_file(), Durability::Lazy, |file| {
             write!(file, "{authority}")
-        })
-    }
-
-    /// Writes down that the index in a directory of [`Store::index`] is not to be used.
-    pub(crate) fn note_distrust(&self, dir: &LayerDir) -> Result<(), StoreError> {
-        self.publish(&dir.distrusted(), Durability::Lazy, |file| {
-            writeln!(file, "content of the layer did not match its own table of contents")
         })
     }
 

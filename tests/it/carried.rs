@@ -1,5 +1,6 @@
 //! Layers that carry a table of contents: eStargz and zstd:chunked.
 
+mod damage;
 mod mounts;
 mod scene;
 mod tables;

@@ -1,5 +1,6 @@
 //! Helpers that several test modules share.
 
+pub mod bound;
 pub mod carried;
 pub mod closed_port;
 pub mod disk;

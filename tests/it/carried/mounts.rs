@@ -6,8 +6,8 @@ use std::path::Path;
 use ocifs::oci::Digest;
 use serde_json::json;
 
-use crate::common::carried::{CarriedBlob, Dialect, STARGZ_DIGEST, Writer, push};
 use super::scene::{BIG, Scene, base, dialect_adds, dump, plain_dump, tar};
+use crate::common::carried::{CarriedBlob, Dialect, STARGZ_DIGEST, Writer, push};
 use crate::common::disk::ServedDisk;
 use crate::common::layers::{Blob, Tar, config, descriptor, noise};
 use crate::common::ocifs::{Ocifs, eventually, tool};
@@ -141,45 +141,6 @@ fn files_with_the_names_of_added_ones_belong_to_ordinary_images() {
             assert_eq!(mount.join(name).exists(), shown, "{name}");
             assert_eq!(mount.read(&format!("d/{name}")), b"mine");
         }
-    }
-}
-
-#[test]
-fn a_damaged_chunk_is_fetched_again() {
-    for dialect in Dialect::ALL {
-        let scene = Scene::new(dialect);
-        let mount = scene.mount();
-        scene.registry.fault(&scene.layer.blob.path(), 1, Fault::Corrupt(1000));
-        assert!(mount.read("big") == noise(3, BIG), "{dialect:?}");
-        assert_eq!(scene.registry.faults_left(), 0);
-    }
-}
-
-#[test]
-fn a_layer_that_contradicts_its_table_is_streamed() {
-    for dialect in Dialect::ALL {
-        let writer = Writer {
-            change: Box::new(|entries| {
-                let entry = entries.iter_mut().find(|entry| entry["name"] == "many/7").unwrap();
-                for key in ["digest", "chunkDigest"] {
-                    entry[key] = json!(Digest::of(b"something else").to_string());
-                }
-            }),
-            ..Writer::new(dialect)
-        };
-        let scene = Scene::of(writer.write(&tar(dialect_adds(dialect))));
-        let mount = scene.mount();
-        assert_eq!(scene.authority(&mount), "manifest", "{dialect:?}");
-        assert!(mount.read("many/7") == noise(7, 700), "{dialect:?}");
-        assert!(
-            mount.log().contains("the layer is not what its index says"),
-            "{dialect:?}"
-        );
-        assert!(mount.read("many/8") == noise(8, 700));
-        drop(mount);
-        let mount = scene.mount();
-        assert_eq!(scene.authority(&mount), "pass", "{dialect:?}");
-        assert!(mount.read("many/7") == noise(7, 700));
     }
 }
 

@@ -18,7 +18,10 @@ fn a_table_that_does_not_come_is_not_waited_for() {
         (Dialect::Containers, Fault::status(503)),
         (Dialect::Estargz, Fault::Stall(10)),
         (Dialect::StargzZstd, Fault::Silence),
-        (Dialect::Containers, Fault::Slow(1, std::time::Duration::from_millis(100))),
+        (
+            Dialect::Containers,
+            Fault::Slow(1, std::time::Duration::from_millis(100)),
+        ),
     ] {
         for options in [&[][..], &["--wait", "ready"]] {
             let mut scene = Scene::new(dialect);

@@ -161,6 +161,11 @@ impl TestRegistry {
         digest
     }
 
+    /// Sends these bytes for the blob with this digest from now on.
+    pub fn replace_blob(&self, digest: &Digest, bytes: impl Into<Vec<u8>>) {
+        self.state(|state| state.blobs.insert(digest.to_string(), bytes.into()));
+    }
+
     pub fn add_manifest(
         &self,
         repository: &str,

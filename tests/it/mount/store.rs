@@ -5,6 +5,7 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 
 use super::{big_layer, hello};
+use crate::common::bound::{Bound, read_only};
 use crate::common::layers::{noise, push};
 use crate::common::ocifs::{Mounted, Ocifs, Tmpfs, alive, eventually, send, tool};
 use crate::common::registry::{Fault, TestRegistry};
@@ -121,24 +122,6 @@ fn a_full_store_does_not_keep_an_image_from_being_read() {
         assert_eq!(mount.read("hello"), b"hello, world\n");
         assert!(mount.read("f5") == noise(45, 512 << 10), "{size}");
     }
-}
-
-/// Something mounted on a directory. Dropping it unmounts it.
-struct Bound(std::path::PathBuf);
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        crate::common::ocifs::bounded(std::process::Command::new("umount").arg("--lazy").arg(&self.0));
-    }
-}
-
-/// Makes the directory at `path` read-only.
-fn read_only(path: &Path) -> Bound {
-    let path_text = path.to_str().unwrap();
-    tool("mount", ["--bind", path_text, path_text]);
-    let bound = Bound(path.to_owned());
-    tool("mount", ["-o", "remount,bind,ro", path_text]);
-    bound
 }
 
 #[test]

@@ -173,7 +173,7 @@ fn an_index_with_wrong_digests_costs_a_pass_and_no_read() {
     assert_eq!(authorities(&mount)[0], format!("location {location}"));
     scene.check(&mount);
     assert!(
-        mount.log().contains("the layer is not what its index says"),
+        mount.log().contains("bytes of the layer are not what its index says"),
         "{}",
         mount.log()
     );
