@@ -20,10 +20,11 @@ mod merged;
 mod named;
 mod prefetch;
 mod programs;
+mod suspects;
 mod tree_file;
 mod verify;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -44,6 +45,7 @@ pub use verify::{StoreReport, Unchecked, verify};
 use self::merged::{Tocs, hold, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
+use self::suspects::suspects;
 use crate::blob::{BlobSource, ImageSource, Link};
 use crate::erofs::Reader;
 use crate::layer::{
@@ -209,22 +211,36 @@ impl Preparation {
 
     async fn open(&self, context: &LayerContext) -> Result<Image, ImageError> {
         // The table of each layer may be damaged, and each is made again once.
-        for _ in self.resolved.layers() {
-            match self.assemble(context).await {
-                Err(ImageError::Layer(OpenError::Toc { layer, reason })) => {
+        let mut remakes = self.resolved.layers().len();
+        // Layers whose indexes from elsewhere are not used.
+        let mut streamed = HashSet::new();
+        loop {
+            match self.assemble(context, &streamed).await {
+                Err(ImageError::Layer(OpenError::Toc { layer, reason })) if remakes > 0 => {
+                    remakes -= 1;
                     tracing::warn!(%layer, reason, "cannot use the stored table of contents, making it again");
                     let damaged = self.resolved.layers().iter().filter(|other| other.digest == layer);
                     for authority in damaged.flat_map(|layer| self.authorities(context, layer)) {
                         context.forget(&IndexName::new(&layer, &authority))?;
                     }
                 }
+                Err(error) => {
+                    // The layers are closed, so that the next ones have all of the memory.
+                    let layers = self.layers.send_replace(None);
+                    let suspects = layers.map(|layers| suspects(&error, &layers)).unwrap_or_default();
+                    let known = streamed.len();
+                    streamed.extend(suspects);
+                    if streamed.len() == known {
+                        return Err(error);
+                    }
+                }
                 result => return result,
             }
         }
-        self.assemble(context).await
     }
 
-    async fn assemble(&self, context: &LayerContext) -> Result<Image, ImageError> {
+    /// Opens all layers and the tree. The layers of `streamed` may be opened only by a pass on this host.
+    async fn assemble(&self, context: &LayerContext, streamed: &HashSet<Digest>) -> Result<Image, ImageError> {
         let manifest = self.resolved.manifest_document.digest.clone();
         // The tree is read and checked while the layers are opened.
         let (store, expected) = (context.store.clone(), self.stored_tree(context));
@@ -232,7 +248,7 @@ impl Preparation {
             let name = expected?;
             tree_file::read(&store, &name).map(|stored| (name, stored))
         });
-        let mut opened = self.open_layers(context).await?;
+        let mut opened = self.open_layers(context, streamed).await?;
         let layers = self.resolved.layers().iter();
         let layers = Arc::new(Layers::new(layers.map(|d| opened[&d.digest].layer.clone()).collect()));
         self.layers.send_replace(Some(layers.clone()));
@@ -281,7 +297,11 @@ impl Preparation {
 
     /// Opens all layers. The largest layer starts first, because it ends last. The small layers then use the other
     /// places.
-    async fn open_layers(&self, context: &LayerContext) -> Result<HashMap<Digest, Opened>, ImageError> {
+    async fn open_layers(
+        &self,
+        context: &LayerContext,
+        streamed: &HashSet<Digest>,
+    ) -> Result<HashMap<Digest, Opened>, ImageError> {
         let mut order: Vec<usize> = (0..self.resolved.layers().len()).collect();
         order.sort_by_key(|&i| self.resolved.layers()[i].size);
         let largest = usize::from(!order.is_empty());
@@ -304,7 +324,10 @@ impl Preparation {
             }
         }
         let mut opening = futures::stream::iter(wanted)
-            .map(|(descriptor, i)| self.open_layer(context, descriptor, i))
+            .map(|(descriptor, i)| {
+                let by_pass = streamed.contains(&descriptor.digest);
+                self.open_layer(context, descriptor, i, by_pass)
+            })
             .buffer_unordered(OPENING);
         let mut opened = HashMap::new();
         while let Some(result) = opening.next().await {
@@ -325,19 +348,18 @@ impl Preparation {
         context: &LayerContext,
         descriptor: Descriptor,
         position: usize,
+        by_pass: bool,
     ) -> Result<(Digest, Opened), ImageError> {
         let blob = self.source.blob(&descriptor).await?;
         self.found(&descriptor.digest, &blob);
         let diff_id = self.resolved.diff_ids()[position].clone();
         let stats = self.stats[&descriptor.digest].clone();
-        let wanted = ToOpen {
-            blob,
-            diff_id,
-            stats,
-            authorities: self.authorities(context, &descriptor),
-            lookups: self.lookups.clone(),
-            table: carried(&descriptor),
-        };
+        let mut wanted = ToOpen::by_pass(blob, diff_id, stats);
+        if !by_pass {
+            wanted.authorities = self.authorities(context, &descriptor);
+            wanted.lookups = self.lookups.clone();
+            wanted.table = carried(&descriptor);
+        }
         let opened = layer::open(context, wanted).await?;
         Ok((descriptor.digest, opened))
     }

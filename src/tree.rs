@@ -144,6 +144,21 @@ pub enum TreeError {
     },
 }
 
+impl TreeError {
+    /// Returns the layer at which the merge failed. A lower layer may be the cause.
+    pub fn layer(&self) -> LayerIdx {
+        match self {
+            Self::HardlinkMissing { layer, .. }
+            | Self::HardlinkToDirectory { layer, .. }
+            | Self::HardlinkCycle { layer, .. }
+            | Self::Unfollowable { layer, .. }
+            | Self::TooManyInodes { layer, .. }
+            | Self::TooMuchMemory { layer, .. }
+            | Self::Toc { layer, .. } => *layer,
+        }
+    }
+}
+
 /// Formats a path for a message.
 fn show(path: &[u8]) -> String {
     format!("/{}", path.escape_ascii())
