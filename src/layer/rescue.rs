@@ -5,8 +5,8 @@
 //! - The pass succeeds. Then the whole blob was here and had the right digest. The pass finds the same files. If they have
 //!   the same places in the data device, the layer that was streamed answers the reads from then on. Otherwise the reads fail.
 //!   The store has the index of the pass, which outranks all others. So the other index is not used any more.
-//! - The pass fails. Then nothing is known of the index, and nothing is kept. The read fails, and the next read that gets
-//!   wrong bytes begins anew.
+//! - The pass fails. The index may still be right, so it stays. The read fails, and the next read that gets wrong bytes begins
+//!   anew.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -5,6 +5,8 @@
 //! comes steadily over a slow link is fetched whole, however large it is. A source that refuses, stalls or trickles is given
 //! up after these seconds. The source makes a few attempts in them.
 //!
+//! Other requests may share the link. The more there are, the less each has to bring.
+//!
 //! Invariants:
 //! - The wait for bytes counts as waiting, not as work of this machine ([`super::super::LayerStats::is_working`]). So the
 //!   timeout of reads counts while a table is fetched.
@@ -25,12 +27,10 @@ use crate::memory::Charge;
 use crate::task::joined;
 use crate::toc::carried::{CarriedError, CarriedTables, TableRef};
 
-/// The time that a table may take without bytes. A link over which little has come sends a second request after three
-/// seconds, which must have a chance. With less time, layers are streamed although their tables would have come. With
-/// more time, readers wait longer before a layer is streamed.
-const PATIENCE: Duration = Duration::from_secs(4);
-/// Round trips that are added to [`PATIENCE`]: those of a new connection, a redirect and a second attempt.
-const ROUND_TRIPS: u32 = 8;
+/// Time without bytes that a table may take in addition to the time after which a second request is sent
+/// ([`Link::pace`]): the second request must have a chance. With less time, layers are streamed although their tables would
+/// have come. With more time, readers wait longer before a layer is streamed.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why [`fetch`] brings no table.
 pub(super) enum Unfetched {
@@ -116,6 +116,8 @@ async fn read(
 /// The time that a table may still take.
 #[derive(Debug)]
 struct TableTime {
+    /// The timeout of reads.
+    timeout: Option<Duration>,
     most: Duration,
     left: Duration,
 }
@@ -123,73 +125,104 @@ struct TableTime {
 impl TableTime {
     /// All of the time over this link. `timeout` is that of reads.
     fn new(link: Link, timeout: Option<Duration>) -> Self {
-        let most = PATIENCE + ROUND_TRIPS * link.rtt.unwrap_or_default();
-        let most = timeout.map_or(most, |timeout| most.min(timeout / 2));
-        Self { most, left: most }
+        let most = most(link, timeout);
+        Self {
+            timeout,
+            most,
+            left: most,
+        }
     }
 
     /// Waits for the source as long as there is time left.
     async fn wait<T>(&mut self, origin: &Origin, source: impl Future<Output = T>) -> Result<T, BlobError> {
-        let began = Instant::now();
-        let waited = origin.stats.waiting(tokio::time::timeout(self.left, source)).await;
-        self.left = self.left.saturating_sub(began.elapsed());
-        waited.map_err(|_| BlobError::Timeout {
+        let mut source = std::pin::pin!(source);
+        while !self.left.is_zero() {
+            let began = Instant::now();
+            let waited = origin.stats.waiting(tokio::time::timeout(self.left, &mut source)).await;
+            self.left = self.left.saturating_sub(began.elapsed());
+            match waited {
+                Ok(came) => return Ok(came),
+                Err(_) => self.adjust(origin.blob.link()),
+            }
+        }
+        Err(BlobError::Timeout {
             what: format!("the source of blob {}", origin.blob.digest()),
             seconds: self.most.as_secs().max(1),
         })
     }
 
+    /// Adds the time that the link takes longer than it seemed to. Other requests may have come to share it.
+    fn adjust(&mut self, link: Link) {
+        let most = most(link, self.timeout).max(self.most);
+        self.left += most - self.most;
+        self.most = most;
+    }
+
     /// Gives back the time that these bytes take at the least useful rate of the link.
     fn came(&mut self, bytes: usize, link: Link) {
-        let gained = Duration::try_from_secs_f64(bytes as f64 / link.useful_rate()).unwrap_or(self.most);
+        let rate = link.useful_rate() / f64::from(link.streams.max(1));
+        let gained = Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(self.most);
         self.left = self.left.saturating_add(gained).min(self.most);
     }
+}
+
+/// Returns how long a table may take over this link without bytes.
+fn most(link: Link, timeout: Option<Duration>) -> Duration {
+    let most = PATIENCE + link.pace().window;
+    timeout.map_or(most, |timeout| most.min(timeout / 2))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn link(rtt: Option<Duration>) -> Link {
-        Link { rtt, ..Link::LOCAL }
-    }
-
-    #[test]
-    fn there_is_time_left_to_stream_the_layer() {
-        let far = Some(Duration::from_millis(500));
-        for (rtt, timeout, most) in [
-            (None, None, 4.0),
-            (far, None, 8.0),
-            (far, Some(60), 8.0),
-            (None, Some(60), 4.0),
-            (far, Some(6), 3.0),
-            (None, Some(2), 1.0),
-        ] {
-            let time = TableTime::new(link(rtt), timeout.map(Duration::from_secs));
-            assert_eq!(time.left.as_secs_f64(), most, "{rtt:?} {timeout:?}");
+    fn link(rtt: u64, bandwidth: Option<f64>, streams: u32) -> Link {
+        Link {
+            rtt: Some(Duration::from_millis(rtt)),
+            bandwidth,
+            streams,
+            ..Link::LOCAL
         }
     }
 
     #[test]
+    fn there_is_time_left_to_stream_the_layer() {
+        let seconds = |link, timeout: Option<u64>| most(link, timeout.map(Duration::from_secs)).as_secs_f64();
+        let (near, new, far) = (link(1, Some(25e6), 1), link(1, None, 1), link(500, Some(25e6), 1));
+        assert_eq!([near, new, far].map(|link| seconds(link, None)), [3.0, 5.0, 10.0]);
+        assert_eq!([near, new, far].map(|link| seconds(link, Some(60))), [3.0, 5.0, 10.0]);
+        assert_eq!([near, new, far].map(|link| seconds(link, Some(4))), [2.0, 2.0, 2.0]);
+    }
+
+    #[test]
     fn useful_bytes_give_time_back_and_a_trickle_does_not() {
-        let slow = Link {
-            bandwidth: Some(8e3),
-            ..link(None)
-        };
-        // Seconds that a table lasts that brings so many bytes a second.
-        let lasts = |rate: usize| {
-            let mut time = TableTime::new(slow, None);
+        // Seconds for which a table is awaited that brings so many bytes a second.
+        let lasts = |link: Link, rate: usize| {
+            let mut time = TableTime::new(link, None);
             for second in 0..1000 {
-                if time.left.is_zero() {
+                let Some(left) = time.left.checked_sub(Duration::from_secs(1)) else {
                     return second;
-                }
-                time.left = time.left.saturating_sub(Duration::from_secs(1));
-                time.came(rate, slow);
+                };
+                time.left = left;
+                time.came(rate, link);
             }
             1000
         };
-        assert_eq!(lasts(8_000), 1000);
-        assert!((4..6).contains(&lasts(10)), "{}", lasts(10));
-        assert!((4..6).contains(&lasts(0)), "{}", lasts(0));
+        let (slow, shared, fast) = (link(50, Some(8e3), 1), link(50, Some(8e3), 20), link(50, Some(25e6), 1));
+        assert_eq!((lasts(slow, 8_000), lasts(shared, 400)), (1000, 1000));
+        assert!(lasts(slow, 400) < 20 && lasts(fast, 400) < 5);
+        assert!(lasts(slow, 0) < 15 && lasts(fast, 0) < 5);
+    }
+
+    #[test]
+    fn a_link_that_others_share_gets_more_time() {
+        let mut time = TableTime::new(link(50, Some(100e3), 1), Some(Duration::from_secs(60)));
+        let before = time.most;
+        time.left = Duration::ZERO;
+        time.adjust(link(50, Some(100e3), 10));
+        assert!(time.left > Duration::from_secs(3) && time.most == before + time.left);
+        time.left = Duration::ZERO;
+        time.adjust(link(50, Some(100e3), 2));
+        assert!(time.left.is_zero());
     }
 }

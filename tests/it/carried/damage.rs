@@ -84,7 +84,7 @@ fn a_layer_that_contradicts_its_table_is_streamed_without_a_store_too() {
 #[test]
 fn a_source_that_is_wrong_for_a_while_leaves_nothing_behind() {
     let expected = plain_dump();
-    for dialect in Dialect::ALL {
+    for dialect in [Dialect::Estargz, Dialect::Containers] {
         for is_diff_id_right in [true, false] {
             let mut layer = Writer::new(dialect).write(&tar(dialect_adds(dialect)));
             if !is_diff_id_right {

@@ -72,7 +72,10 @@ fn a_layer_with_a_table_that_no_tree_can_have_is_streamed() {
         let mount = scene.mount();
         assert_eq!(scene.authority(&mount), "pass", "{reason}");
         let (log, digest) = (mount.log(), scene.layer.blob.digest().to_string());
-        let lines: Vec<&str> = log.lines().filter(|line| line.contains("streaming the layer")).collect();
+        let lines: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("streaming the layer"))
+            .collect();
         assert_eq!(lines.len(), 1, "{reason}: {log}");
         assert!(lines[0].contains(reason) && lines[0].contains(&digest), "{log}");
         assert_eq!(dump(mount.path()), expected, "{reason}");
@@ -98,16 +101,30 @@ fn other_layers_keep_their_tables() {
     push(&registry, "app", "1", &[good, wrong, base()]);
     let mount = Ocifs::new().mount(&format!("{}/app:1", registry.host()));
     let authorities = mount.status()["layers"].clone();
-    let authorities: Vec<_> = authorities.as_array().unwrap().iter().map(|layer| &layer["authority"]).collect();
+    let authorities: Vec<_> = authorities
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|layer| &layer["authority"])
+        .collect();
     assert_eq!(authorities, ["manifest", "pass", "pass"]);
-    assert_eq!((mount.read("good"), mount.read("wrong")), (b"good".to_vec(), b"wrong".to_vec()));
+    assert_eq!(
+        (mount.read("good"), mount.read("wrong")),
+        (b"good".to_vec(), b"wrong".to_vec())
+    );
 }
 
 #[test]
 fn a_fault_of_the_tar_too_is_an_error_of_the_image() {
-    let tar = Tar::new().file("f", "f").link(tar::EntryType::Link, "h", "nothing").finish();
+    let tar = Tar::new()
+        .file("f", "f")
+        .link(tar::EntryType::Link, "h", "nothing")
+        .finish();
     let mut said = Vec::new();
-    for layer in [Writer::new(Dialect::Containers).write(&tar), CarriedBlob::plain(Blob::zstd(&tar))] {
+    for layer in [
+        Writer::new(Dialect::Containers).write(&tar),
+        CarriedBlob::plain(Blob::zstd(&tar)),
+    ] {
         let registry = TestRegistry::start();
         push(&registry, "app", "1", &[layer]);
         let ocifs = Ocifs::new();

@@ -1,6 +1,7 @@
 //! Tables that cannot be fetched: the layer is streamed soon, and readers wait no longer than the timeout.
 
 use std::process::Command;
+use std::time::Duration;
 
 use super::scene::{Scene, dump, plain_dump};
 use crate::common::carried::Dialect;
