@@ -20,7 +20,7 @@ use super::data::LayerContext;
 use super::opening::{OpenError, Opened, ToOpen};
 use super::stored::{LayerIndex, keep_chunks, open_device, stored_chunks};
 use super::{IndexSource, Layer};
-use crate::blob::BlobError;
+use crate::blob::{BlobError, Verdict};
 use crate::span::ChunkSpans;
 use crate::store::{Authority, LayerDir, StoreError};
 use crate::task::joined;
@@ -50,7 +50,16 @@ pub(super) async fn open(
     if let Some(opened) = from_store(context, wanted, table, known).await? {
         return Ok(Some(opened));
     }
-    match fetch(context, wanted, table).await {
+    let mut fetched = fetch(context, wanted, table).await;
+    if let Err(Unfetched::Table(NoTable::Carried(error))) = &fetched
+        && error.is_damage()
+    {
+        // Bytes that were damaged on the way are seldom damaged twice.
+        tracing::info!(%layer, %error, "fetching the table once more");
+        wanted.blob.judged(Verdict::Wrong);
+        fetched = fetch(context, wanted, table).await;
+    }
+    match fetched {
         Ok(tables) => keep(context, wanted, known.clone(), tables).await,
         Err(Unfetched::Open(error)) => Err(error),
         Err(Unfetched::Table(error)) => {

@@ -136,15 +136,11 @@ async fn stream_instead(layer: Arc<Layer>) -> Passed {
     Passed::Useless
 }
 
-/// Whether another pass would fail in the same way: the blob was right, or there is too little memory for it.
+/// Whether another pass would fail in the same way: neither the source nor the bytes were to blame.
 fn is_final(error: &OpenError) -> bool {
     match error {
-        OpenError::FirstPass(error) => matches!(
-            error,
-            FirstPassError::DiffId { .. }
-                | FirstPassError::Tar { verified: true, .. }
-                | FirstPassError::TooMuchMemory { .. }
-        ),
+        OpenError::FirstPass(FirstPassError::Blob(_) | FirstPassError::Task { .. }) => false,
+        OpenError::FirstPass(error) => !error.is_corruption(),
         OpenError::TooMuchMemory { .. } => true,
         OpenError::Toc { .. } | OpenError::Task(_) => false,
     }

@@ -36,6 +36,17 @@ fn a_damaged_chunk_is_fetched_again() {
 }
 
 #[test]
+fn a_damaged_table_is_fetched_again() {
+    for dialect in [Dialect::Containers, Dialect::StargzZstd] {
+        let scene = Scene::new(dialect);
+        scene.registry.fault(&scene.layer.blob.path(), 1, Fault::Corrupt(100));
+        let mount = scene.mount();
+        assert_eq!(scene.authority(&mount), "manifest", "{dialect:?}: {}", mount.log());
+        assert_eq!(scene.registry.faults_left(), 0);
+    }
+}
+
+#[test]
 fn a_layer_that_contradicts_its_table_is_streamed() {
     for dialect in Dialect::ALL {
         let scene = lying(dialect);
