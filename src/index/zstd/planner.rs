@@ -118,7 +118,6 @@ struct Frame {
     offset: u64,
     /// Whether all blocks came.
     finished: bool,
-    series: Option<SeriesWriter>,
 }
 
 /// Chooses restarts while blocks come in.
@@ -126,6 +125,8 @@ struct Frame {
 pub(super) struct Planner {
     spacing: u64,
     frame: Option<Box<Frame>>,
+    /// What compresses the restarts, once there was one.
+    series: Option<SeriesWriter>,
     /// Bytes that the chosen restarts take in the index.
     spent: u64,
     /// Bytes that a restart takes for each 1000 bytes of the blob that have as many bytes of output.
@@ -140,6 +141,7 @@ impl Planner {
         Self {
             spacing,
             frame: None,
+            series: None,
             spent: 0,
             rate: FIRST_RATE,
             chosen: Vec::new(),
@@ -158,6 +160,10 @@ impl Planner {
 
     /// Begins a frame, of which the first block is at blob offset `offset`.
     pub(super) fn begin(&mut self, header: FrameHeader, offset: u64) {
+        // Decoding in this frame begins without the restarts of another one.
+        if let Some(series) = &mut self.series {
+            series.end();
+        }
         let coverage = Coverage::new(header.window, header.content, self.spacing, offset);
         self.frame = coverage.map(|coverage| {
             Box::new(Frame {
@@ -171,7 +177,6 @@ impl Planner {
                 candidate_at: 0,
                 offset,
                 finished: false,
-                series: SeriesWriter::new(),
             })
         });
     }
@@ -220,10 +225,14 @@ impl Planner {
             let chosen = choice::choose(&places, &costs, price, most.saturating_sub(self.spent));
             let mut before = 0;
             for place in chosen.into_iter().take_while(|&place| place <= region.decided) {
+                if self.series.is_none() {
+                    self.series = SeriesWriter::new();
+                }
+                let Some(series) = &mut self.series else { break };
                 // The first place is that of the last restart.
                 // What a restart takes is known only now, and may be more than was expected.
                 let allowed = (most + most / 8).saturating_sub(self.spent);
-                let Some(stored) = frame.make_restart(place - 1, allowed) else {
+                let Some(stored) = frame.make_restart(place - 1, allowed, series) else {
                     continue;
                 };
                 let len = stored.len() as u64;
@@ -369,13 +378,12 @@ impl Frame {
 
     /// Makes candidate `n` a restart, and returns what the index keeps of it. `None` if that is more than `allowed`
     /// bytes, or if there can be no restart.
-    fn make_restart(&mut self, n: usize, allowed: u64) -> Option<Vec<u8>> {
+    fn make_restart(&mut self, n: usize, allowed: u64, series: &mut SeriesWriter) -> Option<Vec<u8>> {
         let candidate = self.candidates.get(n)?;
         let (segment, place) = (candidate.segment, candidate.place());
         let (sparse, reach) = self.coverage.window_of(segment, place.position, self.restart);
         let covers = place.position - self.restart_at;
         let restart = Restart::new(&candidate.carried, &self.header, reach, covers, sparse)?;
-        let series = self.series.as_mut()?;
         let stored = series.add(&restart.store())?;
         if stored.len() as u64 > allowed {
             series.end();
