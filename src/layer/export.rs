@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
-use super::programs::{LayerPrograms, encoded, look, stored_programs};
-use super::{Layer, OpenError, stored_toc};
+use super::programs::{FoundPrograms, all_stored_programs, encoded, look};
+use super::{Layer, LayerError, OpenError, stored_toc};
 use crate::published::IndexFile;
 use crate::store::{StoreError, read_sealed};
 use crate::task::{TaskError, joined};
+use crate::toc::PackedToc;
 
 /// Why there is no index to give to other hosts.
 #[derive(Debug, thiserror::Error)]
@@ -26,13 +27,16 @@ pub enum ExportError {
     /// The table of contents cannot be read.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The bytes that tell what the programs need cannot be read.
+    #[error(transparent)]
+    Read(#[from] LayerError),
     /// The export was interrupted.
     #[error("cannot read an index: {0}")]
     Task(#[from] TaskError),
 }
 
-/// Returns the index of an open layer. Fails if a pass on this host did not make it. If nobody has looked
-/// up what the programs need, reads them, which may fetch bytes.
+/// Returns the index of an open layer. Fails if a pass on this host did not make it. If it is not known of all programs
+/// what they need, reads them, which may fetch bytes.
 pub async fn export(layer: Arc<Layer>) -> Result<IndexFile, ExportError> {
     let runtime = Handle::current();
     joined(tokio::task::spawn_blocking(move || from_pass(&layer, &runtime))).await?
@@ -45,9 +49,9 @@ fn from_pass(layer: &Arc<Layer>, runtime: &Handle) -> Result<IndexFile, ExportEr
     let dir = layer.home().filter(|_| layer.index().is_of_pass()).ok_or_else(none)?;
     let spans = read_sealed(&dir.spans())?.ok_or_else(none)?;
     let toc = stored_toc(layer.digest(), Some(dir))?;
-    let programs = match stored_programs(dir) {
+    let programs = match all_stored_programs(dir) {
         Some(programs) => programs,
-        None => all_programs(layer, runtime, &toc),
+        None => all_programs(layer, runtime, &toc)?,
     };
     let mut packed = Vec::with_capacity(toc.bytes() + 32);
     toc.write(&mut packed).expect("memory takes all bytes");
@@ -62,12 +66,20 @@ fn from_pass(layer: &Arc<Layer>, runtime: &Handle) -> Result<IndexFile, ExportEr
 }
 
 /// Looks up the programs of a layer, and fetches what that needs.
-fn all_programs(layer: &Arc<Layer>, runtime: &Handle, toc: &crate::toc::PackedToc) -> LayerPrograms {
-    look(toc, |offset, buf| {
+fn all_programs(layer: &Arc<Layer>, runtime: &Handle, toc: &PackedToc) -> Result<FoundPrograms, LayerError> {
+    let mut failed = None;
+    let found = look(toc, |offset, buf| {
         buf.fill(0);
-        layer.peek(offset, buf) || {
-            buf.fill(0);
-            runtime.block_on(layer.read(offset, buf)).is_ok()
+        if failed.is_some() || layer.peek(offset, buf) {
+            return failed.is_none();
         }
-    })
+        buf.fill(0);
+        let read = runtime.block_on(layer.read(offset, buf));
+        failed = read.err();
+        failed.is_none()
+    });
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(found),
+    }
 }

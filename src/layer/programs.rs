@@ -1,5 +1,8 @@
-//! The files that the programs of a layer need, looked up once right after the first pass, while the whole layer is
-//! local.
+//! The files that the programs of a layer need, looked up once right after the first pass, while the layer is local.
+//!
+//! If the layer is larger than the cache, a part of it is not local any more. Then some programs are not found. What was
+//! found helps this host all the same. Other hosts get only complete lists, because the index of a layer follows from the
+//! layer alone.
 
 use std::collections::BTreeMap;
 
@@ -23,11 +26,23 @@ pub type LayerPrograms = BTreeMap<u64, Program>;
 struct LayerProgramsFile {
     #[serde(rename = "ocifs-layer-programs")]
     version: u32,
+    /// Whether all programs were found. Otherwise some of the bytes that tell were not local.
+    #[serde(default)]
+    complete: bool,
     programs: LayerPrograms,
 }
 
+/// What was found of a layer's programs.
+#[derive(Debug)]
+pub(super) struct FoundPrograms {
+    pub(super) programs: LayerPrograms,
+    /// Whether all bytes that tell could be read. The programs then follow from the layer alone.
+    pub(super) complete: bool,
+}
+
 /// Looks up the programs of a layer. `read` fills a buffer from a device offset, or returns false.
-pub(super) fn look(toc: &PackedToc, mut read: impl FnMut(u64, &mut [u8]) -> bool) -> LayerPrograms {
+pub(super) fn look(toc: &PackedToc, mut read: impl FnMut(u64, &mut [u8]) -> bool) -> FoundPrograms {
+    let mut complete = true;
     let mut room = MOST_NOTED;
     let mut entries = toc.entries().ok();
     let candidates = std::iter::from_fn(|| {
@@ -42,7 +57,12 @@ pub(super) fn look(toc: &PackedToc, mut read: impl FnMut(u64, &mut [u8]) -> bool
     let programs = candidates.filter_map(|(device, size)| {
         let program = Program::look(size, &mut |offset, buf| {
             let within = offset.checked_add(buf.len() as u64).is_some_and(|end| end <= size);
-            within && read(device + offset, buf)
+            if !within {
+                return false;
+            }
+            let done = read(device + offset, buf);
+            complete &= done;
+            done
         });
         Some((device, program?))
     });
@@ -51,7 +71,8 @@ pub(super) fn look(toc: &PackedToc, mut read: impl FnMut(u64, &mut [u8]) -> bool
         room = left.unwrap_or_default();
         left.is_some()
     };
-    programs.take_while(fits).collect()
+    let programs = programs.take_while(fits).collect();
+    FoundPrograms { programs, complete }
 }
 
 /// Returns device offset and size of a file that may be a program or a library.
@@ -68,27 +89,41 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
 }
 
 /// Writes the programs of a layer to the directory of its index.
-pub(super) fn keep(store: &Store, dir: &LayerDir, programs: LayerPrograms) -> Result<(), StoreError> {
-    let encoded = encoded(programs);
+pub(super) fn keep(store: &Store, dir: &LayerDir, found: FoundPrograms) -> Result<(), StoreError> {
+    let encoded = encoded(found);
     store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
 }
 
 /// Returns the programs in the form in which they are stored.
-pub(super) fn encoded(programs: LayerPrograms) -> Vec<u8> {
+pub(super) fn encoded(found: FoundPrograms) -> Vec<u8> {
     let file = LayerProgramsFile {
         version: VERSION,
-        programs,
+        complete: found.complete,
+        programs: found.programs,
     };
     serde_json::to_vec(&file).expect("numbers and strings")
 }
 
-/// Reads the programs of a layer from the directory of its index. `None` if they were not looked up, or cannot be read.
+/// Reads the programs of a layer from the directory of its index, as far as they were found. `None` if they were not
+/// looked up, or cannot be read.
 pub(crate) fn stored_programs(dir: &LayerDir) -> Option<LayerPrograms> {
+    stored(dir).map(|found| found.programs)
+}
+
+/// Reads all programs of a layer from the directory of its index. `None` if some may be missing.
+pub(super) fn all_stored_programs(dir: &LayerDir) -> Option<FoundPrograms> {
+    stored(dir).filter(|found| found.complete)
+}
+
+fn stored(dir: &LayerDir) -> Option<FoundPrograms> {
     let path = dir.programs();
     let size = std::fs::metadata(&path).ok()?.len();
     if size > LARGEST_FILE {
         return None;
     }
     let file: LayerProgramsFile = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
-    (file.version == VERSION).then_some(file.programs)
+    (file.version == VERSION).then_some(FoundPrograms {
+        programs: file.programs,
+        complete: file.complete,
+    })
 }
