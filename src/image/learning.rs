@@ -97,8 +97,8 @@ impl Learning {
     }
 }
 
-/// Takes a profile that somebody else has made, for the layers that the image has too. Keeps it, unless the store has a
-/// profile of the image. None if it says nothing about these layers.
+/// Takes a profile that somebody else has made of this image and label. Keeps it, unless the store has a profile of the
+/// image. None if it says nothing about the image's layers.
 pub(super) fn adopt(
     store: &Store,
     image: &ResolvedImage,
@@ -106,7 +106,8 @@ pub(super) fn adopt(
     label: &Label,
     bytes: &[u8],
 ) -> Option<Profile> {
-    let published = Profile::decode(bytes).map_err(|error| {
+    let published = Profile::decode(bytes).and_then(|profile| is_of(profile, &image.manifest_document.digest, label));
+    let published = published.map_err(|error| {
         tracing::warn!(%error, "not using a profile from a location");
     });
     let mut learning = Learning::find(store, image, repository, label);
@@ -189,11 +190,15 @@ fn read(store: &Store, manifest: &Digest, label: &Label) -> Result<Option<Profil
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes?,
     };
-    let profile = Profile::decode(&bytes)?;
-    if profile.manifest != *manifest || profile.label != *label {
-        return Err(ProfileError::Invalid {
+    is_of(Profile::decode(&bytes)?, manifest, label).map(Some)
+}
+
+/// Checks that a profile is of an image and a label.
+fn is_of(profile: Profile, manifest: &Digest, label: &Label) -> Result<Profile, ProfileError> {
+    match profile.manifest == *manifest && profile.label == *label {
+        true => Ok(profile),
+        false => Err(ProfileError::Invalid {
             reason: "it is of another image or label",
-        });
+        }),
     }
-    Ok(Some(profile))
 }
