@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 pub(crate) use lock::{lock_bytes, unlock_bytes};
-pub(crate) use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_regular};
+pub(crate) use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_open, read_regular};
 pub use until::until;
 pub(crate) use until::until_blocking;
 

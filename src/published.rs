@@ -10,6 +10,8 @@
 //! Trust         who vouches for the files of a place
 //! IndexPlace    a directory, a web server or a repository of a registry
 //! Locations     all places of a process: asks them all at once for what an image needs
+//! Patience      how long an opening waits for an answer
+//! Comparison    compares what the places have with what a pass on this host made
 //! Publisher     writes files to a place
 //! ```
 //!
@@ -17,26 +19,32 @@
 //! - No byte of a file is parsed before its trust is established: its signature matches, or its place is trusted.
 //! - A file that is missing, damaged, unsigned or of another layer costs a line in the log and the time of one request,
 //!   never an error: the layer is then streamed.
-//! - Every wait is bounded. A place that is in trouble is left alone for a while.
+//! - Every wait is bounded. After a few seconds, layers are streamed beside the question. A place that is in trouble is left
+//!   alone for a while.
 //! - Without a place, no request is made.
 
 mod absence;
+mod asked;
 mod compare;
 mod directory;
 mod error;
 mod index_file;
 mod lookup;
 mod name;
+mod offers;
+mod patience;
 mod place;
 mod publisher;
 mod repository;
 mod trust;
+mod trusted;
 
-pub use compare::{Compared, Difference};
+pub use compare::{Compared, Comparison, Difference};
 pub use error::PublishedError;
 pub use index_file::IndexFile;
-pub use lookup::{FoundIndex, Locations, Lookups};
+pub use lookup::{FoundIndex, IndexOffers, Locations, Lookups};
 pub use name::FileName;
+pub use patience::Patience;
 pub use place::{IndexLocation, IndexPlace};
 pub use publisher::{PublishedFile, Publisher, Pushed};
 pub use trust::{IndexKey, Trust};

@@ -31,7 +31,8 @@ pub(super) enum IndexCommand {
     Push(PushArgs),
     /// Compare the indexes at the index locations with those that a pass on this host makes
     ///
-    /// An index that differs is removed from the store. Exits with 1 if any differs.
+    /// All locations are asked, and what the store keeps from them is compared too. An index that differs is removed from the
+    /// store. Exits with 1 if any differs, or if a location cannot be asked.
     Verify(VerifyArgs),
 }
 
@@ -240,62 +241,91 @@ fn verify(config: &Config, fetching: &Fetching, args: &VerifyArgs) -> anyhow::Re
     if config.index.is_empty() {
         bail!("there is no index location to compare with: name one with --index, or in the configuration file");
     }
-    let (differences, compared, missing) = fetching.run(async {
+    let verified = fetching.run(async {
         let locations = context(config)?.locations;
         let (context, image) = open(config, fetching, &args.image).await?;
-        let manifest = &image.resolved().manifest_document.digest;
-        let mut differences = Vec::new();
-        let (mut compared, mut missing) = (0, 0);
+        let comparison = locations.comparison(&image.resolved().manifest_document.digest);
+        let mut verified = Verified::default();
         let mut seen = std::collections::HashSet::new();
         for layer in image.layers().iter().filter(|layer| needs_index(layer)) {
             if !seen.insert(layer.digest().clone()) {
                 continue;
             }
             let own = export(layer.clone()).await?;
-            for compare in locations.compare(&context.store, manifest, &own).await {
-                match compare? {
-                    Compared::Missing => missing += 1,
-                    Compared::Same => compared += 1,
-                    Compared::Differs(difference) => {
-                        compared += 1;
-                        differences.push(difference);
-                    }
-                }
+            for compared in comparison.compare(&context.store, &own).await {
+                verified.count(compared);
             }
         }
-        anyhow::Ok((differences, compared, missing))
+        anyhow::Ok(verified)
     })?;
-    show(args.json, &differences, compared, missing)?;
-    match differences.len() {
-        0 => Ok(()),
-        n => bail!("{n} of {compared} indexes differ from what the layers contain; do not use these locations or keys"),
+    verified.show(args.json)?;
+    let Verified {
+        differences,
+        troubles,
+        compared,
+        ..
+    } = verified;
+    match (differences.len(), troubles.len()) {
+        (0, 0) => Ok(()),
+        (0, n) => bail!("{n} indexes cannot be compared, because their locations cannot be asked"),
+        (n, _) => {
+            bail!("{n} of {compared} indexes differ from what the layers contain; do not use these locations or keys")
+        }
     }
 }
 
-fn show(json: bool, differences: &[Difference], compared: usize, missing: usize) -> anyhow::Result<()> {
-    if json {
-        let objects = differences.iter().map(|difference| {
-            serde_json::json!({
-                "location": difference.place, "authority": difference.authority.to_string(),
-                "layer": difference.layer, "differs": difference.parts,
-            })
-        });
-        let differences: Vec<_> = objects.collect();
-        say!(
-            "{}",
-            serde_json::json!({"compared": compared, "missing": missing, "differences": differences})
-        );
-        return Ok(());
+/// What a comparison of all layers with all places has found.
+#[derive(Debug, Default)]
+struct Verified {
+    differences: Vec<Difference>,
+    /// Why places could not be asked, for each index that was not compared.
+    troubles: Vec<String>,
+    compared: usize,
+    missing: usize,
+}
+
+impl Verified {
+    fn count(&mut self, compared: Compared) {
+        match (&compared.trouble, compared.is_there) {
+            (_, true) => self.compared += 1,
+            (None, false) => self.missing += 1,
+            (Some(_), false) => {}
+        }
+        self.differences.extend(compared.difference);
+        self.troubles.extend(compared.trouble.map(|error| error.to_string()));
     }
-    for difference in differences {
-        say!(
-            "differs: {} at {} (believed by {}): {}",
-            difference.layer,
-            difference.place,
-            difference.authority,
-            difference.parts.join(", ")
-        );
+
+    fn show(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            let objects = self.differences.iter().map(|difference| {
+                serde_json::json!({
+                    "location": difference.place, "authority": difference.authority.to_string(),
+                    "layer": difference.layer, "differs": difference.parts,
+                })
+            });
+            let differences: Vec<_> = objects.collect();
+            say!(
+                "{}",
+                serde_json::json!({
+                    "compared": self.compared, "missing": self.missing, "differences": differences,
+                    "troubles": self.troubles,
+                })
+            );
+            return Ok(());
+        }
+        for difference in &self.differences {
+            say!(
+                "differs: {} at {} (believed by {}): {}",
+                difference.layer,
+                difference.place,
+                difference.authority,
+                difference.parts.join(", ")
+            );
+        }
+        for trouble in &self.troubles {
+            say!("not compared: {trouble}");
+        }
+        say!("{} indexes compared, {} not there", self.compared, self.missing);
+        Ok(())
     }
-    say!("{compared} indexes compared, {missing} not there");
-    Ok(())
 }

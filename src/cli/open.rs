@@ -13,7 +13,7 @@ use ocifs::fs::ImageFs;
 use ocifs::image::{Confirm, NamedImage, Opening, Preparation, Unconfirmed};
 use ocifs::layer::LayerContext;
 use ocifs::oci::ImageRef;
-use ocifs::published::Locations;
+use ocifs::published::{Locations, Patience};
 use ocifs::registry::{RegistryClient, RegistryConfig};
 use ocifs::source;
 use ocifs::store::{Store, StoreError};
@@ -37,9 +37,10 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
         connect_timeout: ANSWER / 2,
         ..registry_config(config)
     });
+    let patience = config.timeout.map_or_else(Patience::default, Patience::within);
     let locations = match config.index.is_empty() {
         true => Locations::default(),
-        false => Locations::new(config.index.clone(), &client?, &store)?,
+        false => Locations::new(config.index.clone(), &client?, &store, patience)?,
     };
     let context = LayerContext::new(store, config.memory, config.cache_size)
         .with_locations(locations)

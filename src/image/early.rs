@@ -84,16 +84,16 @@ impl Replay {
     pub(super) fn published(preparation: &Arc<Preparation>, context: &LayerContext, label: Label) -> Self {
         let (preparation, store) = (preparation.clone(), context.store.clone());
         Self(tokio::spawn(async move {
-            let Some(bytes) = preparation.lookups.profile().await else {
-                return Ok(false);
-            };
-            let (image, repository) = (preparation.resolved().clone(), preparation.repository());
-            let keeping =
-                tokio::task::spawn_blocking(move || learning::adopt(&store, &image, &repository, &label, &bytes));
-            let Ok(Some(profile)) = joined(keeping).await else {
-                return Ok(false);
-            };
-            preparation.layers().await.replay(&profile).await.map(|()| true)
+            while let Some(bytes) = preparation.lookups.profile().await {
+                let (image, repository) = (preparation.resolved().clone(), preparation.repository());
+                let (store, label) = (store.clone(), label.clone());
+                let keeping =
+                    tokio::task::spawn_blocking(move || learning::adopt(&store, &image, &repository, &label, &bytes));
+                if let Ok(Some(profile)) = joined(keeping).await {
+                    return preparation.layers().await.replay(&profile).await.map(|()| true);
+                }
+            }
+            Ok(false)
         }))
     }
 

@@ -1,6 +1,9 @@
 //! Opens a layer. An index in the store comes first. Without one, a layer may carry a table for which the manifest vouches, or
 //! somebody else has made an index. Any other layer is streamed once.
 //!
+//! An index of somebody else may be slow to come. Then the layer is streamed beside the question, and whichever is there
+//! first is used.
+//!
 //! A pass over the whole layer on this host outranks all other authorities: an index that a pass has made is used before
 //! any other.
 
@@ -44,12 +47,46 @@ async fn open_or_stream(context: &LayerContext, wanted: ToOpen) -> Result<Opened
             return Ok(opened);
         }
     }
-    if let Some(found) = stats.waiting(wanted.lookups.index(blob.digest())).await
-        && let Some(opened) = open_found(context, &wanted, found).await?
-    {
-        return Ok(opened);
+    let mut indexes = wanted.lookups.index(blob.digest());
+    let bandwidth = || blob.link().bandwidth;
+    let mut patience = std::pin::pin!(indexes.patience(bandwidth));
+    loop {
+        let next = async {
+            tokio::select! {
+                biased;
+                found = indexes.next() => found,
+                () = &mut patience => None,
+            }
+        };
+        let Some(found) = stats.waiting(next).await else { break };
+        if let Some(opened) = open_found(context, &wanted, found).await? {
+            return Ok(opened);
+        }
     }
-    let pass = known(&Authority::Pass);
+    // Whichever is there first is used: the pass, or an index that is still on its way.
+    let mut streaming = std::pin::pin!(stream_in_turn(context, &wanted));
+    loop {
+        tokio::select! {
+            biased;
+            opened = &mut streaming => {
+                indexes.give_up(bandwidth());
+                return opened;
+            }
+            Some(found) = indexes.next() => {
+                if let Some(opened) = open_found(context, &wanted, found).await? {
+                    return Ok(opened);
+                }
+            }
+        }
+    }
+}
+
+/// Streams a layer when no other process streams it, or opens it with the index that another process has made.
+async fn stream_in_turn(context: &LayerContext, wanted: &ToOpen) -> Result<Opened, OpenError> {
+    let ToOpen {
+        blob, diff_id, stats, ..
+    } = wanted;
+    let pass = LayerIndex::new(&context.store, blob.digest(), Authority::Pass);
     let (dir, turn) = match pass.dir.clone().filter(|_| context.store.is_writable()) {
         None => (None, None),
         Some(dir) => match Turn::wait(&dir, stats).await {
@@ -63,10 +100,9 @@ async fn open_or_stream(context: &LayerContext, wanted: ToOpen) -> Result<Opened
     if let Some(opened) = from_store(context, &pass, blob, diff_id, stats).await? {
         return Ok(opened);
     }
-    let (link, stats) = (blob.clone(), stats.clone());
-    let streaming = stream(context, wanted, dir);
+    let streaming = stream(context, wanted.clone(), dir);
     match turn {
-        Some(turn) => turn.take(&stats, || link.link().useful_rate(), streaming).await,
+        Some(turn) => turn.take(stats, || blob.link().useful_rate(), streaming).await,
         None => streaming.await,
     }
 }

@@ -51,7 +51,7 @@ pub struct Opened {
 }
 
 /// A layer that is to be opened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct ToOpen {
     /// Where its bytes are.
     pub(crate) blob: Arc<dyn BlobSource>,

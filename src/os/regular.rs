@@ -17,15 +17,27 @@ pub(crate) fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result
     let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
     match file.metadata()?.is_file() {
         true => Ok(file),
-        false => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no regular file")),
+        false => Err(no_regular_file()),
     }
+}
+
+fn no_regular_file() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "it is no regular file")
 }
 
 /// Returns all bytes of a regular file that has at most `most` bytes.
 pub(crate) fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let file = open_regular(File::options().read(true), path)?;
+    read_open(open_regular(File::options().read(true), path)?, most)
+}
+
+/// Returns all bytes of an open file, if it is a regular file of at most `most` bytes.
+pub(crate) fn read_open(file: File, most: u64) -> io::Result<Vec<u8>> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(no_regular_file());
+    }
     let too_long = || io::Error::new(io::ErrorKind::InvalidData, format!("it is longer than {most} bytes"));
-    let length = file.metadata()?.len();
+    let length = metadata.len();
     if length > most {
         return Err(too_long());
     }

@@ -56,6 +56,20 @@ pub enum PublishedError {
         /// What failed.
         reason: String,
     },
+    /// There is no directory at a place.
+    #[error("there is no such directory: {}", path.display())]
+    NoDirectory {
+        /// The place.
+        path: PathBuf,
+    },
+    /// A place was not asked, because it was in trouble before.
+    #[error("{place} was not asked again: {reason}")]
+    NotAsked {
+        /// The place.
+        place: String,
+        /// What happened before.
+        reason: String,
+    },
     /// A registry or a web server cannot be asked, or refuses.
     #[error(transparent)]
     Blob(#[from] BlobError),

@@ -2,26 +2,23 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::StreamExt as _;
-use futures::stream::FuturesOrdered;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
-use tokio::sync::{OnceCell, Semaphore};
-use tokio::task::JoinHandle;
-
-use super::absence::Absence;
-use super::repository::{Listed, list};
-use super::{FileName, IndexFile, IndexLocation, IndexPlace, PublishedError, directory};
-use crate::blob::BlobError;
+use super::asked::{AskedPlace, PlaceTalk};
+use super::offers::Offers;
+use super::patience::Patience;
+use super::{FileName, IndexFile, IndexLocation, PublishedError};
 use crate::oci::Digest;
 use crate::profile::{LARGEST_FILE, Label};
-use crate::registry::{FileRepository, RegistryClient, Url};
+use crate::registry::RegistryClient;
 use crate::store::{Authority, Store};
-use crate::task::joined;
+use crate::task::blocking;
 
 /// Bytes of files that may be in memory before they are believed. With more, hostile places take more memory; with fewer,
 /// images of many large layers wait for each other's indexes.
@@ -31,46 +28,17 @@ const UNIT: usize = 1 << 20;
 /// What a file counts for at least, which limits the number of files that are fetched at the same time to 16. More
 /// connections would slow each other down; with fewer, images of many small layers wait for round trips.
 const LEAST_COUNTED: usize = 8 << 20;
-/// Longest signature in bytes. Real ones have about 300.
-const LONGEST_SIGNATURE: usize = 4096;
-/// Longest time for one file. Streams of bytes that do not move end much earlier.
-const LONGEST: Duration = Duration::from_secs(60);
 
 /// All places of a process. Without places, nothing is ever asked.
 #[derive(Clone, Default)]
-pub struct Locations(Arc<[Arc<AskedPlace>]>);
-
-/// A place, and the way to it.
-pub(super) struct AskedPlace {
-    location: IndexLocation,
-    authority: Authority,
-    access: PlaceAccess,
-    absence: Absence,
-}
-
-enum PlaceAccess {
-    Directory(PathBuf),
-    Web(RegistryClient, Url),
-    Repository(FileRepository),
-}
-
-/// What is listed under the tag of the image. Asked for once; all files of the image wait for it.
-pub(super) type ImageList = OnceCell<ListedOfImage>;
-
-/// What a repository lists under the tag of an image.
-pub(super) enum ListedOfImage {
-    /// The files by name.
-    Files(HashMap<String, Listed>),
-    /// There is no list of the image. Each layer may have one.
-    Missing,
-    /// The list cannot be had. The first file that waited for it reports why, and the others are not asked for.
-    Failed(Mutex<Option<PublishedError>>),
+pub struct Locations {
+    places: Arc<[Arc<AskedPlace>]>,
+    patience: Patience,
 }
 
 impl fmt::Debug for Locations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let places = self.0.iter().map(|asked| asked.location.place.to_string());
-        f.debug_list().entries(places).finish()
+        f.debug_list().entries(&*self.places).finish()
     }
 }
 
@@ -85,355 +53,240 @@ pub struct FoundIndex {
     pub place: String,
 }
 
+/// What the places have said about one image so far.
+struct Talks {
+    began: Instant,
+    patience: Patience,
+    talks: Vec<PlaceTalk>,
+}
+
+impl Default for Talks {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            patience: Patience::default(),
+            talks: Vec::new(),
+        }
+    }
+}
+
+impl Talks {
+    /// Returns the bytes that the place which brings most has brought.
+    fn came(&self) -> u64 {
+        self.talks.iter().map(PlaceTalk::came).max().unwrap_or(0)
+    }
+}
+
 /// Questions about one image that are being asked. Dropping this ends them.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Lookups {
-    indexes: Mutex<HashMap<Digest, Question<FoundIndex>>>,
-    profile: Mutex<Option<Question<Bytes>>>,
+    indexes: Mutex<HashMap<Digest, Offers<FoundIndex>>>,
+    profile: Mutex<Option<Offers<Bytes>>>,
+    talks: Arc<Talks>,
 }
 
-/// A question that is being asked. It ends when this is dropped.
-#[derive(Debug)]
-struct Question<T>(JoinHandle<Option<T>>);
-
-impl<T: Send + 'static> Question<T> {
-    fn ask(answer: impl Future<Output = Option<T>> + Send + 'static) -> Self {
-        Self(tokio::spawn(answer))
-    }
-
-    async fn answer(mut self) -> Option<T> {
-        // A question that panicked has no answer; the panic is logged.
-        (&mut self.0).await.unwrap_or(None)
+impl fmt::Debug for Lookups {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lookups").finish_non_exhaustive()
     }
 }
 
-impl<T> Drop for Question<T> {
-    fn drop(&mut self) {
-        self.0.abort();
+/// The indexes that the places have of one layer, the preferred one first.
+pub struct IndexOffers {
+    offers: Option<Offers<FoundIndex>>,
+    talks: Arc<Talks>,
+}
+
+impl fmt::Debug for IndexOffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IndexOffers").finish_non_exhaustive()
     }
 }
 
 impl Locations {
     /// Returns the places in the order of preference. `client` reaches those that are not directories; `store` remembers
     /// what a place does not have.
-    pub fn new(places: Vec<IndexLocation>, client: &RegistryClient, store: &Store) -> Result<Self, PublishedError> {
-        let absence = Absence::new(store.clone());
-        let asked = places.into_iter().map(|location| {
-            let access = match &location.place {
-                IndexPlace::Directory(path) => PlaceAccess::Directory(path.clone()),
-                IndexPlace::Web(url) => PlaceAccess::Web(client.clone(), url.clone()),
-                IndexPlace::Repository { registry, repository } => {
-                    PlaceAccess::Repository(client.files(registry, repository)?)
-                }
-            };
-            Ok(Arc::new(AskedPlace {
-                authority: location.trust.authority(&location.place.to_string()),
-                location,
-                access,
-                absence: absence.clone(),
-            }))
-        });
-        Ok(Self(asked.collect::<Result<_, PublishedError>>()?))
+    pub fn new(
+        places: Vec<IndexLocation>,
+        client: &RegistryClient,
+        store: &Store,
+        patience: Patience,
+    ) -> Result<Self, PublishedError> {
+        let asked = places
+            .into_iter()
+            .map(|location| AskedPlace::new(location, client, store).map(Arc::new));
+        Ok(Self {
+            places: asked.collect::<Result<_, PublishedError>>()?,
+            patience,
+        })
     }
 
     /// Who may vouch for an index, best first, each once.
     pub fn authorities(&self) -> Vec<Authority> {
         let mut all: Vec<Authority> = Vec::new();
-        for asked in &*self.0 {
-            if !all.contains(&asked.authority) {
-                all.push(asked.authority.clone());
+        for asked in &*self.places {
+            if !all.contains(asked.authority()) {
+                all.push(asked.authority().clone());
             }
         }
         all
     }
 
-    pub(super) fn places(&self) -> impl Iterator<Item = &AskedPlace> {
-        self.0.iter().map(|asked| &**asked)
+    pub(super) fn places(&self) -> &[Arc<AskedPlace>] {
+        &self.places
     }
 
     /// Whether there is no place to ask.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.places.is_empty()
     }
 
     /// Makes connections to the places, for questions that are about to be asked. Must be called on the runtime.
     pub fn warm_up(&self) {
-        for asked in &*self.0 {
-            if let PlaceAccess::Repository(files) = &asked.access
-                && !asked.absence.is_failing(asked.place())
-            {
-                let files = files.clone();
-                tokio::spawn(async move { files.warm_up().await });
-            }
+        for asked in self.places.iter().cloned() {
+            tokio::spawn(async move { asked.warm_up().await });
         }
     }
 
     /// Asks all places for the indexes of these layers (digest and size of each) of an image, and for the profile with
     /// this label. Must be called on the runtime.
     pub fn ask(&self, manifest: &Digest, layers: Vec<(Digest, u64)>, profile: Option<&Label>) -> Lookups {
-        let lookups = Lookups::default();
         if self.is_empty() {
-            return lookups;
+            return Lookups::default();
         }
-        let places: Vec<(Arc<AskedPlace>, Arc<ImageList>)> =
-            self.0.iter().map(|a| (a.clone(), Arc::default())).collect();
-        let permits = Arc::new(Semaphore::new(UNBELIEVED / UNIT));
-        let image = manifest.clone();
-        let ask = |name: FileName, cap: usize| {
-            let (places, permits, image) = (places.clone(), permits.clone(), image.clone());
-            // All places are asked at once, and the answers are used in the order of the places.
-            let mut answers: FuturesOrdered<_> = places
-                .into_iter()
-                .map(|(asked, images)| {
-                    let (name, permits, image) = (name.clone(), permits.clone(), image.clone());
-                    async move {
-                        let units = u32::try_from(cap.clamp(LEAST_COUNTED, UNBELIEVED) / UNIT).ok()?;
-                        let _permit = permits.acquire_many(units).await.ok()?;
-                        let bytes = asked.try_fetch(&name, cap, &image, &images).await?;
-                        Some((bytes, asked))
-                    }
-                })
-                .collect();
-            async move {
-                while let Some(answer) = answers.next().await {
-                    if answer.is_some() {
-                        return answer;
-                    }
-                }
-                None
-            }
+        let talks = Arc::new(Talks {
+            began: Instant::now(),
+            patience: self.patience,
+            talks: self.places.iter().map(|_| PlaceTalk::default()).collect(),
+        });
+        let asking = Asking {
+            places: self.places.clone(),
+            // A place that hangs takes nothing from the others.
+            permits: self
+                .places
+                .iter()
+                .map(|_| Arc::new(Semaphore::new(self.units())))
+                .collect(),
+            units: self.units(),
+            talks: talks.clone(),
+            image: manifest.clone(),
         };
         let indexes = layers.into_iter().map(|(layer, size)| {
-            let name = FileName::Index { layer: layer.clone() };
-            let fetched = ask(name.clone(), IndexFile::longest(size));
             let of = layer.clone();
-            let question = Question::ask(async move {
-                let (bytes, asked) = fetched.await?;
-                let decoded =
-                    tokio::task::spawn_blocking(move || IndexFile::decode(&name.to_string(), &bytes, &of, size));
-                let place = asked.location.place.to_string();
-                match joined(decoded).await.ok()? {
-                    Ok(file) => Some(FoundIndex {
-                        file,
-                        authority: asked.authority.clone(),
-                        place,
-                    }),
-                    Err(error) => {
-                        tracing::warn!(place, %error, "not using an index, streaming the layer");
-                        None
-                    }
-                }
-            });
-            (layer, question)
+            let found = move |asked: &AskedPlace, name: &FileName, bytes: Bytes| {
+                let file = IndexFile::decode(&name.to_string(), &bytes, &of, size);
+                file.map(|file| FoundIndex {
+                    file,
+                    authority: asked.authority().clone(),
+                    place: asked.place().to_string(),
+                })
+            };
+            let name = FileName::Index { layer: layer.clone() };
+            (layer, asking.ask(&name, IndexFile::longest(size), found))
         });
+        let indexes = indexes.collect();
         let profile = profile.map(|label| {
             let name = FileName::Profile {
                 manifest: manifest.clone(),
                 label: label.clone(),
             };
-            let fetched = ask(name, LARGEST_FILE);
-            Question::ask(async move { fetched.await.map(|(bytes, _)| bytes) })
+            asking.ask(&name, LARGEST_FILE, |_, _, bytes| Ok(bytes))
         });
         Lookups {
-            indexes: Mutex::new(indexes.collect()),
+            indexes: Mutex::new(indexes),
             profile: Mutex::new(profile),
+            talks,
         }
+    }
+
+    /// Units of memory for each place.
+    fn units(&self) -> usize {
+        (UNBELIEVED / self.places.len().max(1)).max(LEAST_COUNTED) / UNIT
+    }
+}
+
+/// Asks the places about one image.
+struct Asking {
+    places: Arc<[Arc<AskedPlace>]>,
+    /// The memory that files of each place may take.
+    permits: Vec<Arc<Semaphore>>,
+    units: usize,
+    talks: Arc<Talks>,
+    image: Digest,
+}
+
+impl Asking {
+    /// Asks all places for a file of at most `cap` bytes. `read` reads it once it is believed.
+    fn ask<T: Send + 'static>(
+        &self,
+        name: &FileName,
+        cap: usize,
+        read: impl Fn(&AskedPlace, &FileName, Bytes) -> Result<T, PublishedError> + Clone + Send + 'static,
+    ) -> Offers<T> {
+        let questions = self.places.iter().enumerate().map(|(place, asked)| {
+            let (talks, permits) = (self.talks.clone(), self.permits[place].clone());
+            let (asked, name, image, read) = (asked.clone(), name.clone(), self.image.clone(), read.clone());
+            let units = u32::try_from((cap.max(LEAST_COUNTED) / UNIT).min(self.units)).unwrap_or(u32::MAX);
+            let of = asked.clone();
+            let answer = async move {
+                let _permit = permits.acquire_many(units).await.ok()?;
+                let bytes = asked.try_fetch(&name, cap, &image, &talks.talks[place]).await?;
+                let place = asked.place().to_string();
+                match blocking(move || read(&asked, &name, bytes)).await.ok()? {
+                    Ok(read) => Some(read),
+                    Err(error) => {
+                        tracing::warn!(place, %error, "not using what a location has");
+                        None
+                    }
+                }
+            };
+            (of, answer.boxed() as BoxFuture<'static, Option<T>>)
+        });
+        Offers::ask(questions.collect())
     }
 }
 
 impl Lookups {
-    /// Waits for the index of a layer. The first caller gets the answer.
-    pub async fn index(&self, layer: &Digest) -> Option<FoundIndex> {
-        let question = self.indexes.lock().expect("no panic while locked").remove(layer);
-        question?.answer().await
+    /// Returns the indexes of a layer. The first caller gets them.
+    pub fn index(&self, layer: &Digest) -> IndexOffers {
+        IndexOffers {
+            offers: self.indexes.lock().expect("no panic while locked").remove(layer),
+            talks: self.talks.clone(),
+        }
     }
 
-    /// Waits for the profile. The first caller gets the answer.
+    /// Waits for the next profile that a place has. None if there is no other.
     pub async fn profile(&self) -> Option<Bytes> {
-        let question = self.profile.lock().expect("no panic while locked").take();
-        question?.answer().await
+        let mut offers = self.profile.lock().expect("no panic while locked").take()?;
+        let offered = offers.next().await;
+        *self.profile.lock().expect("no panic while locked") = Some(offers);
+        offered
     }
 }
 
-impl AskedPlace {
-    /// Returns a file that passed the check of its trust. None if there is none, or if it cannot be had.
-    async fn try_fetch(&self, name: &FileName, cap: usize, image: &Digest, images: &ImageList) -> Option<Bytes> {
-        let place = &self.location.place;
-        if self.absence.is_failing(place) {
-            tracing::debug!(%place, "not asking a location that was in trouble a moment ago");
-            return None;
-        }
-        let began = Instant::now();
-        let fetching = tokio::time::timeout(LONGEST, self.fetch(name, cap, image, images));
-        let fetched = fetching.await.unwrap_or_else(|_| {
-            Err(PublishedError::Timeout {
-                place: place.to_string(),
-                seconds: LONGEST.as_secs(),
-            })
-        });
-        match fetched {
-            Ok(found) => {
-                let bytes = found.as_ref().map(Bytes::len);
-                tracing::debug!(%place, %name, ?bytes, took_ms = began.elapsed().as_secs_f64() * 1e3, "asked for a file");
-                found
-            }
-            Err(error) => {
-                tracing::warn!(%place, %error, "not using an index location for this file");
-                let trouble = match &error {
-                    PublishedError::Blob(error) => error.is_transient() || is_refusal(error),
-                    error => matches!(error, PublishedError::Timeout { .. }),
-                };
-                if trouble {
-                    self.absence.fails(place);
-                }
-                None
-            }
-        }
+impl IndexOffers {
+    /// Waits for the next index. None if there is no other. Cancel safe.
+    pub async fn next(&mut self) -> Option<FoundIndex> {
+        self.offers.as_mut()?.next().await
     }
 
-    pub(super) fn place(&self) -> &IndexPlace {
-        &self.location.place
+    /// Returns a future that ends when the layer should be streamed, even if there may be an index later. `bandwidth`
+    /// returns what the link to the layer brings, in bytes per second.
+    pub fn patience<B: Fn() -> Option<f64>>(&self, bandwidth: B) -> impl Future<Output = ()> + use<B> {
+        let talks = self.talks.clone();
+        async move { talks.patience.wait(talks.began, || talks.came(), bandwidth).await }
     }
 
-    pub(super) fn authority(&self) -> &Authority {
-        &self.authority
-    }
-
-    /// Forgets that the place did not have a file, and that it was in trouble.
-    pub(super) fn forget(&self, name: &FileName, image: &Digest) {
-        let mut files = vec![name.to_string(), FileName::tag(image)];
-        if let FileName::Index { layer } = name {
-            files.push(FileName::tag(layer));
+    /// Ends the question, because the layer has been streamed meanwhile. Unless indexes come fast enough for the other
+    /// layers, places that have not answered count as in trouble.
+    pub fn give_up(self, bandwidth: Option<f64>) {
+        let Some(offers) = &self.offers else { return };
+        if Patience::is_fast(self.talks.began.elapsed(), self.talks.came(), bandwidth) {
+            return;
         }
-        for file in files {
-            self.absence.forget(self.place(), &file);
+        for asked in offers.silent() {
+            tracing::warn!(place = %asked.place(), "this index location is slower than streaming a layer");
+            asked.is_in_trouble();
         }
     }
-
-    /// Returns a file that passed the check of its trust. None if there is none.
-    pub(super) async fn fetch(
-        &self,
-        name: &FileName,
-        cap: usize,
-        image: &Digest,
-        images: &ImageList,
-    ) -> Result<Option<Bytes>, PublishedError> {
-        let file = name.to_string();
-        let trust = &self.location.trust;
-        let (bytes, signature) = match &self.access {
-            PlaceAccess::Directory(path) => {
-                let (path, trust, signature) = (path.clone(), trust.clone(), name.signature());
-                let name = file.clone();
-                let reading = tokio::task::spawn_blocking(move || {
-                    let Some(bytes) = directory::read(&path, &name, cap, &trust)? else {
-                        return Ok::<_, PublishedError>(None);
-                    };
-                    let signature = match trust.wants_signature() {
-                        true => directory::read(&path, &signature, LONGEST_SIGNATURE, &trust)?,
-                        false => None,
-                    };
-                    Ok(Some((bytes, signature)))
-                });
-                let read = joined(reading).await;
-                let read = read.map_err(|error| PublishedError::format(&file, error.to_string()))?;
-                match read? {
-                    None => return Ok(None),
-                    Some(read) => read,
-                }
-            }
-            PlaceAccess::Web(client, base) => {
-                if self.absence.is_lacking(&self.location.place, &file) {
-                    return Ok(None);
-                }
-                let url = |name: &str| {
-                    let joined = base.join(name);
-                    joined.map_err(|error| PublishedError::format(name, error.to_string()))
-                };
-                let (file_url, signature_url) = (url(&file)?, url(&name.signature())?);
-                let signature = async {
-                    match trust.wants_signature() {
-                        true => client.file(&signature_url, LONGEST_SIGNATURE).await,
-                        false => Ok(None),
-                    }
-                };
-                let (bytes, signature) = tokio::join!(client.file(&file_url, cap), signature);
-                match bytes? {
-                    None => {
-                        self.absence.lacks(&self.location.place, &file);
-                        return Ok(None);
-                    }
-                    Some(bytes) => (bytes, signature?),
-                }
-            }
-            PlaceAccess::Repository(files) => match self.listed(files, name, image, images).await? {
-                None => return Ok(None),
-                Some(listed) => {
-                    let bytes = files.blob(&listed.digest, listed.size, cap).await?;
-                    (bytes, listed.signature.map(Bytes::from))
-                }
-            },
-        };
-        let signature = signature.as_deref().map(String::from_utf8_lossy);
-        trust.check(&file, &bytes, signature.as_deref())?;
-        Ok(Some(bytes))
-    }
-
-    /// Finds a file in the list of the image, or in the list of its layer.
-    async fn listed(
-        &self,
-        files: &FileRepository,
-        name: &FileName,
-        image: &Digest,
-        images: &ImageList,
-    ) -> Result<Option<Listed>, PublishedError> {
-        let asking = images.get_or_init(async || match self.list(files, &FileName::tag(image)).await {
-            Ok(Some(listed)) => {
-                let by_name = listed.into_iter().map(|file| (file.name.clone(), file));
-                ListedOfImage::Files(by_name.collect())
-            }
-            Ok(None) => ListedOfImage::Missing,
-            Err(error) => ListedOfImage::Failed(Mutex::new(Some(error))),
-        });
-        let file = name.to_string();
-        match asking.await {
-            ListedOfImage::Files(all) => {
-                if let Some(listed) = all.get(&file) {
-                    return Ok(Some(listed.clone()));
-                }
-            }
-            ListedOfImage::Missing => {}
-            ListedOfImage::Failed(error) => {
-                return error
-                    .lock()
-                    .expect("no panic while locked")
-                    .take()
-                    .map_or(Ok(None), Err);
-            }
-        }
-        let FileName::Index { layer } = name else {
-            return Ok(None);
-        };
-        let listed = self.list(files, &FileName::tag(layer)).await?;
-        Ok(listed.into_iter().flatten().find(|listed| listed.name == file))
-    }
-
-    async fn list(&self, files: &FileRepository, tag: &str) -> Result<Option<Vec<Listed>>, PublishedError> {
-        let place = &self.location.place;
-        if self.absence.is_lacking(place, tag) {
-            return Ok(None);
-        }
-        let listed = list(files, tag).await?;
-        if listed.is_none() {
-            self.absence.lacks(place, tag);
-        }
-        Ok(listed)
-    }
-}
-
-/// Whether a registry refuses everything, so that the next question would be refused too.
-fn is_refusal(error: &BlobError) -> bool {
-    matches!(
-        error,
-        BlobError::Unauthorized { .. } | BlobError::Denied { .. } | BlobError::Tls { .. }
-    )
 }

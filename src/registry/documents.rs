@@ -44,7 +44,7 @@ impl RegistryClient {
         repository: &Repository,
         selector: &ReferenceSelector,
     ) -> Result<Document, BlobError> {
-        match self.manifest_unhinted(repository, selector).await {
+        match self.manifest_unhinted(repository, selector, false).await {
             Err(BlobError::NotFound { what, hint }) => {
                 let hint = self.hint(repository, selector, hint).await;
                 Err(BlobError::NotFound { what, hint })
@@ -53,17 +53,28 @@ impl RegistryClient {
         }
     }
 
-    /// Fetches the manifest under a tag. Does not look for a reason if there is none.
-    pub(super) async fn manifest_of_tag(&self, repository: &Repository, tag: &str) -> Result<Document, BlobError> {
-        self.manifest_unhinted(repository, &ReferenceSelector::tag(tag)).await
+    /// Fetches the manifest under a tag. Does not look for a reason if there is none. A `protected` manifest comes with
+    /// TLS alone, wherever redirects lead.
+    pub(super) async fn manifest_of_tag(
+        &self,
+        repository: &Repository,
+        tag: &str,
+        protected: bool,
+    ) -> Result<Document, BlobError> {
+        self.manifest_unhinted(repository, &ReferenceSelector::tag(tag), protected)
+            .await
     }
 
     async fn manifest_unhinted(
         &self,
         repository: &Repository,
         selector: &ReferenceSelector,
+        protected: bool,
     ) -> Result<Document, BlobError> {
-        let mut ask = Ask::get(repository.manifest_url(selector)?);
+        let mut ask = Ask {
+            protected,
+            ..Ask::get(repository.manifest_url(selector)?)
+        };
         ask.headers.insert(ACCEPT, HeaderValue::from_static(ACCEPT_MANIFESTS));
         let what = format!("manifest {}{selector}", repository.name);
         let wanted = match selector {

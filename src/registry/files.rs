@@ -4,6 +4,7 @@
 //! its URL answers. Files are read whole, so each reader says how long a file may be.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use super::access::AuthorisedReply;
 use super::blob::{ReadKind, RegistryBlob};
 use super::client::{RegistryClient, refusal};
 use super::elsewhere::Elsewhere;
-use super::endpoint::{Endpoint, Repository};
+use super::endpoint::{Endpoint, Repository, is_loopback};
 use super::transport::{Act, Ask};
 use crate::blob::{BlobError, BlobSource as _, Document};
 use crate::oci::{Digest, ReferenceSelector};
@@ -31,6 +32,8 @@ const STRIPES: u64 = 8;
 pub struct FileRepository {
     client: RegistryClient,
     repository: Arc<Repository>,
+    /// Whether its manifests are believed because of where they come from.
+    protected: bool,
 }
 
 impl RegistryClient {
@@ -39,29 +42,41 @@ impl RegistryClient {
         Ok(FileRepository {
             repository: Arc::new(self.repository(registry, repository)?),
             client: self.clone(),
+            protected: false,
         })
     }
 
-    /// Returns the file at a URL of a web server. None if there is no file. Fails if it is longer than `cap` bytes.
-    pub async fn file(&self, url: &Url, cap: usize) -> Result<Option<Bytes>, BlobError> {
+    /// Returns the file at a URL of a web server. None if there is no file. Fails if it is longer than `cap` bytes. Counts
+    /// its bytes in `came` as they come. A `protected` file comes with TLS alone, wherever redirects lead.
+    pub async fn file(
+        &self,
+        url: &Url,
+        cap: usize,
+        protected: bool,
+        came: &AtomicU64,
+    ) -> Result<Option<Bytes>, BlobError> {
         let there = Repository {
             endpoint: Endpoint::at(url, &self.transport().config().plain_http),
             name: String::new(),
         };
         let what = format!("the file {url}");
-        let ask = Ask::get(url.clone());
+        let ask = Ask {
+            protected,
+            ..Ask::get(url.clone())
+        };
         let attempt = async |wait| {
             let reply = self.transport().send(&ask, wait).await?;
             match reply.status() {
                 StatusCode::OK => Ok(Some(reply)),
-                StatusCode::NOT_FOUND | StatusCode::GONE => Ok(None),
+                // Object stores answer 403 for a file that is not there, unless the reader may list all files.
+                StatusCode::NOT_FOUND | StatusCode::GONE | StatusCode::FORBIDDEN => Ok(None),
                 _ => Err(refusal(reply, &what, "without a login").await),
             }
         };
         let answer = self.persist(&there, &what, &mut self.retry(), attempt).await?;
         let Some(mut reply) = answer else { return Ok(None) };
         // A body may take its time, as long as it moves.
-        match reply.whole(cap).await? {
+        match reply.whole_counted(cap, came).await? {
             Some(bytes) => Ok(Some(bytes)),
             None => Err(too_long(&reply.host(), &what, cap)),
         }
@@ -78,6 +93,22 @@ fn too_long(host: &str, what: &str, cap: usize) -> BlobError {
 }
 
 impl FileRepository {
+    /// Returns this repository for a caller that believes its manifests because of where they come from: they come with
+    /// TLS, or from this host. Fails if neither is possible. Blobs are checked against the manifests.
+    pub fn protected(self) -> Result<Self, BlobError> {
+        let endpoint = &self.repository.endpoint;
+        if endpoint.is_plain() && !endpoint.base().host_str().is_some_and(is_loopback) {
+            return Err(BlobError::Invalid {
+                what: format!("registry {}", endpoint.name()),
+                reason: "it is used without TLS, so anybody on the way could change what it sends".to_owned(),
+            });
+        }
+        Ok(Self {
+            protected: true,
+            ..self
+        })
+    }
+
     /// Makes the connections and the login ready that the next requests need. What goes wrong here is reported by those
     /// requests.
     pub async fn warm_up(&self) {
@@ -95,14 +126,15 @@ impl FileRepository {
 
     /// Returns the manifest under a tag, or none if there is no such tag.
     pub async fn manifest(&self, tag: &str) -> Result<Option<Document>, BlobError> {
-        match self.client.manifest_of_tag(&self.repository, tag).await {
+        match self.client.manifest_of_tag(&self.repository, tag, self.protected).await {
             Err(BlobError::NotFound { .. }) => Ok(None),
             other => other.map(Some),
         }
     }
 
-    /// Returns a blob, whose bytes hash to its digest. Fails if `size` is more than `cap`.
-    pub async fn blob(&self, digest: &Digest, size: u64, cap: usize) -> Result<Bytes, BlobError> {
+    /// Returns a blob, whose bytes hash to its digest. Fails if `size` is more than `cap`. Counts its bytes in `came` as
+    /// they come.
+    pub async fn blob(&self, digest: &Digest, size: u64, cap: usize, came: &AtomicU64) -> Result<Bytes, BlobError> {
         let what = format!("blob {digest} of {}", self.repository);
         if size > cap as u64 {
             return Err(too_long(self.repository.endpoint.name(), &what, cap));
@@ -123,7 +155,9 @@ impl FileRepository {
             let mut stream = blob.read(range.clone()).await?;
             let mut part = Vec::with_capacity((range.end - range.start) as usize);
             while let Some(bytes) = stream.next().await {
-                part.extend_from_slice(&bytes?);
+                let bytes = bytes?;
+                came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                part.extend_from_slice(&bytes);
             }
             Ok::<_, BlobError>(part)
         };

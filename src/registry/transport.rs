@@ -12,6 +12,7 @@ mod schemes;
 mod tls;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ use self::pools::Pools;
 use self::schemes::Schemes;
 use super::config::RegistryConfig;
 use super::encoding::{self, Encoding};
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, is_loopback};
 use super::failure;
 use super::secret::Secret;
 use super::stats::{HostMeter, HostStats};
@@ -75,6 +76,9 @@ pub(super) struct Ask {
     pub(super) guarded: bool,
     /// Whether the request uses the connections that are set apart from those of other requests.
     pub(super) apart: bool,
+    /// Whether the answer is believed because of where it comes from. Then no part of the way may be without TLS, unless
+    /// the whole way is on this host.
+    pub(super) protected: bool,
 }
 
 impl Ask {
@@ -90,6 +94,7 @@ impl Ask {
             act,
             guarded: false,
             apart: false,
+            protected: false,
         }
     }
 }
@@ -207,6 +212,9 @@ impl Transport {
     async fn follow(&self, ask: &Ask) -> Result<Reply, BlobError> {
         let mut url = self.schemes.settle(ask.url.clone()).await?;
         let (mut crossed, mut guarded) = (false, ask.guarded);
+        if ask.protected && !is_protected(&url, &url) {
+            return Err(unprotected(&url));
+        }
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
             let (response, open) = self.exchange(&url, guarded, ask, authorization).await?;
@@ -226,6 +234,9 @@ impl Transport {
                     pace: (Duration::ZERO, 0),
                 });
             };
+            if ask.protected && !is_protected(&url, &next) {
+                return Err(unprotected(&next));
+            }
             crossed |= next.origin() != url.origin();
             guarded |= self.leads_to_public_only(&url);
             url = next;
@@ -331,11 +342,17 @@ impl Reply {
 
     /// Returns the whole body, or `None` if it is longer than `cap`.
     pub(super) async fn whole(&mut self, cap: usize) -> Result<Option<Bytes>, BlobError> {
+        self.whole_counted(cap, &AtomicU64::new(0)).await
+    }
+
+    /// Returns the whole body like [`Reply::whole`], and counts its bytes in `came` as they come.
+    pub(super) async fn whole_counted(&mut self, cap: usize, came: &AtomicU64) -> Result<Option<Bytes>, BlobError> {
         if self.length().is_some_and(|length| length > cap as u64) {
             return Ok(None);
         }
         let mut body = Vec::new();
         while let Some(chunk) = self.chunk().await? {
+            came.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             if body.len() + chunk.len() > cap {
                 return Ok(None);
             }
@@ -372,6 +389,21 @@ pub(super) fn authority(url: &Url) -> String {
     match url.port() {
         Some(port) => format!("{host}:{port}"),
         None => host.to_owned(),
+    }
+}
+
+/// Whether nobody on the way can change what comes from `to`, where `from` leads.
+fn is_protected(from: &Url, to: &Url) -> bool {
+    let on_this_host = |url: &Url| url.scheme() == "http" && url.host_str().is_some_and(is_loopback);
+    to.scheme() == "https" || on_this_host(from) && on_this_host(to)
+}
+
+fn unprotected(url: &Url) -> BlobError {
+    BlobError::Protocol {
+        host: authority(url),
+        what: "a request".to_owned(),
+        detail: "it would go there without TLS, and the answer is believed because of where it comes from".to_owned(),
+        transient: false,
     }
 }
 

@@ -1,0 +1,122 @@
+//! What the places have of one file, offered one after the other.
+//!
+//! ```text
+//! place 1 ━━━━━━━━━━━━━━━━━━━━━━━━╸· · ·    the first in the list, and slow
+//! place 2 ━━━━━━━╸                           has the file
+//!                 ┗━━ a moment ━━▶ offered
+//! ```
+//! All places are asked at once. Those that come first in the list are preferred: a later place has to wait for them, but
+//! only for a moment. If the one who asked cannot use what was offered, the next place's is offered.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+use super::asked::AskedPlace;
+
+/// How long the answer of a place waits for those of earlier places. With a longer time, an earlier place that hangs costs
+/// more; with a shorter one, a later place is used more often.
+const MOMENT: Duration = Duration::from_secs(1);
+
+/// The places that have not answered, by their position in the list.
+type Open = Arc<Mutex<BTreeMap<usize, Arc<AskedPlace>>>>;
+
+/// The answers of all places to a question. The question ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Offers<T> {
+    offers: mpsc::Receiver<T>,
+    open: Open,
+    asking: JoinHandle<()>,
+}
+
+impl<T> Drop for Offers<T> {
+    fn drop(&mut self) {
+        self.asking.abort();
+    }
+}
+
+impl<T: Send + 'static> Offers<T> {
+    /// Asks all places, the preferred one first. Must be called on the runtime.
+    pub(super) fn ask(questions: Vec<(Arc<AskedPlace>, BoxFuture<'static, Option<T>>)>) -> Self {
+        let (places, questions): (Vec<_>, Vec<_>) = questions.into_iter().unzip();
+        let open: Open = Arc::new(Mutex::new(places.into_iter().enumerate().collect()));
+        let (offered, offers) = mpsc::channel(1);
+        let asking = tokio::spawn(offer(questions, open.clone(), offered));
+        Self { offers, open, asking }
+    }
+
+    /// Returns the next offer. None if there is no other. Cancel safe.
+    pub(super) async fn next(&mut self) -> Option<T> {
+        self.offers.recv().await
+    }
+
+    /// Returns the places that have not answered.
+    pub(super) fn silent(&self) -> Vec<Arc<AskedPlace>> {
+        self.open
+            .lock()
+            .expect("no panic while locked")
+            .values()
+            .cloned()
+            .collect()
+    }
+}
+
+/// Passes the answers on, in the order of preference.
+async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: Open, offered: mpsc::Sender<T>) {
+    let ranked = questions.into_iter().enumerate();
+    let mut answers: FuturesUnordered<_> = ranked
+        .map(|(rank, answer)| async move { (rank, answer.await) })
+        .collect();
+    let mut held: BTreeMap<usize, T> = BTreeMap::new();
+    let mut until = None;
+    loop {
+        let first_open = || open.lock().expect("no panic while locked").keys().next().copied();
+        while let Some(entry) = held.first_entry()
+            && first_open().is_none_or(|rank| *entry.key() < rank)
+        {
+            if offered.send(entry.remove()).await.is_err() {
+                return;
+            }
+        }
+        let next = match held.is_empty() {
+            true => {
+                until = None;
+                answers.next().await
+            }
+            false => match timeout_at(*until.get_or_insert_with(|| Instant::now() + MOMENT), answers.next()).await {
+                Ok(next) => next,
+                Err(_) => {
+                    let Some((rank, held)) = held.pop_first() else { continue };
+                    slow(&open, rank);
+                    if offered.send(held).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            },
+        };
+        let Some((rank, answer)) = next else { return };
+        open.lock().expect("no panic while locked").remove(&rank);
+        held.extend(answer.map(|answer| (rank, answer)));
+    }
+}
+
+/// Notes that the places before `rank` are slow.
+fn slow(open: &Open, rank: usize) {
+    for asked in open
+        .lock()
+        .expect("no panic while locked")
+        .range(..rank)
+        .map(|(_, asked)| asked)
+    {
+        tracing::warn!(place = %asked.place(), "this index location is slow, using a later one");
+        asked.is_in_trouble();
+    }
+}
