@@ -19,6 +19,7 @@ mod learning;
 mod merged;
 mod named;
 mod prefetch;
+mod published;
 mod programs;
 mod suspects;
 mod tree_file;
@@ -210,6 +211,15 @@ impl Preparation {
     }
 
     async fn open(&self, context: &LayerContext) -> Result<Image, ImageError> {
+        match self.open_mending(context).await {
+            Err(error) if error.is_of_tables() && self.forget_published(context, &error)? => {
+                self.open_mending(context).await
+            }
+            result => result,
+        }
+    }
+
+    async fn open_mending(&self, context: &LayerContext) -> Result<Image, ImageError> {
         // The table of each layer may be damaged, and each is made again once.
         let mut remakes = self.resolved.layers().len();
         // Layers whose indexes from elsewhere are not used.

@@ -1,10 +1,11 @@
 //! Opens a layer with an index that somebody else has made.
 
 use super::data::LayerContext;
-use super::opening::{OpenError, Opened, ToOpen, too_much};
+use super::opening::{OpenError, Opened, ToOpen};
 use super::stored::{LayerIndex, keep, open_device};
 use super::{IndexSource, Layer};
 use crate::index::SpanIndex;
+use crate::memory::Charge;
 use crate::oci::{DiffId, Digest};
 use crate::published::{FoundIndex, IndexFile};
 use crate::span::IndexedSpans;
@@ -23,16 +24,23 @@ pub(super) async fn open_found(
     let (blob, diff_id, stats) = (to_open.blob.clone(), to_open.diff_id.clone(), to_open.stats.clone());
     let opening = tokio::task::spawn_blocking(move || {
         let layer = blob.digest().clone();
-        let (spans, toc) = match parts(&found.file, &layer, &diff_id) {
-            Ok(parts) => parts,
-            Err(reason) => {
-                tracing::warn!(%layer, place = found.place, reason, "not using an index, streaming the layer");
-                return Ok(None);
-            }
+        let unusable = |reason: String| {
+            tracing::warn!(%layer, place = found.place, reason, "not using an index");
+            Ok(None)
         };
-        let index = LayerIndex::new(&context.store, &layer, found.authority);
         let mut charge = context.tables.charge();
-        charge.exactly(spans.memory()).map_err(too_much(&layer))?;
+        let (spans, toc) = match parts(&found.file, &layer, &diff_id, context.tables.charge()) {
+            Ok(parts) => parts,
+            Err(reason) => return unusable(reason),
+        };
+        let mut toc_charge = context.tables.charge();
+        let covered = charge
+            .exactly(spans.memory())
+            .and_then(|()| toc_charge.exactly(toc.bytes() as u64));
+        if let Err(over) = covered {
+            return unusable(format!("its tables take {over}"));
+        }
+        let index = LayerIndex::new(&context.store, &layer, found.authority);
         let mut kept = false;
         if context.store.is_writable()
             && let Some(dir) = &index.dir
@@ -52,11 +60,9 @@ pub(super) async fn open_found(
                 Err(error) => context.health.store_lost(&error),
             }
         }
-        let mut toc_charge = context.tables.charge();
         let layer = match index.dir.as_ref().filter(|_| kept) {
             Some(dir) => open_device(&context, &index, dir, blob, &diff_id, (Box::new(spans), charge), stats),
             None => {
-                toc_charge.exactly(toc.bytes() as u64).map_err(too_much(&layer))?;
                 let index = LayerIndex { dir: None, ..index };
                 Layer::new(
                     index.data(&context, diff_id, (Box::new(spans), charge), None).into(),
@@ -74,8 +80,20 @@ pub(super) async fn open_found(
     joined(opening).await?
 }
 
-/// Reads the parts of an index, and checks that they belong together and to the layer.
-fn parts(file: &IndexFile, layer: &Digest, diff_id: &DiffId) -> Result<(IndexedSpans, PackedToc), String> {
+/// Checks that the parts of an index can be read, and belong together and to the layer with this digest and diffID. Says
+/// what is wrong.
+pub fn check_index(file: &IndexFile, layer: &Digest, diff_id: &DiffId) -> Result<(), String> {
+    parts(file, layer, diff_id, Charge::default()).map(|_| ())
+}
+
+/// Reads the parts of an index, and checks that they belong together and to the layer. The memory that only the check takes
+/// is charged to `charge`.
+fn parts(
+    file: &IndexFile,
+    layer: &Digest,
+    diff_id: &DiffId,
+    charge: Charge,
+) -> Result<(IndexedSpans, PackedToc), String> {
     if file.diff_id != *diff_id {
         return Err("it states another diffID than the image".to_owned());
     }
@@ -85,7 +103,7 @@ fn parts(file: &IndexFile, layer: &Digest, diff_id: &DiffId) -> Result<(IndexedS
         return Err("its spans are of another layer".to_owned());
     }
     let toc = PackedToc::open(file.toc.clone()).map_err(|error| error.to_string())?;
-    let extents = toc.extent_table().map_err(|error| error.to_string())?;
+    let extents = toc.extent_table_within(charge).map_err(|error| error.to_string())?;
     if extents.tar_end() > index.tar_size() {
         return Err("its table names bytes beyond the end of the layer".to_owned());
     }

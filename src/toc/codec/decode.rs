@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, BufRead, BufReader, Read as _, Take, Write};
 
 use super::{HASH, HEAD, MAGIC, PackedToc, RATIO_MAX, VERSION, WHAT, after, tag, u32_at};
+use crate::memory::Charge;
 use crate::toc::limits::SYMLINK_MAX;
 use crate::toc::{
     Attribute, AttributeId, DEVICE_BLOCK, DataLayout, DeviceNumber, EntryKind, Extent, ExtentTable, FileData, Limits,
@@ -15,6 +16,8 @@ use crate::toc::{
 const WINDOW_LOG_MAX: u32 = 23;
 /// Longest warning in bytes. Warnings written here are shorter, because they contain shortened names.
 const WARNING_MAX: u64 = 8192;
+/// Most warnings of one table. Tables written here have far fewer.
+const WARNINGS_MAX: u32 = 1024;
 const PATH_MAX: u64 = 4096;
 /// Bytes that the decoder unpacks at once.
 const BUFFER: usize = 64 << 10;
@@ -57,7 +60,8 @@ impl PackedToc {
     pub fn entries(&self) -> Result<TocEntries<'_>, TocError> {
         let limits = Limits::default();
         let counts = [12, 16, 20].map(|at| self.count(at));
-        if counts.iter().any(|&count| count as usize > limits.entries) || self.device_size() > limits.device_size {
+        let too_many = counts.iter().any(|&count| count as usize > limits.entries) || counts[2] > WARNINGS_MAX;
+        if too_many || self.device_size() > limits.device_size {
             return Err(corrupt("it is larger than any layer may be"));
         }
         let no_zstd = |_| corrupt("its body is no zstd frame");
@@ -74,21 +78,28 @@ impl PackedToc {
 
     /// Returns the extents alone, after a check of the whole table.
     pub fn extent_table(&self) -> Result<ExtentTable, TocError> {
-        Ok(self.behind_entries()?.extent_table())
+        self.extent_table_within(Charge::default())
+    }
+
+    /// Returns the extents alone like [`PackedToc::extent_table`]. All memory that this takes meanwhile is charged before it
+    /// is taken.
+    pub fn extent_table_within(&self, charge: Charge) -> Result<ExtentTable, TocError> {
+        Ok(self.behind_entries(charge)?.extent_table())
     }
 
     /// Returns the oddities of the tar that the reader tolerated.
     pub fn warnings(&self) -> Result<Vec<String>, TocError> {
-        Ok(self.behind_entries()?.warnings)
+        Ok(self.behind_entries(Charge::default())?.warnings)
     }
 
     /// Reads everything, and returns a table without the entries.
-    fn behind_entries(&self) -> Result<Toc, TocError> {
+    fn behind_entries(&self, charge: Charge) -> Result<Toc, TocError> {
         let mut toc = Toc {
             device_size: self.device_size(),
             ..Toc::default()
         };
         let mut entries = self.entries()?;
+        entries.decoder.memory.charge = charge;
         while entries.next()?.is_some() {}
         entries
             .rest(&mut toc, self.count(16), self.count(20))
@@ -189,6 +200,7 @@ impl TocEntries<'_> {
             tar = tar.wrapping_add(decoder.number()?);
             device = device.wrapping_add(decoder.number()?);
             let len = decoder.number()?;
+            decoder.memory.take(EXTENT)?;
             toc.extents.push(Extent { tar, device, len });
             (tar, device) = (tar.wrapping_add(len), device.wrapping_add(len));
         }
@@ -203,6 +215,24 @@ impl TocEntries<'_> {
             return Err("something follows the last item");
         }
         Ok(())
+    }
+}
+
+/// Memory of an extent while the extent table is made.
+const EXTENT: u64 = 2 * size_of::<Extent>() as u64;
+
+/// The memory that grows with what the decoder has read.
+#[derive(Debug, Default)]
+struct Memory {
+    charge: Charge,
+    bytes: u64,
+}
+
+impl Memory {
+    fn take(&mut self, more: u64) -> Decoded<()> {
+        self.bytes = self.bytes.saturating_add(more);
+        let covered = self.charge.cover(self.bytes);
+        covered.map_err(|_| "it takes more memory than is allowed")
     }
 }
 
@@ -222,6 +252,8 @@ pub(super) struct TocDecoder<R> {
     /// Chunks that may still come. In all there may be as many chunks as entries.
     pieces: usize,
     attributes: Vec<Known>,
+    /// Memory of the attributes and the extents.
+    memory: Memory,
     /// Attributes of the entry read last.
     xattrs: Vec<AttributeRef>,
 }
@@ -237,6 +269,7 @@ impl<R: BufRead> TocDecoder<R> {
             device_size,
             pieces: Limits::default().entries,
             attributes: Vec::new(),
+            memory: Memory::default(),
             xattrs: Vec::new(),
         }
     }
@@ -335,6 +368,7 @@ impl<R: BufRead> TocDecoder<R> {
                         return Err("an extended attribute has a value that it cannot have");
                     }
                     let value_len = value.len();
+                    self.memory.take((size_of::<Known>() + name.len()) as u64)?;
                     self.attributes.push(Known {
                         name: name.clone(),
                         value_len,
