@@ -69,6 +69,7 @@ pub(crate) use open::open;
 pub use opening::OpenError;
 pub(crate) use opening::{Opened, ToOpen};
 pub(crate) use programs::{LayerPrograms, stored_programs};
+pub use published::check_index;
 use race::Origin;
 use rescue::Rescue;
 pub(crate) use stats::LayerStats;

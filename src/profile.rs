@@ -46,6 +46,8 @@ pub const BLOCK: u64 = 16 << 10;
 /// Most blocks in a profile: one gigabyte, more than any start needs. A larger bound lets a profile fetch more bytes
 /// that no reader needs; a smaller one cuts the profiles of large starts.
 pub(crate) const MOST_BLOCKS: usize = 1 << 16;
+/// Longest profile in bytes that is given to other hosts. A longer one would be slower to come than the index of a layer.
+pub const MOST_PUBLISHED: usize = 32 << 10;
 /// Score of a block that one run has read. A larger score keeps blocks for longer that only one run reads; a smaller
 /// one forgets blocks that one run happens not to read.
 pub(crate) const FIRST_SCORE: u8 = 2;
@@ -231,6 +233,36 @@ impl Profile {
         self.touches = known.collect();
     }
 
+    /// Returns the file of the profile for other hosts, of about `most` bytes at most. If all blocks do not fit, leaves out
+    /// those that fewer runs read, and of these the ones that are read last.
+    pub fn encode_within(&self, most: usize) -> Vec<u8> {
+        let mut useful: Vec<usize> = (0..self.touches.len()).collect();
+        useful.sort_by_key(|&i| (std::cmp::Reverse(self.touches[i].score), self.touches[i].at, i));
+        let first = |count: usize| {
+            let mut kept = useful[..count].to_vec();
+            kept.sort_unstable();
+            let touches = kept.into_iter().map(|i| self.touches[i]).collect();
+            Self {
+                touches,
+                ..self.clone()
+            }
+            .encode()
+        };
+        let whole = self.encode();
+        if whole.len() <= most {
+            return whole;
+        }
+        let (mut fits, mut too_many) = (0, useful.len());
+        while too_many - fits > 1 {
+            let middle = fits.midpoint(too_many);
+            match first(middle).len() <= most {
+                true => fits = middle,
+                false => too_many = middle,
+            }
+        }
+        first(fits)
+    }
+
     /// Returns the bytes of content that the profile names.
     pub fn bytes(&self) -> u64 {
         self.touches.len() as u64 * BLOCK
@@ -322,6 +354,34 @@ mod tests {
         assert_eq!((new.space, known(&new)), (Space::Device, vec![(2, 2), (3, 2), (0, 2)]));
         assert_eq!((new.touches[1].at, new.touches[2].at), (7, 9));
         assert_eq!(new.clone().in_devices(|_, _| Vec::new()), new);
+    }
+
+    #[test]
+    fn a_profile_for_others_leaves_out_what_is_read_least_and_last() {
+        let touch = |i: u64| Touch {
+            block: block(3 * i),
+            at: i as u32,
+            score: if i % 3 == 0 { BEST_SCORE } else { FIRST_SCORE },
+        };
+        let long = Profile {
+            touches: (0..3000).map(touch).collect(),
+            ..profile()
+        };
+        assert!(long.encode().len() > MOST_PUBLISHED);
+        let short = long.encode_within(MOST_PUBLISHED);
+        assert!(
+            (MOST_PUBLISHED - 100..=MOST_PUBLISHED).contains(&short.len()),
+            "{}",
+            short.len()
+        );
+        let short = Profile::decode(&short).unwrap();
+        let of = |profile: &Profile, score| profile.touches.iter().filter(|t| t.score == score).count();
+        assert_eq!(of(&short, BEST_SCORE), of(&long, BEST_SCORE));
+        let rare = short.touches.iter().filter(|t| t.score == FIRST_SCORE).map(|t| t.at);
+        let earliest = long.touches.iter().filter(|t| t.score == FIRST_SCORE).map(|t| t.at);
+        assert!(rare.clone().eq(earliest.take(rare.count())));
+        assert!(short.touches.is_sorted_by_key(|t| t.at));
+        assert_eq!(long.encode_within(1 << 20), long.encode());
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! Locations     all places of a process: asks them all at once for what an image needs
 //! Patience      how long an opening waits for an answer
 //! Comparison    compares what the places have with what a pass on this host made
+//! PublishedFile a file to be published, and its signature
 //! Publisher     writes files to a place
 //! ```
 //!
@@ -34,6 +35,7 @@ mod name;
 mod offers;
 mod patience;
 mod place;
+mod published_file;
 mod publisher;
 mod repository;
 mod trust;
@@ -46,5 +48,6 @@ pub use lookup::{FoundIndex, IndexOffers, Locations, Lookups};
 pub use name::FileName;
 pub use patience::Patience;
 pub use place::{IndexLocation, IndexPlace};
-pub use publisher::{PublishedFile, Publisher, Pushed};
+pub use published_file::PublishedFile;
+pub use publisher::{Publisher, Pushed};
 pub use trust::{IndexKey, Trust};

@@ -12,6 +12,7 @@ use futures::FutureExt as _;
 use tokio::sync::{OnceCell, Semaphore, oneshot};
 
 use super::absence::Absence;
+use super::published_file::LONGEST_SIGNATURE;
 use super::repository::{Listed, list};
 use super::{FileName, IndexLocation, IndexPlace, PublishedError, Trust, directory};
 use crate::blob::BlobError;
@@ -19,8 +20,6 @@ use crate::oci::Digest;
 use crate::registry::{FileRepository, RegistryClient, Url};
 use crate::store::{Authority, Store};
 
-/// Longest signature in bytes. Real ones have about 300.
-const LONGEST_SIGNATURE: usize = 4096;
 /// Longest time for one file. Streams of bytes that do not move end much earlier.
 const LONGEST: Duration = Duration::from_secs(60);
 /// Longest time for a file of a directory. A directory may be on another host that does not answer, and then a read never

@@ -81,6 +81,24 @@ pub enum PublishedError {
         /// The time that passed.
         seconds: u64,
     },
+    /// A place has something else under a name.
+    #[error("{place} has another {file}: look at it, and push with --replace to overwrite it")]
+    Occupied {
+        /// The place.
+        place: String,
+        /// Name of the file, or the tag.
+        file: String,
+    },
+    /// A file has no signature, but the file that it would overwrite has one.
+    #[error(
+        "{place} has another {file}, with a signature: sign the new one, or push with --replace to lose the signature"
+    )]
+    Signed {
+        /// The place.
+        place: String,
+        /// Name of the file.
+        file: String,
+    },
     /// Nothing can be written to the place.
     #[error("{place} cannot be written: push to a directory or a registry")]
     ReadOnly {

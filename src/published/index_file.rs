@@ -46,13 +46,18 @@ pub struct IndexFile {
 }
 
 impl IndexFile {
-    /// Returns the longest file that an index of a layer of `size` bytes can be. Real ones have one or two hundredths
-    /// of the layer's size, and layers of many empty files have a larger part of it.
+    /// Returns the longest file that may be used as the index of a layer of `size` bytes. Real ones have one or two
+    /// hundredths of the layer's size, and layers of many empty files have a larger part of it. A longer file is fetched by
+    /// no host, because hosts keep the whole file in memory before they believe it.
     pub fn longest(size: u64) -> usize {
         const MORE: u64 = 1 << 20;
-        const MOST: u64 = 64 << 20;
-        usize::try_from(size.saturating_add(MORE).min(MOST)).unwrap_or(usize::MAX)
+        const USUAL: u64 = 64 << 20;
+        let part = (size / 100 * 3).clamp(USUAL, Self::MOST);
+        usize::try_from(size.saturating_add(MORE).min(part)).unwrap_or(usize::MAX)
     }
+
+    /// The longest file that may be used, whatever the layer.
+    pub const MOST: u64 = 256 << 20;
 
     /// Returns the bytes of the file.
     pub fn encode(&self) -> Vec<u8> {
@@ -195,6 +200,14 @@ mod tests {
         let other = IndexFile::decode("x", &bytes, &Digest::of(b"other"), 4).unwrap_err();
         assert_eq!(other.to_string(), "x is no usable index: it is of another layer");
         assert!(IndexFile::decode("x", &bytes, &file.layer, 5).is_err());
+    }
+
+    #[test]
+    fn the_longest_file_grows_with_the_layer_up_to_a_bound() {
+        assert_eq!(IndexFile::longest(0), 1 << 20);
+        assert_eq!(IndexFile::longest(1 << 30), 64 << 20);
+        assert_eq!(IndexFile::longest(5000 << 20), 150 << 20);
+        assert_eq!(IndexFile::longest(u64::MAX), 256 << 20);
     }
 
     proptest! {
