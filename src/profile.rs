@@ -361,7 +361,7 @@ mod tests {
         let touch = |i: u64| Touch {
             block: block(3 * i),
             at: i as u32,
-            score: if i % 3 == 0 { BEST_SCORE } else { FIRST_SCORE },
+            score: if i.is_multiple_of(3) { BEST_SCORE } else { FIRST_SCORE },
         };
         let long = Profile {
             touches: (0..3000).map(touch).collect(),

@@ -31,7 +31,7 @@ pub(super) enum IndexCommand {
     Push(PushArgs),
     /// Compare the indexes at the index locations with those that a pass on this host makes
     ///
-    /// All locations are asked, and what the store keeps from them is compared too. An index that differs is removed from the
+    /// All locations are asked. What the store keeps from them is compared too. An index that differs is removed from the
     /// store. Exits with 1 if any differs, or if a location cannot be asked.
     Verify(VerifyArgs),
 }

@@ -29,7 +29,7 @@ pub(super) fn read(
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         bytes => bytes
             .map(|bytes| Some(Bytes::from(bytes)))
-            .map_err(|error| failed(&directory.join(name), &error)),
+            .map_err(|error| PublishedError::file(&directory.join(name), &error)),
     };
     let Some(bytes) = read(&name.to_string(), cap)? else {
         return match fs::exists(directory) {
@@ -48,7 +48,7 @@ pub(super) fn write(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), Pu
     let target = directory.join(name);
     // Others who can write to the directory would make it one that is not trusted.
     let made = DirBuilder::new().recursive(true).mode(0o755).create(directory);
-    made.map_err(|error| failed(directory, &error))?;
+    made.map_err(|error| PublishedError::file(directory, &error))?;
     let draft = directory.join(format!(".{name}.{}.{:08x}", std::process::id(), fastrand::u32(..)));
     let written = (|| {
         let mut file = File::options().write(true).create_new(true).mode(0o644).open(&draft)?;
@@ -59,14 +59,14 @@ pub(super) fn write(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), Pu
     written.map_err(|error| {
         // The directory may be full. What was written of the draft is of no use.
         let _ = fs::remove_file(&draft);
-        failed(&target, &error)
+        PublishedError::file(&target, &error)
     })
 }
 
 /// Removes the file `name` of a directory, if there is one. Blocks.
 pub(super) fn remove(directory: &Path, name: &str) -> Result<(), PublishedError> {
     let path = directory.join(name);
-    gone(fs::remove_file(&path)).map_err(|error| failed(&path, &error))
+    gone(fs::remove_file(&path)).map_err(|error| PublishedError::file(&path, &error))
 }
 
 /// Whether there is anything called `name`. Blocks.
@@ -77,11 +77,4 @@ pub(super) fn is_there(directory: &Path, name: &str) -> bool {
 /// Whether there is a file `name`, and its bytes are these. Blocks.
 pub(super) fn has(directory: &Path, name: &str, bytes: &[u8]) -> bool {
     read_regular(&directory.join(name), bytes.len() as u64).is_ok_and(|there| there == bytes)
-}
-
-pub(super) fn failed(path: &Path, reason: &dyn std::fmt::Display) -> PublishedError {
-    PublishedError::File {
-        path: path.to_owned(),
-        reason: reason.to_string(),
-    }
 }

@@ -1,6 +1,6 @@
 //! What can be wrong with published files and their places.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::blob::BlobError;
 
@@ -108,6 +108,14 @@ pub enum PublishedError {
 }
 
 impl PublishedError {
+    /// Makes an error about a file or directory.
+    pub(super) fn file(path: &Path, reason: &dyn std::fmt::Display) -> Self {
+        Self::File {
+            path: path.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
+
     /// Makes an error about a file that is not what it should be.
     pub(super) fn format(file: &str, reason: impl Into<String>) -> Self {
         Self::Format {

@@ -143,7 +143,8 @@ impl Locations {
 
     /// Makes connections to the places, for questions that are about to be asked. Must be called on the runtime.
     pub fn warm_up(&self) {
-        for asked in self.places.iter().cloned() {
+        for asked in &*self.places {
+            let asked = asked.clone();
             tokio::spawn(async move { asked.warm_up().await });
         }
     }

@@ -5,7 +5,6 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::directory::failed;
 use super::{FileName, IndexFile, PublishedError};
 use crate::os::read_regular;
 use crate::profile::LARGEST_FILE;
@@ -33,13 +32,13 @@ impl PublishedFile {
             FileName::Profile { .. } => LARGEST_FILE as u64,
         };
         let path = directory.join(name.to_string());
-        let bytes = read_regular(&path, most).map_err(|error| failed(&path, &error))?;
+        let bytes = read_regular(&path, most).map_err(|error| PublishedError::file(&path, &error))?;
         let path = directory.join(name.signature());
         let signature = match read_regular(&path, LONGEST_SIGNATURE as u64) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             bytes => {
                 let text = bytes.and_then(|bytes| String::from_utf8(bytes).map_err(io::Error::other));
-                Some(text.map_err(|error| failed(&path, &error))?)
+                Some(text.map_err(|error| PublishedError::file(&path, &error))?)
             }
         };
         Ok(Self {

@@ -1,6 +1,6 @@
 //! Writes published files to a place.
 //!
-//! Other hosts use what is there, so nothing good is lost by a push. All files are compared with what is there before the
+//! A push loses nothing good, because other hosts use what is there. All files are compared with what is there before the
 //! first one is written:
 //!
 //! ```text

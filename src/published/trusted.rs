@@ -2,7 +2,7 @@
 //!
 //! The whole way to the directory counts: whoever can replace a directory or a symbolic link on the way chooses the files.
 //! So each step is opened by itself, from the root on, and checked before the next one is opened from there. Symbolic
-//! links are followed here, one step after the other. What was checked stays open, and files are read through it, so
+//! links are followed here, one step after the other. What was checked stays open, and files are read through it. So
 //! nobody can replace it between the check and the read.
 //!
 //! Invariants:
@@ -20,7 +20,6 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, Stat, fstat, openat, readlinkat};
 use rustix::io::Errno;
 
 use super::PublishedError;
-use super::directory::failed;
 use crate::os::read_open;
 
 /// Most symbolic links on the way. The kernel follows as many.
@@ -73,17 +72,18 @@ impl TrustedDirectory {
             };
             let opened = match opened {
                 Err(Errno::NOENT) => return Err(none()),
-                opened => opened.map_err(|error| failed(&path, &error))?,
+                opened => opened.map_err(|error| PublishedError::file(&path, &error))?,
             };
-            let stat = fstat(&opened).map_err(|error| failed(&path, &error))?;
+            let stat = fstat(&opened).map_err(|error| PublishedError::file(&path, &error))?;
             check_owner(&path, &stat)?;
             match FileType::from_raw_mode(stat.st_mode) {
                 FileType::Symlink => {
                     links += 1;
                     if links > MOST_LINKS {
-                        return Err(failed(&path, &"too many symbolic links"));
+                        return Err(PublishedError::file(&path, &"too many symbolic links"));
                     }
-                    let target = readlinkat(&opened, "", Vec::new()).map_err(|error| failed(&path, &error))?;
+                    let target =
+                        readlinkat(&opened, "", Vec::new()).map_err(|error| PublishedError::file(&path, &error))?;
                     rest.extend(steps(Path::new(&OsString::from_vec(target.into_bytes()))));
                 }
                 FileType::Directory => {
@@ -94,12 +94,12 @@ impl TrustedDirectory {
                     way.push(opened);
                     at = path;
                 }
-                _ => return Err(failed(&path, &"it is no directory")),
+                _ => return Err(PublishedError::file(&path, &"it is no directory")),
             }
         }
         let open = way.pop().ok_or_else(none)?;
         // The last step may have led up to a directory with the sticky bit.
-        let stat = fstat(&open).map_err(|error| failed(&at, &error))?;
+        let stat = fstat(&open).map_err(|error| PublishedError::file(&at, &error))?;
         check_mode(&at, &stat)?;
         Ok(Self { open, path: at })
     }
@@ -111,18 +111,18 @@ impl TrustedDirectory {
         let file = match openat(&self.open, name, flags, Mode::empty()) {
             Err(Errno::NOENT) => return Ok(None),
             Err(Errno::LOOP) => {
-                return Err(failed(
+                return Err(PublishedError::file(
                     &path,
                     &"it is a symbolic link, which a trusted location cannot have",
                 ));
             }
-            file => file.map_err(|error| failed(&path, &error))?,
+            file => file.map_err(|error| PublishedError::file(&path, &error))?,
         };
-        let stat = fstat(&file).map_err(|error| failed(&path, &error))?;
+        let stat = fstat(&file).map_err(|error| PublishedError::file(&path, &error))?;
         check_owner(&path, &stat)?;
         check_mode(&path, &stat)?;
         let bytes = read_open(File::from(file), cap as u64);
-        bytes.map(Some).map_err(|error| failed(&path, &error))
+        bytes.map(Some).map_err(|error| PublishedError::file(&path, &error))
     }
 }
 
@@ -142,7 +142,7 @@ fn check_owner(path: &Path, stat: &Stat) -> Result<(), PublishedError> {
     let own = nix::unistd::geteuid().as_raw();
     if ![0, own].contains(&stat.st_uid) {
         let reason = format!("it belongs to user {}, so the location is not trusted", stat.st_uid);
-        return Err(failed(path, &reason));
+        return Err(PublishedError::file(path, &reason));
     }
     Ok(())
 }
@@ -150,7 +150,10 @@ fn check_owner(path: &Path, stat: &Stat) -> Result<(), PublishedError> {
 /// Checks that only the owner can write to a file or directory.
 fn check_mode(path: &Path, stat: &Stat) -> Result<(), PublishedError> {
     if stat.st_mode & 0o022 != 0 {
-        return Err(failed(path, &"others can write to it, so the location is not trusted"));
+        return Err(PublishedError::file(
+            path,
+            &"others can write to it, so the location is not trusted",
+        ));
     }
     Ok(())
 }

@@ -433,3 +433,19 @@ fn redirect_target(response: &reqwest::Response, url: &Url) -> Result<Option<Url
     target.set_fragment(None);
     Ok(Some(target))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_protected_way_has_tls_or_stays_on_this_host() {
+        let way = |from: &str, to: &str| is_protected(&from.parse().unwrap(), &to.parse().unwrap());
+        assert!(way("https://a/", "https://b/"));
+        assert!(way("http://127.0.0.1/", "https://b/"));
+        assert!(way("http://127.0.0.1/", "http://localhost:5000/"));
+        assert!(!way("https://a/", "http://a/"));
+        assert!(!way("https://a/", "http://127.0.0.1/"));
+        assert!(!way("http://a/", "http://a/"));
+    }
+}

@@ -131,6 +131,7 @@ mod tests {
     use super::decode::TocDecoder;
     use super::encode::Encoder;
     use super::{HEAD, PackedToc};
+    use crate::memory::Allowance;
     use crate::toc::{DataLayout, EntryKind, FileData, Metadata, Toc, TocEntry, TocError};
 
     fn compressed(raw: &[u8]) -> Vec<u8> {
@@ -221,6 +222,26 @@ mod tests {
         let twice = [compressed(b""), compressed(b"")].concat();
         assert!(unpack(&twice, [0, 0, 0], 0).is_err());
         assert!(unpack(&compressed(b""), [0, 0, 0], 0).is_ok());
+    }
+
+    #[test]
+    fn memory_is_charged_before_it_is_taken() {
+        // Each extent takes three bytes of the body, and sixteen times as much in memory.
+        let extents = 1_000_000;
+        let mut head = [0; HEAD];
+        head[16..20].copy_from_slice(&(extents as u32).to_le_bytes());
+        head[24..32].copy_from_slice(&(1u64 << 30).to_le_bytes());
+        let mut body = compressed(&[0, 0, 1].repeat(extents));
+        body.resize((3 * extents).div_ceil(64), 0);
+        let packed = PackedToc { head, body };
+        let allowance = Allowance::new(16 << 20);
+        let refused = packed.extent_table_within(allowance.charge()).unwrap_err();
+        assert!(refused.to_string().contains("memory"), "{refused}");
+        assert_eq!(allowance.used(), 0);
+        assert!(packed.extent_table_within(Allowance::new(64 << 20).charge()).is_ok());
+        head[20..24].copy_from_slice(&2000u32.to_le_bytes());
+        let body = compressed(&vec![0; 2000]);
+        assert!(PackedToc { head, body }.warnings().is_err());
     }
 
     proptest! {

@@ -2,7 +2,10 @@
 
 mod damage;
 mod places;
+mod publishing;
+mod slow;
 mod trust;
+mod web;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

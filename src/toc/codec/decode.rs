@@ -223,12 +223,12 @@ const EXTENT: u64 = 2 * size_of::<Extent>() as u64;
 
 /// The memory that grows with what the decoder has read.
 #[derive(Debug, Default)]
-struct Memory {
+struct TableMemory {
     charge: Charge,
     bytes: u64,
 }
 
-impl Memory {
+impl TableMemory {
     fn take(&mut self, more: u64) -> Decoded<()> {
         self.bytes = self.bytes.saturating_add(more);
         let covered = self.charge.cover(self.bytes);
@@ -253,7 +253,7 @@ pub(super) struct TocDecoder<R> {
     pieces: usize,
     attributes: Vec<Known>,
     /// Memory of the attributes and the extents.
-    memory: Memory,
+    memory: TableMemory,
     /// Attributes of the entry read last.
     xattrs: Vec<AttributeRef>,
 }
@@ -269,7 +269,7 @@ impl<R: BufRead> TocDecoder<R> {
             device_size,
             pieces: Limits::default().entries,
             attributes: Vec::new(),
-            memory: Memory::default(),
+            memory: TableMemory::default(),
             xattrs: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use ocifs::index::SpanIndex;
 use ocifs::oci::Digest;
 use ocifs::published::IndexFile;
-use ocifs::toc::Toc;
+use ocifs::toc::{EntryKind, Toc, TocEntry};
 
 use super::{Scene, authorities, files, trusting};
 use crate::common::layers::Blob;
@@ -14,7 +14,7 @@ type Damage = fn(&[u8]) -> Vec<u8>;
 type Change = fn(&mut IndexFile);
 
 /// Changes the index of a layer in a directory, and makes all of its checksums right.
-fn forge(directory: &Path, layer: &Blob, change: impl FnOnce(&mut IndexFile)) {
+pub(super) fn forge(directory: &Path, layer: &Blob, change: impl FnOnce(&mut IndexFile)) {
     let digest = layer.digest();
     let path = directory.join(format!("sha256-{}.ocifs", digest.hex()));
     let bytes = std::fs::read(&path).unwrap();
@@ -24,7 +24,7 @@ fn forge(directory: &Path, layer: &Blob, change: impl FnOnce(&mut IndexFile)) {
 }
 
 /// Shifts the content of every file by 16 bytes.
-fn shift(file: &mut IndexFile) {
+pub(super) fn shift(file: &mut IndexFile) {
     let mut toc = Toc::decode(&file.toc).unwrap();
     for extent in &mut toc.extents {
         extent.tar += 16;
@@ -63,7 +63,7 @@ fn damaged_files_cost_a_pass_and_no_mount() {
         }
         let mount = trusting(directory.path().to_str().unwrap()).mount(&scene.image);
         assert_eq!(authorities(&mount), ["pass"; 3], "{what}");
-        assert!(mount.log().contains("streaming the layer"), "{what}: {}", mount.log());
+        assert!(mount.log().contains("is no usable index"), "{what}: {}", mount.log());
         scene.check(&mount);
     }
 }
@@ -180,4 +180,45 @@ fn an_index_with_wrong_digests_costs_a_pass_and_no_read() {
     drop(mount);
     // The pass outranks the index from now on.
     assert_eq!(authorities(&host.mount(&scene.image))[0], "pass");
+}
+
+#[test]
+fn a_table_that_cannot_be_merged_or_takes_too_much_memory_costs_a_pass() {
+    let scene = Scene::new();
+    let changes: [(&str, Change); 3] = [
+        ("too many warnings", |file| {
+            let mut toc = Toc::decode(&file.toc).unwrap();
+            toc.warnings = vec!["x".repeat(100); 200_000];
+            file.toc.clear();
+            toc.encode(&mut file.toc).unwrap();
+        }),
+        ("a link to nothing", |file| {
+            let mut toc = Toc::decode(&file.toc).unwrap();
+            toc.entries.last_mut().unwrap().kind = EntryKind::Hardlink((*b"none").into());
+            file.toc.clear();
+            toc.encode(&mut file.toc).unwrap();
+        }),
+        ("too many files", |file| {
+            let mut toc = Toc::decode(&file.toc).unwrap();
+            let last = toc.entries.last().unwrap().clone();
+            toc.entries.extend((0..1_500_000).map(|i| TocEntry {
+                path: format!("z{i:0200}").into_bytes().into(),
+                kind: EntryKind::Fifo,
+                ..last.clone()
+            }));
+            file.toc.clear();
+            toc.encode(&mut file.toc).unwrap();
+        }),
+    ];
+    for (what, change) in changes {
+        let directory = scene.indexes();
+        forge(directory.path(), &scene.layers[0], change);
+        let location = directory.path().to_str().unwrap();
+        let host = trusting(location);
+        let mount = host.mount_with(&scene.image, &["--wait", "ready"]);
+        assert_eq!(authorities(&mount)[0], "pass", "{what}");
+        assert!(mount.log().contains("not using an index"), "{what}: {}", mount.log());
+        assert!(mount.log().contains(location), "{what}: {}", mount.log());
+        scene.check(&mount);
+    }
 }

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Scene, authorities, files, trusting};
+use super::web::{Page, PlainServer, WebServer};
+use super::{Keys, Scene, authorities, files, trusting};
 use crate::common::docker_registry::{DockerRegistry, Setup};
+use crate::common::layers::{Blob, Tar, noise, push};
 use crate::common::ocifs::{Ocifs, eventually};
 use crate::common::registry::{Fault, Guard, TestRegistry, Tokens};
 
@@ -82,6 +84,35 @@ fn two_hosts_make_the_same_files() {
     assert_eq!(first.len(), 3);
     for (name, bytes) in &first {
         assert!(other[name] == *bytes, "{name}");
+    }
+}
+
+#[test]
+fn the_size_of_the_cache_changes_no_index() {
+    let registry = TestRegistry::start();
+    let shell = std::fs::read("/bin/sh").unwrap();
+    let mut tar = Tar::new();
+    for i in 0..6 {
+        tar = tar
+            .file(format!("lib/program{i}.so"), &shell)
+            .file(format!("noise{i}"), noise(i, 2 << 20));
+    }
+    let layers = [Blob::gzip(&tar.finish())];
+    push(&registry, "programs", "1", &layers);
+    let image = format!("{}/programs:1", registry.host());
+    let build = |host: Ocifs| {
+        let directory = tempfile::tempdir().unwrap();
+        host.ok(["index", "build", &image, "-o", directory.path().to_str().unwrap()]);
+        directory
+    };
+    let first = build(Ocifs::new());
+    for size in ["0", "1MiB", "5MiB"] {
+        let other = build(Ocifs::with(&["--cache-size", size, "--memory", "1MiB"]));
+        assert!(files(first.path()) == files(other.path()), "{size}");
+        let location = first.path().to_str().unwrap();
+        let host = trusting(location).options(&["--cache-size", size]);
+        let verified = host.ok(["index", "verify", "--json", &image]).json();
+        assert_eq!(verified["compared"], 1, "{size}: {verified}");
     }
 }
 
@@ -256,41 +287,6 @@ fn a_disk_uses_an_index() {
     assert!(std::fs::read(disk.file()).unwrap() == plain);
 }
 
-/// A web server with TLS of its own authority that serves the files of a directory: openssl(1).
-struct WebServer {
-    _process: crate::common::ocifs::Running,
-    port: u16,
-    authority: std::path::PathBuf,
-}
-
-impl WebServer {
-    fn start(directory: &std::path::Path, keys: &std::path::Path) -> Self {
-        let (authority, certificate, key) = crate::common::docker_registry::certificates(keys);
-        let child = std::process::Command::new("openssl")
-            .args(["s_server", "-accept", "127.0.0.1:0", "-WWW", "-quiet", "-cert"])
-            .arg(certificate)
-            .arg("-key")
-            .arg(key)
-            .current_dir(directory)
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::null())
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let process = crate::common::ocifs::Running(child);
-        let mut port = 0;
-        eventually("the web server listens", || {
-            port = crate::common::docker_registry::listening_port(process.0.id()).unwrap_or(0);
-            port != 0
-        });
-        Self {
-            _process: process,
-            port,
-            authority,
-        }
-    }
-}
-
 #[test]
 fn an_index_comes_from_a_web_server() {
     let scene = Scene::new();
@@ -343,4 +339,108 @@ fn a_layer_that_carries_a_table_needs_no_index() {
     assert_eq!(mount.read("table"), b"table\n");
     let verified = trusting(location).ok(["index", "verify", "--json", &image]).json();
     assert_eq!(verified["compared"], 1);
+}
+
+#[test]
+fn a_redirect_to_plain_http_is_not_believed() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let plain = PlainServer::of(indexes.path(), 404, Page::found);
+    let redirects = tempfile::tempdir().unwrap();
+    for name in files(indexes.path()).into_keys() {
+        let answer = format!(
+            "HTTP/1.1 302 Found\r\nLocation: {}{name}\r\nContent-Length: 0\r\n\r\n",
+            plain.location()
+        );
+        std::fs::write(redirects.path().join(name), answer).unwrap();
+    }
+    let keys = tempfile::tempdir().unwrap();
+    let server = WebServer::start_as(redirects.path(), keys.path(), "-HTTP");
+    let location = format!("https://127.0.0.1:{}/", server.port);
+    let host = trusting(&location).options(&["--ca", server.authority.to_str().unwrap()]);
+    let mount = host.mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+    assert!(mount.log().contains("without TLS"), "{}", mount.log());
+    assert_eq!(plain.requests(), 0);
+}
+
+#[test]
+fn a_registry_without_tls_is_believed_only_on_this_host() {
+    let scene = Scene::new();
+    let host = Ocifs::with(&[
+        "--plain-http",
+        "--index",
+        "oci://192.0.2.1:5000/indexes",
+        "--index-trust-location",
+    ]);
+    let error = host.fails(["pull", &scene.image]);
+    assert!(error.contains("TLS") && error.contains("192.0.2.1:5000"), "{error}");
+}
+
+#[test]
+fn a_server_that_refuses_a_file_is_asked_for_the_others() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    let keys = Keys::new();
+    keys.sign(indexes.path());
+    let missing = format!("sha256-{}.ocifs", scene.layers[0].digest().hex());
+    std::fs::remove_file(indexes.path().join(missing)).unwrap();
+    // Object stores answer so for what is not there.
+    let server = PlainServer::of(indexes.path(), 403, Page::found);
+    let host = keys.believing(&server.location());
+    let mount = host.mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass", "key ci", "key ci"]);
+    drop(mount);
+    // What was refused counts as absent.
+    std::fs::remove_dir_all(host.store().join("layers")).unwrap();
+    let asked = server.requests();
+    let mount = host.mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass", "key ci", "key ci"]);
+    // Two indexes and their signatures; the profile is absent too.
+    assert_eq!(server.requests() - asked, 4);
+}
+
+#[test]
+fn a_later_place_is_used_if_the_first_one_is_damaged() {
+    let scene = Scene::new();
+    let (damaged, good) = (scene.indexes(), scene.indexes());
+    for (name, bytes) in files(damaged.path()) {
+        std::fs::write(damaged.path().join(name), &bytes[..bytes.len() / 2]).unwrap();
+    }
+    let (first, second) = (damaged.path().to_str().unwrap(), good.path().to_str().unwrap());
+    let host = Ocifs::with(&["--index", first, "--index", second, "--index-trust-location"]);
+    let mount = host.mount(&scene.image);
+    assert_eq!(authorities(&mount), vec![format!("location {second}"); 3]);
+    scene.check(&mount);
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_mentioned_once() {
+    let scene = Scene::new();
+    let mount = trusting("/no/such/indexes").mount(&scene.image);
+    assert_eq!(authorities(&mount), ["pass"; 3]);
+    assert_eq!(mount.log().matches("no such directory").count(), 1, "{}", mount.log());
+}
+
+#[test]
+fn the_profile_of_another_image_is_not_used() {
+    let scene = Scene::new();
+    let maker = Ocifs::new();
+    let mount = maker.mount(&scene.image);
+    mount.read("large2");
+    drop(mount);
+    let directory = tempfile::tempdir().unwrap();
+    let location = directory.path().to_str().unwrap();
+    maker.ok(["index", "build", &scene.image, "-o", location]);
+    // The same layers in another image.
+    crate::common::layers::push(&scene.registry, "other", "1", &scene.layers[1..]);
+    let image = format!("{}/other:1", scene.registry.host());
+    let digest = Ocifs::new().ok(["inspect", "--json", &image]).json()["digest"].clone();
+    let names = files(directory.path()).into_keys();
+    let profile = names.into_iter().find(|name| name.ends_with(".profile")).unwrap();
+    let name = format!("{}.default.profile", digest.as_str().unwrap().replacen(':', "-", 1));
+    std::fs::rename(directory.path().join(profile), directory.path().join(name)).unwrap();
+    let host = trusting(location);
+    let mount = host.mount(&image);
+    eventually("the log says why", || mount.log().contains("of another image or label"));
 }
