@@ -26,13 +26,13 @@ use super::asked::AskedPlace;
 const MOMENT: Duration = Duration::from_secs(1);
 
 /// The places that have not answered, by their position in the list.
-type Open = Arc<Mutex<BTreeMap<usize, Arc<AskedPlace>>>>;
+type SilentPlaces = Arc<Mutex<BTreeMap<usize, Arc<AskedPlace>>>>;
 
 /// The answers of all places to a question. The question ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Offers<T> {
     offers: mpsc::Receiver<T>,
-    open: Open,
+    open: SilentPlaces,
     asking: JoinHandle<()>,
 }
 
@@ -46,7 +46,7 @@ impl<T: Send + 'static> Offers<T> {
     /// Asks all places, the preferred one first. Must be called on the runtime.
     pub(super) fn ask(questions: Vec<(Arc<AskedPlace>, BoxFuture<'static, Option<T>>)>) -> Self {
         let (places, questions): (Vec<_>, Vec<_>) = questions.into_iter().unzip();
-        let open: Open = Arc::new(Mutex::new(places.into_iter().enumerate().collect()));
+        let open: SilentPlaces = Arc::new(Mutex::new(places.into_iter().enumerate().collect()));
         let (offered, offers) = mpsc::channel(1);
         let asking = tokio::spawn(offer(questions, open.clone(), offered));
         Self { offers, open, asking }
@@ -69,7 +69,7 @@ impl<T: Send + 'static> Offers<T> {
 }
 
 /// Passes the answers on, in the order of preference.
-async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: Open, offered: mpsc::Sender<T>) {
+async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: SilentPlaces, offered: mpsc::Sender<T>) {
     let ranked = questions.into_iter().enumerate();
     let mut answers: FuturesUnordered<_> = ranked
         .map(|(rank, answer)| async move { (rank, answer.await) })
@@ -109,7 +109,7 @@ async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: Open, off
 }
 
 /// Notes that the places before `rank` are slow.
-fn slow(open: &Open, rank: usize) {
+fn slow(open: &SilentPlaces, rank: usize) {
     for asked in open
         .lock()
         .expect("no panic while locked")
