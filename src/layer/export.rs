@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::runtime::Handle;
 
-use super::programs::{FoundPrograms, all_stored_programs, encoded, look};
+use super::programs::{LayerPrograms, all_stored_programs, encoded_for_others, look};
 use super::{Layer, LayerError, OpenError, stored_toc};
 use crate::published::IndexFile;
 use crate::store::{StoreError, read_sealed};
@@ -61,12 +61,12 @@ fn from_pass(layer: &Arc<Layer>, runtime: &Handle) -> Result<IndexFile, ExportEr
         diff_id: layer.data.diff_id.clone(),
         spans,
         toc: packed,
-        programs: encoded(programs),
+        programs: encoded_for_others(programs),
     })
 }
 
 /// Looks up the programs of a layer, and fetches what that needs.
-fn all_programs(layer: &Arc<Layer>, runtime: &Handle, toc: &PackedToc) -> Result<FoundPrograms, LayerError> {
+fn all_programs(layer: &Arc<Layer>, runtime: &Handle, toc: &PackedToc) -> Result<LayerPrograms, LayerError> {
     let mut failed = None;
     let found = look(toc, |offset, buf| {
         buf.fill(0);
@@ -80,6 +80,6 @@ fn all_programs(layer: &Arc<Layer>, runtime: &Handle, toc: &PackedToc) -> Result
     });
     match failed {
         Some(error) => Err(error),
-        None => Ok(found),
+        None => Ok(found.programs),
     }
 }

@@ -26,9 +26,10 @@ pub type LayerPrograms = BTreeMap<u64, Program>;
 struct LayerProgramsFile {
     #[serde(rename = "ocifs-layer-programs")]
     version: u32,
-    /// Whether all programs were found. Otherwise some of the bytes that tell were not local.
-    #[serde(default)]
-    complete: bool,
+    /// Whether all programs were found. Otherwise some of the bytes that tell were not local. Not stated for other hosts,
+    /// which get only complete lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    complete: Option<bool>,
     programs: LayerPrograms,
 }
 
@@ -90,16 +91,20 @@ fn candidate(entry: &PackedEntry<'_>) -> Option<(u64, u64)> {
 
 /// Writes the programs of a layer to the directory of its index.
 pub(super) fn keep(store: &Store, dir: &LayerDir, found: FoundPrograms) -> Result<(), StoreError> {
-    let encoded = encoded(found);
+    let encoded = encoded(found.programs, Some(found.complete));
     store.publish_sealed(&dir.programs(), Durability::Lazy, |out| out.write_all(&encoded))
 }
 
-/// Returns the programs in the form in which they are stored.
-pub(super) fn encoded(found: FoundPrograms) -> Vec<u8> {
+/// Returns a complete list of programs in the form in which other hosts get it.
+pub(super) fn encoded_for_others(programs: LayerPrograms) -> Vec<u8> {
+    encoded(programs, None)
+}
+
+fn encoded(programs: LayerPrograms, complete: Option<bool>) -> Vec<u8> {
     let file = LayerProgramsFile {
         version: VERSION,
-        complete: found.complete,
-        programs: found.programs,
+        complete,
+        programs,
     };
     serde_json::to_vec(&file).expect("numbers and strings")
 }
@@ -111,8 +116,8 @@ pub(crate) fn stored_programs(dir: &LayerDir) -> Option<LayerPrograms> {
 }
 
 /// Reads all programs of a layer from the directory of its index. `None` if some may be missing.
-pub(super) fn all_stored_programs(dir: &LayerDir) -> Option<FoundPrograms> {
-    stored(dir).filter(|found| found.complete)
+pub(super) fn all_stored_programs(dir: &LayerDir) -> Option<LayerPrograms> {
+    stored(dir).filter(|found| found.complete).map(|found| found.programs)
 }
 
 fn stored(dir: &LayerDir) -> Option<FoundPrograms> {
@@ -124,6 +129,7 @@ fn stored(dir: &LayerDir) -> Option<FoundPrograms> {
     let file: LayerProgramsFile = serde_json::from_slice(&read_sealed(&path).ok()??).ok()?;
     (file.version == VERSION).then_some(FoundPrograms {
         programs: file.programs,
-        complete: file.complete,
+        // A list of an earlier version may lack programs.
+        complete: file.complete.unwrap_or(false),
     })
 }

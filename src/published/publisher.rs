@@ -1,6 +1,6 @@
 //! Writes published files to a place.
 //!
-//! A push loses nothing good, because other hosts use what is there. All files are compared with what is there before the
+//! Other hosts use what is there. So a push loses nothing good. All files are compared with what is there before the
 //! first one is written:
 //!
 //! ```text

@@ -28,6 +28,10 @@ const COMMANDS: &[&[&str]] = &[
     &["cache", "prune"],
     &["cache", "drop"],
     &["cache", "verify"],
+    &["index"],
+    &["index", "build"],
+    &["index", "push"],
+    &["index", "verify"],
 ];
 
 /// Returns the help of a command. The option is `--help`, or `-h` for the short one.
