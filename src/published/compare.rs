@@ -1,5 +1,6 @@
 //! Compares the indexes of places with the one that a pass on this host made.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::Mutex;
 
@@ -126,6 +127,9 @@ impl ComparedPlace {
                 parts.push(not_removed(&error));
             }
         }
+        // A place may have the same index in several lists.
+        let mut seen = HashSet::new();
+        parts.retain(|part| seen.insert(part.clone()));
         compared.difference = (!parts.is_empty()).then(|| Difference {
             layer: own.layer.clone(),
             place: asked.place().to_string(),

@@ -59,6 +59,7 @@ pub(super) fn push(config: &Config, fetching: &Fetching, args: &PushArgs) -> any
 fn built(directory: &Path, resolved: &ResolvedImage) -> anyhow::Result<Vec<PublishedFile>> {
     let manifest = &resolved.manifest_document.digest;
     let mut files: Vec<PublishedFile> = Vec::new();
+    let mut wanted = 0;
     for (layer, diff_id) in resolved.layers().iter().zip(resolved.diff_ids()) {
         // A layer that carries a table has no index.
         if matches!(TableRef::of(layer), Ok(Some(_))) {
@@ -70,9 +71,18 @@ fn built(directory: &Path, resolved: &ResolvedImage) -> anyhow::Result<Vec<Publi
         if files.iter().any(|file| file.name == name) {
             continue;
         }
+        wanted += 1;
+        if !directory.join(name.to_string()).try_exists()? {
+            // `index build` leaves out what is too long.
+            eprintln!("{name} is not in {}, leaving it out", directory.display());
+            continue;
+        }
         let file = PublishedFile::read(directory, name)?;
         check(&file, layer, diff_id).with_context(|| directory.display().to_string())?;
         files.push(file);
+    }
+    if wanted > 0 && files.is_empty() {
+        bail!("no index of this image's layers is in {}", directory.display());
     }
     let entries = std::fs::read_dir(directory).with_context(|| format!("{}", directory.display()))?;
     let mut profiles = Vec::new();

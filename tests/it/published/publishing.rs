@@ -44,6 +44,25 @@ fn only_usable_indexes_are_pushed() {
 }
 
 #[test]
+fn a_push_of_a_directory_may_lack_some_indexes_and_not_all() {
+    let scene = Scene::new();
+    let from = scene.indexes();
+    std::fs::remove_file(from.path().join(name(&scene, 1))).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let push = |from: &Path| {
+        let (place, from) = (place.path().to_str().unwrap(), from.to_str().unwrap());
+        Ocifs::new().run(["index", "push", "--json", &scene.image, place, "--from", from])
+    };
+    let said = push(from.path());
+    assert_eq!(said.json()["written"], 2);
+    assert!(said.stderr.contains(&name(&scene, 1)), "{said:?}");
+    let nothing = tempfile::tempdir().unwrap();
+    let said = push(nothing.path());
+    assert_eq!(said.code, Some(1));
+    assert!(said.stderr.contains("no index of this image"), "{said:?}");
+}
+
+#[test]
 fn a_push_without_signatures_keeps_those_that_are_there() {
     let scene = Scene::new();
     let keys = Keys::new();
