@@ -10,7 +10,7 @@
 //! Trust         who vouches for the files of a place
 //! IndexPlace    a directory, a web server or a repository of a registry
 //! Locations     all places of a process: asks them all at once for what an image needs
-//! Patience      how long an opening waits for an answer
+//! LookupPatience how long an opening waits for an answer
 //! Comparison    compares what the places have with what a pass on this host made
 //! PublishedFile a file to be published, and its signature
 //! Publisher     writes files to a place
@@ -30,6 +30,7 @@ mod compare;
 mod directory;
 mod error;
 mod index_file;
+mod lists;
 mod lookup;
 mod name;
 mod offers;
@@ -46,7 +47,7 @@ pub use error::PublishedError;
 pub use index_file::IndexFile;
 pub use lookup::{FoundIndex, IndexOffers, Locations, Lookups};
 pub use name::FileName;
-pub use patience::Patience;
+pub use patience::LookupPatience;
 pub use place::{IndexLocation, IndexPlace};
 pub use published_file::PublishedFile;
 pub use publisher::{Publisher, Pushed};

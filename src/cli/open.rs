@@ -13,7 +13,7 @@ use ocifs::fs::ImageFs;
 use ocifs::image::{Confirm, NamedImage, Opening, Preparation, Unconfirmed};
 use ocifs::layer::LayerContext;
 use ocifs::oci::ImageRef;
-use ocifs::published::{Locations, Patience};
+use ocifs::published::{Locations, LookupPatience};
 use ocifs::registry::{RegistryClient, RegistryConfig};
 use ocifs::source;
 use ocifs::store::{Store, StoreError};
@@ -37,7 +37,9 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
         connect_timeout: ANSWER / 2,
         ..registry_config(config)
     });
-    let patience = config.timeout.map_or_else(Patience::default, Patience::within);
+    let patience = config
+        .timeout
+        .map_or_else(LookupPatience::default, LookupPatience::within);
     let locations = match config.index.is_empty() {
         true => Locations::default(),
         false => Locations::new(config.index.clone(), &client?, &store, patience)?,

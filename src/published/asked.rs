@@ -1,19 +1,19 @@
 //! A place, and the way to its files.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::FutureExt as _;
-use tokio::sync::{OnceCell, Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 
 use super::absence::Absence;
+use super::lists::{ImageList, Lists};
 use super::published_file::LONGEST_SIGNATURE;
-use super::repository::{Listed, list};
+use super::repository::Listed;
 use super::{FileName, IndexLocation, IndexPlace, PublishedError, Trust, directory};
 use crate::blob::BlobError;
 use crate::oci::Digest;
@@ -42,23 +42,10 @@ enum PlaceAccess {
     Repository(FileRepository),
 }
 
-/// What is listed under the tag of the image. Asked for once; all files of the image wait for it.
-type ImageList = OnceCell<ListedOfImage>;
-
-/// What a repository lists under the tag of an image.
-enum ListedOfImage {
-    /// The files by name.
-    Files(HashMap<String, Listed>),
-    /// There is no list of the image. Each layer may have one.
-    Missing,
-    /// The list cannot be had. The first file that waited for it reports why, and the others are not asked for.
-    Failed(Mutex<Option<PublishedError>>),
-}
-
 /// What a place has said about one image so far.
 #[derive(Default)]
 pub(super) struct PlaceTalk {
-    images: ImageList,
+    list: ImageList,
     /// Bytes of files that have come.
     came: AtomicU64,
     /// Whether there is no such place. Then no further file of the image is asked for.
@@ -181,7 +168,7 @@ impl AskedPlace {
     ) -> Result<Option<Bytes>, PublishedError> {
         let fetching = async {
             let listed = match &self.access {
-                PlaceAccess::Repository(files) => match self.listed(files, name, image, talk).await? {
+                PlaceAccess::Repository(files) => match self.lists(files, image, talk).find(name).await? {
                     None => return Ok(None),
                     listed => listed,
                 },
@@ -205,12 +192,8 @@ impl AskedPlace {
             let fetched = self.fetch(name, cap, image, talk).await.transpose();
             return fetched.into_iter().collect();
         };
-        let asking = async {
-            Ok((
-                self.of_image(files, name, image, talk).await?,
-                self.of_layer(files, name).await?,
-            ))
-        };
+        let lists = self.lists(files, image, talk);
+        let asking = async { Ok((lists.of_image(name).await?, lists.of_layer(name).await?)) };
         let (of_image, of_layer) = match self.within(LONGEST, asking).await {
             Ok(listed) => listed,
             Err(error) => return vec![Err(error)],
@@ -222,6 +205,16 @@ impl AskedPlace {
             all.extend(self.within(LONGEST, fetching).await.transpose());
         }
         all
+    }
+
+    fn lists<'a>(&'a self, files: &'a FileRepository, image: &'a Digest, talk: &'a PlaceTalk) -> Lists<'a> {
+        Lists {
+            files,
+            place: self.place(),
+            absence: &self.absence,
+            image,
+            of_image: &talk.list,
+        }
     }
 
     async fn within<T>(
@@ -296,72 +289,6 @@ impl AskedPlace {
         let signature = signature.as_deref().map(String::from_utf8_lossy);
         trust.check(&file, &bytes, signature.as_deref())?;
         Ok(Some(bytes))
-    }
-
-    /// Finds a file in the list of the image, or in the list of its layer.
-    async fn listed(
-        &self,
-        files: &FileRepository,
-        name: &FileName,
-        image: &Digest,
-        talk: &PlaceTalk,
-    ) -> Result<Option<Listed>, PublishedError> {
-        match self.of_image(files, name, image, talk).await? {
-            Some(listed) => Ok(Some(listed)),
-            // The question for the list may have failed for another file of the image.
-            None if matches!(talk.images.get(), Some(ListedOfImage::Failed(_))) => Ok(None),
-            None => self.of_layer(files, name).await,
-        }
-    }
-
-    /// Finds a file in the list of the image.
-    async fn of_image(
-        &self,
-        files: &FileRepository,
-        name: &FileName,
-        image: &Digest,
-        talk: &PlaceTalk,
-    ) -> Result<Option<Listed>, PublishedError> {
-        let asking = talk
-            .images
-            .get_or_init(async || match self.list(files, &FileName::tag(image)).await {
-                Ok(Some(listed)) => {
-                    let by_name = listed.into_iter().map(|file| (file.name.clone(), file));
-                    ListedOfImage::Files(by_name.collect())
-                }
-                Ok(None) => ListedOfImage::Missing,
-                Err(error) => ListedOfImage::Failed(Mutex::new(Some(error))),
-            });
-        match asking.await {
-            ListedOfImage::Files(all) => Ok(all.get(&name.to_string()).cloned()),
-            ListedOfImage::Missing => Ok(None),
-            ListedOfImage::Failed(error) => error
-                .lock()
-                .expect("no panic while locked")
-                .take()
-                .map_or(Ok(None), Err),
-        }
-    }
-
-    /// Finds the index of a layer in the list of the layer.
-    async fn of_layer(&self, files: &FileRepository, name: &FileName) -> Result<Option<Listed>, PublishedError> {
-        let FileName::Index { layer } = name else {
-            return Ok(None);
-        };
-        let listed = self.list(files, &FileName::tag(layer)).await?;
-        let file = name.to_string();
-        Ok(listed.into_iter().flatten().find(|listed| listed.name == file))
-    }
-
-    async fn list(&self, files: &FileRepository, tag: &str) -> Result<Option<Vec<Listed>>, PublishedError> {
-        if self.absence.is_lacking(self.place(), tag) {
-            return Ok(None);
-        }
-        let listed = list(files, tag).await?;
-        if listed.is_none() {
-            self.absence.lacks(self.place(), tag);
-        }
-        Ok(listed)
     }
 }
 

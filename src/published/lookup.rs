@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::asked::{AskedPlace, PlaceTalk};
 use super::offers::Offers;
-use super::patience::Patience;
+use super::patience::LookupPatience;
 use super::{FileName, IndexFile, IndexLocation, PublishedError};
 use crate::oci::Digest;
 use crate::profile::{LARGEST_FILE, Label};
@@ -33,7 +33,7 @@ const LEAST_COUNTED: usize = 8 << 20;
 #[derive(Clone, Default)]
 pub struct Locations {
     places: Arc<[Arc<AskedPlace>]>,
-    patience: Patience,
+    patience: LookupPatience,
 }
 
 impl fmt::Debug for Locations {
@@ -56,7 +56,7 @@ pub struct FoundIndex {
 /// What the places have said about one image so far.
 struct Talks {
     began: Instant,
-    patience: Patience,
+    patience: LookupPatience,
     talks: Vec<PlaceTalk>,
 }
 
@@ -64,7 +64,7 @@ impl Default for Talks {
     fn default() -> Self {
         Self {
             began: Instant::now(),
-            patience: Patience::default(),
+            patience: LookupPatience::default(),
             talks: Vec::new(),
         }
     }
@@ -110,7 +110,7 @@ impl Locations {
         places: Vec<IndexLocation>,
         client: &RegistryClient,
         store: &Store,
-        patience: Patience,
+        patience: LookupPatience,
     ) -> Result<Self, PublishedError> {
         let asked = places
             .into_iter()
@@ -282,7 +282,7 @@ impl IndexOffers {
     /// layers, places that have not answered count as in trouble.
     pub fn give_up(self, bandwidth: Option<f64>) {
         let Some(offers) = &self.offers else { return };
-        if Patience::is_fast(self.talks.began.elapsed(), self.talks.came(), bandwidth) {
+        if LookupPatience::is_fast(self.talks.began.elapsed(), self.talks.came(), bandwidth) {
             return;
         }
         for asked in offers.silent() {

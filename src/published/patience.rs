@@ -21,14 +21,14 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// The times that an opening waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Patience {
+pub struct LookupPatience {
     /// For an answer, whatever the place.
     soon: Duration,
     /// For an answer that comes fast enough.
     longest: Duration,
 }
 
-impl Default for Patience {
+impl Default for LookupPatience {
     fn default() -> Self {
         Self {
             soon: Duration::from_secs(3),
@@ -37,7 +37,7 @@ impl Default for Patience {
     }
 }
 
-impl Patience {
+impl LookupPatience {
     /// Returns the times for a command that gives up without progress after `timeout`.
     pub fn within(timeout: Duration) -> Self {
         let usual = Self::default();
@@ -78,7 +78,7 @@ mod tests {
         let waited = |rate: u64, bandwidth| {
             let lasts = |&second: &u64| {
                 let elapsed = Duration::from_secs(second);
-                Patience::default().lasts(elapsed, rate * second, bandwidth)
+                LookupPatience::default().lasts(elapsed, rate * second, bandwidth)
             };
             (0..60).take_while(lasts).count()
         };
@@ -91,9 +91,9 @@ mod tests {
 
     #[test]
     fn a_short_timeout_leaves_time_to_stream() {
-        let patience = Patience::within(Duration::from_secs(4));
+        let patience = LookupPatience::within(Duration::from_secs(4));
         assert_eq!(patience.soon, Duration::from_secs(1));
         assert_eq!(patience.longest, Duration::from_secs(2));
-        assert_eq!(Patience::within(Duration::MAX), Patience::default());
+        assert_eq!(LookupPatience::within(Duration::MAX), LookupPatience::default());
     }
 }
