@@ -33,7 +33,7 @@ pub(super) struct TrustedDirectory {
 }
 
 /// A step of the way.
-enum Step {
+enum WayStep {
     Root,
     Up,
     Down(OsString),
@@ -50,19 +50,19 @@ impl TrustedDirectory {
         let mut links = 0;
         while let Some(step) = rest.pop() {
             let name = match step {
-                Step::Root => {
+                WayStep::Root => {
                     way.clear();
                     at = PathBuf::from("/");
                     OsString::from("/")
                 }
-                Step::Up => {
+                WayStep::Up => {
                     if way.len() > 1 {
                         way.pop();
                         at.pop();
                     }
                     continue;
                 }
-                Step::Down(name) => name,
+                WayStep::Down(name) => name,
             };
             let path = at.join(&name);
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -127,11 +127,11 @@ impl TrustedDirectory {
 }
 
 /// Returns the steps of a path, the first one last.
-fn steps(path: &Path) -> Vec<Step> {
+fn steps(path: &Path) -> Vec<WayStep> {
     let steps = path.components().rev().filter_map(|component| match component {
-        Component::RootDir => Some(Step::Root),
-        Component::ParentDir => Some(Step::Up),
-        Component::Normal(name) => Some(Step::Down(name.to_owned())),
+        Component::RootDir => Some(WayStep::Root),
+        Component::ParentDir => Some(WayStep::Up),
+        Component::Normal(name) => Some(WayStep::Down(name.to_owned())),
         Component::CurDir | Component::Prefix(_) => None,
     });
     steps.collect()
