@@ -75,6 +75,15 @@ impl Talks {
     fn came(&self) -> u64 {
         self.talks.iter().map(PlaceTalk::came).max().unwrap_or(0)
     }
+
+    /// Notes that a place is in trouble, if it brings hardly anything. `bandwidth` is what the link to the layers brings.
+    fn judge(&self, place: usize, asked: &AskedPlace, bandwidth: Option<f64>) {
+        let came = self.talks[place].came();
+        if !LookupPatience::is_fast(self.began.elapsed(), came, bandwidth) {
+            tracing::warn!(place = %asked.place(), "leaving a slow index location alone for a while");
+            asked.is_in_trouble();
+        }
+    }
 }
 
 /// Questions about one image that are being asked. Dropping this ends them.
@@ -243,7 +252,11 @@ impl Asking {
             };
             (of, answer.boxed() as BoxFuture<'static, Option<T>>)
         });
-        Offers::ask(questions.collect())
+        let talks = self.talks.clone();
+        Offers::ask(questions.collect(), move |place, asked| {
+            tracing::debug!(place = %asked.place(), "not waiting for this index location, a later one has the file");
+            talks.judge(place, asked, None);
+        })
     }
 }
 
@@ -278,16 +291,12 @@ impl IndexOffers {
         async move { talks.patience.wait(talks.began, || talks.came(), bandwidth).await }
     }
 
-    /// Ends the question, because the layer has been streamed meanwhile. Unless indexes come fast enough for the other
-    /// layers, places that have not answered count as in trouble.
+    /// Ends the question, because the layer has been streamed meanwhile. Places that have not answered count as in trouble,
+    /// unless indexes of other layers come fast enough from there.
     pub fn give_up(self, bandwidth: Option<f64>) {
         let Some(offers) = &self.offers else { return };
-        if LookupPatience::is_fast(self.talks.began.elapsed(), self.talks.came(), bandwidth) {
-            return;
-        }
-        for asked in offers.silent() {
-            tracing::warn!(place = %asked.place(), "this index location is slower than streaming a layer");
-            asked.is_in_trouble();
+        for (place, asked) in offers.silent() {
+            self.talks.judge(place, &asked, bandwidth);
         }
     }
 }

@@ -23,7 +23,7 @@ use super::asked::AskedPlace;
 
 /// How long the answer of a place waits for those of earlier places. With a longer time, an earlier place that hangs costs
 /// more; with a shorter one, a later place is used more often.
-const MOMENT: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_secs(2);
 
 /// The places that have not answered, by their position in the list.
 type SilentPlaces = Arc<Mutex<BTreeMap<usize, Arc<AskedPlace>>>>;
@@ -43,12 +43,16 @@ impl<T> Drop for Offers<T> {
 }
 
 impl<T: Send + 'static> Offers<T> {
-    /// Asks all places, the preferred one first. Must be called on the runtime.
-    pub(super) fn ask(questions: Vec<(Arc<AskedPlace>, BoxFuture<'static, Option<T>>)>) -> Self {
+    /// Asks all places, the preferred one first. `late` is told of each place that has not answered in time, by its position
+    /// in the list. Must be called on the runtime.
+    pub(super) fn ask(
+        questions: Vec<(Arc<AskedPlace>, BoxFuture<'static, Option<T>>)>,
+        late: impl Fn(usize, &AskedPlace) + Send + 'static,
+    ) -> Self {
         let (places, questions): (Vec<_>, Vec<_>) = questions.into_iter().unzip();
         let open: SilentPlaces = Arc::new(Mutex::new(places.into_iter().enumerate().collect()));
         let (offered, offers) = mpsc::channel(1);
-        let asking = tokio::spawn(offer(questions, open.clone(), offered));
+        let asking = tokio::spawn(offer(questions, open.clone(), offered, late));
         Self { offers, open, asking }
     }
 
@@ -57,19 +61,19 @@ impl<T: Send + 'static> Offers<T> {
         self.offers.recv().await
     }
 
-    /// Returns the places that have not answered.
-    pub(super) fn silent(&self) -> Vec<Arc<AskedPlace>> {
-        self.open
-            .lock()
-            .expect("no panic while locked")
-            .values()
-            .cloned()
-            .collect()
+    /// Returns the places that have not answered, and their positions in the list.
+    pub(super) fn silent(&self) -> Vec<(usize, Arc<AskedPlace>)> {
+        before(&self.open, usize::MAX)
     }
 }
 
 /// Passes the answers on, in the order of preference.
-async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: SilentPlaces, offered: mpsc::Sender<T>) {
+async fn offer<T>(
+    questions: Vec<BoxFuture<'static, Option<T>>>,
+    open: SilentPlaces,
+    offered: mpsc::Sender<T>,
+    late: impl Fn(usize, &AskedPlace),
+) {
     let ranked = questions.into_iter().enumerate();
     let mut answers: FuturesUnordered<_> = ranked
         .map(|(rank, answer)| async move { (rank, answer.await) })
@@ -94,7 +98,9 @@ async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: SilentPla
                 Ok(next) => next,
                 Err(_) => {
                     let Some((rank, held)) = held.pop_first() else { continue };
-                    slow(&open, rank);
+                    for (rank, asked) in before(&open, rank) {
+                        late(rank, &asked);
+                    }
                     if offered.send(held).await.is_err() {
                         return;
                     }
@@ -108,15 +114,8 @@ async fn offer<T>(questions: Vec<BoxFuture<'static, Option<T>>>, open: SilentPla
     }
 }
 
-/// Notes that the places before `rank` are slow.
-fn slow(open: &SilentPlaces, rank: usize) {
-    for asked in open
-        .lock()
-        .expect("no panic while locked")
-        .range(..rank)
-        .map(|(_, asked)| asked)
-    {
-        tracing::warn!(place = %asked.place(), "this index location is slow, using a later one");
-        asked.is_in_trouble();
-    }
+/// Returns the places before `rank` that have not answered.
+fn before(open: &SilentPlaces, rank: usize) -> Vec<(usize, Arc<AskedPlace>)> {
+    let open = open.lock().expect("no panic while locked");
+    open.range(..rank).map(|(&rank, asked)| (rank, asked.clone())).collect()
 }
