@@ -20,7 +20,6 @@ mod merged;
 mod named;
 mod prefetch;
 mod programs;
-mod published;
 mod suspects;
 mod tree_file;
 mod verify;
@@ -46,7 +45,6 @@ pub use verify::{StoreReport, Unchecked, verify};
 use self::merged::{Tocs, hold, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
-use self::suspects::suspects;
 use crate::blob::{BlobSource, ImageSource, Link};
 use crate::erofs::Reader;
 use crate::layer::{
@@ -211,15 +209,6 @@ impl Preparation {
     }
 
     async fn open(&self, context: &LayerContext) -> Result<Image, ImageError> {
-        match self.open_mending(context).await {
-            Err(error) if error.is_of_tables() && self.forget_published(context, &error)? => {
-                self.open_mending(context).await
-            }
-            result => result,
-        }
-    }
-
-    async fn open_mending(&self, context: &LayerContext) -> Result<Image, ImageError> {
         // The table of each layer may be damaged, and each is made again once.
         let mut remakes = self.resolved.layers().len();
         // Layers whose indexes from elsewhere are not used.
@@ -237,9 +226,8 @@ impl Preparation {
                 Err(error) => {
                     // The layers are closed, so that the next ones have all of the memory.
                     let layers = self.layers.send_replace(None);
-                    let suspects = layers.map(|layers| suspects(&error, &layers)).unwrap_or_default();
                     let known = streamed.len();
-                    streamed.extend(suspects);
+                    streamed.extend(self.suspects(context, &error, layers));
                     if streamed.len() == known {
                         return Err(error);
                     }

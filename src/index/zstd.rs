@@ -49,7 +49,7 @@ use frame::{BLOCK, FRAME_CHECKSUM};
 use restart::Beginning;
 
 pub(super) use pass::ZstdPass;
-pub(super) use restart::RestartChain;
+pub(super) use series::RestartChain;
 
 /// Largest window that the decoder accepts, as a binary logarithm, if memory allows it: 2 GiB. `zstd --long=31`
 /// writes such windows, and libzstd can read no larger ones.

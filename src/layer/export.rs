@@ -6,6 +6,7 @@ use tokio::runtime::Handle;
 
 use super::programs::{LayerPrograms, all_stored_programs, encoded_for_others, look};
 use super::{Layer, LayerError, OpenError, stored_toc};
+use crate::index::SpanIndex;
 use crate::published::IndexFile;
 use crate::store::{StoreError, read_sealed};
 use crate::task::{TaskError, joined};
@@ -18,6 +19,14 @@ pub enum ExportError {
     /// No pass on this host has made an index of the layer, or none could be kept.
     #[error("layer {layer}: there is no index of a pass on this host in the store")]
     NoPass {
+        /// Digest of the layer.
+        layer: String,
+    },
+    /// The index lacks restarts that other hosts find.
+    #[error(
+        "layer {layer}: memory was short when this host indexed it, so other hosts find more restarts; use a larger --memory and an empty --store"
+    )]
+    ShortOfMemory {
         /// Digest of the layer.
         layer: String,
     },
@@ -48,6 +57,12 @@ fn from_pass(layer: &Arc<Layer>, runtime: &Handle) -> Result<IndexFile, ExportEr
     };
     let dir = layer.home().filter(|_| layer.index().is_of_pass()).ok_or_else(none)?;
     let spans = read_sealed(&dir.spans())?.ok_or_else(none)?;
+    let is_short = SpanIndex::open(spans.clone()).is_ok_and(|index| index.is_short_of_memory());
+    if is_short {
+        return Err(ExportError::ShortOfMemory {
+            layer: layer.digest().to_string(),
+        });
+    }
     let toc = stored_toc(layer.digest(), Some(dir))?;
     let programs = match all_stored_programs(dir) {
         Some(programs) => programs,

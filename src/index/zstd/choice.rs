@@ -7,7 +7,7 @@
 
 /// A place where decoding begins, can begin, or ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct RestartPlace {
     /// Offset in the blob.
     pub(super) offset: u64,
     /// Position in the frame's output.
@@ -23,7 +23,7 @@ pub(super) type CandidateCosts = Vec<Option<u64>>;
 /// `places` are the last restart before the region, the candidates of the region, and its end. `costs` are those of the
 /// candidates, the first of which is place 1: entry 0 if place 0 is the restart before it, and so on. Returns the places
 /// of the new restarts, in order.
-pub(super) fn choose(places: &[Place], costs: &[CandidateCosts], price: u64, allowed: u64) -> Vec<usize> {
+pub(super) fn choose(places: &[RestartPlace], costs: &[CandidateCosts], price: u64, allowed: u64) -> Vec<usize> {
     let affordable = |costs: &CandidateCosts| costs.iter().flatten().any(|&cost| cost <= allowed);
     if !costs.iter().any(affordable) {
         return Vec::new();
@@ -58,7 +58,7 @@ struct Way {
     before: usize,
 }
 
-fn choose_at(places: &[Place], costs: &[CandidateCosts], price: u128) -> Vec<usize> {
+fn choose_at(places: &[RestartPlace], costs: &[CandidateCosts], price: u128) -> Vec<usize> {
     let Some(end) = places.len().checked_sub(1).filter(|&end| end > 0) else {
         return Vec::new();
     };
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     /// What [`choose_at`] makes small, counted read by read.
-    fn worth(places: &[Place], costs: &[CandidateCosts], price: u128, chosen: &[usize]) -> Option<u128> {
+    fn worth(places: &[RestartPlace], costs: &[CandidateCosts], price: u128, chosen: &[usize]) -> Option<u128> {
         let (mut worth, mut restart) = (0, 0);
         for place in 1..places.len() - 1 {
             if chosen.contains(&place) {
@@ -123,7 +123,7 @@ mod tests {
         let mut rng = fastrand::Rng::with_seed(7);
         for _ in 0..60 {
             let count = rng.usize(0..9);
-            let mut place = Place {
+            let mut place = RestartPlace {
                 offset: rng.u64(0..50),
                 position: rng.u64(0..50),
             };
@@ -149,8 +149,8 @@ mod tests {
 
     #[test]
     fn choices_take_no_more_than_is_allowed() {
-        let places: Vec<Place> = (0..20u64)
-            .map(|n| Place {
+        let places: Vec<RestartPlace> = (0..20u64)
+            .map(|n| RestartPlace {
                 offset: n << 20,
                 position: n << 23,
             })

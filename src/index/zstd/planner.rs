@@ -22,7 +22,7 @@ use std::collections::VecDeque;
 use std::mem;
 
 use super::block::{Carried, Follower, LiveTable, TableUse};
-use super::choice::{self, CandidateCosts, Place};
+use super::choice::{self, CandidateCosts, RestartPlace};
 use super::coverage::Coverage;
 use super::frame::{BLOCK_HEADER, BlockKind, FrameHeader};
 use super::restart::Restart;
@@ -85,8 +85,8 @@ struct RestartCandidate {
 }
 
 impl RestartCandidate {
-    fn place(&self) -> Place {
-        Place {
+    fn place(&self) -> RestartPlace {
+        RestartPlace {
             offset: self.offset,
             position: self.position,
         }
@@ -328,10 +328,10 @@ impl Frame {
     }
 
     /// Returns the end of a region: the next candidate, or the end of the frame.
-    fn end_of(&self, region: &Region) -> Place {
+    fn end_of(&self, region: &Region) -> RestartPlace {
         match self.candidates.get(region.complete) {
             Some(candidate) => candidate.place(),
-            None => Place {
+            None => RestartPlace {
                 offset: self.offset,
                 position: self.coverage.position(),
             },
@@ -339,8 +339,8 @@ impl Frame {
     }
 
     /// Returns the last restart, the candidates of a region and its end.
-    fn places(&self, region: &Region, end: Place) -> Vec<Place> {
-        let restart = Place {
+    fn places(&self, region: &Region, end: RestartPlace) -> Vec<RestartPlace> {
+        let restart = RestartPlace {
             offset: self.restart_offset,
             position: self.restart_at,
         };

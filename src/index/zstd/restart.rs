@@ -30,7 +30,7 @@ use super::frame::{FrameHeader, window_descriptor, window_size};
 use super::fse::{Distribution, Field, StateTable};
 use super::literals::huffman_len;
 use super::segment::SparseWindow;
-use super::series::{Allow, SeriesReader};
+use super::series::{Allow, RestartChain, SeriesReader};
 use crate::index::{IndexError, ZSTD_MAGIC, malformed};
 
 const DICTIONARY_MAGIC: u32 = 0xec30_a437;
@@ -261,9 +261,6 @@ pub(super) struct Beginning {
     /// Whether a checksum follows the last block of the frame.
     pub(super) checksum: bool,
 }
-
-/// Stored restarts and their offsets in the tar, the nearest first.
-pub(in crate::index) type RestartChain<'a> = dyn Iterator<Item = (u64, &'a [u8])> + 'a;
 
 impl Beginning {
     /// Loads the restart at the front of `chain`, and those that have bytes which it needs. `None` if the chain is empty.

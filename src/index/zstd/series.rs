@@ -14,7 +14,6 @@ use std::fmt;
 use zstd::zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
-use super::restart::RestartChain;
 use crate::index::{IndexError, malformed};
 
 /// Most restarts of a series. With more, the index is a little smaller, and beginning at a restart takes longer.
@@ -104,6 +103,9 @@ impl SeriesWriter {
         }
     }
 }
+
+/// Stored restarts and their offsets in the tar, the nearest first.
+pub(in crate::index) type RestartChain<'a> = dyn Iterator<Item = (u64, &'a [u8])> + 'a;
 
 /// Decompresses the restarts of a chain, the nearest first.
 pub(super) struct SeriesReader<'a, 'c> {

@@ -1,5 +1,6 @@
 //! Fresh hosts with indexes in directories, on web servers and in registries.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use super::web::{Page, PlainServer, WebServer};
@@ -114,6 +115,31 @@ fn the_size_of_the_cache_changes_no_index() {
         let verified = host.ok(["index", "verify", "--json", &image]).json();
         assert_eq!(verified["compared"], 1, "{size}: {verified}");
     }
+}
+
+/// With less memory than a frame's window needs, a host finds fewer restarts than other hosts.
+#[test]
+fn an_index_made_while_memory_was_short_is_not_for_other_hosts() {
+    let registry = TestRegistry::start();
+    let tar = Tar::new()
+        .file("zeros", vec![0; 180 << 20])
+        .file("noise", noise(1, 1 << 20))
+        .finish();
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+    encoder.window_log(27).unwrap();
+    encoder.write_all(&tar).unwrap();
+    let layers = [Blob {
+        bytes: encoder.finish().unwrap(),
+        ..Blob::zstd(&tar)
+    }];
+    push(&registry, "long", "1", &layers);
+    let image = format!("{}/long:1", registry.host());
+    let output = tempfile::tempdir().unwrap();
+    let build = ["index", "build", &image, "-o", output.path().to_str().unwrap()];
+    let error = Ocifs::with(&["--memory", "1MiB"]).fails(build);
+    assert!(error.contains("memory was short"), "{error}");
+    Ocifs::with(&["--memory", "1GiB"]).ok(build);
+    assert_eq!(files(output.path()).len(), 1);
 }
 
 #[test]
