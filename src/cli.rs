@@ -6,8 +6,10 @@
 
 mod allocator;
 mod background;
+mod bundle;
 mod cache;
 mod config;
+mod container;
 mod disk;
 mod export;
 mod fetching;
@@ -22,6 +24,7 @@ mod open;
 mod profile;
 mod progress;
 mod pull;
+mod run;
 mod suggest;
 mod text;
 mod units;
@@ -68,6 +71,15 @@ enum Command {
     /// The disk is read-only and has one EROFS file system. At least one of --file, --nbd and --vhost-user-blk is needed. The
     /// command returns when the disk can be read. `ocifs umount` with the directory or a socket ends it.
     Disk(disk::DiskArgs),
+    /// Run a program of an image in a container
+    ///
+    /// Mounts the image and runs its program, or the one that is given, with an OCI runtime that is installed. The program's
+    /// exit status is that of the command. In the end everything is removed.
+    Run(run::RunArgs),
+    /// Make a bundle for an OCI runtime, whose root is a mount of the image
+    ///
+    /// `runc run --bundle DIR NAME` runs it, and so do crun, youki and runsc. `ocifs umount DIR/rootfs` ends the mount.
+    Bundle(bundle::BundleArgs),
     /// Take a mount or a disk down
     #[command(visible_alias = "unmount")]
     Umount(mounts::UmountArgs),
@@ -152,7 +164,7 @@ pub fn main() -> ExitCode {
     allocator::settle();
     let cli = Cli::parse();
     match run(cli, started) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         // The reader of standard output closed it, as `head` does. The user needs no message.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -202,21 +214,23 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
     causes.any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
+fn run(cli: Cli, started: Instant) -> anyhow::Result<ExitCode> {
     // These commands ask other processes and need no configuration. A bad configuration file must not stop them.
     let command = match cli.command {
-        Command::Umount(args) => return mounts::umount(args),
-        Command::List(args) => return mounts::list(args),
-        Command::Status(args) => return mounts::status(args),
+        Command::Umount(args) => return succeeded(mounts::umount(args)),
+        Command::List(args) => return succeeded(mounts::list(args)),
+        Command::Status(args) => return succeeded(mounts::status(args)),
         command => command,
     };
     let config = config::Config::resolve(cli.globals)?;
     let _folded = log::init(&config);
     raise_file_limit();
     let command = match command {
-        Command::Mount(args) => return mount::run(&config, args, started),
-        Command::Disk(args) => return disk::run(&config, args, started),
-        Command::Cache(command) => return cache::run(&config, command),
+        Command::Mount(args) => return succeeded(mount::run(&config, args, started)),
+        Command::Run(args) => return run::run(&config, args, started),
+        Command::Bundle(args) => return succeeded(bundle::run(&config, args, started)),
+        Command::Disk(args) => return succeeded(disk::run(&config, args, started)),
+        Command::Cache(command) => return succeeded(cache::run(&config, command)),
         command => command,
     };
     let fetching = Fetching::new()?;
@@ -230,7 +244,11 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<()> {
         Command::Index(command) => index::run(&config, &fetching, command),
         _ => unreachable!("dealt with above"),
     };
-    fetching.end(result)
+    succeeded(fetching.end(result))
+}
+
+fn succeeded(result: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 /// Raises the limit of open files to the most that this user may have. With a lower limit, the devices of layers are

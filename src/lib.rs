@@ -51,6 +51,7 @@
 //! | *descriptor* | media type, digest and size of a blob | pointer |
 //! | *image index* | OCI document listing manifests by platform | index (alone), manifest list |
 //! | *blob* | content-addressed bytes in an image source | file, object |
+//! | *bundle* | directory with a root and the configuration of a container ([`bundle::ContainerConfig`]) | container |
 //! | *layer* | one tar of an image, compressed or not | snapshot |
 //! | *TOC* | what is where in a layer's tar ([`toc::Toc`]) | file list |
 //! | *span* | run of tar bytes that is decoded, verified and cached as a unit | chunk, block |
@@ -75,7 +76,7 @@
 //! | level | modules |
 //! |---|---|
 //! | 0 | [`oci`] `memory` `os` `task` |
-//! | 1 | [`blob`] [`index`] [`toc`] [`store`] [`profile`] `program` |
+//! | 1 | [`blob`] [`bundle`] [`index`] [`toc`] [`store`] [`profile`] `program` |
 //! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
 //! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
 //! | 4 | [`source`] [`published`] |
@@ -89,6 +90,7 @@
 
 pub mod archive;
 pub mod blob;
+pub mod bundle;
 pub mod content;
 pub mod device;
 pub mod disk;

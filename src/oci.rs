@@ -19,7 +19,7 @@ mod refusal;
 mod selector;
 mod shown;
 
-pub use config::{ImageConfig, RootFs, RunConfig};
+pub use config::{Empty, ImageConfig, RootFs, RunConfig};
 pub use descriptor::{Descriptor, Platform};
 pub use digest::{Algorithm, DiffId, Digest, DigestError, DigestHasher};
 pub use document::{DocumentError, DocumentKind, ImageIndex, MAX_DOCUMENT, MAX_LAYERS, Manifest, classify};

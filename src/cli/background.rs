@@ -24,12 +24,13 @@ use super::fetching::{Interrupted, signals};
 use super::say;
 use super::{Fetching, ImageArgs, explain, open, progress};
 use ocifs::mount::{self, Event, MountConfig, Prefetch, RunDir, SERVE, Shape};
+use ocifs::oci::ImageConfig;
 use ocifs::os::{gone, until};
 use ocifs::profile::Label;
 
-/// Arguments of every command that serves an image.
+/// What is fetched ahead for the image's programs.
 #[derive(Debug, Args)]
-pub(super) struct ServeArgs {
+pub(super) struct ReplayArgs {
     /// What to fetch that nobody has asked for: only what lies ahead of readers, what earlier starts of the program read, or
     /// that and then the rest of the image [default: profile]
     #[arg(long, value_enum, value_name = "WHAT")]
@@ -37,6 +38,13 @@ pub(super) struct ServeArgs {
     /// Which of the image's programs will run: starts are learned and replayed by label
     #[arg(long, value_name = "LABEL", default_value = "default")]
     profile: Label,
+}
+
+/// Arguments of the commands that serve an image until it is unmounted.
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    replay: ReplayArgs,
     /// Return only when the image can be read, or all of it is in the store (a disk always waits until it can be read)
     #[arg(long, value_enum, value_name = "STATE")]
     pub(super) wait: Option<Wait>,
@@ -46,6 +54,18 @@ pub(super) struct ServeArgs {
     /// Print one JSON object when the image is served
     #[arg(long)]
     json: bool,
+}
+
+impl ServeArgs {
+    /// The arguments of a command that goes on with something else once the image is served.
+    pub(super) fn behind(replay: ReplayArgs) -> Self {
+        Self {
+            replay,
+            wait: Some(Wait::Ready),
+            foreground: false,
+            json: false,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -62,6 +82,7 @@ pub(super) enum Wait {
 enum Report {
     Attached {
         digest: String,
+        config: Box<ImageConfig>,
         seconds: f64,
     },
     Progress {
@@ -104,24 +125,30 @@ pub(super) struct ServeCommand<'a> {
     pub(super) describe: &'a dyn Fn(&mut serde_json::Value),
 }
 
+/// Whether this process was started to serve an image.
+pub(super) fn is_serving() -> bool {
+    std::env::var_os(SERVE).is_some()
+}
+
 impl ServeCommand<'_> {
     /// Serves the image in this process, or starts the process that serves it and waits for its reports. `shape`
-    /// decides how the image is served.
+    /// decides how the image is served. Returns the config of the image that another process serves now. Returns none
+    /// after this process has served it.
     pub(super) fn run(
         &self,
         shape: impl AsyncFnOnce(&ocifs::layer::LayerContext) -> anyhow::Result<Shape>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Option<ImageConfig>> {
         let log = std::env::var_os(SERVE).map(PathBuf::from);
         if self.args.foreground || log.is_some() {
-            return self.serve(log, shape);
+            return self.serve(log, shape).map(|()| None);
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.start())
+        runtime.block_on(self.start()).map(Some)
     }
 
     /// Starts the process that serves and waits for its reports. A signal to this process also ends that process, until
     /// the awaited state is reached.
-    async fn start(&self) -> anyhow::Result<()> {
+    async fn start(&self) -> anyhow::Result<ImageConfig> {
         let entry = RunDir::open()?.entry(self.place);
         entry.check_free()?;
         let (mut log, log_path) = entry.create_log()?;
@@ -152,7 +179,7 @@ impl ServeCommand<'_> {
     }
 
     /// Reads reports until the state that the user waits for is reached.
-    async fn follow(&self, child: &mut Child, log: &mut File) -> anyhow::Result<()> {
+    async fn follow(&self, child: &mut Child, log: &mut File) -> anyhow::Result<ImageConfig> {
         let image = &self.image.image;
         let bar = progress::Bar::new(image, self.config.quiet);
         let pipe = child
@@ -164,8 +191,12 @@ impl ServeCommand<'_> {
         let mut ready_seconds = None;
         while let Some(line) = reports.next_line().await? {
             let reached = match serde_json::from_str(&line)? {
-                Report::Attached { digest, seconds } => {
-                    attached = Some((digest, seconds));
+                Report::Attached {
+                    digest,
+                    config,
+                    seconds,
+                } => {
+                    attached = Some((digest, config, seconds));
                     None
                 }
                 Report::Progress { done, total } => {
@@ -183,8 +214,8 @@ impl ServeCommand<'_> {
                 }
                 Report::Failed { message } => bail!(message),
             };
-            if let Some((digest, seconds)) = &attached
-                && reached >= self.wait
+            if reached >= self.wait
+                && let Some((digest, config, seconds)) = attached.take()
             {
                 bar.finish();
                 if self.args.json {
@@ -195,7 +226,7 @@ impl ServeCommand<'_> {
                     (self.describe)(&mut object);
                     say!("{object}");
                 }
-                return Ok(());
+                return Ok(*config);
             }
         }
         let status = child.wait()?;
@@ -251,12 +282,13 @@ impl ServeCommand<'_> {
         }
         let shape = shape(&context).await?;
         let prefetch = args
+            .replay
             .prefetch
             .or(config.prefetch)
             .map(Prefetch::from)
             .unwrap_or_default();
         let named = open::named(config, self.image, &context.store).await?;
-        let replayed = (prefetch != Prefetch::None).then(|| args.profile.clone());
+        let replayed = (prefetch != Prefetch::None).then(|| args.replay.profile.clone());
         let opened = named.open(&context, replayed).await;
         let opening = opened.map_err(|error| open::advised(error.into(), image))?;
         let unconfirmed = opening.unconfirmed.as_ref();
@@ -265,6 +297,7 @@ impl ServeCommand<'_> {
         }
         let preparation = opening.preparation.clone();
         let digest = preparation.resolved().manifest_document.digest.to_string();
+        let image_config = Box::new(preparation.resolved().config.clone());
         if self.wait.is_some() {
             tokio::spawn(tick(preparation, reports.clone()));
         }
@@ -273,7 +306,7 @@ impl ServeCommand<'_> {
             shape,
             require_ready: self.wait.is_some(),
             prefetch,
-            label: args.profile.clone(),
+            label: args.replay.profile.clone(),
             timeout: config.timeout,
             started: self.started,
             parent: std::os::unix::process::parent_id(),
@@ -291,6 +324,7 @@ impl ServeCommand<'_> {
                 Event::Attached => {
                     reports.send(&Report::Attached {
                         digest: digest.clone(),
+                        config: image_config.clone(),
                         seconds,
                     });
                 }

@@ -59,5 +59,5 @@ pub(super) fn run(config: &Config, args: DiskArgs, started: Instant) -> anyhow::
         started,
         describe: &|object| object["disk"] = serde_json::to_value(&doors).unwrap_or_default(),
     };
-    command.run(async |_| Ok(Shape::Disk(doors.clone())))
+    command.run(async |_| Ok(Shape::Disk(doors.clone()))).map(drop)
 }

@@ -81,7 +81,7 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
         started,
         describe: &|object| text::put(object, "mountpoint", mountpoint.as_os_str().as_bytes()),
     };
-    command.run(async |context| {
+    let served = command.run(async |context| {
         let mut options = FuseOptions::defaults(nix::unistd::geteuid().is_root());
         for list in &args.options {
             options.apply(list)?;
@@ -98,7 +98,8 @@ pub(super) fn run(config: &Config, args: MountArgs, started: Instant) -> anyhow:
         };
         directory.check()?;
         Ok(Shape::Directory(directory))
-    })
+    });
+    served.map(drop)
 }
 
 /// Returns the mount point as an absolute path without symbolic links. It does not touch the file system that is
@@ -122,9 +123,14 @@ fn upper(args: &MountArgs, context: &ocifs::layer::LayerContext, mountpoint: &Pa
             work: absolute(work)?,
         }));
     }
-    if !args.writable {
-        return Ok(None);
+    match args.writable {
+        true => Ok(Some(private_upper(context, mountpoint)?)),
+        false => Ok(None),
     }
+}
+
+/// Returns a place for changes that are thrown away at unmount.
+pub(super) fn private_upper(context: &ocifs::layer::LayerContext, mountpoint: &Path) -> anyhow::Result<Upper> {
     let hash = blake3::hash(mountpoint.as_os_str().as_encoded_bytes()).to_hex();
     let id = format!("{}-{}", &hash[..16], std::process::id());
     let scratch = match context.store.upper_dir(&id) {
@@ -132,5 +138,5 @@ fn upper(args: &MountArgs, context: &ocifs::layer::LayerContext, mountpoint: &Pa
         Err(error) if error.is_by_design() => RunDir::open()?.upper_dir(&id),
         Err(error) => return Err(error.into()),
     };
-    Ok(Some(Upper::Private(scratch)))
+    Ok(Upper::Private(scratch))
 }

@@ -94,14 +94,15 @@ fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(runtime.block_on(future))
 }
 
+/// Takes the mount or disk at `path` down. Returns what is left of it.
+pub(super) fn take_down(path: &Path, lazy: bool) -> anyhow::Result<mount::Remainder> {
+    Ok(block_on(mount::take_down(&RunDir::open()?, &known(path)?, lazy))??)
+}
+
 pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
-    let run = RunDir::open()?;
-    let take_down = |path: &Path| -> anyhow::Result<mount::Remainder> {
-        Ok(block_on(mount::take_down(&run, &known(path)?, args.lazy))??)
-    };
     let mut failures: Vec<anyhow::Error> = Vec::new();
     for path in &args.mountpoints {
-        let result = take_down(path);
+        let result = take_down(path, args.lazy);
         let remainder = result.as_ref().ok().cloned().flatten();
         if args.json {
             let problem = result.as_ref().err().map(explain);

@@ -149,6 +149,11 @@ impl RunDir {
         self.path.join("changes").join(id)
     }
 
+    /// Returns the path of the bundle of a process that runs a container.
+    pub fn bundle_dir(&self, pid: u32) -> PathBuf {
+        self.path.join("bundles").join(pid.to_string())
+    }
+
     /// Returns all registrations, also those of dead processes, in the order of their mount points.
     pub fn records(&self) -> Result<Vec<(RunEntry, MountRecord)>, RegistrationError> {
         let entries = fs::read_dir(&self.path).map_err(|source| RegistrationError::Io {

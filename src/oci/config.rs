@@ -1,7 +1,10 @@
 //! Image configs (image-spec config.md): the defaults for a container that runs from the image, and the layers'
 //! diffIDs.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::descriptor::null_as_default;
 use super::document::parse_json;
@@ -47,6 +50,22 @@ pub struct RunConfig {
     /// Directory in which the program runs.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "String::is_empty")]
     pub working_dir: String,
+    /// Directories in which the program keeps data, with an empty object each.
+    #[serde(deserialize_with = "null_as_default", skip_serializing_if = "BTreeMap::is_empty")]
+    pub volumes: BTreeMap<String, Empty>,
+    /// Signal that asks the program to end, by name or number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<String>,
+}
+
+/// An object without content. What it has is not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Empty {}
+
+impl<'de> Deserialize<'de> for Empty {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        IgnoredAny::deserialize(deserializer).map(|_| Self {})
+    }
 }
 
 /// The layers, by what they unpack to.

@@ -23,6 +23,8 @@ const COMMANDS: &[&[&str]] = &[
     &["profile", "show"],
     &["profile", "export"],
     &["profile", "import"],
+    &["run"],
+    &["bundle"],
     &["cache"],
     &["cache", "list"],
     &["cache", "prune"],

@@ -7,6 +7,7 @@ mod carried;
 mod cli;
 mod commands;
 mod common;
+mod containers;
 mod content;
 mod damage;
 mod deadlines;

@@ -1,0 +1,141 @@
+//! `ocifs run`: runs a program of an image in a container, with an OCI runtime that is installed.
+//!
+//! The image is mounted, a bundle is made around the mount, and the runtime runs it in the foreground. Signals go on to the
+//! runtime, and its exit status becomes that of this command. In the end the mount and the bundle are removed.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, ExitStatus};
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::background::is_serving;
+use super::config::Config;
+use super::container::{Bundle, ContainerArgs};
+use super::mounts::take_down;
+use super::{ImageArgs, explain};
+use ocifs::mount::RunDir;
+
+/// Runtimes that are looked for, the preferred one first.
+const RUNTIMES: [&str; 3] = ["crun", "runc", "youki"];
+/// Signals that go on to the program.
+const FORWARDED: [Signal; 6] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+];
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Arguments in place of the image's
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+    #[command(flatten)]
+    container: ContainerArgs,
+    /// OCI runtime that runs the container [default: the first of crun, runc and youki that is installed]
+    #[arg(long, value_name = "PROGRAM")]
+    runtime: Option<PathBuf>,
+}
+
+pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::Result<ExitCode> {
+    let runtime = find_runtime(args.runtime.as_deref())?;
+    // The process that serves finds the bundle of the process that started it.
+    let id = match is_serving() {
+        true => std::os::unix::process::parent_id(),
+        false => std::process::id(),
+    };
+    let directory = RunDir::open()?.bundle_dir(id);
+    let served = Bundle::serve(config, &args.image, args.container, args.command, directory, started)?;
+    let Some((mut bundle, image)) = served else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let ran = bundle
+        .write(&image)
+        .and_then(|()| execute(&runtime, bundle.directory(), &format!("ocifs-{id}")));
+    let ended = take_down(&bundle.rootfs(), false).and_then(|_| {
+        let directory = bundle.directory();
+        std::fs::remove_dir_all(directory).with_context(|| directory.display().to_string())
+    });
+    match (ran, ended) {
+        (Ok(status), Ok(())) => Ok(exit_code(status)),
+        (Ok(status), Err(error)) => {
+            eprintln!("ocifs: {}", explain(&error));
+            Ok(exit_code(status))
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Returns the runtime to use: the one that is named, or the first that is installed.
+fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(named) = named {
+        return Ok(named.to_owned());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let directories: Vec<PathBuf> = std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .collect();
+    let mut programs = RUNTIMES
+        .iter()
+        .flat_map(|name| directories.iter().map(move |directory| directory.join(name)));
+    let Some(found) = programs.find(|program| program.is_file()) else {
+        bail!("no OCI runtime is installed: install crun or runc, or name one with --runtime")
+    };
+    Ok(found)
+}
+
+/// Runs a bundle in the foreground. Returns how the runtime ended.
+fn execute(runtime: &Path, bundle: &Path, id: &str) -> anyhow::Result<ExitStatus> {
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    tokio.block_on(async {
+        let mut signals = Vec::new();
+        for forwarded in FORWARDED {
+            signals.push((forwarded, signal(SignalKind::from_raw(forwarded as i32))?));
+        }
+        let mut command = Command::new(runtime);
+        command.arg("run").arg("--bundle").arg(bundle).arg(id);
+        let mut child = tokio::process::Command::from(command)
+            .spawn()
+            .with_context(|| format!("cannot run {}", runtime.display()))?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+        loop {
+            let all = signals.iter_mut().map(|(number, signal)| {
+                Box::pin(async move {
+                    signal.recv().await;
+                    *number
+                })
+            });
+            let next = futures::future::select_all(all);
+            tokio::select! {
+                status = child.wait() => return Ok(status?),
+                (number, ..) = next => {
+                    // The runtime may have ended just now.
+                    if let Some(pid) = pid {
+                        let _ = kill(pid, number);
+                    }
+                }
+            }
+        }
+    })
+}
+
+/// Returns the exit status that shells show for a program that ended like this.
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = match (status.code(), status.signal()) {
+        (Some(code), _) => code,
+        (None, Some(signal)) => 128 + signal,
+        (None, None) => 1,
+    };
+    u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
+}

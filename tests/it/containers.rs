@@ -1,0 +1,129 @@
+//! `ocifs run` and `ocifs bundle`: containers of a real runtime, whose roots are mounts.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::common::layers::{Blob, Tar, config, header, push_with};
+use crate::common::ocifs::{Ocifs, bounded};
+use crate::common::registry::TestRegistry;
+
+/// An image of busybox whose program says as whom and where it runs.
+struct Scene {
+    _registry: TestRegistry,
+    image: String,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self::with(serde_json::json!({
+            "User": "app", "WorkingDir": "/work/here", "Env": ["GREETING=hello"], "Volumes": {"/data": {}, "/etc": {}},
+            "Entrypoint": ["/bin/sh", "-c"],
+            "Cmd": ["echo $GREETING $HOME $(pwd) $(id -u):$(id -g):$(id -G)"], "StopSignal": "SIGINT",
+        }))
+    }
+
+    fn with(run: serde_json::Value) -> Self {
+        let busybox = std::fs::read("/bin/busybox").expect("these tests need busybox (busybox-static)");
+        let program = header(b"bin/busybox", tar::EntryType::Regular, 0o755, busybox.len() as u64);
+        let mut layer = Tar::new()
+            .dir("bin/")
+            .raw(program, &busybox)
+            .file(
+                "etc/passwd",
+                "root:x:0:0::/root:/bin/sh\napp:x:1234:1235::/home/app:/bin/sh\n",
+            )
+            .file("etc/group", "app:x:1235:\nvideo:x:44:app\n");
+        for name in ["sh", "cat", "id", "ls", "sleep", "touch", "hostname"] {
+            layer = layer.link(tar::EntryType::Symlink, &format!("bin/{name}"), "busybox");
+        }
+        let layers = [Blob::gzip(&layer.finish())];
+        let registry = TestRegistry::start();
+        let mut whole = config(&layers);
+        whole["config"] = run;
+        push_with(&registry, "busybox", "1", &layers, &whole);
+        let image = format!("{}/busybox:1", registry.host());
+        Self {
+            _registry: registry,
+            image,
+        }
+    }
+}
+
+/// The image is not mounted any more.
+fn nothing_is_left(host: &Ocifs, scene: &Scene) {
+    let mounts = host.ok(["list", "--json"]).json();
+    let mounts = mounts.as_array().unwrap();
+    assert!(!mounts.iter().any(|mount| mount["image"] == *scene.image), "{mounts:?}");
+}
+
+#[test]
+fn a_program_runs_as_the_image_says() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let said = host.ok(["run", &scene.image]);
+    assert_eq!(said.text(), "hello /home/app /work/here 1234:1235:1235 44\n");
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn the_command_line_outranks_the_image() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let run = |arguments: &[&str], command: &[&str]| host.run([&["run"], arguments, &[&scene.image], command].concat());
+    let said = run(
+        &["--entrypoint", "sh", "--user", "0", "--hostname", "box"],
+        &["-c", "hostname; id -u; exit 7"],
+    );
+    assert_eq!((said.code, said.text()), (Some(7), "box\n0\n"));
+    let said = run(&["--env", "GREETING=bye", "--workdir", "/"], &["echo $GREETING; pwd"]);
+    assert_eq!((said.code, said.text()), (Some(0), "bye\n/\n"));
+    // Changes are possible and thrown away, or not possible.
+    let said = run(&["--user", "root"], &["touch /new && ls /new && ls /data"]);
+    assert_eq!((said.code, said.text()), (Some(0), "/new\n"));
+    let said = run(
+        &["--read-only", "--user", "root", "--workdir", "/"],
+        &["touch /data/new && touch /new"],
+    );
+    assert_eq!(said.code, Some(1), "{said:?}");
+    let error = host.fails(["run", "--user", "nobody", &scene.image]);
+    assert!(error.contains("no user \"nobody\""), "{error}");
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn signals_reach_the_program() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let script = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done";
+    let mut running = host
+        .interruptible(["run", &scene.image, script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(running.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    kill(Pid::from_raw(running.id().cast_signed()), Signal::SIGUSR1).unwrap();
+    output.read_to_string(&mut line).unwrap();
+    assert_eq!(running.wait().unwrap().code(), Some(9));
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn a_runtime_runs_a_bundle() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let bundle = host.home().join("bundle");
+    let directory = bundle.to_str().unwrap();
+    let said = host.ok(["bundle", "--json", &scene.image, directory]).json();
+    assert_eq!(said["bundle"], directory);
+    let name = format!("ocifs-test-{}", std::process::id());
+    let ran = bounded(Command::new("runc").args(["run", "--bundle", directory, &name]));
+    assert_eq!(ran.text(), "hello /home/app /work/here 1234:1235:1235 44\n", "{ran:?}");
+    host.ok(["umount", &format!("{directory}/rootfs")]);
+    nothing_is_left(&host, &scene);
+}
