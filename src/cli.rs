@@ -73,12 +73,13 @@ enum Command {
     Disk(disk::DiskArgs),
     /// Run a program of an image in a container
     ///
-    /// Mounts the image and runs its program, or the one that is given, with an OCI runtime that is installed. The program's
-    /// exit status is that of the command. In the end everything is removed.
+    /// The image is mounted, and an installed OCI runtime runs its program or the given one. The program's exit status is
+    /// that of the command. In the end everything is removed.
     Run(run::RunArgs),
     /// Make a bundle for an OCI runtime, whose root is a mount of the image
     ///
-    /// `runc run --bundle DIR NAME` runs it, and so do crun, youki and runsc. `ocifs umount DIR/rootfs` ends the mount.
+    /// To run it: `runc run --bundle DIR NAME`; crun, youki and runsc can do so too. `ocifs umount DIR/rootfs` ends the
+    /// mount.
     Bundle(bundle::BundleArgs),
     /// Take a mount or a disk down
     #[command(visible_alias = "unmount")]

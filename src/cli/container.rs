@@ -21,6 +21,7 @@ use super::mount::private_upper;
 use ocifs::bundle::{ContainerConfig, Network};
 use ocifs::mount::{DirectoryConfig, FuseOptions, Shape, Via, is_system_root};
 use ocifs::oci::ImageConfig;
+use ocifs::os::gone;
 
 /// Name of the root's directory in a bundle.
 const ROOTFS: &str = "rootfs";
@@ -184,6 +185,17 @@ impl Bundle {
         };
         write().with_context(|| path.display().to_string())
     }
+}
+
+/// Removes the files and directories of a bundle whose root is not mounted any more. It removes nothing else, so a root that
+/// is still there is left alone.
+pub(super) fn remove(directory: &Path) -> anyhow::Result<()> {
+    let remove = || {
+        gone(std::fs::remove_file(directory.join(CONFIG)))?;
+        gone(std::fs::remove_dir(directory.join(ROOTFS)))?;
+        gone(std::fs::remove_dir(directory))
+    };
+    remove().with_context(|| format!("cannot remove {}", directory.display()))
 }
 
 /// Returns `NAME=VALUE`. A variable that is not set here is left out.

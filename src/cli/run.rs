@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::background::is_serving;
 use super::config::Config;
-use super::container::{Bundle, ContainerArgs};
+use super::container::{Bundle, ContainerArgs, remove};
 use super::mounts::take_down;
 use super::{ImageArgs, explain};
 use ocifs::mount::RunDir;
@@ -56,17 +56,28 @@ pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::R
         false => std::process::id(),
     };
     let directory = RunDir::open()?.bundle_dir(id);
-    let served = Bundle::serve(config, &args.image, args.container, args.command, directory, started)?;
-    let Some((mut bundle, image)) = served else {
-        return Ok(ExitCode::SUCCESS);
+    let served = Bundle::serve(
+        config,
+        &args.image,
+        args.container,
+        args.command,
+        directory.clone(),
+        started,
+    );
+    let (mut bundle, image) = match served {
+        Ok(Some(served)) => served,
+        Ok(None) => return Ok(ExitCode::SUCCESS),
+        Err(error) => {
+            if !is_serving() {
+                remove(&directory)?;
+            }
+            return Err(error);
+        }
     };
     let ran = bundle
         .write(&image)
         .and_then(|()| execute(&runtime, bundle.directory(), &format!("ocifs-{id}")));
-    let ended = take_down(&bundle.rootfs(), false).and_then(|_| {
-        let directory = bundle.directory();
-        std::fs::remove_dir_all(directory).with_context(|| directory.display().to_string())
-    });
+    let ended = take_down(&bundle.rootfs(), false).and_then(|_| remove(bundle.directory()));
     match (ran, ended) {
         (Ok(status), Ok(())) => Ok(exit_code(status)),
         (Ok(status), Err(error)) => {
