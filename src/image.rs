@@ -14,6 +14,7 @@
 mod early;
 mod error;
 mod expecting;
+mod indexed;
 mod kept;
 mod learning;
 mod merged;
@@ -42,6 +43,7 @@ pub use learning::{Learning, stored as stored_profile};
 pub use named::{NamedImage, Opening};
 pub use verify::{StoreReport, Unchecked, verify};
 
+use self::indexed::carried;
 use self::merged::{Tocs, hold, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
@@ -55,7 +57,7 @@ use crate::oci::{Descriptor, DiffId, Digest};
 use crate::profile::{BLOCK, Block, FIRST_SCORE, Label, MOST_BLOCKS, Profile, Recorder, Touch};
 use crate::published::Lookups;
 use crate::resolve::ResolvedImage;
-use crate::store::{Authority, IndexName, LayerDir, Store, TreeName};
+use crate::store::{IndexName, Store, TreeName};
 use crate::task::joined;
 use crate::toc::carried::TableRef;
 use crate::tree::LayerIdx;
@@ -93,15 +95,6 @@ pub struct Preparation {
     lookups: Arc<Lookups>,
 }
 
-/// Returns the directory of the best index of a layer that the store has, and who vouches for it.
-fn known_index(store: &Store, layer: &Digest, authorities: &[Authority]) -> Option<(Authority, LayerDir)> {
-    let mut dirs = authorities.iter().filter_map(|authority| {
-        let dir = store.index(&IndexName::new(layer, authority))?;
-        Some((authority.clone(), dir))
-    });
-    dirs.find(|(_, dir)| dir.is_indexed())
-}
-
 impl Preparation {
     /// A preparation of the image, which has fetched nothing yet.
     pub fn new(source: Arc<dyn ImageSource>, resolved: ResolvedImage) -> Self {
@@ -135,39 +128,6 @@ impl Preparation {
     /// Name that this image has in common with its other versions.
     pub fn repository(&self) -> String {
         self.source.repository()
-    }
-
-    /// Whether the store has the index of every layer and the tree, so that the image will be ready at once.
-    pub fn is_in_store(&self, context: &LayerContext) -> bool {
-        let tree = self
-            .stored_tree(context)
-            .and_then(|tree| context.store.tree_path(&tree));
-        tree.is_some_and(|path| path.exists())
-    }
-
-    /// Who may vouch for an index of a layer, best first.
-    fn authorities(&self, context: &LayerContext, layer: &Descriptor) -> Vec<Authority> {
-        let table = carried(layer).map(|table| Authority::Manifest {
-            table: table.digest().clone(),
-        });
-        // The table may have to be fetched, so all that is in the store comes first.
-        context.authorities().into_iter().chain(table).collect()
-    }
-
-    /// Returns the directory of the best index of a layer that the store has, and who vouches for it.
-    pub fn stored_index(&self, context: &LayerContext, layer: &Descriptor) -> Option<(Authority, LayerDir)> {
-        known_index(&context.store, &layer.digest, &self.authorities(context, layer))
-    }
-
-    /// Returns the name of the tree that is made of the indexes in the store. None if the store lacks the index of a layer.
-    fn stored_tree(&self, context: &LayerContext) -> Option<TreeName> {
-        let layers = self.resolved.layers().iter();
-        let names = layers.map(|layer| {
-            let (authority, _) = self.stored_index(context, layer)?;
-            Some(IndexName::new(&layer.digest, &authority))
-        });
-        let layers: Vec<IndexName> = names.collect::<Option<_>>()?;
-        Some(TreeName::new(&self.resolved.manifest_document.digest, &layers))
     }
 
     /// Returns the counters of each layer, base first, also before the image is ready.
@@ -361,14 +321,6 @@ impl Preparation {
         let opened = layer::open(context, wanted).await?;
         Ok((descriptor.digest, opened))
     }
-}
-
-/// Returns the table that a layer carries and for which its descriptor vouches, if it can be used.
-fn carried(layer: &Descriptor) -> Option<TableRef> {
-    TableRef::of(layer).unwrap_or_else(|error| {
-        tracing::debug!(layer = %layer.digest, %error, "streaming the layer");
-        None
-    })
 }
 
 /// Returns the needs of the image's programs from the store, or finds them and keeps them there.

@@ -15,7 +15,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
 
 use super::ImageArgs;
-use super::background::{ReplayArgs, ServeArgs, ServeCommand, Wait};
+use super::background::{ReplayArgs, ServeArgs, ServeCommand};
 use super::config::Config;
 use super::mount::private_upper;
 use ocifs::bundle::{ContainerConfig, Network};
@@ -121,7 +121,7 @@ impl Bundle {
             config,
             image,
             args: &serve,
-            wait: Some(Wait::Ready),
+            wait: serve.wait,
             place: &rootfs,
             after_signal: "nothing is mounted",
             started,
@@ -219,7 +219,10 @@ fn read(root: BorrowedFd<'_>, path: &str) -> io::Result<Vec<u8>> {
     // Without waiting: it may be a FIFO.
     match open(root, path.as_ref(), OFlags::RDONLY | OFlags::NONBLOCK) {
         Ok(file) if file.metadata()?.is_file() => {
-            file.take(MOST_NAMES).read_to_end(&mut names)?;
+            file.take(MOST_NAMES + 1).read_to_end(&mut names)?;
+            if names.len() as u64 > MOST_NAMES {
+                return Err(io::Error::other(format!("it is longer than {MOST_NAMES} bytes")));
+            }
         }
         Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
         Err(error) => return Err(error.into()),

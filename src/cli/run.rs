@@ -3,15 +3,18 @@
 //! The image is mounted, a bundle is made around the mount, and the runtime runs it in the foreground. Signals go on to the
 //! runtime, and its exit status becomes that of this command. In the end the mount and the bundle are removed.
 
+use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, ExitStatus};
+use std::process::{ExitCode, ExitStatus};
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use futures::future::select_all;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::background::is_serving;
@@ -56,6 +59,11 @@ pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::R
         false => std::process::id(),
     };
     let directory = RunDir::open()?.bundle_dir(id);
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut forwarding = match is_serving() {
+        true => Vec::new(),
+        false => tokio.block_on(async { forwarded() })?,
+    };
     let served = Bundle::serve(
         config,
         &args.image,
@@ -76,7 +84,7 @@ pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::R
     };
     let ran = bundle
         .write(&image)
-        .and_then(|()| execute(&runtime, bundle.directory(), &format!("ocifs-{id}")));
+        .and_then(|()| tokio.block_on(execute(&runtime, &bundle, &format!("ocifs-{id}"), &mut forwarding)));
     let ended = take_down(&bundle.rootfs(), false).and_then(|_| remove(bundle.directory()));
     match (ran, ended) {
         (Ok(status), Ok(())) => Ok(exit_code(status)),
@@ -106,39 +114,43 @@ fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     Ok(found)
 }
 
+/// Begins to catch the signals that go on to the program. Those that come before the program runs are kept for it.
+fn forwarded() -> io::Result<Vec<(Signal, tokio::signal::unix::Signal)>> {
+    let caught = FORWARDED.map(|number| Ok((number, signal(SignalKind::from_raw(number as i32))?)));
+    caught.into_iter().collect()
+}
+
 /// Runs a bundle in the foreground. Returns how the runtime ended.
-fn execute(runtime: &Path, bundle: &Path, id: &str) -> anyhow::Result<ExitStatus> {
-    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    tokio.block_on(async {
-        let mut signals = Vec::new();
-        for forwarded in FORWARDED {
-            signals.push((forwarded, signal(SignalKind::from_raw(forwarded as i32))?));
-        }
-        let mut command = Command::new(runtime);
-        command.arg("run").arg("--bundle").arg(bundle).arg(id);
-        let mut child = tokio::process::Command::from(command)
-            .spawn()
-            .with_context(|| format!("cannot run {}", runtime.display()))?;
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
-        loop {
-            let all = signals.iter_mut().map(|(number, signal)| {
-                Box::pin(async move {
-                    signal.recv().await;
-                    *number
-                })
-            });
-            let next = futures::future::select_all(all);
-            tokio::select! {
-                status = child.wait() => return Ok(status?),
-                (number, ..) = next => {
-                    // The runtime may have ended just now.
-                    if let Some(pid) = pid {
-                        let _ = kill(pid, number);
-                    }
+async fn execute(
+    runtime: &Path,
+    bundle: &Bundle,
+    id: &str,
+    forwarding: &mut [(Signal, tokio::signal::unix::Signal)],
+) -> anyhow::Result<ExitStatus> {
+    let mut child = Command::new(runtime)
+        .arg("run")
+        .arg("--bundle")
+        .args([bundle.directory(), Path::new(id)])
+        .spawn()
+        .with_context(|| format!("cannot run {}", runtime.display()))?;
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+    loop {
+        let all = forwarding.iter_mut().map(|(number, signal)| {
+            Box::pin(async move {
+                signal.recv().await;
+                *number
+            })
+        });
+        tokio::select! {
+            status = child.wait() => return Ok(status?),
+            (number, ..) = select_all(all) => {
+                // The runtime may have ended just now.
+                if let Some(pid) = pid {
+                    let _ = kill(pid, number);
                 }
             }
         }
-    })
+    }
 }
 
 /// Returns the exit status that shells show for a program that ended like this.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 
-use super::{carried, known_index};
+use super::indexed::{carried, known_index};
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::layer::LayerContext;
 use crate::oci::{Descriptor, Digest, Manifest};

@@ -106,8 +106,7 @@ pub(super) fn adopt(
     label: &Label,
     bytes: &[u8],
 ) -> Option<Profile> {
-    let published = Profile::decode(bytes).and_then(|profile| is_of(profile, &image.manifest_document.digest, label));
-    let published = published.map_err(|error| {
+    let published = Profile::decode_of(bytes, &image.manifest_document.digest, label).map_err(|error| {
         tracing::warn!(%error, "not using a profile from a location");
     });
     let mut learning = Learning::find(store, image, repository, label);
@@ -190,15 +189,5 @@ fn read(store: &Store, manifest: &Digest, label: &Label) -> Result<Option<Profil
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes?,
     };
-    is_of(Profile::decode(&bytes)?, manifest, label).map(Some)
-}
-
-/// Checks that a profile is of an image and a label.
-fn is_of(profile: Profile, manifest: &Digest, label: &Label) -> Result<Profile, ProfileError> {
-    match profile.manifest == *manifest && profile.label == *label {
-        true => Ok(profile),
-        false => Err(ProfileError::Invalid {
-            reason: "it is of another image or label",
-        }),
-    }
+    Profile::decode_of(&bytes, manifest, label).map(Some)
 }

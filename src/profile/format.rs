@@ -97,6 +97,17 @@ impl Profile {
         serde_json::to_vec(&file).expect("strings and numbers")
     }
 
+    /// Parses a file, which may come from anywhere, and which has to be of this image and label.
+    pub fn decode_of(bytes: &[u8], manifest: &Digest, label: &Label) -> Result<Self, ProfileError> {
+        let profile = Self::decode(bytes)?;
+        match profile.manifest == *manifest && profile.label == *label {
+            true => Ok(profile),
+            false => Err(ProfileError::Invalid {
+                reason: "it is of another image or label",
+            }),
+        }
+    }
+
     /// Parses a file, which may come from anywhere.
     pub fn decode(bytes: &[u8]) -> Result<Self, ProfileError> {
         let invalid = |reason| Err(ProfileError::Invalid { reason });

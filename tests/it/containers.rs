@@ -19,7 +19,7 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         Self::with(serde_json::json!({
-            "User": "app", "WorkingDir": "/work/here", "Env": ["GREETING=hello"], "Volumes": {"/data": {}, "/etc": {}},
+            "User": "app", "WorkingDir": "/srv/app", "Env": ["GREETING=hello"], "Volumes": {"/data": {}, "/etc": {}},
             "Entrypoint": ["/bin/sh", "-c"],
             "Cmd": ["echo $GREETING $HOME $(pwd) $(id -u):$(id -g):$(id -G)"], "StopSignal": "SIGINT",
         }))
@@ -64,7 +64,7 @@ fn a_program_runs_as_the_image_says() {
     let scene = Scene::new();
     let host = Ocifs::new();
     let said = host.ok(["run", &scene.image]);
-    assert_eq!(said.text(), "hello /home/app /work/here 1234:1235:1235 44\n");
+    assert_eq!(said.text(), "hello /home/app /srv/app 1234:1235:1235 44\n");
     nothing_is_left(&host, &scene);
 }
 
@@ -123,7 +123,7 @@ fn a_runtime_runs_a_bundle() {
     assert_eq!(said["bundle"], directory);
     let name = format!("ocifs-test-{}", std::process::id());
     let ran = bounded(Command::new("runc").args(["run", "--bundle", directory, &name]));
-    assert_eq!(ran.text(), "hello /home/app /work/here 1234:1235:1235 44\n", "{ran:?}");
+    assert_eq!(ran.text(), "hello /home/app /srv/app 1234:1235:1235 44\n", "{ran:?}");
     host.ok(["umount", &format!("{directory}/rootfs")]);
     nothing_is_left(&host, &scene);
 }

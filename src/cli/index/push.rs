@@ -93,13 +93,9 @@ fn built(directory: &Path, resolved: &ResolvedImage) -> anyhow::Result<Vec<Publi
     profiles.sort_by_key(ToString::to_string);
     for name in profiles {
         let file = PublishedFile::read(directory, name)?;
-        let profile = Profile::decode(&file.bytes);
-        let profile = profile.with_context(|| format!("{} in {}", file.name, directory.display()))?;
-        let FileName::Profile { manifest, label } = &file.name else {
-            continue;
-        };
-        if profile.manifest != *manifest || profile.label != *label {
-            bail!("{} in {} is of another image or label", file.name, directory.display());
+        if let FileName::Profile { manifest, label } = &file.name {
+            Profile::decode_of(&file.bytes, manifest, label)
+                .with_context(|| format!("{} in {}", file.name, directory.display()))?;
         }
         files.push(file);
     }
