@@ -50,12 +50,32 @@ pub struct RunConfig {
     /// Directory in which the program runs.
     #[serde(deserialize_with = "null_as_default", skip_serializing_if = "String::is_empty")]
     pub working_dir: String,
-    /// Directories in which the program keeps data, with an empty object each.
-    #[serde(deserialize_with = "null_as_default", skip_serializing_if = "BTreeMap::is_empty")]
+    /// Directories in which the program keeps data, with an empty object each. None of them when the field is of
+    /// another type.
+    #[serde(deserialize_with = "other_type_as_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub volumes: BTreeMap<String, Empty>,
-    /// Signal that asks the program to end, by name or number.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Signal that asks the program to end, by name or number. Absent when the field is of another type.
+    #[serde(deserialize_with = "other_type_as_default", skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
+}
+
+/// Reads a field that only containers use. A value of another type than the image-spec's counts as absent, because
+/// an image that is only mounted must not fail over it.
+fn other_type_as_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Field<T> {
+        Right(T),
+        Other(IgnoredAny),
+    }
+    Ok(match Field::deserialize(deserializer)? {
+        Field::Right(value) => value,
+        Field::Other(IgnoredAny) => T::default(),
+    })
 }
 
 /// An object without content. What it has is not read.
