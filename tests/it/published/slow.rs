@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+
 use super::web::{Page, PlainServer};
-use super::{Keys, Scene, authorities};
-use crate::common::ocifs::Ocifs;
+use super::{Keys, Scene, authorities, files, trusting};
+use crate::common::layers::{Blob, Tar, push};
+use crate::common::ocifs::{Ocifs, send};
 use crate::common::registry::Fault;
 
 /// A server that sends each index with 4000 bytes per second.
@@ -98,4 +101,28 @@ fn an_index_that_comes_before_the_layer_is_used_although_it_is_late() {
     assert_eq!(authorities(&mount), ["key ci"; 3], "{}", mount.log());
     scene.registry.clear_faults();
     scene.check(&mount);
+}
+
+#[test]
+fn a_directory_that_hangs_holds_up_no_mount() {
+    let scene = Scene::new();
+    let indexes = scene.indexes();
+    // The directory is in a mount whose process is stopped. It hangs like a network file system whose server is gone.
+    let mut tar = Tar::new().dir("indexes/");
+    for (name, content) in files(indexes.path()) {
+        tar = tar.file(format!("indexes/{name}"), content);
+    }
+    push(&scene.registry, "indexes", "1", &[Blob::plain(tar.finish())]);
+    let server = Ocifs::new();
+    let shelf = server.mount_with(
+        &format!("{}/indexes:1", scene.registry.host()),
+        &["--wait", "ready", "--via", "fuse"],
+    );
+    let location = shelf.join("indexes");
+    send(shelf.pid, Signal::SIGSTOP);
+    let host = trusting(location.to_str().unwrap());
+    let mount = host.mount(&scene.image);
+    send(shelf.pid, Signal::SIGCONT);
+    scene.check(&mount);
+    assert_eq!(authorities(&mount), ["pass", "pass", "pass"]);
 }
