@@ -25,6 +25,8 @@ mod profile;
 mod progress;
 mod pull;
 mod run;
+#[cfg(feature = "snapshotter")]
+mod snapshotter;
 mod suggest;
 mod text;
 mod units;
@@ -81,6 +83,11 @@ enum Command {
     /// To run it: `runc run --bundle DIR NAME`; crun, youki and runsc can do so too. `ocifs umount DIR/rootfs` ends the
     /// mount.
     Bundle(bundle::BundleArgs),
+    /// Serve snapshots to containerd, so that its containers start before their images are fetched
+    ///
+    /// containerd uses it as a proxy plugin. Images are served by processes of their own, so this one may end at any time.
+    #[cfg(feature = "snapshotter")]
+    Snapshotter(snapshotter::SnapshotterArgs),
     /// Take a mount or a disk down
     #[command(visible_alias = "unmount")]
     Umount(mounts::UmountArgs),
@@ -121,6 +128,9 @@ struct ImageArgs {
     /// it meant the last time if the registry cannot be reached]
     #[arg(long, value_enum, value_name = "WHEN")]
     pull: Option<PullWhen>,
+    /// Only the lowest layers of the image, this many
+    #[arg(long, value_name = "COUNT")]
+    layers: Option<usize>,
 }
 
 /// [`Confirm`] on the command line.
@@ -230,6 +240,8 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<ExitCode> {
         Command::Mount(args) => return succeeded(mount::run(&config, args, started)),
         Command::Run(args) => return run::run(&config, args, started),
         Command::Bundle(args) => return succeeded(bundle::run(&config, args, started)),
+        #[cfg(feature = "snapshotter")]
+        Command::Snapshotter(args) => return succeeded(snapshotter::run(&config, args)),
         Command::Disk(args) => return succeeded(disk::run(&config, args, started)),
         Command::Cache(command) => return succeeded(cache::run(&config, command)),
         command => command,

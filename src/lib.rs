@@ -61,6 +61,7 @@
 //! | *index file* | the index of one layer as a file for other hosts ([`published::IndexFile`]) | artifact |
 //! | *location* | place where index files are looked for | mirror |
 //! | *authority* | who vouches for the index of a layer: a pass, the manifest, a key, a location ([`store::Authority`]) | origin |
+//! | *snapshot* | what containerd prepares, commits and mounts ([`snapshotter::SnapshotRecord`]) | layer, tree |
 //! | *span map* | a layer's spans by device address, from whatever source ([`span::SpanMap`]) | span table |
 //! | *data device* | a layer's file contents in tar order, each file at a 4096-byte boundary | cache file |
 //! | *extent* | run of bytes at the same time contiguous in tar and data device | segment |
@@ -86,7 +87,8 @@
 //! | 8 | [`fs`] [`disk`] |
 //! | 9 | `fuse` [`nbd`] [`vhost_blk`] |
 //! | 10 | [`mount`] |
-//! | 11 | `cli`, which is the command and no part of the library |
+//! | 11 | [`snapshotter`] |
+//! | 12 | `cli`, which is the command and no part of the library |
 
 pub mod archive;
 pub mod blob;
@@ -114,6 +116,8 @@ mod program;
 pub mod published;
 pub mod registry;
 pub mod resolve;
+#[cfg(feature = "snapshotter")]
+pub mod snapshotter;
 pub mod source;
 pub mod span;
 pub mod store;
@@ -130,6 +134,9 @@ pub mod docs {
 
     #[doc = include_str!("docs/architecture.md")]
     pub mod architecture {}
+
+    #[doc = include_str!("docs/containerd.md")]
+    pub mod containerd {}
 
     #[doc = include_str!("docs/indexes.md")]
     pub mod indexes {}

@@ -50,6 +50,39 @@ impl ResolvedImage {
     pub fn diff_ids(&self) -> &[DiffId] {
         &self.config.rootfs.diff_ids
     }
+
+    /// Returns the image of the lowest `count` layers of this image. Its documents are made from this image's. They are
+    /// the same on every host, and no source has them. Returns the image itself if it has exactly `count` layers, and
+    /// `None` if it has fewer or if `count` is 0.
+    pub fn lowest(self, count: usize) -> Option<Self> {
+        let layers = self.manifest.layers.len();
+        if count == 0 || count > layers {
+            return None;
+        }
+        if count == layers {
+            return Some(self);
+        }
+        let (mut manifest, mut config) = (self.manifest, self.config);
+        manifest.layers.truncate(count);
+        config.rootfs.diff_ids.truncate(count);
+        let document = |bytes: Vec<u8>, media_type: String| Document {
+            digest: Digest::of(&bytes),
+            bytes: bytes.into(),
+            media_type,
+        };
+        let config_document = document(json(&config), self.config_document.media_type);
+        manifest.config.digest = config_document.digest.clone();
+        manifest.config.size = i64::try_from(config_document.bytes.len()).unwrap_or(i64::MAX);
+        manifest.config.data = None;
+        let manifest_document = document(json(&manifest), self.manifest_document.media_type);
+        Some(Self {
+            index: None,
+            manifest_document,
+            manifest,
+            config_document,
+            config,
+        })
+    }
 }
 
 /// Finds the image that `source` names for the platform `wanted`, or for the host's platform if that is `None`.
@@ -293,6 +326,11 @@ impl Search {
     }
 }
 
+/// Writes a document.
+fn json(document: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(document).expect("a document has only strings, numbers and lists")
+}
+
 /// Makes the index entry that the image would have if the index stated its platform.
 fn described(image: &ResolvedImage) -> Descriptor {
     Descriptor {
@@ -466,6 +504,46 @@ mod tests {
                 "image for linux/s309x in memory not found: there is only one, for linux/s390x"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn the_lowest_layers_are_an_image_of_their_own() {
+        let mut memory = Memory::default();
+        let diff_id = |digit: &str| format!("sha256:{}", digit.repeat(64));
+        let text = format!(
+            r#"{{"os":"linux","rootfs":{{"diff_ids":["{}","{}"]}},"history":[{{"created_by":"x"}}]}}"#,
+            diff_id("1"),
+            diff_id("2")
+        );
+        let config = memory.add(OCI_CONFIG, &text);
+        let layer = |digit: &str| {
+            format!(
+                r#"{{"mediaType":"{OCI_LAYER_GZIP}","digest":"{}","size":1}}"#,
+                diff_id(digit)
+            )
+        };
+        let text = format!(
+            r#"{{"config":{{"mediaType":"{OCI_CONFIG}","digest":"{config}","size":{}}},"layers":[{},{}]}}"#,
+            text.len(),
+            layer("3"),
+            layer("4")
+        );
+        let root = memory.add(OCI_MANIFEST, &text);
+        let whole = memory.resolve(&root, "amd64").await.unwrap();
+        assert!(whole.clone().lowest(0).is_none() && whole.clone().lowest(3).is_none());
+        let both = whole.clone().lowest(2).unwrap();
+        assert_eq!(both.manifest_document.digest, root);
+        let base = whole.clone().lowest(1).unwrap();
+        assert_eq!(base.layers(), &whole.layers()[..1]);
+        assert_eq!(base.diff_ids(), &whole.diff_ids()[..1]);
+        assert_eq!(base.config.os, "linux");
+        // The documents belong together as those of any image do.
+        assert_eq!(base.manifest_document.digest, Digest::of(&base.manifest_document.bytes));
+        assert_eq!(base.manifest.config.digest, Digest::of(&base.config_document.bytes));
+        assert_eq!(
+            base.manifest_document.digest,
+            whole.lowest(1).unwrap().manifest_document.digest
+        );
     }
 
     #[tokio::test]

@@ -69,6 +69,7 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
                 image,
                 platform,
                 pull: None,
+                layers: None,
             });
             verify(config, &store, image.as_ref(), json)
         }

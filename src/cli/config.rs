@@ -1,6 +1,8 @@
 //! The resolved configuration. Arguments come first, then the environment, then the configuration file, then
 //! defaults.
 
+#[cfg(feature = "snapshotter")]
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -79,6 +81,71 @@ pub(super) struct Globals {
     quiet: bool,
 }
 
+#[cfg(feature = "snapshotter")]
+impl Globals {
+    /// Returns arguments that mean these options in any working directory.
+    fn arguments(&self) -> anyhow::Result<Vec<OsString>> {
+        // Each field is named, so that no option is forgotten.
+        let Self {
+            store: StoreArgs { store, cache_size },
+            memory,
+            timeout,
+            plain_http,
+            no_plain_http,
+            allow_private_redirects,
+            ca,
+            foreign_layers_from,
+            index,
+            index_key,
+            index_trust_location,
+            config,
+            log_format,
+            verbose,
+            quiet,
+        } = self;
+        let mut arguments: Vec<OsString> = Vec::new();
+        let files = [
+            ("--store", store.as_slice()),
+            ("--config", config.as_slice()),
+            ("--ca", ca),
+        ];
+        for (name, files) in files {
+            for file in files {
+                arguments.extend([name.into(), std::path::absolute(file)?.into()]);
+            }
+        }
+        let texts = [
+            (
+                "--cache-size",
+                cache_size.iter().map(|size| size.0.to_string()).collect(),
+            ),
+            ("--memory", memory.iter().map(|size| size.0.to_string()).collect()),
+            ("--timeout", timeout.iter().map(ToString::to_string).collect()),
+            ("--foreign-layers-from", foreign_layers_from.clone()),
+            ("--index", index.clone()),
+            ("--index-key", index_key.iter().cloned().collect::<Vec<_>>()),
+            (
+                "--log-format",
+                log_format.iter().map(|format| format.name().to_owned()).collect(),
+            ),
+        ];
+        for (name, texts) in texts {
+            arguments.extend(texts.into_iter().flat_map(|text| [name.into(), text.into()]));
+        }
+        let flags = [
+            ("--plain-http", *plain_http),
+            ("--no-plain-http", *no_plain_http),
+            ("--allow-private-redirects", *allow_private_redirects),
+            ("--index-trust-location", *index_trust_location),
+            ("--quiet", *quiet),
+        ];
+        let given = flags.into_iter().filter(|(_, given)| *given);
+        arguments.extend(given.map(|(name, _)| name.into()));
+        arguments.extend((0..*verbose).map(|_| "--verbose".into()));
+        Ok(arguments)
+    }
+}
+
 /// [`Prefetch`] on the command line and in the configuration file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -111,6 +178,16 @@ pub(super) enum LogFormat {
     Json,
 }
 
+#[cfg(feature = "snapshotter")]
+impl LogFormat {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
 /// Settings in the configuration file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -131,6 +208,19 @@ struct FileConfig {
     log_format: Option<LogFormat>,
     #[serde(default)]
     index: Vec<FileIndex>,
+    #[cfg(feature = "snapshotter")]
+    kubelet_credentials: Option<FileKubelet>,
+}
+
+/// The table `[kubelet-credentials]` of the configuration file: where a kubelet's credential providers are.
+#[cfg(feature = "snapshotter")]
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct FileKubelet {
+    /// What the kubelet has as --image-credential-provider-config.
+    pub(super) config: PathBuf,
+    /// What the kubelet has as --image-credential-provider-bin-dir.
+    pub(super) bin_dir: PathBuf,
 }
 
 /// A table `[[index]]` of the configuration file.
@@ -171,10 +261,18 @@ pub(super) struct Config {
     pub(super) quiet: bool,
     /// Places with indexes that somebody else has made.
     pub(super) index: Vec<IndexLocation>,
+    /// Where a kubelet's credential providers are.
+    #[cfg(feature = "snapshotter")]
+    pub(super) kubelet: Option<FileKubelet>,
+    /// The global options that were given, for another ocifs that this one starts.
+    #[cfg(feature = "snapshotter")]
+    pub(super) arguments: Vec<OsString>,
 }
 
 impl Config {
     pub(super) fn resolve(globals: Globals) -> anyhow::Result<Self> {
+        #[cfg(feature = "snapshotter")]
+        let arguments = globals.arguments()?;
         let file = match &globals.config {
             Some(path) => read(path)?,
             None if Path::new(SYSTEM_CONFIG).exists() => read(Path::new(SYSTEM_CONFIG))?,
@@ -205,6 +303,10 @@ impl Config {
             verbose: globals.verbose,
             quiet: globals.quiet,
             index,
+            #[cfg(feature = "snapshotter")]
+            kubelet: file.kubelet_credentials,
+            #[cfg(feature = "snapshotter")]
+            arguments,
         })
     }
 }

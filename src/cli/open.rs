@@ -14,6 +14,8 @@ use ocifs::image::{Confirm, NamedImage, Opening, Preparation, Unconfirmed};
 use ocifs::layer::LayerContext;
 use ocifs::oci::ImageRef;
 use ocifs::published::{Locations, LookupPatience};
+#[cfg(feature = "snapshotter")]
+use ocifs::registry::credentials::{KubeletProviders, Several};
 use ocifs::registry::{RegistryClient, RegistryConfig};
 use ocifs::source;
 use ocifs::store::{Store, StoreError};
@@ -60,7 +62,11 @@ pub(super) async fn named(config: &Config, args: &ImageArgs, store: &Store) -> a
     let platform = args.platform.as_ref().map(|text| text.parse()).transpose()?;
     let source = source::open(&image, registry_config(config)).await?;
     let confirm = args.pull.map(Confirm::from).unwrap_or_default();
-    Ok(NamedImage::new(source, platform, store.clone(), confirm))
+    let named = NamedImage::new(source, platform, store.clone(), confirm);
+    Ok(match args.layers {
+        Some(count) => named.with_lowest_layers(count),
+        None => named,
+    })
 }
 
 /// Resolves the image: fetches its manifest and config, or reads them from the store, and nothing else. If the
@@ -103,6 +109,16 @@ pub(super) fn advised(error: anyhow::Error, image: &str) -> anyhow::Error {
 
 /// Returns the settings for requests to registries.
 pub(super) fn registry_config(config: &Config) -> RegistryConfig {
+    let mut settings = settings(config);
+    #[cfg(feature = "snapshotter")]
+    if let Some(kubelet) = &config.kubelet {
+        let providers = KubeletProviders::new(kubelet.config.clone(), kubelet.bin_dir.clone());
+        settings.credentials = Arc::new(Several(vec![settings.credentials, Arc::new(providers)]));
+    }
+    settings
+}
+
+fn settings(config: &Config) -> RegistryConfig {
     RegistryConfig {
         plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),

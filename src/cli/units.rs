@@ -62,6 +62,15 @@ impl FromStr for Deadline {
     }
 }
 
+impl std::fmt::Display for Deadline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(time) => humantime::format_duration(time).fmt(f),
+            None => f.write_str("never"),
+        }
+    }
+}
+
 impl<'de> serde::Deserialize<'de> for Deadline {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
@@ -110,6 +119,9 @@ mod tests {
     fn deadlines_are_read() {
         assert_eq!("30s".parse(), Ok(Deadline(Some(Duration::from_secs(30)))));
         assert_eq!("never".parse(), Ok(Deadline(None)));
+        for text in ["1m 30s", "250ms", "never"] {
+            assert_eq!(text.parse::<Deadline>().unwrap().to_string(), text);
+        }
         assert!("0s".parse::<Deadline>().is_err() && "soon".parse::<Deadline>().is_err());
     }
 }

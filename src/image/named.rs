@@ -8,7 +8,7 @@ use crate::blob::{BlobError, ImageSource};
 use crate::layer::LayerContext;
 use crate::oci::{Digest, Platform};
 use crate::profile::Label;
-use crate::resolve::resolve;
+use crate::resolve::{ResolvedImage, resolve};
 use crate::source::NamedSource;
 use crate::store::Store;
 
@@ -20,6 +20,8 @@ pub struct NamedImage {
     platform: Option<Platform>,
     store: Store,
     confirm: Confirm,
+    /// How many of the image's layers are wanted, if not all.
+    layers: Option<usize>,
 }
 
 /// An image whose manifest and config are known.
@@ -43,7 +45,25 @@ impl NamedImage {
             platform,
             store,
             confirm: if named.is_local { Confirm::Always } else { confirm },
+            layers: None,
         }
+    }
+
+    /// Names the image of the lowest `count` layers.
+    pub fn with_lowest_layers(mut self, count: usize) -> Self {
+        self.layers = Some(count);
+        self
+    }
+
+    /// Leaves out the layers that are not wanted.
+    fn wanted(&self, image: ResolvedImage) -> Result<ResolvedImage, BlobError> {
+        let (Some(wanted), layers) = (self.layers, image.layers().len()) else {
+            return Ok(image);
+        };
+        image.lowest(wanted).ok_or_else(|| BlobError::NotFound {
+            what: format!("layer {wanted} of {}", self.source.describe()),
+            hint: Some(format!("its layers are numbered from 1 to {layers}")),
+        })
     }
 
     /// Finds manifest and config.
@@ -68,7 +88,8 @@ impl NamedImage {
         let source = Arc::new(Expecting::new(kept.clone(), context.clone(), label.clone()));
         let resolved = resolve(&*source, self.platform.as_ref()).await?;
         let lookups = source.lookups(&resolved.manifest_document.digest);
-        let preparation = Arc::new(Preparation::new(kept.clone(), resolved).with_lookups(lookups));
+        let wanted = self.wanted(resolved)?;
+        let preparation = Arc::new(Preparation::new(kept.clone(), wanted).with_lookups(lookups));
         let replay = label.map(|label| Replay::published(&preparation, context, label));
         Ok(Opening {
             preparation,
@@ -110,7 +131,7 @@ impl NamedImage {
     }
 
     async fn prepare(&self, source: Arc<KeptSource>) -> Result<(Preparation, Option<Unconfirmed>), BlobError> {
-        let resolved = resolve(&*source, self.platform.as_ref()).await?;
+        let resolved = self.wanted(resolve(&*source, self.platform.as_ref()).await?)?;
         let unconfirmed = source.unconfirmed().cloned();
         Ok((Preparation::new(source, resolved), unconfirmed))
     }

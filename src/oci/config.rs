@@ -52,7 +52,10 @@ pub struct RunConfig {
     pub working_dir: String,
     /// Directories in which the program keeps data, with an empty object each. None of them when the field is of
     /// another type.
-    #[serde(deserialize_with = "other_type_as_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        deserialize_with = "other_type_as_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub volumes: BTreeMap<String, Empty>,
     /// Signal that asks the program to end, by name or number. Absent when the field is of another type.
     #[serde(deserialize_with = "other_type_as_default", skip_serializing_if = "Option::is_none")]

@@ -8,14 +8,19 @@
 
 mod config_file;
 mod helper;
+#[cfg(feature = "snapshotter")]
+mod kubelet;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 
 pub use config_file::{AuthFile, AuthFileError, FoundCredentials};
+#[cfg(feature = "snapshotter")]
+pub use kubelet::KubeletProviders;
 
 use super::secret::Secret;
 
@@ -87,6 +92,26 @@ impl CredentialSource for Fixed {
             credential: matches.then(|| self.credential.clone()),
             tried: vec![format!("a fixed credential {verdict} {registry}")],
         }
+    }
+}
+
+/// Several sources. The first that gives a credential wins.
+#[derive(Debug, Clone)]
+pub struct Several(pub Vec<Arc<dyn CredentialSource>>);
+
+#[async_trait]
+impl CredentialSource for Several {
+    async fn lookup(&self, registry: &str, repository: &str) -> Lookup {
+        let mut all = Lookup::default();
+        for source in &self.0 {
+            let lookup = source.lookup(registry, repository).await;
+            all.tried.extend(lookup.tried);
+            if lookup.credential.is_some() {
+                all.credential = lookup.credential;
+                break;
+            }
+        }
+        all
     }
 }
 

@@ -3,6 +3,8 @@
 pub mod bound;
 pub mod carried;
 pub mod closed_port;
+#[cfg(feature = "snapshotter")]
+pub mod containerd;
 pub mod disk;
 pub mod docker_registry;
 pub mod layers;

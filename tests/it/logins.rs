@@ -254,3 +254,33 @@ fn settings_come_from_arguments_before_environment_before_file() {
         "{said:?}"
     );
 }
+
+#[cfg(feature = "snapshotter")]
+#[test]
+fn logins_come_from_the_credential_providers_of_a_kubelet() {
+    elsewhere(|| {
+        let private = Private::start();
+        let program = private.file(
+            "bin/cloud",
+            &format!(
+                "#!/bin/sh\necho '{{\"kind\":\"CredentialProviderResponse\",\"auth\":{{\"{}\":{{\"username\":\"me\",\"password\":\"hunter2\"}}}}}}'\n",
+                private.host()
+            ),
+        );
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let providers = private.file(
+            "providers.yaml",
+            "kind: CredentialProviderConfig\nproviders:\n- name: cloud\n  matchImages:\n  - \"*.test\"\n",
+        );
+        let text = format!(
+            "[kubelet-credentials]\nconfig = {providers:?}\nbin-dir = {:?}\n",
+            program.parent().unwrap()
+        );
+        let config = private.file("ocifs.toml", &text);
+        private.check(&private.ocifs().options(&["--config", config.to_str().unwrap()]));
+        fs::write(&program, "#!/bin/sh\nexit 1\n").unwrap();
+        let host = private.ocifs().options(&["--config", config.to_str().unwrap()]);
+        let error = host.fails(["inspect", &private.image()]);
+        assert!(error.contains("credential provider cloud"), "{error}");
+    });
+}

@@ -40,6 +40,8 @@ mod resume;
 mod signals;
 mod single_flight;
 mod slow;
+#[cfg(feature = "snapshotter")]
+mod snapshotter;
 mod status;
 mod structure;
 mod tls;
