@@ -22,7 +22,7 @@ use tokio::process::ChildStdout;
 use super::config::{Config, PrefetchMode};
 use super::fetching::{Interrupted, signals};
 use super::say;
-use super::{Fetching, ImageArgs, explain, open, progress};
+use super::{Fetching, ImageArgs, allocator, explain, open, progress};
 use ocifs::mount::{self, Event, MountConfig, Prefetch, RunDir, SERVE, Shape};
 use ocifs::oci::ImageConfig;
 use ocifs::os::{gone, until};
@@ -330,6 +330,11 @@ impl ServeCommand<'_> {
                 }
                 Event::Ready(image) => {
                     reports.send(&Report::Ready { seconds });
+                    let served = Arc::downgrade(&image);
+                    tokio::spawn(allocator::give_back_when_idle(move || {
+                        let status = served.upgrade()?.status();
+                        Some(status.iter().map(|layer| layer.fetched + layer.served).sum())
+                    }));
                     if complete {
                         let reports = reports.clone();
                         tokio::spawn(async move {
