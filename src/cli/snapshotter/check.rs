@@ -16,7 +16,7 @@ use super::{ADDRESS, say};
 /// Names of CRI's plugin with the settings of images: up to containerd 1.7, and since 2.0.
 const CRI_1: [&str; 3] = ["plugins", "io.containerd.grpc.v1.cri", "containerd"];
 const CRI_2: [&str; 2] = ["plugins", "io.containerd.cri.v1.images"];
-/// The plugin that pulls images for clients since containerd 2.1.
+/// What the plugin that pulls images unpacks, since containerd 2.1.
 const TRANSFER: [&str; 3] = ["plugins", "io.containerd.transfer.v1.local", "unpack_config"];
 
 /// Arguments of `snapshotter check`.
@@ -148,8 +148,8 @@ fn configuration(config: &Table, address: &Path) -> Vec<Check> {
         "",
     )];
     let (section, cri) = match (at(config, &CRI_2), at(config, &CRI_1)) {
-        (Some(cri), _) => ("io.containerd.cri.v1.images", cri),
-        (None, Some(cri)) => ("io.containerd.grpc.v1.cri\".containerd", cri),
+        (Some(cri), _) => ("plugins.\"io.containerd.cri.v1.images\"", cri),
+        (None, Some(cri)) => ("plugins.\"io.containerd.grpc.v1.cri\".containerd", cri),
         (None, None) => return checks,
     };
     let snapshotter = cri.get("snapshotter").and_then(Value::as_str).unwrap_or_default();
@@ -157,28 +157,26 @@ fn configuration(config: &Table, address: &Path) -> Vec<Check> {
         "snapshotter of CRI",
         snapshotter == name,
         format!("it is {name}"),
-        format!("it is {snapshotter:?}: set snapshotter = \"{name}\" in [plugins.\"{section}]"),
+        format!("it is {snapshotter:?}: set snapshotter = \"{name}\" in [{section}]"),
     ));
+    // Since containerd 2.1 pulls go through the transfer service, which asks the plugin what it wants.
+    let export = plugin
+        .get("exports")
+        .and_then(|exports| exports.get("enable_remote_snapshot_annotations"));
+    let is_asked_for = at(config, &TRANSFER).is_some() && export.and_then(Value::as_str) == Some("true");
     let silent = cri.get("disable_snapshot_annotations").and_then(Value::as_bool);
+    let advice = match at(config, &TRANSFER) {
+        Some(_) => format!(
+            "add [proxy_plugins.{name}.exports] with enable_remote_snapshot_annotations = \"true\" (containerd 2.1 and later)"
+        ),
+        None => format!("set disable_snapshot_annotations = false in [{section}]"),
+    };
     checks.push(Check::new(
-        "image names for the snapshotter",
-        silent == Some(false),
-        "CRI passes them on",
-        format!("CRI keeps them to itself: set disable_snapshot_annotations = false in [plugins.\"{section}]"),
+        "names of images",
+        silent == Some(false) || is_asked_for,
+        "pulls tell the snapshotter",
+        format!("pulls do not tell the snapshotter: {advice}"),
     ));
-    // Only containerd 2.1 and later pull by the transfer service and ask the plugin for what it wants.
-    if at(config, &CRI_2).is_some() && at(config, &TRANSFER).is_some() {
-        let wants = plugin
-            .get("exports")
-            .and_then(|exports| exports.get("enable_remote_snapshot_annotations"))
-            .is_some_and(|value| value.as_str() == Some("true"));
-        checks.push(Check::new(
-            "image names in pulls by the transfer service",
-            wants,
-            "the plugin asks for them",
-            format!("add [proxy_plugins.{name}.exports] with enable_remote_snapshot_annotations = \"true\""),
-        ));
-    }
     checks
 }
 
@@ -205,18 +203,12 @@ mod tests {
         assert!(missing(plugin).is_empty(), "without CRI there is nothing else to set");
         let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n";
         let wrong = format!("{plugin}{cri}snapshotter = \"overlayfs\"\ndisable_snapshot_annotations = true\n");
-        assert_eq!(
-            missing(&wrong),
-            ["snapshotter of CRI", "image names for the snapshotter"]
-        );
+        assert_eq!(missing(&wrong), ["snapshotter of CRI", "names of images"]);
         let right = format!("{plugin}{cri}snapshotter = \"lazy\"\ndisable_snapshot_annotations = false\n");
         assert!(missing(&right).is_empty());
-        let second = "[plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"lazy\"\ndisable_snapshot_annotations = false\n\
+        let second = "[plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"lazy\"\n\
                       [plugins.\"io.containerd.transfer.v1.local\"]\nunpack_config = []\n";
-        assert_eq!(
-            missing(&format!("{plugin}{second}")),
-            ["image names in pulls by the transfer service"]
-        );
+        assert_eq!(missing(&format!("{plugin}{second}")), ["names of images"]);
         let exports = "[proxy_plugins.lazy.exports]\nenable_remote_snapshot_annotations = \"true\"\n";
         assert!(missing(&format!("{plugin}{exports}{second}")).is_empty());
     }
