@@ -25,7 +25,7 @@ const ADDRESS: &str = "/run/ocifs-snapshotter/snapshotter.sock";
 /// Where snapshots are kept.
 const ROOT: &str = "/var/lib/ocifs-snapshotter";
 /// How long a mount that no container uses is kept.
-const IDLE: Duration = Duration::from_secs(300);
+const IDLE: Duration = Duration::from_secs(60);
 /// Time between two looks for mounts that no container uses. With a longer time they stay longer than was said.
 const LOOK: Duration = Duration::from_secs(10);
 
@@ -47,7 +47,7 @@ struct SnapshotterServeArgs {
     /// Directory for the snapshots; containers' changes are written there
     #[arg(long, value_name = "DIR", default_value = ROOT)]
     root: PathBuf,
-    /// How long a mount is kept that no container uses [default: 5m]
+    /// How long a mount is kept that no container uses [default: 1m]
     #[arg(long, value_name = "TIME")]
     idle: Option<Deadline>,
 }

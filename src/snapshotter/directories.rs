@@ -69,11 +69,14 @@ impl SnapshotDirs {
         remove_all(&self.directory(id))
     }
 
-    /// Removes the directories of all but these snapshots. They are left by a process that was killed.
-    pub fn remove_others(&self, ids: &HashSet<u64>) -> Result<(), SnapshotError> {
+    /// Removes the directories of all but the snapshots that `ids` returns, which is asked after the directories were
+    /// listed. The others are left by a process that was killed.
+    pub fn remove_others(&self, ids: impl FnOnce() -> HashSet<u64>) -> Result<(), SnapshotError> {
         let failed = SnapshotError::io(&self.path);
-        for entry in fs::read_dir(&self.path).map_err(&failed)? {
-            let entry = entry.map_err(&failed)?;
+        let entries = fs::read_dir(&self.path).map_err(&failed)?;
+        let found: Vec<fs::DirEntry> = entries.collect::<Result<_, _>>().map_err(&failed)?;
+        let ids = ids();
+        for entry in found {
             let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
             if id.is_none_or(|id| !ids.contains(&id)) {
                 remove_all(&entry.path())?;
@@ -168,7 +171,7 @@ mod tests {
             dirs.create(id, None).unwrap();
             fs::write(dirs.changes(id).join("a"), "a").unwrap();
         }
-        dirs.remove_others(&[2].into()).unwrap();
+        dirs.remove_others(|| [2].into()).unwrap();
         dirs.remove(3).unwrap();
         let left: Vec<_> = fs::read_dir(dir.path().join("snapshots")).unwrap().collect();
         assert_eq!(left.len(), 1);

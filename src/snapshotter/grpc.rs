@@ -116,8 +116,7 @@ async fn stat(snapshotter: Arc<Snapshotter>, asked: KeyRequest) -> Result<InfoRe
 async fn update(snapshotter: Arc<Snapshotter>, asked: UpdateRequest) -> Result<InfoResponse, SnapshotError> {
     let info = asked.info.unwrap_or_default();
     let fields = asked.update_mask.unwrap_or_default().paths;
-    let changed = tokio::task::block_in_place(|| snapshotter.update(&info.name, &info.labels, &fields))?;
-    let info = Some(info_message(changed));
+    let info = Some(info_message(snapshotter.update(&info.name, &info.labels, &fields)?));
     Ok(InfoResponse { info })
 }
 

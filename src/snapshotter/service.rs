@@ -169,25 +169,26 @@ impl Snapshotter {
         let record = self.stat(key)?;
         is_active(&record)?;
         let usage = self.scan(record.id).await?;
-        let mut table = self.table();
-        let record = table.get(key)?.clone();
-        is_active(&record)?;
-        let now = SystemTime::now();
-        let committed = SnapshotRecord {
-            name: name.to_owned(),
-            kind: SnapshotKind::Committed,
-            created: now,
-            updated: now,
-            labels,
-            content: SnapshotContent::Changes(Some(usage)),
-            ..record
-        };
-        table.replace(key, committed)
+        self.change(|table| {
+            let record = table.get(key)?.clone();
+            is_active(&record)?;
+            let now = SystemTime::now();
+            let committed = SnapshotRecord {
+                name: name.to_owned(),
+                kind: SnapshotKind::Committed,
+                created: now,
+                updated: now,
+                labels,
+                content: SnapshotContent::Changes(Some(usage)),
+                ..record
+            };
+            table.replace(key, committed)
+        })
     }
 
     /// Removes a snapshot, on which no others are made.
     pub async fn remove(self: &Arc<Self>, key: &str) -> Result<(), SnapshotError> {
-        let record = self.table().remove(key)?;
+        let record = self.change(|table| table.remove(key))?;
         match record.image() {
             Some(image) => {
                 self.end_without_snapshots(&image.manifest);
@@ -213,27 +214,29 @@ impl Snapshotter {
         labels: &BTreeMap<String, String>,
         fields: &[String],
     ) -> Result<SnapshotRecord, SnapshotError> {
-        let mut table = self.table();
-        let mut record = table.get(name)?.clone();
         let all = ["labels".to_owned()];
-        for field in if fields.is_empty() { &all } else { fields } {
-            match field.strip_prefix("labels.") {
-                Some(label) => {
-                    let value = labels.get(label).cloned().unwrap_or_default();
-                    record.labels.insert(label.to_owned(), value);
-                }
-                None if field == "labels" => record.labels = labels.clone(),
-                None => {
-                    return Err(SnapshotError::Argument(format!(
-                        "field {field:?} of snapshot {name:?} cannot be changed"
-                    )));
+        let fields = if fields.is_empty() { &all } else { fields };
+        self.change(|table| {
+            let mut record = table.get(name)?.clone();
+            for field in fields {
+                match field.strip_prefix("labels.") {
+                    Some(label) => {
+                        let value = labels.get(label).cloned().unwrap_or_default();
+                        record.labels.insert(label.to_owned(), value);
+                    }
+                    None if field == "labels" => record.labels = labels.clone(),
+                    None => {
+                        return Err(SnapshotError::Argument(format!(
+                            "field {field:?} of snapshot {name:?} cannot be changed"
+                        )));
+                    }
                 }
             }
-        }
-        record.labels.retain(|_, value| !value.is_empty());
-        record.updated = SystemTime::now();
-        table.replace(name, record.clone())?;
-        Ok(record)
+            record.labels.retain(|_, value| !value.is_empty());
+            record.updated = SystemTime::now();
+            table.replace(name, record.clone())?;
+            Ok(record)
+        })
     }
 
     /// Returns the snapshots that pass the filters.
@@ -263,11 +266,16 @@ impl Snapshotter {
         self.table.lock().expect("no panic while locked")
     }
 
+    /// Changes the table, which waits for the disk.
+    fn change<T>(&self, work: impl FnOnce(&mut SnapshotTable) -> T) -> T {
+        tokio::task::block_in_place(|| work(&mut self.table()))
+    }
+
     fn remove_orphans(&self) -> Result<(), SnapshotError> {
-        // The table stays locked, so that no directory is new meanwhile.
-        let table = self.table();
+        // A snapshot is in the table before it has a directory. So each directory that was found is in the table now, or
+        // has no snapshot any more.
         self.directories
-            .remove_others(&table.all().map(|record| record.id).collect())
+            .remove_others(|| self.table().all().map(|record| record.id).collect())
     }
 
     async fn scan(self: &Arc<Self>, id: u64) -> Result<DiskUsage, SnapshotError> {
@@ -353,27 +361,28 @@ impl Snapshotter {
             self.images.give_up(question, &error);
             return Ok(None);
         }
-        let mut table = self.table();
-        if let Some(name) = existing(&table, &question.chain, parent) {
-            return Ok(Some(name));
-        }
-        let (id, now) = (table.next_id(), SystemTime::now());
-        let name = format!("{}-{id}", question.chain);
-        table.insert(SnapshotRecord {
-            name: name.clone(),
-            parent: parent.map(str::to_owned),
-            kind: SnapshotKind::Committed,
-            id,
-            created: now,
-            updated: now,
-            labels: labels.clone(),
-            content: SnapshotContent::Image(ImageLayers {
-                reference,
-                manifest,
-                layers,
-            }),
-        })?;
-        Ok(Some(name))
+        self.change(|table| {
+            if let Some(name) = existing(table, &question.chain, parent) {
+                return Ok(Some(name));
+            }
+            let (id, now) = (table.next_id(), SystemTime::now());
+            let name = format!("{}-{id}", question.chain);
+            table.insert(SnapshotRecord {
+                name: name.clone(),
+                parent: parent.map(str::to_owned),
+                kind: SnapshotKind::Committed,
+                id,
+                created: now,
+                updated: now,
+                labels: labels.clone(),
+                content: SnapshotContent::Image(ImageLayers {
+                    reference,
+                    manifest,
+                    layers,
+                }),
+            })?;
+            Ok(Some(name))
+        })
     }
 
     async fn create(
@@ -383,8 +392,7 @@ impl Snapshotter {
         labels: BTreeMap<String, String>,
         kind: SnapshotKind,
     ) -> Result<Vec<MountStep>, SnapshotError> {
-        let record = {
-            let mut table = self.table();
+        let record = self.change(|table| {
             let (id, now) = (table.next_id(), SystemTime::now());
             let record = SnapshotRecord {
                 name: key.to_owned(),
@@ -398,8 +406,8 @@ impl Snapshotter {
             };
             // It is in the table before its image is mounted, so that the image counts as used.
             table.insert(record.clone())?;
-            record
-        };
+            Ok::<_, SnapshotError>(record)
+        })?;
         let made = async {
             let lowers = self.lowers(parent).await?;
             let below = match lowers.first() {

@@ -280,6 +280,10 @@ fn changes_can_be_committed_on_an_image() {
         .filter(|name| name.starts_with("data"))
         .collect();
     assert_eq!(names, ["data-b", "data-c"]);
+    snapshots(&["label", "done", "a=b", "c=d"]);
+    snapshots(&["label", "done", "c="]);
+    let labels = snapshots(&["info", "done"]);
+    assert!(labels.contains("\"a\": \"b\"") && !labels.contains("\"c\""), "{labels}");
     // A parent cannot be removed before its children.
     let said = host.ctr(&["snapshots", "--snapshotter", "ocifs", "remove", "done"]);
     assert_ne!(said.code, Some(0), "{said:?}");
