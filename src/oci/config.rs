@@ -71,13 +71,13 @@ where
 {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum Field<T> {
+    enum FieldValue<T> {
         Right(T),
         Other(IgnoredAny),
     }
-    Ok(match Field::deserialize(deserializer)? {
-        Field::Right(value) => value,
-        Field::Other(IgnoredAny) => T::default(),
+    Ok(match FieldValue::deserialize(deserializer)? {
+        FieldValue::Right(value) => value,
+        FieldValue::Other(IgnoredAny) => T::default(),
     })
 }
 

@@ -49,7 +49,7 @@ impl SnapshotFilters {
             if text.len() > MOST_TEXT {
                 return Err(SnapshotError::Argument("a filter is too long".to_owned()));
             }
-            Parser(text.chars().peekable()).filter().map_err(invalid)
+            FilterParser(text.chars().peekable()).filter().map_err(invalid)
         });
         Ok(Self(parsed.collect::<Result<_, _>>()?))
     }
@@ -84,9 +84,9 @@ impl Selector {
     }
 }
 
-struct Parser<'a>(Peekable<Chars<'a>>);
+struct FilterParser<'a>(Peekable<Chars<'a>>);
 
-impl Parser<'_> {
+impl FilterParser<'_> {
     fn filter(mut self) -> Result<Vec<Selector>, String> {
         let mut selectors = Vec::new();
         if self.0.peek().is_none() {

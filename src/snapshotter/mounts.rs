@@ -220,7 +220,7 @@ impl Shelf {
         gone(std::fs::remove_dir(path)).map_err(|error| format!("{}: {error}", path.display()))
     }
 
-    /// Takes down what is mounted in a directory, whatever state it is in.
+    /// Takes the mount of a directory down, whatever state it is in.
     async fn clear(&self, path: &Path) -> Result<(), String> {
         match take_down(&self.run, path, true).await {
             Ok(_) | Err(TakedownError::NotMounted { .. }) => Ok(()),

@@ -25,7 +25,7 @@ pub(super) struct CheckArgs {
     /// Unix socket of the snapshotter
     #[arg(long, value_name = "SOCKET", default_value = ADDRESS)]
     address: PathBuf,
-    /// containerd's configuration file [default: the one that containerd uses]
+    /// File with containerd's configuration [default: the one that containerd uses]
     #[arg(long, value_name = "FILE")]
     containerd_config: Option<PathBuf>,
     /// Print a JSON array
