@@ -26,7 +26,7 @@ cri_answers() {
 cri_containerd() {
     local dir=$1
     mkdir -p "$dir/certs.d/$2"
-    echo "server = \"http://$2\"" >"$dir/certs.d/$2/hosts.toml"
+    printf 'server = "http://%s"\n[host."http://%s"]\ncapabilities = ["pull", "resolve"]\n' "$2" "$2" >"$dir/certs.d/$2/hosts.toml"
     cat >"$dir/config.toml" <<TOML
 version = 2
 root = "$dir/root"
