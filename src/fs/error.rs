@@ -57,8 +57,8 @@ impl ToErrno for FsError {
                 _ => Errno::EIO,
             },
             Self::Content(error) => error.errno(),
-            // The same as for an image that cannot be prepared at all, because no operation works in either case.
-            Self::Stalled { .. } => Errno::EIO,
+            // As for content that does not come in time. Whoever tries again may have success.
+            Self::Stalled { .. } => Errno::ETIMEDOUT,
             Self::Interrupted => Errno::EINTR,
             Self::IsDirectory => Errno::EISDIR,
             Self::NotAFile => Errno::EINVAL,
