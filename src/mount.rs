@@ -78,7 +78,7 @@ pub use prefetch::{Prefetch, PrefetchState, PrefetchStatus};
 pub use privilege::is_system_root;
 pub use registration::{AttachPhase, Carrier, MountRecord, RegistrationError, RunDir, RunEntry};
 pub use server::{DirectoryConfig, Event, MountConfig, Shape, serve};
-pub use signals::Signals;
+pub use signals::{Signals, is_ignored};
 pub use standing::Standing;
 pub use status::{LinkStatus, MountState, MountStatus};
 pub use survey::{list, status_of};

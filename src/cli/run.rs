@@ -22,7 +22,7 @@ use super::config::Config;
 use super::container::{Bundle, ContainerArgs, remove};
 use super::mounts::take_down;
 use super::{ImageArgs, explain};
-use ocifs::mount::RunDir;
+use ocifs::mount::{RunDir, is_ignored};
 
 /// Runtimes that are looked for, the preferred one first.
 const RUNTIMES: [&str; 3] = ["crun", "runc", "youki"];
@@ -114,10 +114,14 @@ fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     Ok(found)
 }
 
-/// Begins to catch the signals that go on to the program. Those that come before the program runs are kept for it.
+/// Begins to catch the signals that go on to the program. Those that come before the program runs are kept for it. SIGHUP stays
+/// ignored if this process was started to ignore it, as nohup(1) asks for; the runtime ignores it then too.
 fn forwarded() -> io::Result<Vec<(Signal, tokio::signal::unix::Signal)>> {
-    let caught = FORWARDED.map(|number| Ok((number, signal(SignalKind::from_raw(number as i32))?)));
-    caught.into_iter().collect()
+    let wanted = FORWARDED
+        .into_iter()
+        .filter(|&number| number != Signal::SIGHUP || !is_ignored(number as i32));
+    let caught = wanted.map(|number| Ok((number, signal(SignalKind::from_raw(number as i32))?)));
+    caught.collect()
 }
 
 /// Runs a bundle in the foreground. Returns how the runtime ended.

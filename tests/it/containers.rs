@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::common::layers::{Blob, Tar, config, header, push_with};
-use crate::common::ocifs::{Ocifs, bounded};
+use crate::common::ocifs::{Ocifs, bounded, isolate};
 use crate::common::registry::TestRegistry;
 
 /// An image of busybox whose program says as whom and where it runs.
@@ -109,6 +109,33 @@ fn signals_reach_the_program() {
     assert_eq!(line, "ready\n");
     kill(Pid::from_raw(running.id().cast_signed()), Signal::SIGUSR1).unwrap();
     output.read_to_string(&mut line).unwrap();
+    assert_eq!(running.wait().unwrap().code(), Some(9));
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn a_hangup_that_was_to_be_ignored_does_not_reach_the_program() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let script = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done";
+    // As nohup(1) starts it.
+    let direct = host.command(["run", "--runtime", "runc", &scene.image, script]);
+    let mut command = Command::new("env");
+    isolate(&mut command, host.home());
+    command
+        .arg("--ignore-signal=HUP")
+        .arg(direct.get_program())
+        .args(direct.get_args());
+    command.envs(direct.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut running = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(running.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    let pid = Pid::from_raw(running.id().cast_signed());
+    // The signals are handled in this order. SIGHUP would end the program, which does not catch it.
+    kill(pid, Signal::SIGHUP).unwrap();
+    kill(pid, Signal::SIGUSR1).unwrap();
     assert_eq!(running.wait().unwrap().code(), Some(9));
     nothing_is_left(&host, &scene);
 }
