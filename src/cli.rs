@@ -21,6 +21,7 @@ mod log;
 mod mount;
 mod mounts;
 mod open;
+mod manager;
 mod profile;
 mod progress;
 mod pull;

@@ -1,5 +1,6 @@
-//! What several modules need of the file system and the clock: private files, locks on bytes, and waiting by polling.
+//! What several modules need of the system: private files, locks on bytes, waiting by polling, and starting programs.
 
+mod child;
 mod lock;
 pub(crate) mod private;
 mod regular;
@@ -11,6 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
+pub use child::{MANAGER, program};
 pub(crate) use lock::{lock_bytes, unlock_bytes};
 pub(crate) use regular::{clear_way, is_foreign, is_symlink, open_or_replace, open_regular, read_open, read_regular};
 pub use until::until;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ use tokio::process::ChildStdout;
 
 use super::config::{Config, PrefetchMode};
 use super::fetching::{Interrupted, signals};
+use super::json::versioned;
+use super::manager::ServiceManager;
 use super::say;
 use super::{Fetching, ImageArgs, allocator, explain, open, progress};
 use ocifs::mount::{self, Event, MountConfig, Prefetch, RunDir, SERVE, Shape};
@@ -153,8 +155,11 @@ impl ServeCommand<'_> {
         entry.check_free()?;
         let (mut log, log_path) = entry.create_log()?;
         let mut signals = signals().context("cannot handle signals")?;
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(std::env::args_os().skip(1))
+        // The name decides what the arguments mean (`mount.ocifs`).
+        let mut arguments = std::env::args_os();
+        let mut child = program(std::env::current_exe()?)
+            .arg0(arguments.next().unwrap_or_else(|| "ocifs".into()))
+            .args(arguments)
             .env(SERVE, &log_path)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -248,7 +253,14 @@ impl ServeCommand<'_> {
             // Leaves the terminal's session: Ctrl-C there is meant for the process that waits.
             nix::unistd::setsid().context("cannot start a session")?;
         }
-        let reports = Arc::new(Reports { on: log.is_some() });
+        let reports = Arc::new(Reports {
+            on: log.is_some(),
+            manager: match log {
+                Some(_) => ServiceManager::none(),
+                None => ServiceManager::of_environment(),
+            },
+            wait: self.wait,
+        });
         let fetching = Fetching::new()?;
         let serving = self.serve_async(log, shape, reports.clone());
         let result = fetching.runtime().block_on(serving);
@@ -358,6 +370,7 @@ impl ServeCommand<'_> {
 }
 
 /// Ends a process that failed to start serving. The process gets [`GRACE`] to take down what it has attached; then it
+                Event::Ending => reports.manager.stopping(),
 /// is killed.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
     if child.try_wait()?.is_none() {
@@ -398,7 +411,7 @@ fn has_room() -> bool {
 }
 
 /// Writes report lines to standard output for the process that waits. Failures that this process does not read go to
-/// the log, and so do all warnings.
+/// the log, and so do all warnings. In the foreground, the service manager hears of them.
 struct Reports {
     on: bool,
 }
@@ -408,6 +421,9 @@ impl Reports {
     /// leaves the report out. The process that waits may be stopped, and this process must not wait for it.
     fn send(&self, report: &Report) -> bool {
         if self.on && matches!(report, Report::Progress { .. }) && !has_room() {
+    manager: ServiceManager,
+    /// The state in which a service counts as ready.
+    wait: Option<Wait>,
             return true;
         }
         let line = serde_json::to_string(report).expect("a report has only strings and numbers");
@@ -417,6 +433,18 @@ impl Reports {
             Report::Warning { message } => tracing::warn!("{message}"),
             _ => {}
         }
+        self.tell_manager(report);
         heard
     }
 }
+
+    fn tell_manager(&self, report: &Report) {
+        let (reached, status) = match report {
+            Report::Attached { .. } => (None, "the image is being prepared"),
+            Report::Ready { .. } => (Some(Wait::Ready), "the image can be read"),
+            Report::Complete => (Some(Wait::Complete), "all of the image is in the store"),
+            Report::Failed { message } => return self.manager.status(false, message),
+            Report::Progress { .. } | Report::Warning { .. } => return,
+        };
+        self.manager.status(reached >= self.wait, status);
+    }

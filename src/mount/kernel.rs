@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd as _, AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -28,6 +28,7 @@ use super::mountinfo;
 use super::options::FuseOptions;
 use super::standing::Standing;
 use super::users::mount_id;
+use crate::os::program;
 
 /// Flag of statx(2) for the unique id of a mount (kernel: include/uapi/linux/stat.h).
 const MNT_ID_UNIQUE: u32 = 0x4000;
@@ -153,7 +154,7 @@ fn mount_by_helper(
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
         .map_err(|e| failed(e.to_string()))?;
     fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| failed(e.to_string()))?;
-    let child = Command::new("fusermount3")
+    let child = program("fusermount3")
         .arg("-o")
         .arg(options.helper_options(source))
         .args(["--", "."])
@@ -379,7 +380,7 @@ fn unmount_by_helper(mountpoint: &Path, parent: &Path, lazy: bool) -> Result<(),
         mountpoint: mountpoint.to_owned(),
         message,
     };
-    let output = Command::new("fusermount3")
+    let output = program("fusermount3")
         .arg(if lazy { "-uz" } else { "-u" })
         .arg("--")
         .arg(mountpoint.file_name().unwrap_or_default())

@@ -18,7 +18,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -29,6 +29,7 @@ use super::kernel_call::KernelCall;
 use super::mountinfo::MountEntry;
 use super::options::FuseOptions;
 use super::privilege::is_system_root;
+use crate::os::program;
 
 /// The mount source of overlays that the kernel makes for ocifs.
 const SOURCE: &str = "ocifs";
@@ -278,7 +279,7 @@ impl<'a> OverlayDirs<'a> {
             // files of this user too.
             list.push(format!(",squash_to_uid={uid},squash_to_gid={gid}"));
         }
-        let output = Command::new("fuse-overlayfs")
+        let output = program("fuse-overlayfs")
             .arg("-o")
             .arg(list)
             .arg(place)

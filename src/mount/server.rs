@@ -110,7 +110,7 @@ pub struct MountConfig {
     pub log: Option<PathBuf>,
 }
 
-/// An event in the life of a mount. `Attached` comes first, then either `Ready` or `Failed`.
+/// An event in the life of a mount. `Attached` comes first, then either `Ready` or `Failed`, and `Ending` last.
 #[derive(Debug)]
 pub enum Event {
     /// The mount point is mounted, or the doors of the disk are open.
@@ -123,6 +123,8 @@ pub enum Event {
 
 /// How long `umount` waits for the last user to go after an unmount. The process serves these users for as long as
 /// they need. A larger value delays `umount`; a smaller one makes it report users that are about to go.
+    /// The process takes everything down and ends.
+    Ending,
 const LINGER: Duration = Duration::from_secs(1);
 /// How long an unmount waits for clients that are about to go. A larger value delays the refusal while clients stay; a
 /// smaller one refuses right after the end of a virtual machine.
@@ -208,7 +210,8 @@ pub async fn serve(
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
-    let asked = mount.run(requests, signals, events).await;
+    let asked = mount.run(requests, signals, &events).await;
+    events(Event::Ending);
     looking.abort();
     mount.side.stop().await;
     let asked = asked?;

@@ -43,6 +43,7 @@ mod slow;
 #[cfg(feature = "snapshotter")]
 mod snapshotter;
 mod status;
+mod services;
 mod structure;
 mod tls;
 mod toc;

@@ -10,6 +10,7 @@ use tokio::process::Command;
 
 use super::Credential;
 use super::config_file::login;
+use crate::os::program;
 
 /// Timeout of a helper. Cloud helpers ask a metadata service or refresh a session, which takes seconds, not minutes.
 /// The timeout is shorter than that of a lookup by default, so that the error names the helper.
@@ -62,8 +63,8 @@ pub(super) async fn ask(name: &str, key: &str) -> Result<Option<Credential>, Hel
 }
 
 /// Runs a helper program. Cancel safe: dropping the future kills the program.
-async fn run(program: &OsStr, key: &str) -> Result<Option<Credential>, HelperError> {
-    let mut child = Command::new(program)
+async fn run(helper: &OsStr, key: &str) -> Result<Option<Credential>, HelperError> {
+    let mut child = Command::from(program(helper))
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
