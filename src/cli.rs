@@ -14,6 +14,7 @@ mod disk;
 mod export;
 mod fetching;
 mod files;
+mod helper;
 mod image_name;
 mod index;
 mod inspect;
@@ -34,6 +35,7 @@ mod units;
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -174,8 +176,11 @@ struct StoreArgs {
 pub fn main() -> ExitCode {
     let started = Instant::now();
     allocator::settle();
-    let cli = Cli::parse();
-    match run(cli, started) {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if helper::is_called(&arguments) {
+        return helper::main(&arguments, started);
+    }
+    match run(Cli::parse_from(arguments), started) {
         Ok(status) => status,
         // The reader of standard output closed it, as `head` does. The user needs no message.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

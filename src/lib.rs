@@ -144,3 +144,6 @@ pub mod docs {
     #[doc = include_str!("docs/microvm.md")]
     pub mod microvm {}
 }
+
+    #[doc = include_str!("docs/services.md")]
+    pub mod services {}

@@ -89,13 +89,13 @@ fn known(path: &Path) -> anyhow::Result<PathBuf> {
     }
 }
 
-fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
+pub(super) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(future))
 }
 
 /// Takes the mount or disk at `path` down. Returns what is left of it.
-pub(super) fn take_down(path: &Path, lazy: bool) -> anyhow::Result<mount::Remainder> {
+pub(super) fn take_down(path: &Path, lazy: bool) -> anyhow::Result<TakenDown> {
     Ok(block_on(mount::take_down(&RunDir::open()?, &known(path)?, lazy))??)
 }
 

@@ -17,6 +17,8 @@ mod erofs;
 mod failures;
 mod fuzz_seeds;
 mod help;
+mod helper;
+mod images;
 mod index;
 mod interrupt;
 mod kernel_cache;
