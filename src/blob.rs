@@ -9,6 +9,7 @@
 
 pub mod file;
 mod link;
+mod retries;
 pub(crate) mod retry;
 
 use std::fmt::Debug;
@@ -21,6 +22,8 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 
 pub use link::{Link, LinkId, Pace};
+pub use retries::Retries;
+pub(crate) use retries::RetryCounter;
 
 use crate::oci::{Descriptor, Digest};
 
@@ -91,6 +94,11 @@ pub trait BlobSource: Send + Sync + Debug {
     /// Returns what is known about the link to the bytes.
     fn link(&self) -> Link {
         Link::LOCAL
+    }
+
+    /// Returns how often requests for the blob were repeated.
+    fn retries(&self) -> Retries {
+        Retries::default()
     }
 }
 

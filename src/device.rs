@@ -37,7 +37,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use budget::CacheBudget;
+pub use budget::{CacheBudget, Evictions};
 pub use evict::{Evicted, Scope, evict_to};
 pub use file::SpanLock;
 pub use verify::{Verified, verify};

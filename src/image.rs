@@ -47,7 +47,7 @@ use self::indexed::carried;
 use self::merged::{Tocs, hold, merge};
 use self::prefetch::Layers;
 use self::programs::Programs;
-use crate::blob::{BlobSource, ImageSource, Link};
+use crate::blob::{BlobSource, ImageSource, Link, Retries};
 use crate::erofs::Reader;
 use crate::layer::{
     self, FirstPassError, Health, Layer, LayerContext, LayerError, LayerStats, LayerStatus, OpenError, Opened, ToOpen,
@@ -150,6 +150,12 @@ impl Preparation {
 
     /// Why the last request for a layer failed, if such a request is being retried.
     pub fn trouble(&self) -> Option<String> {
+    /// Returns how often requests for layers were repeated.
+    pub fn retries(&self) -> Retries {
+        let blobs = self.blobs.lock().expect("no panic while locked");
+        blobs.values().map(|blob| blob.retries()).sum()
+    }
+
         self.stats.values().find_map(|stats| stats.trouble())
     }
 

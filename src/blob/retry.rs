@@ -5,9 +5,11 @@
 //! Delays double from [`FIRST_DELAY`] to [`LONGEST_DELAY`]. Full jitter on their upper half keeps readers that failed
 //! together from coming back together. This module never sleeps; the caller does.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::BlobError;
+use super::retries::RetryCounter;
 
 /// First delay. It is about two round trips on a bad link, because a lost connection is usually back at once. A
 /// larger delay keeps readers waiting after such a loss; a smaller one retries before the link is back.
@@ -39,6 +41,7 @@ pub struct Retry {
     progress: Instant,
     failures: u32,
     streak: u32,
+    counter: Arc<RetryCounter>,
 }
 
 impl Retry {
@@ -51,7 +54,13 @@ impl Retry {
             progress: now,
             failures: 0,
             streak: 0,
+            counter: Arc::default(),
         }
+    }
+
+    /// Counts the further attempts with `counter`.
+    pub(crate) fn counted_by(self, counter: Arc<RetryCounter>) -> Self {
+        Self { counter, ..self }
     }
 
     /// Notes that bytes arrived. The deadline and the delays start over.
@@ -104,6 +113,7 @@ impl Retry {
         if remaining < FIRST_DELAY || asked >= remaining {
             return Err(self.give_up(error));
         }
+        self.counter.count(&error);
         Ok(delay.max(asked))
     }
 

@@ -1,6 +1,9 @@
 //! The budget of the cache: keeps the store within `--cache-size` while spans are written to it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde::{Deserialize, Serialize};
 
 use super::{Scope, evict_to};
 use crate::store::{Store, StoreError};
@@ -32,6 +35,25 @@ pub struct CacheBudget {
     store: Store,
     limit: u64,
     state: Mutex<BudgetState>,
+    evicted: EvictionCounters,
+}
+
+/// What a process has evicted to make room for what it wrote.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evictions {
+    /// Number of spans.
+    pub spans: u64,
+    /// Number of trees.
+    pub trees: u64,
+    /// Bytes on disk that came free.
+    pub bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct EvictionCounters {
+    spans: AtomicU64,
+    trees: AtomicU64,
+    bytes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -63,12 +85,23 @@ impl CacheBudget {
             store,
             limit,
             state: Mutex::default(),
+            evicted: EvictionCounters::default(),
         })
     }
 
     /// Returns the limit in bytes.
     pub fn limit(&self) -> u64 {
         self.limit
+    }
+
+    /// Returns what this process has evicted.
+    pub fn evictions(&self) -> Evictions {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Evictions {
+            spans: of(&self.evicted.spans),
+            trees: of(&self.evicted.trees),
+            bytes: of(&self.evicted.bytes),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, BudgetState> {
@@ -111,6 +144,13 @@ impl CacheBudget {
         let target = limit.saturating_sub(bytes + slack);
         let evicted = evict_to(&self.store, target, Scope::Cache)?;
         tracing::debug!(?evicted, "made room in the cache");
+        for (counter, more) in [
+            (&self.evicted.spans, evicted.spans),
+            (&self.evicted.trees, evicted.trees),
+            (&self.evicted.bytes, evicted.freed()),
+        ] {
+            counter.fetch_add(more, Ordering::Relaxed);
+        }
         Ok(limit.saturating_sub(evicted.after))
     }
 }

@@ -16,6 +16,7 @@ use futures::stream::{self, StreamExt as _};
 use tokio::sync::mpsc;
 
 use super::race::Origin;
+use super::stats::FetchPurpose;
 use super::stripes::{self, Ahead};
 use crate::blob::{BlobError, ByteStream};
 use crate::device::CacheBudget;
@@ -84,7 +85,7 @@ impl Arrival {
             return Ok(None);
         };
         self.position += bytes.len() as u64;
-        self.origin.stats.fetched_more(bytes.len());
+        self.origin.stats.fetched_more(bytes.len(), FetchPurpose::Pass);
         if let Some(keeper) = &mut self.keeper {
             keeper.keep(bytes.clone()).await;
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::{FutureExt as _, StreamExt as _};
 use tokio::task::JoinHandle;
 
-use super::{Claim, Landed, Landing, Layer, LayerError, stripes};
+use super::{Claim, FetchPurpose, Landed, Landing, Layer, LayerError, stripes};
 use crate::blob::{BlobError, Verdict};
 use crate::device::SpanLock;
 use crate::fetch::Pass;
@@ -297,7 +297,9 @@ async fn decode(
         if timing.came() {
             pass.learned(layer.policy());
         }
-        layer.stats.fetched_more(bytes.len());
+        layer
+            .stats
+            .fetched_more(bytes.len(), FetchPurpose::Spans(pass.priority()));
         let unwanted = skip.min(bytes.len() as u64);
         skip -= unwanted;
         decoder

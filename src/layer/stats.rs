@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 
+use crate::fetch::Priority;
 use crate::oci::Digest;
 
 /// The origin of a layer's index.
@@ -23,12 +24,90 @@ pub enum IndexSource {
     Carried,
 }
 
+/// What compressed bytes are fetched for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FetchPurpose {
+    /// Spans with this priority.
+    Spans(Priority),
+    /// The pass that makes the layer's index.
+    Pass,
+    /// The table that the layer carries.
+    Table,
+}
+
+/// Compressed bytes that were fetched, by purpose.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchedFor {
+    /// A reader waited for them.
+    pub demand: u64,
+    /// They lay ahead of a reader.
+    pub readahead: u64,
+    /// An earlier start read them, or readers waited for bytes all around them.
+    pub likely: u64,
+    /// They were part of the image, and nobody was known to need them.
+    pub background: u64,
+    /// The index of their layer was made from them.
+    pub pass: u64,
+    /// They were the table of contents that their layer carries.
+    pub table: u64,
+}
+
+impl std::iter::Sum for FetchedFor {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |a, b| Self {
+            demand: a.demand + b.demand,
+            readahead: a.readahead + b.readahead,
+            likely: a.likely + b.likely,
+            background: a.background + b.background,
+            pass: a.pass + b.pass,
+            table: a.table + b.table,
+        })
+    }
+}
+
+/// Counters of the fields of [`FetchedFor`].
+#[derive(Debug, Default)]
+struct FetchCounters {
+    demand: AtomicU64,
+    readahead: AtomicU64,
+    likely: AtomicU64,
+    background: AtomicU64,
+    pass: AtomicU64,
+    table: AtomicU64,
+}
+
+impl FetchCounters {
+    fn of(&self, purpose: FetchPurpose) -> &AtomicU64 {
+        match purpose {
+            FetchPurpose::Spans(Priority::Demand) => &self.demand,
+            FetchPurpose::Spans(Priority::Readahead) => &self.readahead,
+            FetchPurpose::Spans(Priority::Likely) => &self.likely,
+            FetchPurpose::Spans(Priority::Background) => &self.background,
+            FetchPurpose::Pass => &self.pass,
+            FetchPurpose::Table => &self.table,
+        }
+    }
+
+    fn snapshot(&self) -> FetchedFor {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FetchedFor {
+            demand: of(&self.demand),
+            readahead: of(&self.readahead),
+            likely: of(&self.likely),
+            background: of(&self.background),
+            pass: of(&self.pass),
+            table: of(&self.table),
+        }
+    }
+}
+
 /// Counters of a layer. All of them only grow, except the numbers of tasks that open the layer or wait.
 #[derive(Debug)]
 pub struct LayerStats {
     /// Compressed size of the layer in bytes.
     pub size: u64,
     fetched: AtomicU64,
+    fetched_for: FetchCounters,
     resumed: AtomicU64,
     used: AtomicU64,
     served: AtomicU64,
@@ -57,6 +136,9 @@ pub struct LayerStatus {
     pub size: u64,
     /// Compressed bytes fetched by this mount.
     pub fetched: u64,
+    /// What they were fetched for.
+    #[serde(default)]
+    pub fetched_for: FetchedFor,
     /// Compressed bytes that this mount found in the store when it streamed the layer. An earlier, interrupted pass
     /// had fetched them.
     #[serde(default)]
@@ -113,6 +195,7 @@ impl LayerStats {
         Self {
             size,
             fetched: AtomicU64::new(0),
+            fetched_for: FetchCounters::default(),
             resumed: AtomicU64::new(0),
             used: AtomicU64::new(0),
             served: AtomicU64::new(0),
@@ -139,8 +222,9 @@ impl LayerStats {
         self.requests.load(Ordering::Relaxed)
     }
 
-    pub(super) fn fetched_more(&self, bytes: usize) {
+    pub(super) fn fetched_more(&self, bytes: usize, purpose: FetchPurpose) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.fetched_for.of(purpose).fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(super) fn resumed_more(&self, bytes: usize) {
@@ -237,6 +321,7 @@ impl LayerStats {
             digest: layer.to_string(),
             size: self.size,
             fetched: self.fetched(),
+            fetched_for: self.fetched_for.snapshot(),
             resumed: self.resumed.load(Ordering::Relaxed),
             used: self.used.load(Ordering::Relaxed),
             served: self.served.load(Ordering::Relaxed),

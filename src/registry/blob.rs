@@ -43,7 +43,7 @@ use super::endpoint::Repository;
 use super::redirects::BlobKey;
 use super::stats::{BlobMeter, BlobStats, HostMeter, HostStats};
 use super::transport::{Ask, Reply};
-use crate::blob::{BlobError, BlobSource, ByteStream, Link, Verdict};
+use crate::blob::{BlobError, BlobSource, ByteStream, Link, Retries, Verdict};
 use crate::oci::Digest;
 
 /// A blob in a registry.
@@ -206,6 +206,10 @@ impl BlobSource for RegistryBlob {
         let mut link = self.host().link();
         link.resting |= registry.link().resting;
         link
+    }
+
+    fn retries(&self) -> Retries {
+        self.core.meter.retries()
     }
 }
 

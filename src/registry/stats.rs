@@ -6,11 +6,11 @@
 //! Only time in which bytes arrive counts. A reader that requests one piece after the other leaves the link idle for
 //! a round trip each time. That idle time says nothing about the bandwidth either.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::blob::{Link, LinkId};
+use crate::blob::{Link, LinkId, Retries, RetryCounter};
 
 /// How long the shortest round-trip time stays valid. Longer samples contain handshakes, the server's work and the
 /// client's own queue. If the client believed them, its queue would grow. A longer window notices a slower route
@@ -67,6 +67,7 @@ pub struct BlobStats {
 pub(super) struct BlobMeter {
     requests: AtomicU64,
     bytes: AtomicU64,
+    retries: Arc<RetryCounter>,
 }
 
 impl BlobMeter {
@@ -76,6 +77,16 @@ impl BlobMeter {
 
     pub(super) fn bytes(&self, count: u64) {
         self.bytes.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// The counter of repeated requests.
+    pub(super) fn retry_counter(&self) -> Arc<RetryCounter> {
+        self.retries.clone()
+    }
+
+    /// How often requests were repeated.
+    pub(super) fn retries(&self) -> Retries {
+        self.retries.snapshot()
     }
 
     pub(super) fn snapshot(&self) -> BlobStats {

@@ -21,6 +21,7 @@ use futures::StreamExt as _;
 use super::super::data::LayerContext;
 use super::super::opening::{OpenError, ToOpen};
 use super::super::race::Origin;
+use super::super::stats::FetchPurpose;
 use super::NoTable;
 use crate::blob::{BlobError, Link};
 use crate::memory::Charge;
@@ -100,7 +101,7 @@ async fn read(
     let mut stream = time.wait(origin, origin.read(range.clone())).await??;
     let mut bytes = BytesMut::new();
     while let Some(more) = time.wait(origin, stream.next()).await?.transpose()? {
-        origin.stats.fetched_more(more.len());
+        origin.stats.fetched_more(more.len(), FetchPurpose::Table);
         time.came(more.len(), origin.blob.link());
         bytes.extend_from_slice(&more);
         if bytes.len() as u64 > len {

@@ -63,7 +63,7 @@ impl Reading {
         let mut reading = Self {
             apart,
             whole: range.start == 0 && range.end == core.size,
-            retry: core.client.retry(),
+            retry: core.client.retry().counted_by(core.meter.retry_counter()),
             rest: range,
             body: None,
             flowed: 0,
