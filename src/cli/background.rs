@@ -26,7 +26,7 @@ use super::json::versioned;
 use super::manager::ServiceManager;
 use super::say;
 use super::{Fetching, ImageArgs, allocator, explain, open, progress};
-use ocifs::mount::{self, Event, MountConfig, Prefetch, RunDir, SERVE, Shape};
+use ocifs::mount::{self, Event, MetricsPlace, MountConfig, Prefetch, RunDir, SERVE, Shape};
 use ocifs::oci::ImageConfig;
 use ocifs::os::{gone, until};
 use ocifs::profile::Label;
@@ -51,6 +51,10 @@ pub(super) struct ServeArgs {
     /// Return only when the image can be read, or all of it is in the store (a disk always waits until it can be read)
     #[arg(long, value_enum, value_name = "STATE")]
     pub(super) wait: Option<Wait>,
+    /// Give figures in the format of Prometheus: at HOST:PORT or unix:SOCKET to GET /metrics, or in a file, whose path has a
+    /// slash
+    #[arg(long, value_name = "ADDRESS|FILE", value_parser = MetricsPlace::parse)]
+    metrics: Option<MetricsPlace>,
     /// Stay in the foreground until unmounted
     #[arg(short, long)]
     foreground: bool,
@@ -65,6 +69,7 @@ impl ServeArgs {
         Self {
             replay,
             wait: Some(Wait::Ready),
+            metrics: None,
             foreground: false,
             json: false,
         }
@@ -319,6 +324,7 @@ impl ServeCommand<'_> {
             shape,
             require_ready: self.wait.is_some(),
             prefetch,
+            metrics: args.metrics.clone(),
             label: args.replay.profile.clone(),
             timeout: config.timeout,
             started: self.started,

@@ -227,6 +227,9 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     }
     let ready = status
         .ready_seconds
+    if let Some(metrics) = &status.metrics {
+        say!("metrics     {}", shown(metrics));
+    }
         .map(|s| format!(", ready after {s:.3} s"))
         .unwrap_or_default();
     say!("started     mounted after {:.3} s{ready}", status.mount_seconds);

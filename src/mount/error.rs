@@ -57,6 +57,14 @@ pub enum MountError {
         /// The error of the system.
         source: io::Error,
     },
+    /// The place for metrics cannot be used.
+    #[error("cannot give metrics at {place}: {source}")]
+    Metrics {
+        /// The place.
+        place: String,
+        /// The error of the system.
+        source: io::Error,
+    },
     /// Clients are connected to the disk.
     #[error("the disk is in use, clients connected: {clients} (end the virtual machines first, or use --lazy)")]
     Connected {

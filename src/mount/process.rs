@@ -29,6 +29,14 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(fields.map(str::to_owned).collect())
 }
 
+/// Returns the bytes of memory that this process takes (proc(5): VmRSS).
+pub(super) fn resident() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let size = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = size.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
 /// Returns the name of the program that a process runs.
 pub(super) fn name(pid: u32) -> String {
     let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();

@@ -19,6 +19,7 @@ use super::attachment::{Attachment, ImageStage};
 use super::control::{self, Control, Request, Response};
 use super::doors::DiskDoors;
 use super::error::{MountError, system};
+use super::metrics::{Exporter, MetricsPlace};
 use super::mountpoint::MountPoint;
 use super::options::{FuseOptions, Via};
 use super::overlay::Upper;
@@ -98,6 +99,8 @@ pub struct MountConfig {
     /// The label of the profile: which of the image's programs will run.
     pub label: Label,
     /// Deadline of a read. With `None`, reads wait for ever.
+    /// Where the figures of the mount go, if they go anywhere.
+    pub metrics: Option<MetricsPlace>,
     pub timeout: Option<Duration>,
     /// Whether the process gives up if the image cannot be prepared or the preparation stalls. Otherwise it serves
     /// errors.
@@ -168,6 +171,10 @@ pub async fn serve(
     // From here on a signal makes the process take down its mount, instead of killing it.
     let signals = Signals::catch(&[libc::SIGHUP]).map_err(system("handle signals"))?;
     let run = RunDir::open()?;
+    let exporter = match &config.metrics {
+        Some(place) => Some(Exporter::open(place).await?),
+        None => None,
+    };
     let places = config.shape.places();
     let entry = run.entry(&places[0]);
     let turn = entry.turn().await?;
@@ -193,6 +200,7 @@ pub async fn serve(
     let attachment = plan(&config, &context, &preparation, entry, turn).await?;
     let mut mount = Mount {
         attachment,
+        metrics: exporter.as_ref().map(Exporter::place),
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         content: None,
@@ -210,11 +218,16 @@ pub async fn serve(
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
     let (calls, requests) = mpsc::channel(4);
     let control = mount.listen(calls)?;
+    let exporting = exporter.map(|exporter| exporter.start(calls.clone()));
     let asked = mount.run(requests, signals, &events).await;
     events(Event::Ending);
     looking.abort();
     mount.side.stop().await;
     let asked = asked?;
+    let last = mount.status();
+    if let Some(exporting) = exporting {
+        exporting.end(&last).await;
+    }
     mount.attachment.take_down()?;
     respond(asked, &Response::Unmounted);
     control.close().await;
@@ -321,6 +334,8 @@ struct Mount {
     config: MountConfig,
     context: LayerContext,
     preparation: Arc<Preparation>,
+    /// Where the figures of the mount go.
+    metrics: Option<String>,
     /// Since when and why the tag is unconfirmed, if it was resolved without its registry.
     unconfirmed: Option<Unconfirmed>,
     side: Side,

@@ -55,6 +55,13 @@ impl SocketFile {
     }
 }
 
+impl SocketFile {
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let own = fs::symlink_metadata(&self.path).is_ok_and(|found| id(&found) == self.id);

@@ -5,11 +5,12 @@ use serde::{Deserialize, Serialize};
 use super::doors::DiskDoors;
 use super::prefetch::PrefetchStatus;
 use super::registration::Carrier;
-use crate::blob::Link;
+use crate::blob::{Link, Retries};
 use crate::content::ReadStatus;
+use crate::device::Evictions;
 use crate::fetch::Load;
 use crate::image::Unconfirmed;
-use crate::layer::LayerStatus;
+use crate::layer::{FetchedFor, LayerStatus};
 
 /// The state of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +71,12 @@ pub struct MountStatus {
     /// The log of the process, if it runs in the background.
     #[serde(default)]
     pub log: Option<String>,
+    /// Directory of the store that the process uses, if it has one and reported it.
+    #[serde(default)]
+    pub store: Option<String>,
+    /// Where the figures of the mount go, if they go anywhere: HOST:PORT, `unix:SOCKET`, or a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
     /// The state of the mount.
     pub state: MountState,
     /// What is wrong at the moment: why the mount failed, why the store keeps no content, why reads fail, or why
@@ -94,6 +101,9 @@ pub struct MountStatus {
     pub size: u64,
     /// Compressed bytes that this mount has fetched.
     pub fetched: u64,
+    /// What they were fetched for.
+    #[serde(default)]
+    pub fetched_for: FetchedFor,
     /// While preparing: the average rate at which layers have arrived since the image was mounted, in compressed
     /// bytes per second. It includes bytes that an interrupted earlier pass left in the store. While stalled: the
     /// rate of the last seconds.
@@ -105,12 +115,21 @@ pub struct MountStatus {
     pub remaining_seconds: Option<f64>,
     /// Bytes of decoded spans in memory.
     pub memory: u64,
+    /// Bytes of memory that the process takes.
+    #[serde(default)]
+    pub resident: Option<u64>,
     /// Compressed bytes of the spans that were read.
     pub used: u64,
     /// Compressed bytes of the spans that need no fetch.
     pub local: u64,
     /// Number of requests for layers.
     pub requests: u64,
+    /// How often a request for a layer was repeated, by what went wrong.
+    #[serde(default)]
+    pub retries: Retries,
+    /// What this process has evicted from the store to make room.
+    #[serde(default)]
+    pub evicted: Evictions,
     /// Requests in flight, and requests that wait for a pass.
     pub in_flight: Load,
     /// The measured link to the layers. `None` until the tree is ready.

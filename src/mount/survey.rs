@@ -10,8 +10,11 @@ use super::found::{find, has_ended, registered, still_used};
 use super::process::standstill;
 use super::registration::{MountRecord, RunDir, RunEntry};
 use super::status::{MountState, MountStatus};
+use crate::blob::Retries;
 use crate::content::ReadStatus;
+use crate::device::Evictions;
 use crate::fetch::Load;
+use crate::layer::FetchedFor;
 
 /// Returns the status of all mounts of this user, in the order of their paths. They include dead mounts, and
 /// unmounted ones that still have users.
@@ -97,6 +100,8 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         mountpoint: record.mountpoint.display().to_string(),
         mountpoint_base64: record.mountpoint_base64(),
         log: None,
+        store: None,
+        metrics: None,
         state,
         problem: Some(problem),
         writable: record.writable,
@@ -107,13 +112,17 @@ fn unasked(record: &MountRecord, state: MountState, problem: String) -> MountSta
         ready_seconds: None,
         size: 0,
         fetched: 0,
+        fetched_for: FetchedFor::default(),
         rate: None,
         stalled_seconds: None,
         remaining_seconds: None,
         memory: 0,
+        resident: None,
         used: 0,
         local: 0,
         requests: 0,
+        retries: Retries::default(),
+        evicted: Evictions::default(),
         in_flight: Load::default(),
         link: None,
         reads: ReadStatus::default(),

@@ -27,6 +27,7 @@ mod life;
 mod logins;
 mod memory;
 mod mount;
+mod metrics;
 mod naming;
 mod odd;
 mod offline;

@@ -2,6 +2,7 @@
 
 use super::Mount;
 use crate::layer;
+use crate::mount::process;
 use crate::mount::status::{LinkStatus, MountState, MountStatus};
 
 impl Mount {
@@ -32,6 +33,8 @@ impl Mount {
             mountpoint_base64: record.mountpoint_base64(),
             // The client fills this in, because another process may have moved the log.
             log: None,
+            store: self.context.store.root().map(|root| root.display().to_string()),
+            metrics: self.metrics.clone(),
             state: match (&self.image, &self.failure) {
                 (Some(_), _) => MountState::Ready,
                 (None, Some(_)) => MountState::Failed,
@@ -50,15 +53,19 @@ impl Mount {
             ready_seconds: self.ready.map(|d| d.as_secs_f64()),
             size,
             fetched,
+            fetched_for: layers.iter().map(|l| l.fetched_for).sum(),
             rate,
             stalled_seconds: stalled.then(|| self.stall.since().as_secs_f64()),
             remaining_seconds: rate
                 .filter(|_| !stalled)
                 .map(|rate| total.saturating_sub(done) as f64 / rate),
             memory: self.context.memory.bytes() as u64,
+            resident: process::resident(),
             used: layers.iter().map(|l| l.used).sum(),
             local: layers.iter().map(|l| l.local).sum(),
             requests: layers.iter().map(|l| l.requests).sum(),
+            retries: self.preparation.retries(),
+            evicted: self.context.budget.evictions(),
             in_flight: self.context.lanes.load(),
             link: link.map(LinkStatus::from),
             reads: self.content.as_ref().map(|content| content.reads()).unwrap_or_default(),
