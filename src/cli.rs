@@ -19,6 +19,7 @@ mod image_name;
 mod index;
 mod inspect;
 mod log;
+mod json;
 mod mount;
 mod mounts;
 mod open;

@@ -141,9 +141,15 @@ pub mod docs {
     #[doc = include_str!("docs/indexes.md")]
     pub mod indexes {}
 
+    #[doc = include_str!("docs/json.md")]
+    pub mod json {}
+
+    #[doc = include_str!("docs/metrics.md")]
+    pub mod metrics {}
+
     #[doc = include_str!("docs/microvm.md")]
     pub mod microvm {}
-}
 
     #[doc = include_str!("docs/services.md")]
     pub mod services {}
+}

@@ -28,7 +28,7 @@ use super::say;
 use super::{Fetching, ImageArgs, allocator, explain, open, progress};
 use ocifs::mount::{self, Event, MetricsPlace, MountConfig, Prefetch, RunDir, SERVE, Shape};
 use ocifs::oci::ImageConfig;
-use ocifs::os::{gone, until};
+use ocifs::os::{gone, program, until};
 use ocifs::profile::Label;
 
 /// What is fetched ahead for the image's programs.
@@ -235,7 +235,7 @@ impl ServeCommand<'_> {
                         "pid": child.id(), "mount_seconds": seconds, "ready_seconds": ready_seconds,
                     });
                     (self.describe)(&mut object);
-                    say!("{object}");
+                    say!("{}", versioned(object)?);
                 }
                 return Ok(*config);
             }
@@ -370,6 +370,7 @@ impl ServeCommand<'_> {
                 Event::Failed(message) => {
                     reports.send(&Report::Failed { message });
                 }
+                Event::Ending => reports.manager.stopping(),
             }
         };
         Ok(mount::serve(mount, context, opening, events).await?)
@@ -377,7 +378,6 @@ impl ServeCommand<'_> {
 }
 
 /// Ends a process that failed to start serving. The process gets [`GRACE`] to take down what it has attached; then it
-                Event::Ending => reports.manager.stopping(),
 /// is killed.
 async fn end(child: &mut Child) -> anyhow::Result<()> {
     if child.try_wait()?.is_none() {
@@ -421,6 +421,9 @@ fn has_room() -> bool {
 /// the log, and so do all warnings. In the foreground, the service manager hears of them.
 struct Reports {
     on: bool,
+    manager: ServiceManager,
+    /// The state in which a service counts as ready.
+    wait: Option<Wait>,
 }
 
 impl Reports {
@@ -428,11 +431,9 @@ impl Reports {
     /// leaves the report out. The process that waits may be stopped, and this process must not wait for it.
     fn send(&self, report: &Report) -> bool {
         if self.on && matches!(report, Report::Progress { .. }) && !has_room() {
-    manager: ServiceManager,
-    /// The state in which a service counts as ready.
-    wait: Option<Wait>,
             return true;
         }
+        self.tell_manager(report);
         let line = serde_json::to_string(report).expect("a report has only strings and numbers");
         let heard = self.on && writeln!(std::io::stdout(), "{line}").is_ok();
         match report {
@@ -440,10 +441,8 @@ impl Reports {
             Report::Warning { message } => tracing::warn!("{message}"),
             _ => {}
         }
-        self.tell_manager(report);
         heard
     }
-}
 
     fn tell_manager(&self, report: &Report) {
         let (reached, status) = match report {
@@ -455,3 +454,4 @@ impl Reports {
         };
         self.manager.status(reached >= self.wait, status);
     }
+}

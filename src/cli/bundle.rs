@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::config::Config;
 use super::container::{Bundle, ContainerArgs};
+use super::json::versioned;
 use super::mounts::take_down;
 use super::{ImageArgs, say, text};
 
@@ -51,7 +52,7 @@ pub(super) fn run(config: &Config, args: BundleArgs, started: Instant) -> anyhow
         let mut object = serde_json::json!({});
         text::put(&mut object, "bundle", bundle.directory().as_os_str().as_bytes());
         text::put(&mut object, "mountpoint", bundle.rootfs().as_os_str().as_bytes());
-        say!("{object}");
+        say!("{}", versioned(object)?);
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use super::config::Config;
+use super::json::versioned;
 use super::open::open_image;
 use super::{Fetching, ImageArgs, text};
 use ocifs::erofs::{FileType, Walker};
@@ -98,7 +99,7 @@ fn show(fs: &ImageFs, out: &mut impl std::io::Write, name: &[u8], attr: &Attr, s
         if let Some(target) = target {
             text::put(&mut object, "target", &target);
         }
-        writeln!(out, "{object}")?;
+        writeln!(out, "{}", versioned(object)?)?;
         return Ok(());
     }
     let time = humantime::format_rfc3339_seconds(mtime(inode));

@@ -4,6 +4,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::config::Config;
+use super::json::versioned;
 use super::say;
 use super::text::shown;
 use super::units::human;
@@ -64,7 +65,7 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: InspectArgs) -> an
             }).collect::<Vec<_>>(),
             "oddities": oddities.iter().map(|(layer, text)| json!({"layer": layer, "text": text})).collect::<Vec<_>>(),
         });
-        say!("{}", serde_json::to_string_pretty(&object)?);
+        say!("{:#}", versioned(object)?);
         return Ok(());
     }
     say!("image     {}", shown(&args.image.image));

@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use super::explain;
+use super::json::versioned;
 use super::say;
 use super::text::{self, shown};
 use super::units::human;
@@ -14,7 +15,7 @@ use ocifs::content::ReadStatus;
 use ocifs::erofs::MOST_LINKS;
 use ocifs::mount::{
     self, Carrier, DISK_FILE, DiskDoors, DoorAddress, MountState, MountStatus, Prefetch, PrefetchState, PrefetchStatus,
-    RunDir,
+    RunDir, TakenDown,
 };
 
 /// Arguments of `umount`.
@@ -26,7 +27,7 @@ pub(super) struct UmountArgs {
     /// Detach at once, even if in use; users keep what they have open until the process is gone
     #[arg(short, long)]
     lazy: bool,
-    /// Print a JSON object for each mount point
+    /// Print a JSON object for each mount point, with what its process has fetched and done
     #[arg(long)]
     json: bool,
 }
@@ -103,15 +104,16 @@ pub(super) fn umount(args: UmountArgs) -> anyhow::Result<()> {
     let mut failures: Vec<anyhow::Error> = Vec::new();
     for path in &args.mountpoints {
         let result = take_down(path, args.lazy);
-        let remainder = result.as_ref().ok().cloned().flatten();
+        let taken_down = result.as_ref().ok().cloned().unwrap_or_default();
         if args.json {
             let problem = result.as_ref().err().map(explain);
             let mut object = serde_json::json!({
-                "unmounted": problem.is_none(), "problem": problem, "remainder": remainder,
+                "unmounted": problem.is_none(), "problem": problem, "remainder": taken_down.remainder,
+                "summary": taken_down.summary,
             });
             text::put(&mut object, "mountpoint", path.as_os_str().as_bytes());
-            say!("{object}");
-        } else if let Some(remainder) = remainder {
+            say!("{}", versioned(object)?);
+        } else if let Some(remainder) = taken_down.remainder {
             eprintln!("ocifs: {}: {remainder}", path.display());
         }
         failures.extend(result.err());
@@ -144,7 +146,7 @@ fn state(state: MountState) -> &'static str {
 pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
     let mounts = block_on(mount::list(&RunDir::open()?))??;
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&mounts)?);
+        say!("{:#}", versioned(&mounts)?);
         return Ok(());
     }
     say!("{:<10} {:>8} {:>20}  {:<40} IMAGE", "STATE", "PID", "FETCHED", "PLACE");
@@ -177,7 +179,7 @@ pub(super) fn list(args: ListArgs) -> anyhow::Result<()> {
 pub(super) fn status(args: StatusArgs) -> anyhow::Result<()> {
     let status = block_on(mount::status_of(&RunDir::open()?, &known(&args.mountpoint)?))??;
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&status)?);
+        say!("{:#}", versioned(&status)?);
     } else {
         show(&status)?;
     }
@@ -225,11 +227,11 @@ fn show(status: &MountStatus) -> anyhow::Result<()> {
     if let Some(log) = &status.log {
         say!("log         {}", shown(log));
     }
-    let ready = status
-        .ready_seconds
     if let Some(metrics) = &status.metrics {
         say!("metrics     {}", shown(metrics));
     }
+    let ready = status
+        .ready_seconds
         .map(|s| format!(", ready after {s:.3} s"))
         .unwrap_or_default();
     say!("started     mounted after {:.3} s{ready}", status.mount_seconds);

@@ -9,6 +9,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 
 use super::config::Config;
+use super::json::versioned;
 use super::open::{context, resolve};
 use super::say;
 use super::units::human;
@@ -111,7 +112,7 @@ fn show(config: &Config, fetching: &Fetching, args: &ShowArgs) -> anyhow::Result
             .iter()
             .map(|profile| serde_json::from_slice(&profile.encode()))
             .collect();
-        say!("{}", serde_json::to_string_pretty(&objects?)?);
+        say!("{:#}", versioned(objects?)?);
         return Ok(());
     }
     for profile in &profiles {

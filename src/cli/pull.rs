@@ -4,6 +4,7 @@ use anyhow::bail;
 use clap::Args;
 
 use super::config::Config;
+use super::json::versioned;
 use super::open::{context, resolve, watch};
 use super::progress::Bar;
 use super::say;
@@ -50,7 +51,7 @@ pub(super) fn run(config: &Config, fetching: &Fetching, args: PullArgs) -> anyho
             "image": &*args.image.image, "digest": digest, "size": size, "fetched": fetched, "layers": layers,
             "unconfirmed": unconfirmed,
         });
-        say!("{object}");
+        say!("{}", versioned(object)?);
     } else {
         say!("{digest}");
         if !config.quiet {

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::status::MountStatus;
+use super::summary::RunSummary;
 
 /// Time for a client to send its line, and time to take a line from this process. After that the process drops the
 /// connection. A larger value lets stuck clients hold connections longer; a smaller one drops slow clients.
@@ -60,9 +61,17 @@ pub enum Response {
     /// The answer to [`Request::Status`].
     Status(Box<MountStatus>),
     /// The mount is unmounted, and the process is about to end.
-    Unmounted,
+    Unmounted {
+        /// What the mount has done.
+        #[serde(default)]
+        summary: Option<Box<RunSummary>>,
+    },
     /// The mount is unmounted, and the process goes on because the mount still has users.
-    Detached,
+    Detached {
+        /// What the mount has done so far.
+        #[serde(default)]
+        summary: Option<Box<RunSummary>>,
+    },
     /// The mount could not be unmounted.
     Failed {
         /// The cause.

@@ -28,6 +28,7 @@ use super::process::process_start;
 use super::registration::{AttachPhase, Carrier, MountRecord, RunDir, RunEntry};
 use super::signals::Signals;
 use super::stall::Stall;
+use super::summary::RunSummary;
 use super::takedown;
 use crate::content::Content;
 use crate::fs::FsError;
@@ -98,9 +99,9 @@ pub struct MountConfig {
     pub prefetch: Prefetch,
     /// The label of the profile: which of the image's programs will run.
     pub label: Label,
-    /// Deadline of a read. With `None`, reads wait for ever.
     /// Where the figures of the mount go, if they go anywhere.
     pub metrics: Option<MetricsPlace>,
+    /// Deadline of a read. With `None`, reads wait for ever.
     pub timeout: Option<Duration>,
     /// Whether the process gives up if the image cannot be prepared or the preparation stalls. Otherwise it serves
     /// errors.
@@ -122,12 +123,12 @@ pub enum Event {
     Ready(Arc<Image>),
     /// The process answers requests with this error.
     Failed(String),
+    /// The process takes everything down and ends.
+    Ending,
 }
 
 /// How long `umount` waits for the last user to go after an unmount. The process serves these users for as long as
 /// they need. A larger value delays `umount`; a smaller one makes it report users that are about to go.
-    /// The process takes everything down and ends.
-    Ending,
 const LINGER: Duration = Duration::from_secs(1);
 /// How long an unmount waits for clients that are about to go. A larger value delays the refusal while clients stay; a
 /// smaller one refuses right after the end of a virtual machine.
@@ -170,11 +171,11 @@ pub async fn serve(
     }
     // From here on a signal makes the process take down its mount, instead of killing it.
     let signals = Signals::catch(&[libc::SIGHUP]).map_err(system("handle signals"))?;
-    let run = RunDir::open()?;
     let exporter = match &config.metrics {
         Some(place) => Some(Exporter::open(place).await?),
         None => None,
     };
+    let run = RunDir::open()?;
     let places = config.shape.places();
     let entry = run.entry(&places[0]);
     let turn = entry.turn().await?;
@@ -199,8 +200,8 @@ pub async fn serve(
     );
     let attachment = plan(&config, &context, &preparation, entry, turn).await?;
     let mut mount = Mount {
-        attachment,
         metrics: exporter.as_ref().map(Exporter::place),
+        attachment,
         side: Side::new(config.prefetch, &learning, replay),
         learning: Some(learning),
         content: None,
@@ -217,19 +218,20 @@ pub async fn serve(
     };
     let looking = tokio::spawn(look_after_store(mount.context.clone()));
     let (calls, requests) = mpsc::channel(4);
-    let control = mount.listen(calls)?;
     let exporting = exporter.map(|exporter| exporter.start(calls.clone()));
+    let control = mount.listen(calls)?;
     let asked = mount.run(requests, signals, &events).await;
     events(Event::Ending);
     looking.abort();
     mount.side.stop().await;
-    let asked = asked?;
     let last = mount.status();
     if let Some(exporting) = exporting {
         exporting.end(&last).await;
     }
+    let asked = asked?;
     mount.attachment.take_down()?;
-    respond(asked, &Response::Unmounted);
+    let summary = Some(Box::new(RunSummary::from(&last)));
+    respond(asked, &Response::Unmounted { summary });
     control.close().await;
     Ok(())
 }
@@ -332,10 +334,10 @@ async fn lingered(until: Option<tokio::time::Instant>) {
 struct Mount {
     attachment: Box<dyn Attachment>,
     config: MountConfig,
-    context: LayerContext,
-    preparation: Arc<Preparation>,
     /// Where the figures of the mount go.
     metrics: Option<String>,
+    context: LayerContext,
+    preparation: Arc<Preparation>,
     /// Since when and why the tag is unconfirmed, if it was resolved without its registry.
     unconfirmed: Option<Unconfirmed>,
     side: Side,
@@ -406,7 +408,8 @@ impl Mount {
                     let is_unmounting = self.attachment.attached().unfinished().any();
                     linger = is_unmounting.then(|| tokio::time::Instant::now() + LINGER);
                     if !is_unmounting {
-                        respond(std::mem::take(&mut asked), &Response::Detached);
+                        let summary = Some(Box::new(RunSummary::from(&self.status())));
+                        respond(std::mem::take(&mut asked), &Response::Detached { summary });
                     }
                 }
                 () = self.attachment.ended() => return Ok(asked),

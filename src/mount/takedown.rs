@@ -21,6 +21,7 @@ use super::process::{Process, standstill};
 use super::registration::{AttachPhase, MountRecord, RunDir, RunEntry};
 use super::socket_file::remove_dead;
 use super::socket_table;
+use super::summary::RunSummary;
 use super::users::Users;
 use super::{kernel, mountinfo, overlay};
 use crate::os::gone;
@@ -39,32 +40,50 @@ fn system(action: &'static str) -> impl Fn(std::io::Error) -> TakedownError {
     move |source| TakedownError::System { action, source }
 }
 
-/// What remains of a mount that was taken down: `None`, or a message for the user.
-pub type Remainder = Option<String>;
+/// What is known of a mount that was taken down.
+#[derive(Debug, Clone, Default)]
+pub struct TakenDown {
+    /// What remains of it, as a message for the user.
+    pub remainder: Option<String>,
+    /// What it has done. None if its process was dead, or did not say.
+    pub summary: Option<RunSummary>,
+}
+
+impl TakenDown {
+    /// A mount whose process said nothing.
+    fn silently(remainder: Option<String>) -> Self {
+        Self {
+            remainder,
+            summary: None,
+        }
+    }
+}
 
 /// Takes down the mount at `mountpoint`, an absolute path. The path need not be accessible, because that of a dead
 /// mount is not.
-pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Remainder, TakedownError> {
+pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<TakenDown, TakedownError> {
     let Some((entry, record)) = find(run, mountpoint)? else {
         // If the registration was lost, because /run was cleared for example, the type of the mount still
         // identifies it.
         return match mountinfo::at(mountpoint)? {
-            Some(mount) if run.made(&mount) => Ok(kernel::unmount(&mount.standing(), lazy).map(|_| None)?),
+            Some(mount) if run.made(&mount) => {
+                Ok(kernel::unmount(&mount.standing(), lazy).map(|_| TakenDown::default())?)
+            }
             _ => Err(not_mounted(mountpoint)),
         };
     };
     if !record.is_alive() {
-        return clear(&entry, &record).await.map(|()| None);
+        return clear(&entry, &record).await.map(|()| TakenDown::default());
     }
     let until = Instant::now() + LIMIT;
     if let Some((nobody, reason)) = still_used(&entry, &record) {
         // The process may be about to end because of another unmount.
         if nobody && has_ended(&record).await {
-            return clear(&entry, &record).await.map(|()| None);
+            return clear(&entry, &record).await.map(|()| TakenDown::default());
         }
         // A process that stands still does not notice that its last user is gone.
         if nobody && standstill(record.pid).is_some() {
-            return force(&entry, &record, lazy, until).await;
+            return force(&entry, &record, lazy, until).await.map(TakenDown::silently);
         }
         return Err(TakedownError::Detached {
             path: mountpoint.display().to_string(),
@@ -73,11 +92,17 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
     }
     // The process would read a request in its socket whenever it goes on. So it gets none while it is stopped.
     if standstill(record.pid).is_some() {
-        return force(&entry, &record, lazy, until).await;
+        return force(&entry, &record, lazy, until).await.map(TakenDown::silently);
     }
     match control::call(&entry.socket(), &Request::Unmount { lazy }).await {
-        Ok(Response::Unmounted) => Ok(None),
-        Ok(Response::Detached) => Ok(still_used(&entry, &record).map(|(_, reason)| reason)),
+        Ok(Response::Unmounted { summary }) => Ok(TakenDown {
+            remainder: None,
+            summary: summary.map(|summary| *summary),
+        }),
+        Ok(Response::Detached { summary }) => Ok(TakenDown {
+            remainder: still_used(&entry, &record).map(|(_, reason)| reason),
+            summary: summary.map(|summary| *summary),
+        }),
         Ok(Response::Failed { message }) => Err(TakedownError::Refused { message }),
         Ok(Response::Status(_) | Response::Working) => Err(not_mounted(mountpoint)),
         Err(ControlError::Slow) => {
@@ -88,21 +113,31 @@ pub async fn take_down(run: &RunDir, mountpoint: &Path, lazy: bool) -> Result<Re
                 None => until.saturating_duration_since(Instant::now()).max(ASKED),
             };
             match ends_within(&record, limit).await? {
-                true => Ok(None),
-                false => Ok(Some(format!("process {} has not ended yet", record.pid))),
+                true => Ok(TakenDown::default()),
+                false => Ok(TakenDown::silently(Some(format!(
+                    "process {} has not ended yet",
+                    record.pid
+                )))),
             }
         }
-        Err(ControlError::Silent | ControlError::Json(_)) => force(&entry, &record, lazy, until).await,
+        Err(ControlError::Silent | ControlError::Json(_)) => {
+            force(&entry, &record, lazy, until).await.map(TakenDown::silently)
+        }
         Err(ControlError::Io(_)) => match has_ended(&record).await {
             // If the process ended by itself, there is no registration left to clear.
-            true => clear(&entry, &record).await.map(|()| None),
-            false => force(&entry, &record, lazy, until).await,
+            true => clear(&entry, &record).await.map(|()| TakenDown::default()),
+            false => force(&entry, &record, lazy, until).await.map(TakenDown::silently),
         },
     }
 }
 
 /// Takes down a mount whose process is alive and does not answer.
-async fn force(entry: &RunEntry, record: &MountRecord, lazy: bool, until: Instant) -> Result<Remainder, TakedownError> {
+async fn force(
+    entry: &RunEntry,
+    record: &MountRecord,
+    lazy: bool,
+    until: Instant,
+) -> Result<Option<String>, TakedownError> {
     let why = standstill(record.pid).map(|why| format!(" ({why})"));
     if let Some(doors) = &record.disk {
         let clients = socket_table::count(doors);

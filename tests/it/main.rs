@@ -21,6 +21,7 @@ mod helper;
 mod images;
 mod index;
 mod interrupt;
+mod json;
 mod kernel_cache;
 mod layout;
 mod life;

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow, bail};
 
 use super::super::config::Config;
+use super::super::json::versioned;
 use super::super::open::{context, registry_config, resolve};
 use super::super::units::human;
 use super::super::{Fetching, say};
@@ -167,10 +168,10 @@ fn report(config: &Config, json: bool, place: &IndexPlace, digest: &Digest, push
     if json {
         say!(
             "{}",
-            serde_json::json!({
+            versioned(serde_json::json!({
                 "location": place.to_string(), "digest": digest,
                 "written": pushed.written, "present": pushed.present, "written_bytes": pushed.bytes,
-            })
+            }))?
         );
     } else if !config.quiet {
         let Pushed {

@@ -3,6 +3,7 @@
 use anyhow::bail;
 
 use super::super::config::Config;
+use super::super::json::versioned;
 use super::super::open::context;
 use super::super::{Fetching, say};
 use super::{VerifyArgs, needs_index, open};
@@ -86,10 +87,10 @@ impl Verified {
             let differences: Vec<_> = objects.collect();
             say!(
                 "{}",
-                serde_json::json!({
+                versioned(serde_json::json!({
                     "compared": self.compared, "missing": self.missing, "differences": differences,
                     "troubles": self.troubles,
-                })
+                }))?
             );
             return Ok(());
         }
