@@ -16,14 +16,15 @@ mod fetching;
 mod files;
 mod helper;
 mod image_name;
+mod images;
 mod index;
 mod inspect;
-mod log;
 mod json;
+mod log;
+mod manager;
 mod mount;
 mod mounts;
 mod open;
-mod manager;
 mod profile;
 mod progress;
 mod pull;
@@ -34,9 +35,9 @@ mod suggest;
 mod text;
 mod units;
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -107,6 +108,12 @@ enum Command {
     Cat(files::CatArgs),
     /// Write the merged file system of an image as one archive
     Export(export::ExportArgs),
+    /// List the images in the store, and how much of each is there
+    ///
+    /// SIZE is the size of the compressed layers. LOCAL is the part of it that needs no fetch. ON DISK is what the store has of the
+    /// image: indexes, the tree, and data. Data is kept unpacked, as files have it, so it takes more than it took to fetch. ALONE
+    /// is the part of it that no other image uses, which `ocifs cache rm` frees.
+    Images(images::ImagesArgs),
     /// Fetch all of an image into the store
     Pull(pull::PullArgs),
     /// See and exchange what is known of the starts of an image's programs
@@ -251,6 +258,7 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<ExitCode> {
         Command::Snapshotter(args) => return succeeded(snapshotter::run(&config, args)),
         Command::Disk(args) => return succeeded(disk::run(&config, args, started)),
         Command::Cache(command) => return succeeded(cache::run(&config, command)),
+        Command::Images(args) => return succeeded(images::images(&config, &args)),
         command => command,
     };
     let fetching = Fetching::new()?;

@@ -15,6 +15,7 @@ mod early;
 mod error;
 mod expecting;
 mod indexed;
+mod inventory;
 mod kept;
 mod learning;
 mod merged;
@@ -37,6 +38,7 @@ use tokio::sync::{OnceCell, watch};
 use early::Early;
 pub use early::Replay;
 pub use error::{CompleteError, ImageError};
+pub use inventory::{Inventory, Removal, RemovedImages, StoredImage};
 use kept::KeptSource;
 pub use kept::{Confirm, Unconfirmed};
 pub use learning::{Learning, stored as stored_profile};
@@ -148,14 +150,14 @@ impl Preparation {
         }
     }
 
-    /// Why the last request for a layer failed, if such a request is being retried.
-    pub fn trouble(&self) -> Option<String> {
     /// Returns how often requests for layers were repeated.
     pub fn retries(&self) -> Retries {
         let blobs = self.blobs.lock().expect("no panic while locked");
         blobs.values().map(|blob| blob.retries()).sum()
     }
 
+    /// Why the last request for a layer failed, if such a request is being retried.
+    pub fn trouble(&self) -> Option<String> {
         self.stats.values().find_map(|stats| stats.trouble())
     }
 

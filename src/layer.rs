@@ -64,7 +64,7 @@ pub use first_pass::FirstPassError;
 use flight::Run;
 pub(crate) use flight::{Flown, flown};
 pub use health::Health;
-pub use kept::{KeptOfLayer, kept_of_layer};
+pub use kept::{KeptOfLayer, kept_in, kept_of_layer};
 pub(crate) use open::open;
 pub use opening::OpenError;
 pub(crate) use opening::{Opened, ToOpen};

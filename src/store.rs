@@ -58,6 +58,7 @@ use nix::fcntl::FallocateFlags;
 use nix::unistd::{AccessFlags, access};
 
 pub use authority::{Authority, IndexName};
+pub use documents::NamedRoot;
 pub use draft::Draft;
 pub use layer_dir::LayerDir;
 pub use partial::Partial;

@@ -1,26 +1,33 @@
 //! `ocifs cache`: lists, checks and shrinks the store.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
-use nix::fcntl::{Flock, FlockArg};
 
 use super::config::Config;
+use super::images::{self, rfc3339};
+use super::json::versioned;
 use super::open;
 use super::text::shown;
 use super::units::{Size, human};
 use super::{Fetching, ImageArgs, ImageName, say};
 use ocifs::device::{Scope, evict_to};
-use ocifs::image;
+use ocifs::image::{self, Inventory};
+use ocifs::layer::kept_in;
 use ocifs::os::gone;
-use ocifs::store::{LayerDir, Store};
+use ocifs::store::Store;
 
 /// Commands of `cache`.
 #[derive(Debug, Subcommand)]
 pub(super) enum CacheCommand {
     /// Show the layers in the store and what they take
+    ///
+    /// DATA is content of files that was fetched, on disk. It is kept unpacked, so that reads need no decoding, and takes more
+    /// than the compressed bytes that it came from. These are in the column FROM.
     List {
         /// Print a JSON array
         #[arg(long)]
@@ -39,6 +46,12 @@ pub(super) enum CacheCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Remove images from the store
+    ///
+    /// An image's indexes, trees and data are removed, unless another image has the layer too. If another name means the same image,
+    /// only the name is removed. What is known of the starts of programs stays (`ocifs profile`), because it serves other versions of
+    /// the image.
+    Rm(images::RmArgs),
     /// Delete least recently used data down to a size
     Prune {
         /// What may stay [default: --cache-size]
@@ -73,18 +86,33 @@ pub(super) fn run(config: &Config, command: CacheCommand) -> anyhow::Result<()> 
             });
             verify(config, &store, image.as_ref(), json)
         }
+        CacheCommand::Rm(args) => images::rm(config, &store, &args),
         CacheCommand::Drop { all } => drop_cache(config, &store, all),
     }
 }
 
 fn list(store: &Store, json: bool) -> anyhow::Result<()> {
+    let inventory = Inventory::read(store)?;
     let mut rows = Vec::new();
     for dir in store.layers()? {
         let Some(digest) = dir.digest() else { continue };
+        let images = || {
+            inventory
+                .images
+                .iter()
+                .filter(|image| image.layer_digests().contains(&digest))
+        };
         let size = |path: std::path::PathBuf| fs::metadata(path).map_or(0, |m| m.len());
         let index = size(dir.spans()) + size(dir.toc()) + size(dir.extents());
         rows.push(Row {
             layer: digest.to_string(),
+            images: images().flat_map(|image| image.names.clone()).collect(),
+            last_used: images().filter_map(|image| image.last_used).max(),
+            fetched: if dir.is_indexed() {
+                kept_in(store, &dir, &digest).bytes
+            } else {
+                0
+            },
             authority: dir.is_indexed().then(|| dir.authority()),
             index,
             data: dir.data_usage(),
@@ -95,36 +123,49 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
     if json {
         let object = |row: &Row| {
             serde_json::json!({
-                "layer": row.layer, "authority": row.authority,
-                "index_bytes": row.index, "data_bytes": row.data, "unfinished_bytes": row.unfinished,
+                "layer": row.layer, "images": row.images, "last_used": row.last_used.map(rfc3339),
+                "authority": row.authority, "index_bytes": row.index, "data_bytes": row.data,
+                "compressed_bytes": row.fetched, "unfinished_bytes": row.unfinished,
             })
         };
-        say!("{}", serde_json::Value::from_iter(rows.iter().map(object)));
+        say!("{}", versioned(serde_json::Value::from_iter(rows.iter().map(object)))?);
         return Ok(());
     }
     say!(
-        "{:<72} {:>10} {:>10} {:>10}  AUTHORITY",
+        "{:<72} {:>10} {:>10} {:>10} {:>10}  AUTHORITY",
         "LAYER",
         "INDEX",
         "DATA",
+        "FROM",
         "UNFINISHED"
     );
     let sum = |bytes: fn(&Row) -> u64| rows.iter().map(bytes).sum();
     let total = Row {
         layer: format!("{} layers", rows.len()),
+        images: BTreeSet::new(),
+        last_used: None,
+        fetched: sum(|row| row.fetched),
         authority: None,
         index: sum(|row| row.index),
         data: sum(|row| row.data),
         unfinished: sum(|row| row.unfinished),
     };
     for row in rows.iter().chain([&total]) {
-        let [index, data, unfinished] = [row.index, row.data, row.unfinished].map(human);
+        let [index, data, fetched, unfinished] = [row.index, row.data, row.fetched, row.unfinished].map(human);
         let authority = row.authority.as_deref().map(|text| format!("  {}", shown(text)));
         say!(
-            "{:<72} {index:>10} {data:>10} {unfinished:>10}{}",
+            "{:<72} {index:>10} {data:>10} {fetched:>10} {unfinished:>10}{}",
             row.layer,
             authority.unwrap_or_default()
         );
+        let last_used = row.last_used.map(|time| format!("  last used {}", rfc3339(time)));
+        for (name, last_used) in row
+            .images
+            .iter()
+            .zip(last_used.into_iter().chain(std::iter::repeat(String::new())))
+        {
+            say!("  {}{last_used}", shown(name));
+        }
     }
     Ok(())
 }
@@ -132,6 +173,12 @@ fn list(store: &Store, json: bool) -> anyhow::Result<()> {
 /// Bytes that a layer takes in the store.
 struct Row {
     layer: String,
+    /// Names of the images that have it.
+    images: BTreeSet<String>,
+    /// When one of these was last mounted or asked for.
+    last_used: Option<SystemTime>,
+    /// Compressed bytes that the data came from.
+    fetched: u64,
     /// Who vouches for the index, if there is one.
     authority: Option<String>,
     index: u64,
@@ -159,7 +206,7 @@ fn verify(config: &Config, store: &Store, image: Option<&ImageArgs>, json: bool)
         tracing::info!(layer = %dir.path().display(), "checking");
     })?;
     if json {
-        say!("{}", serde_json::to_value(&report)?);
+        say!("{}", versioned(&report)?);
     } else {
         say!(
             "sound: {} documents, {} trees, {} layers, {} spans of data ({})",
@@ -196,7 +243,7 @@ fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
     let mut busy = 0;
     if all {
         for dir in store.layers()? {
-            busy += usize::from(!remove_layer(&dir)?);
+            busy += usize::from(dir.remove()?.is_none());
         }
         for directory in ["trees", "documents", "profiles", "notes"] {
             empty(&root.join(directory))?;
@@ -209,18 +256,6 @@ fn drop_cache(config: &Config, store: &Store, all: bool) -> anyhow::Result<()> {
         0 => Ok(()),
         1 => bail!("1 layer is being fetched at the moment and stays"),
         n => bail!("{n} layers are being fetched at the moment and stay"),
-    }
-}
-
-/// Removes a layer's directory. Returns false, and removes nothing, while another process holds the lock of the
-/// layer.
-fn remove_layer(dir: &LayerDir) -> anyhow::Result<bool> {
-    match Flock::lock(dir.lock_file()?, FlockArg::LockExclusiveNonblock) {
-        Err(_) => Ok(false),
-        Ok(_lock) => {
-            fs::remove_dir_all(dir.path()).with_context(|| format!("{}", dir.path().display()))?;
-            Ok(true)
-        }
     }
 }
 

@@ -27,7 +27,7 @@ pub fn kept_of_layer(store: &Store, digest: &Digest) -> KeptOfLayer {
 }
 
 /// Returns how much of a layer one of its directories has.
-fn kept_in(store: &Store, dir: &LayerDir, digest: &Digest) -> KeptOfLayer {
+pub fn kept_in(store: &Store, dir: &LayerDir, digest: &Digest) -> KeptOfLayer {
     let Some(spans) = super::stored::stored_map(dir, digest) else {
         return KeptOfLayer {
             is_whole: false,

@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
@@ -67,23 +67,31 @@ impl Store {
     /// Returns the digest of the document that an image's name meant the last time.
     pub(crate) fn root_document(&self, name: &str) -> Option<Digest> {
         let path = self.name_path(name)?;
-        match read_sealed(&path) {
-            Ok(content) => std::str::from_utf8(&content?).ok()?.parse().ok(),
-            Err(error) => {
-                tracing::warn!(%error, "cannot read what an image's name means");
-                None
-            }
-        }
+        Some(read_root(&path)?.0)
     }
 
     /// Remembers which document an image's name means.
     pub(crate) fn set_root_document(&self, name: &str, digest: &Digest) -> Result<(), StoreError> {
-        if self.root_document(name).as_ref() == Some(digest) {
-            self.touch_root_document(name);
+        let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
+        if read_root(&path) == Some((digest.clone(), Some(name.to_owned()))) {
+            touch(&path);
             return Ok(());
         }
-        let path = self.name_path(name).ok_or(StoreError::Unavailable)?;
-        self.publish_sealed(&path, Durability::Lazy, |file| write!(file, "{digest}"))
+        self.publish_sealed(&path, Durability::Lazy, |file| write!(file, "{digest}\n{name}"))
+    }
+
+    /// Returns what images' names meant the last time.
+    pub fn named_roots(&self) -> Result<Vec<NamedRoot>, StoreError> {
+        let named = self.root_documents()?.into_iter().filter_map(|path| {
+            let (digest, name) = read_root(&path)?;
+            Some(NamedRoot {
+                name,
+                digest,
+                confirmed: fs::metadata(&path).and_then(|metadata| metadata.modified()).ok(),
+                path,
+            })
+        });
+        Ok(named.collect())
     }
 
     /// Returns the files that say what images' names mean.
@@ -101,12 +109,6 @@ impl Store {
         modified.elapsed().ok()
     }
 
-    /// Records that the meaning of an image's name was confirmed just now.
-    fn touch_root_document(&self, name: &str) {
-        let Some(path) = self.name_path(name) else { return };
-        touch(&path);
-    }
-
     /// Returns where the meaning of a name is kept. The file name is a hash, because names have slashes and colons in
     /// them.
     fn name_path(&self, name: &str) -> Option<PathBuf> {
@@ -114,6 +116,33 @@ impl Store {
         let root = self.root.as_ref()?;
         Some(root.join("documents").join("of").join(&hash[..32]))
     }
+}
+
+/// What an image's name meant the last time.
+#[derive(Debug, Clone)]
+pub struct NamedRoot {
+    /// The name. None if an older ocifs wrote the file, which keeps no names.
+    pub name: Option<String>,
+    /// Digest of the manifest or image index.
+    pub digest: Digest,
+    /// When the meaning was last confirmed.
+    pub confirmed: Option<SystemTime>,
+    /// The file that says so.
+    pub path: PathBuf,
+}
+
+/// Reads a file that says what an image's name means: the digest, and the name in a second line. A damaged file counts as
+/// absent.
+fn read_root(path: &Path) -> Option<(Digest, Option<String>)> {
+    let content = read_sealed(path)
+        .inspect_err(|error| tracing::warn!(%error, "cannot read what an image's name means"))
+        .ok()??;
+    let text = std::str::from_utf8(&content).ok()?;
+    let (digest, name) = match text.split_once('\n') {
+        Some((digest, name)) => (digest, Some(name.to_owned())),
+        None => (text, None),
+    };
+    Some((digest.parse().ok()?, name))
 }
 
 #[cfg(test)]

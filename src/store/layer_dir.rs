@@ -5,6 +5,8 @@ use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
+
 use super::{Authority, Durability, IndexName, Store, StoreError, create_directory, private};
 use crate::oci::Digest;
 use crate::os::{clear_way, is_at, on_disk, open_or_replace, read_regular};
@@ -99,6 +101,26 @@ impl LayerDir {
     pub fn forget(&self) -> Result<(), StoreError> {
         let path = self.spans();
         clear_way(&path).map_err(|e| StoreError::io("remove", &path, e))
+    }
+
+    /// Returns the bytes on disk of all files.
+    pub fn usage(&self) -> u64 {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.metadata().ok())
+            .map(|m| on_disk(&m))
+            .sum()
+    }
+
+    /// Removes the directory, and returns the bytes on disk that came free. Returns none, and removes nothing, while another
+    /// process holds the lock of the layer.
+    pub fn remove(&self) -> Result<Option<u64>, StoreError> {
+        let Ok(_lock) = Flock::lock(self.lock_file()?, FlockArg::LockExclusiveNonblock) else {
+            return Ok(None);
+        };
+        let bytes = self.usage();
+        fs::remove_dir_all(&self.path).map_err(|e| StoreError::io("remove", &self.path, e))?;
+        Ok(Some(bytes))
     }
 
     /// Returns the bytes on disk of the data device; 0 if there is none.

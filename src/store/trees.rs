@@ -71,7 +71,7 @@ impl TreeName {
 
 impl StoredTree {
     /// Whether the file belongs to the image with this manifest.
-    pub(crate) fn is_of(&self, manifest: &Digest) -> bool {
+    pub fn is_of(&self, manifest: &Digest) -> bool {
         let name = self.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.split('.').next() == Some(&stem(manifest))
     }
