@@ -14,6 +14,7 @@ use tokio::net::UnixListener;
 
 use super::config::Config;
 use super::fetching::signals;
+use super::manager::ServiceManager;
 use super::units::Deadline;
 use super::{open, say};
 use ocifs::os::gone;
@@ -77,6 +78,7 @@ pub(super) fn run(config: &Config, args: SnapshotterArgs) -> anyhow::Result<()> 
 /// Serves until a signal asks this process to end. The mounts stay.
 async fn serve_until_signal(config: &Config, args: SnapshotterServeArgs) -> anyhow::Result<()> {
     let mut signals = signals().context("cannot handle signals")?;
+    let manager = ServiceManager::of_environment();
     let idle = args.idle.map_or(Some(IDLE), |deadline| deadline.0);
     let snapshotter = Snapshotter::open(SnapshotterConfig {
         root: std::path::absolute(&args.root)?,
@@ -88,8 +90,10 @@ async fn serve_until_signal(config: &Config, args: SnapshotterServeArgs) -> anyh
     let listener = listen(&args.address).with_context(|| format!("{}", args.address.display()))?;
     let restoring = snapshotter.clone();
     let restoring = tokio::spawn(async move { restoring.restore().await });
+    let serving = format!("serving snapshots at {}", args.address.display());
+    manager.status(true, &serving);
     if !config.quiet {
-        eprintln!("ocifs: serving snapshots at {}", args.address.display());
+        eprintln!("ocifs: {serving}");
     }
     let ending = async {
         // A mount that is being made again is used, but what this process knows of use is complete only afterwards.
@@ -108,6 +112,7 @@ async fn serve_until_signal(config: &Config, args: SnapshotterServeArgs) -> anyh
         () = ending => {}
         _ = signals.next() => {}
     }
+    manager.stopping();
     gone(std::fs::remove_file(&args.address)).with_context(|| format!("{}", args.address.display()))
 }
 

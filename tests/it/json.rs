@@ -289,6 +289,11 @@ fn images_are_documented() {
     compare("`ocifs images`", &list(&host.ok(["images", "--json"])));
     compare("`ocifs cache list`", &list(&host.ok(["cache", "list", "--json"])));
     compare("`ocifs cache verify`", &[host.ok(["cache", "verify", "--json"]).json()]);
+    #[cfg(feature = "snapshotter")]
+    compare(
+        "`ocifs snapshotter check`",
+        &list(&host.run(["snapshotter", "check", "--json"])),
+    );
     compare("`ocifs cache rm`", &lines(&host.ok(["cache", "rm", "--json", image])));
 }
 

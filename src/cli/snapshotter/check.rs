@@ -12,6 +12,7 @@ use serde::Serialize;
 use toml::{Table, Value};
 
 use super::{ADDRESS, say};
+use crate::cli::json::versioned;
 
 /// Names of CRI's plugin with the settings of images: up to containerd 1.7, and since 2.0.
 const CRI_1: [&str; 3] = ["plugins", "io.containerd.grpc.v1.cri", "containerd"];
@@ -56,7 +57,7 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<()> {
         Err(error) => checks.push(Check::new("containerd", false, "", format!("{error:#}"))),
     }
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&checks)?);
+        say!("{:#}", versioned(&checks)?);
     } else {
         for check in &checks {
             let mark = if check.ok { "ok     " } else { "missing" };
