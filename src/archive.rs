@@ -11,13 +11,12 @@
 //! docker >= 25      blobs/sha256/<hex>, layers uncompressed: hex is the diffID
 //! containerd        blobs/sha256/<hex>, layers as pulled: hex is the blob digest
 //! ```
-//! The module walks the archive once, header by header. Layers are then ranges of the file, read in place. An archive
-//! that is itself compressed is first unpacked to an unlinked temporary file. The module makes up a manifest of the
-//! image for the rest of the program. The manifest is always the same for the same archive content.
+//! Layers are ranges of the archive's file, read in place (`crate::tarfile`). The module makes up a manifest of the image
+//! for the rest of the program. The manifest is always the same for the same archive content.
+//!
+//! An archive with an OCI layout is another thing; see [`layout`](crate::layout).
 
 mod image;
-mod members;
-mod source;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -29,8 +28,8 @@ use bytes::Bytes;
 use crate::blob::file::{FileBlob, blocking};
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest, media_type};
+use crate::tarfile::Archive;
 use image::ArchiveImage;
-use source::Archive;
 
 /// One image of a docker archive.
 pub struct DockerArchive {

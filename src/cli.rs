@@ -65,6 +65,7 @@ const IMAGE_HELP: &str = "\
 IMAGE is one of
   alpine:latest, ghcr.io/org/app:1.2, localhost:5000/app@sha256:...   in a registry
   oci:DIR[:REF]                                                        in an OCI layout directory
+  oci-archive:FILE[:REF]                                               in a tar of an OCI layout
   docker-archive:FILE[:REF]                                            in a `docker save` archive
 
 Registry logins come from docker's config.json (with credential helpers) and containers' auth.json.";
@@ -130,7 +131,8 @@ enum Command {
 /// The image a command is about.
 #[derive(Debug, Clone, Args)]
 struct ImageArgs {
-    /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF] or docker-archive:FILE[:REF] (see `ocifs --help`)
+    /// Image reference: NAME[:TAG][@DIGEST], oci:DIR[:REF], oci-archive:FILE[:REF] or docker-archive:FILE[:REF] (see
+    /// `ocifs --help`)
     image: ImageName,
     /// Platform of the image, as OS/ARCH[/VARIANT]; one that the image does not have is an error [default: this machine's]
     #[arg(long, value_name = "PLATFORM")]

@@ -1,11 +1,12 @@
 //! OCI image layouts: a directory with `oci-layout`, `index.json` and `blobs/<algorithm>/<hex>` (image-spec
-//! image-layout.md).
+//! image-layout.md), or a tar of such a directory, whose blobs are read in place.
 //!
 //! `index.json` may hold several images; [`OciLayout::open`] describes how to name one. The path of a blob is made of
 //! a parsed digest, so it cannot leave `blobs/`. The blob itself may be a link to anywhere. That is safe, because
 //! documents are checked against their digest, and the decoder of a layer checks the layer. A blob may be missing
 //! until a caller requests it.
 
+mod files;
 mod select;
 
 use std::fmt;
@@ -15,21 +16,22 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use serde::Deserialize;
 
-use crate::blob::file::{FileBlob, blocking, open_regular, read_piece};
+use self::files::{LayoutFile, LayoutFiles};
+use crate::blob::file::blocking;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, Digest, ImageIndex, MAX_DOCUMENT, shown};
 
-/// One image of an OCI layout directory.
+/// One image of an OCI layout.
 #[derive(Clone)]
 pub struct OciLayout {
-    dir: Arc<Path>,
+    files: LayoutFiles,
     image: Option<String>,
     root: Descriptor,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct LayoutFile {
+struct LayoutMarker {
     image_layout_version: String,
 }
 
@@ -49,29 +51,43 @@ impl OciLayout {
     /// if `dir` is no layout.
     pub async fn open(dir: impl Into<PathBuf>, image: Option<&str>) -> Result<Self, BlobError> {
         let dir: Arc<Path> = dir.into().into();
+        Self::find(Arc::clone(&dir), image, move || Ok(LayoutFiles::Directory(dir))).await
+    }
+
+    /// Opens the image called `image` in the layout that the tar `file` holds, as [`OciLayout::open`] does.
+    ///
+    /// Reads every header of the tar. A tar that is compressed as a whole (gzip or zstd) is unpacked into the directory
+    /// for temporary files. A tar that unpacks to far more than images do is refused.
+    pub async fn open_archive(file: impl Into<PathBuf>, image: Option<&str>) -> Result<Self, BlobError> {
+        let file: Arc<Path> = file.into().into();
+        Self::find(Arc::clone(&file), image, move || LayoutFiles::of_archive(file)).await
+    }
+
+    async fn find(
+        path: Arc<Path>,
+        image: Option<&str>,
+        open: impl FnOnce() -> Result<LayoutFiles, BlobError> + Send + 'static,
+    ) -> Result<Self, BlobError> {
         let image = image.map(str::to_owned);
-        let (at, name) = (Arc::clone(&dir), image.clone());
-        let root = blocking(&dir, move || find(&at, name.as_deref())).await?;
-        Ok(Self { dir, image, root })
+        let finding = blocking(&path, move || {
+            let files = open()?;
+            let root = find(&files, image.as_deref())?;
+            Ok(Self { files, image, root })
+        });
+        finding.await
     }
 
     async fn document(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
         let (this, digest, size) = (self.clone(), descriptor.digest.clone(), descriptor.size);
-        let bytes = blocking(&self.dir, move || {
-            let (file, len, path) = this.open_blob(&digest)?;
-            if len > MAX_DOCUMENT as u64 {
-                return Err(BlobError::Invalid {
-                    what: path.display().to_string(),
-                    reason: format!("it has {len} bytes, more than the {MAX_DOCUMENT} allowed for a document"),
-                });
-            }
+        let bytes = blocking(self.files.path(), move || {
+            let file = this.open_blob(&digest)?;
+            let bytes = file.read(MAX_DOCUMENT)?;
             // Hand-made indexes give the size -1 or 0. Such a size is ignored, because the digest is checked below.
-            if size > 0 && size.unsigned_abs() != len {
-                return Err(wrong_size(&path, size, len));
+            if size > 0 && size.unsigned_abs() != file.len {
+                return Err(wrong_size(&file, size));
             }
-            let bytes = read_piece(&file, &path, 0, len)?;
             digest.verify(&bytes).map_err(|actual| BlobError::Corrupt {
-                what: path.display().to_string(),
+                what: file.to_string(),
                 expected: digest.to_string(),
                 actual: actual.to_string(),
             })?;
@@ -84,21 +100,18 @@ impl OciLayout {
         })
     }
 
-    fn open_blob(&self, digest: &Digest) -> Result<(std::fs::File, u64, PathBuf), BlobError> {
-        let path = self
-            .dir
-            .join("blobs")
-            .join(digest.algorithm().name())
-            .join(digest.hex());
-        match open_regular(&path) {
-            Ok((file, len)) => Ok((file, len, path)),
-            Err(BlobError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                Err(BlobError::NotFound {
-                    what: format!("blob {digest} in {}", self.describe()),
-                    hint: Some("the layout is incomplete; copy the image into it again".to_owned()),
-                })
-            }
-            Err(other) => Err(other),
+    fn open_blob(&self, digest: &Digest) -> Result<LayoutFile, BlobError> {
+        let name = format!("blobs/{}/{}", digest.algorithm().name(), digest.hex());
+        self.files.open(&name)?.ok_or_else(|| BlobError::NotFound {
+            what: format!("blob {digest} in {}", self.describe()),
+            hint: Some("the layout is incomplete; copy the image into it again".to_owned()),
+        })
+    }
+
+    fn transport(&self) -> &'static str {
+        match self.files {
+            LayoutFiles::Directory(_) => "oci",
+            LayoutFiles::Archive(_) => "oci-archive",
         }
     }
 }
@@ -120,8 +133,8 @@ impl ImageSource for OciLayout {
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
         let (this, digest, size) = (self.clone(), descriptor.digest.clone(), descriptor.size);
         let is_foreign = descriptor.is_foreign();
-        blocking(&self.dir, move || {
-            let (_, len, path) = this.open_blob(&digest).map_err(|error| match error {
+        blocking(self.files.path(), move || {
+            let file = this.open_blob(&digest).map_err(|error| match error {
                 BlobError::NotFound { what, .. } if is_foreign => BlobError::NotFound {
                     what,
                     hint: Some(
@@ -130,10 +143,10 @@ impl ImageSource for OciLayout {
                 },
                 error => error,
             })?;
-            if u64::try_from(size) != Ok(len) {
-                return Err(wrong_size(&path, size, len));
+            if u64::try_from(size) != Ok(file.len) {
+                return Err(wrong_size(&file, size));
             }
-            let blob: Arc<dyn BlobSource> = Arc::new(FileBlob::whole(path.into(), digest, len));
+            let blob: Arc<dyn BlobSource> = Arc::new(file.into_blob(digest));
             Ok(blob)
         })
         .await
@@ -141,13 +154,13 @@ impl ImageSource for OciLayout {
 
     fn describe(&self) -> String {
         match &self.image {
-            Some(image) => format!("oci:{}:{image}", self.dir.display()),
-            None => format!("oci:{}", self.dir.display()),
+            Some(image) => format!("{}:{image}", self.repository()),
+            None => self.repository(),
         }
     }
 
     fn repository(&self) -> String {
-        format!("oci:{}", self.dir.display())
+        format!("{}:{}", self.transport(), self.files.path().display())
     }
 }
 
@@ -157,48 +170,38 @@ impl fmt::Debug for OciLayout {
     }
 }
 
-fn wrong_size(path: &Path, expected: i64, actual: u64) -> BlobError {
+fn wrong_size(file: &LayoutFile, expected: i64) -> BlobError {
     BlobError::Corrupt {
-        what: path.display().to_string(),
+        what: file.to_string(),
         expected: format!("{expected} bytes"),
-        actual: format!("{actual} bytes"),
+        actual: format!("{} bytes", file.len),
     }
 }
 
-/// Checks that `dir` is a layout and finds the entry of `index.json`.
-fn find(dir: &Path, image: Option<&str>) -> Result<Descriptor, BlobError> {
-    let invalid = |name: &str, reason: String| BlobError::Invalid {
-        what: dir.join(name).display().to_string(),
+/// Checks that the files are those of a layout and finds the entry of `index.json`.
+fn find(files: &LayoutFiles, image: Option<&str>) -> Result<Descriptor, BlobError> {
+    let invalid = |file: &LayoutFile, reason: String| BlobError::Invalid {
+        what: file.to_string(),
         reason,
     };
-    let marker: LayoutFile = serde_json::from_slice(&small_file(dir, "oci-layout")?)
-        .map_err(|error| invalid("oci-layout", error.to_string()))?;
+    let file = small_file(files, "oci-layout")?;
+    let marker: LayoutMarker =
+        serde_json::from_slice(&file.read(MAX_DOCUMENT)?).map_err(|error| invalid(&file, error.to_string()))?;
     let version = &marker.image_layout_version;
     if version.split('.').next() != Some("1") {
         return Err(invalid(
-            "oci-layout",
+            &file,
             format!("layout version `{}` is not supported: want 1.x", shown(version)),
         ));
     }
-    let index = small_file(dir, "index.json")?;
-    let index = ImageIndex::parse(&index).map_err(|error| invalid("index.json", error.to_string()))?;
-    select::select(&index.manifests, image, dir).cloned()
+    let file = small_file(files, "index.json")?;
+    let index = ImageIndex::parse(&file.read(MAX_DOCUMENT)?).map_err(|error| invalid(&file, error.to_string()))?;
+    select::select(&index.manifests, image, files.path()).cloned()
 }
 
-fn small_file(dir: &Path, name: &str) -> Result<bytes::Bytes, BlobError> {
-    let path = dir.join(name);
-    let (file, len) = open_regular(&path).map_err(|error| match error {
-        BlobError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => BlobError::NotFound {
-            what: path.display().to_string(),
-            hint: Some("an OCI layout is a directory with `oci-layout`, `index.json` and `blobs`".to_owned()),
-        },
-        other => other,
-    })?;
-    if len > MAX_DOCUMENT as u64 {
-        return Err(BlobError::Invalid {
-            what: path.display().to_string(),
-            reason: format!("it has {len} bytes, more than the {MAX_DOCUMENT} allowed"),
-        });
-    }
-    read_piece(&file, &path, 0, len)
+fn small_file(files: &LayoutFiles, name: &str) -> Result<LayoutFile, BlobError> {
+    files.open(name)?.ok_or_else(|| BlobError::NotFound {
+        what: files.shown(name),
+        hint: Some(files.hint()),
+    })
 }

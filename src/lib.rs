@@ -78,8 +78,8 @@
 //! |---|---|
 //! | 0 | [`oci`] `memory` `os` `task` |
 //! | 1 | [`blob`] [`bundle`] [`index`] [`toc`] [`store`] [`profile`] `program` |
-//! | 2 | [`layout`] [`archive`] [`resolve`] [`tree`] [`span`] |
-//! | 3 | [`registry`] [`device`] `fetch` [`erofs`] |
+//! | 2 | `tarfile` [`resolve`] [`tree`] [`span`] |
+//! | 3 | [`layout`] [`archive`] [`registry`] [`device`] `fetch` [`erofs`] |
 //! | 4 | [`source`] [`published`] |
 //! | 5 | [`layer`] |
 //! | 6 | [`image`] |
@@ -121,6 +121,7 @@ pub mod snapshotter;
 pub mod source;
 pub mod span;
 pub mod store;
+mod tarfile;
 mod task;
 pub mod toc;
 pub mod tree;

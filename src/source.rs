@@ -29,6 +29,9 @@ pub async fn open(image: &ImageRef, registry: RegistryConfig) -> Result<NamedSou
             (Arc::new(source), reference.digest.clone())
         }
         ImageRef::Layout { dir, image } => (Arc::new(OciLayout::open(dir, image.as_deref()).await?), None),
+        ImageRef::LayoutArchive { file, image } => {
+            (Arc::new(OciLayout::open_archive(file, image.as_deref()).await?), None)
+        }
         ImageRef::Archive { file, image } => (Arc::new(DockerArchive::open(file, image.as_deref()).await?), None),
     };
     Ok(NamedSource {

@@ -5,13 +5,12 @@ use std::collections::{BTreeMap, HashMap};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::members::Member;
-use super::source::{Archive, ArchiveCompression};
 use crate::blob::BlobError;
 use crate::oci::{
     Algorithm, Descriptor, DiffId, Digest, DigestHasher, ImageConfig, MAX_DOCUMENT, MAX_LAYERS, Reference, listing,
     media_type, shown,
 };
+use crate::tarfile::{Archive, ArchiveCompression, Member};
 
 /// Name of the file that lists the images.
 const MANIFEST: &str = "manifest.json";
@@ -94,7 +93,7 @@ fn entries(archive: &Archive) -> Result<Vec<ImageEntry>, BlobError> {
     };
     if !archive.has(MANIFEST) {
         return Err(invalid(if archive.has("oci-layout") {
-            format!("it has no {MANIFEST} but is an OCI layout: unpack it and use oci:DIR")
+            format!("it has no {MANIFEST} but is an OCI layout: use oci-archive:FILE")
         } else {
             format!("it has no {MANIFEST}, so it was not written by `docker save` or alike")
         }));

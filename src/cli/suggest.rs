@@ -34,10 +34,7 @@ pub(super) fn suggest(image: &str) -> Option<String> {
     let (what, advice) = match kind {
         Kind::Layout => ("an OCI layout", write("oci")),
         Kind::DockerArchive => ("a docker archive", write("docker-archive")),
-        Kind::OciArchive => (
-            "an OCI archive",
-            "unpack it with tar and write oci:DIR with the directory".to_owned(),
-        ),
+        Kind::OciArchive => ("an OCI archive", write("oci-archive")),
         Kind::UnpackedArchive => (
             "an unpacked docker archive",
             "pack it with tar and write docker-archive:FILE with the file".to_owned(),
@@ -48,16 +45,20 @@ pub(super) fn suggest(image: &str) -> Option<String> {
         ),
         Kind::CompressedFile => (
             "a compressed file",
-            format!("if it is a docker archive, {}", write("docker-archive")),
+            format!(
+                "if it is a docker archive, {}; an OCI archive is oci-archive:FILE",
+                write("docker-archive")
+            ),
         ),
         Kind::Directory => ("a directory, but no OCI layout", "an OCI layout is oci:DIR".to_owned()),
         Kind::Tar => (
             "a tar archive, but none of an image",
-            "an archive of `docker save` is docker-archive:FILE".to_owned(),
+            "an archive of `docker save` is docker-archive:FILE, a tar of an OCI layout is oci-archive:FILE".to_owned(),
         ),
         Kind::Other => (
             "no image",
-            "an OCI layout is oci:DIR, an archive of `docker save` is docker-archive:FILE".to_owned(),
+            "an OCI layout is oci:DIR, a tar of one is oci-archive:FILE, an archive of `docker save` is docker-archive:FILE"
+                .to_owned(),
         ),
     };
     Some(format!("`{}` is {what} on this machine: {advice}", in_error(path)))

@@ -1,7 +1,7 @@
 //! What a command line may call an image: a reference in a registry, or a local layout or archive.
 //!
 //! The prefixes are those of the containers transports: `docker://REF` (or just `REF`), `oci:DIR[:IMAGE]`,
-//! `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot contain one. An image called `oci` in
+//! `oci-archive:FILE[:IMAGE]`, `docker-archive:FILE[:IMAGE]`. A path ends at the first colon, so it cannot contain one. An image called `oci` in
 //! a registry is written `docker://oci:TAG`.
 
 use std::ffi::OsStr;
@@ -24,6 +24,13 @@ pub enum ImageRef {
         /// Which of the layout's images: a name, a digest, or `@N` for a position.
         image: Option<String>,
     },
+    /// In a tar of an OCI layout.
+    LayoutArchive {
+        /// The file, as given.
+        file: PathBuf,
+        /// Which of the layout's images: a name, a digest, or `@N` for a position.
+        image: Option<String>,
+    },
     /// In an archive written by `docker save` or alike.
     Archive {
         /// The file, as given.
@@ -37,8 +44,9 @@ impl fmt::Display for ImageRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (transport, path, image) = match self {
             Self::Registry(reference) => return reference.fmt(f),
-            Self::Layout { dir, image } => ("oci", dir, image),
-            Self::Archive { file, image } => ("docker-archive", file, image),
+            Self::Layout { dir, image } => (OCI, dir, image),
+            Self::LayoutArchive { file, image } => (OCI_ARCHIVE, file, image),
+            Self::Archive { file, image } => (DOCKER_ARCHIVE, file, image),
         };
         write!(f, "{transport}:{}", path.display())?;
         image.as_ref().map_or(Ok(()), |image| write!(f, ":{image}"))
@@ -74,9 +82,15 @@ pub enum ImageRefError {
     },
 }
 
+const OCI: &str = "oci";
+const OCI_ARCHIVE: &str = "oci-archive";
+const DOCKER_ARCHIVE: &str = "docker-archive";
+
+/// Transports whose images are at a path.
+const LOCAL: [&str; 3] = [OCI, OCI_ARCHIVE, DOCKER_ARCHIVE];
+
 /// Transports of other tools, with the way to get their images into ocifs.
 const FOREIGN: &[(&str, &str)] = &[
-    ("oci-archive", "unpack the archive and use oci:DIR"),
     (
         "docker-daemon",
         "write the image to a file with `docker save` and use docker-archive:FILE",
@@ -100,16 +114,12 @@ impl FromStr for ImageRef {
         if let Some(&(transport, hint)) = FOREIGN.iter().find(|(name, _)| *name == transport) {
             return Err(ImageRefError::Transport { transport, hint });
         }
-        match transport {
-            "oci" => {
-                let (dir, image) = split_path("oci", text, rest)?;
-                Ok(Self::Layout { dir, image })
+        match LOCAL.into_iter().find(|local| *local == transport) {
+            Some(local) => {
+                let (path, image) = split_path(local, text, rest)?;
+                Ok(Self::at_path(local, path, image))
             }
-            "docker-archive" => {
-                let (file, image) = split_path("docker-archive", text, rest)?;
-                Ok(Self::Archive { file, image })
-            }
-            _ => Ok(Self::Registry(text.parse()?)),
+            None => Ok(Self::Registry(text.parse()?)),
         }
     }
 }
@@ -121,7 +131,7 @@ impl ImageRef {
             return text.parse();
         }
         let shown = given.to_string_lossy();
-        for transport in ["oci", "docker-archive"] {
+        for transport in LOCAL {
             let rest = given.as_bytes().strip_prefix(transport.as_bytes());
             let Some(rest) = rest.and_then(|rest| rest.strip_prefix(b":")) else {
                 continue;
@@ -137,12 +147,18 @@ impl ImageRef {
                 return Err(ImageRefError::NoPath { transport });
             }
             let path = PathBuf::from(OsStr::from_bytes(path));
-            return Ok(match transport {
-                "oci" => Self::Layout { dir: path, image },
-                _ => Self::Archive { file: path, image },
-            });
+            return Ok(Self::at_path(transport, path, image));
         }
         shown.parse()
+    }
+
+    /// Makes a reference of one of the transports [`LOCAL`].
+    fn at_path(transport: &str, path: PathBuf, image: Option<String>) -> Self {
+        match transport {
+            OCI => Self::Layout { dir: path, image },
+            OCI_ARCHIVE => Self::LayoutArchive { file: path, image },
+            _ => Self::Archive { file: path, image },
+        }
     }
 }
 
@@ -192,6 +208,8 @@ mod tests {
             ("oci:/abs/dir:v1", "oci:/abs/dir:v1"),
             ("oci:dir:docker.io/library/x:t", "oci:dir:docker.io/library/x:t"),
             ("oci:dir:@1", "oci:dir:@1"),
+            ("oci-archive:a.tar", "oci-archive:a.tar"),
+            ("oci-archive:/a/b.tar:x:latest", "oci-archive:/a/b.tar:x:latest"),
             ("docker-archive:a.tar", "docker-archive:a.tar"),
             ("docker-archive:/a/b.tar:x:latest", "docker-archive:/a/b.tar:x:latest"),
         ] {
@@ -219,7 +237,7 @@ mod tests {
             ("oci::v1", "needs a path"),
             ("oci:dir:", "ends in a colon"),
             ("docker-archive:", "needs a path"),
-            ("oci-archive:x.tar", "unpack the archive"),
+            ("oci-archive:", "needs a path"),
             ("docker-daemon:alpine:latest", "docker save"),
             ("containers-storage:alpine", "push the image"),
             ("docker://", "names no repository"),
@@ -233,7 +251,7 @@ mod tests {
     proptest! {
         #[test]
         fn random_text_never_panics_and_round_trips_when_accepted(
-            text in "(oci:|docker-archive:|docker://|)[a-z0-9:/@.\\[\\]_ é-]{0,30}|\\PC{0,30}"
+            text in "(oci:|oci-archive:|docker-archive:|docker://|)[a-z0-9:/@.\\[\\]_ é-]{0,30}|\\PC{0,30}"
         ) {
             if let Ok(image) = text.parse::<ImageRef>() {
                 prop_assert_eq!(image.to_string().parse::<ImageRef>().unwrap(), image);

@@ -335,7 +335,7 @@ async fn broken_archives_say_what_is_wrong() {
     let layers = |layers: &[&str]| manifest(&[entry("c", &[], layers)]);
     for (members, words) in [
         (vec![], "was not written by `docker save`"),
-        (vec![file("oci-layout", "{}")], "unpack it and use oci:DIR"),
+        (vec![file("oci-layout", "{}")], "use oci-archive:FILE"),
         (vec![manifest(&[])], "it has none"),
         (vec![file("manifest.json", "[{")], "manifest.json: "),
         (

@@ -30,6 +30,7 @@ mod memory;
 mod metrics;
 mod mount;
 mod naming;
+mod oci_archive;
 mod odd;
 mod offline;
 mod parallel;

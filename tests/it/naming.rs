@@ -63,7 +63,7 @@ fn a_path_in_place_of_an_image_is_looked_at() {
         ("./saved.tar", &["write docker-archive:./saved.tar"]),
         ("./saved.tgz", &["compressed", "write docker-archive:./saved.tgz"]),
         ("saved.tar.d", &["unpacked docker archive", "tar"]),
-        ("oci.tar", &["an OCI archive", "oci:DIR"]),
+        ("oci.tar", &["an OCI archive", "write oci-archive:oci.tar"]),
         ("other.tar", &["a tar archive, but none of an image"]),
         ("plain", &["a directory, but no OCI layout"]),
         ("skopeo", &["skopeo copy"]),

@@ -23,7 +23,7 @@ const MAX_NAME: usize = 4096;
 
 /// Content of a file in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Member {
+pub(crate) struct Member {
     /// Offset in the archive.
     pub offset: u64,
     /// Bytes of content.

@@ -1,4 +1,9 @@
-//! The archive's file: opens it, unpacks it if it is compressed as a whole, and finds its members.
+//! A tar as a file whose members are read in place: images in archives are made of it.
+//!
+//! One walk over the headers finds the members. They are then ranges of the file. A tar that is itself compressed is first
+//! unpacked to an unlinked temporary file.
+
+mod members;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read};
@@ -8,7 +13,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::members::{FindError, Member, Members};
+pub(crate) use self::members::Member;
+use self::members::{FindError, Members};
 use crate::blob::BlobError;
 use crate::blob::file::{open_regular, read_piece};
 use crate::index::{ZSTD_WINDOW_LOG_MAX, ZSTD_WINDOW_TOO_LARGE};
@@ -28,7 +34,7 @@ const SNIFFED: usize = 10;
 
 /// The compression of some bytes, told by the first of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ArchiveCompression {
+pub(crate) enum ArchiveCompression {
     None,
     Gzip,
     Zstd,
@@ -37,7 +43,7 @@ pub(super) enum ArchiveCompression {
 }
 
 impl ArchiveCompression {
-    pub(super) fn sniff(start: &[u8]) -> Self {
+    pub(crate) fn sniff(start: &[u8]) -> Self {
         match start {
             [0x1f, 0x8b, 0x08, ..] => Self::Gzip,
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
@@ -54,7 +60,8 @@ impl ArchiveCompression {
 }
 
 /// An uncompressed archive, and where its members are.
-pub(super) struct Archive {
+#[derive(Debug)]
+pub(crate) struct Archive {
     /// The archive, or the unlinked file it was unpacked to.
     pub file: Arc<File>,
     /// Length of `file`.
