@@ -4,6 +4,9 @@
 //! files name. It reads the files again at every lookup. A new login, a rotated password or a 12-hour cloud token
 //! therefore takes effect in a running mount.
 //!
+//! The variable `DOCKER_AUTH_CONFIG` of the environment may have the text of such a file. It comes before the files, as in
+//! the tools that know it: those of Docker and of GitLab.
+//!
 //! A lookup also says where it looked. A user needs these places to resolve an "unauthorized" error.
 
 mod config_file;
@@ -26,6 +29,8 @@ use super::secret::Secret;
 
 /// Most bytes read of a credential file. Real files have a few kilobytes.
 const MAX_FILE: u64 = 4 << 20;
+/// Variable with the text of a credential file.
+const VARIABLE: &str = "DOCKER_AUTH_CONFIG";
 
 /// A credential for a registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,27 +120,31 @@ impl CredentialSource for Several {
     }
 }
 
-/// The credential files of Docker and the containers tools. The first file that gives a credential wins.
+/// The credential files of Docker and the containers tools. The first file that gives a credential wins. The text of a
+/// file in the environment comes before all files.
 #[derive(Debug, Clone)]
 pub struct ConfigFiles {
+    text: Option<Secret>,
     paths: Vec<PathBuf>,
 }
 
 impl ConfigFiles {
     /// Makes a source that reads these files, in this order.
     pub fn new(paths: Vec<PathBuf>) -> Self {
-        Self { paths }
+        Self { text: None, paths }
     }
 
-    /// Makes a source that reads the standard files for the environment and user of this process.
+    /// Makes a source that reads the standard files for the environment and user of this process, and the variable
+    /// `DOCKER_AUTH_CONFIG`.
     pub fn from_environment() -> Self {
         let uid = nix::unistd::getuid().as_raw();
         let home = std::env::var_os("HOME").map(PathBuf::from);
-        Self::new(standard_paths(
-            &|name| std::env::var_os(name).map(PathBuf::from),
-            home,
-            uid,
-        ))
+        let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let text = std::env::var(VARIABLE).ok().filter(|text| !text.trim().is_empty());
+        Self {
+            text: text.map(Secret::new),
+            ..Self::new(standard_paths(&variable, home, uid))
+        }
     }
 
     async fn ask(
@@ -145,16 +154,26 @@ impl ConfigFiles {
         repository: &str,
         tried: &mut Vec<String>,
     ) -> Option<Credential> {
-        let shown = path.display();
-        let text = match read_capped(path).await {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        let shown = path.display().to_string();
+        match read_capped(path).await {
+            Ok(text) => Self::ask_text(&shown, &text, registry, repository, tried).await,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => {
                 tried.push(format!("{shown}: {error}"));
-                return None;
+                None
             }
-        };
-        let file = match AuthFile::parse(&text) {
+        }
+    }
+
+    /// Looks a repository up in the text of a credential file. `shown` is what the text is called.
+    async fn ask_text(
+        shown: &str,
+        text: &[u8],
+        registry: &str,
+        repository: &str,
+        tried: &mut Vec<String>,
+    ) -> Option<Credential> {
+        let file = match AuthFile::parse(text) {
             Ok(file) => file,
             Err(error) => {
                 tried.push(format!("{shown}: {error}"));
@@ -196,6 +215,13 @@ impl ConfigFiles {
 impl CredentialSource for ConfigFiles {
     async fn lookup(&self, registry: &str, repository: &str) -> Lookup {
         let mut lookup = Lookup::default();
+        if let Some(text) = &self.text {
+            let text = text.expose().as_bytes();
+            lookup.credential = Self::ask_text(VARIABLE, text, registry, repository, &mut lookup.tried).await;
+            if lookup.credential.is_some() {
+                return lookup;
+            }
+        }
         for path in &self.paths {
             if let Some(credential) = self.ask(path, registry, repository, &mut lookup.tried).await {
                 lookup.credential = Some(credential);
@@ -297,6 +323,30 @@ mod tests {
         };
         assert!(fixed.lookup("a:1", "x").await.credential.is_some());
         assert!(fixed.lookup("b:1", "x").await.credential.is_none());
+    }
+
+    #[tokio::test]
+    async fn the_text_in_the_environment_comes_before_the_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.json");
+        let login = |user: &str| format!(r#"{{"auths":{{"{user}.lan":{{"username":"{user}","password":"p"}}}}}}"#);
+        std::fs::write(&path, login("file").replace("file.lan", "r.lan")).unwrap();
+        let with = |text: &str| ConfigFiles {
+            text: Some(Secret::new(text)),
+            ..ConfigFiles::new(vec![path.clone()])
+        };
+        let user = |lookup: Lookup| match lookup.credential {
+            Some(Credential::Basic { username, .. }) => username,
+            other => panic!("{other:?}"),
+        };
+        let both = login("variable").replace("variable.lan", "r.lan");
+        assert_eq!(user(with(&both).lookup("r.lan", "a").await), "variable");
+        let other = with(&login("other"));
+        assert_eq!(user(other.lookup("r.lan", "a").await), "file");
+        let lookup = with("hunter2").lookup("r.lan", "a").await;
+        assert!(lookup.tried[0].starts_with("DOCKER_AUTH_CONFIG: not a credential file"));
+        assert_eq!(user(lookup), "file");
+        assert!(!format!("{:?}", with("hunter2")).contains("hunter2"));
     }
 
     #[tokio::test]

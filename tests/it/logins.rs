@@ -46,7 +46,7 @@ impl Private {
         let setup = Setup {
             tls: Some((certificate, key)),
             login: Some(("me".to_owned(), "hunter2".to_owned())),
-            token: None,
+            ..Setup::default()
         };
         let registry = DockerRegistry::start(&setup);
         let trust = directory.path().join("trust");
@@ -136,6 +136,27 @@ fn logins_come_from_credential_helpers() {
             let ocifs = private.ocifs().env("DOCKER_CONFIG", file.parent().unwrap());
             private.check(&ocifs.env("PATH", &path));
         }
+    });
+}
+
+#[test]
+fn logins_come_from_the_environment_before_the_files() {
+    elsewhere(|| {
+        let private = Private::start();
+        let wrong = private.file("wrong/config.json", &private.auths("me:wrong-secret"));
+        let variable = |text: &str| {
+            let ocifs = private.ocifs().env("DOCKER_CONFIG", wrong.parent().unwrap());
+            ocifs.env("DOCKER_AUTH_CONFIG", text)
+        };
+        private.check(&variable(&private.auths("me:hunter2")));
+        // The files count for a registry that the variable does not name.
+        let other = private.auths("me:hunter2").replace(&private.host(), "elsewhere.test");
+        let error = variable(&other).mount_fails(&private.image(), &[]);
+        assert!(error.contains("DOCKER_AUTH_CONFIG has no entry"), "{error}");
+        assert!(error.contains(wrong.to_str().unwrap()), "{error}");
+        let error = variable("wrong-secret").mount_fails(&private.image(), &[]);
+        assert!(error.contains("DOCKER_AUTH_CONFIG: not a credential file"), "{error}");
+        assert!(!error.contains("wrong-secret"), "{error}");
     });
 }
 
