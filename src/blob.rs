@@ -89,7 +89,11 @@ pub trait BlobSource: Send + Sync + Debug {
 
     /// Takes the verdict of a reader that compared bytes of this blob with a digest. From then on, the source reads
     /// those responses in another way that did not say clearly what they contained.
-    fn judged(&self, _verdict: Verdict) {}
+    ///
+    /// Returns whether the next bytes come from another place than the wrong ones. Nothing is wrong with that place so far.
+    fn judged(&self, _verdict: Verdict) -> bool {
+        false
+    }
 
     /// Returns what is known about the link to the bytes.
     fn link(&self) -> Link {

@@ -68,7 +68,9 @@ IMAGE is one of
   oci-archive:FILE[:REF]                                               in a tar of an OCI layout
   docker-archive:FILE[:REF]                                            in a `docker save` archive
 
-Registry logins come from docker's config.json (with credential helpers) and containers' auth.json.";
+Registry logins come from DOCKER_AUTH_CONFIG, docker's config.json (with credential helpers) and containers' auth.json.
+Mirrors and certificates of registries come from containerd's hosts.toml, containers' registries.conf and docker's
+certs.d; see --hosts-from.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

@@ -153,4 +153,7 @@ pub mod docs {
 
     #[doc = include_str!("docs/services.md")]
     pub mod services {}
+
+    #[doc = include_str!("docs/registries.md")]
+    pub mod registries {}
 }

@@ -9,6 +9,8 @@
 //! - **Round trips.** The client fetches a manifest with one GET, by tag or digest. It sends no HEAD, and no ping
 //!   before the GET. The first 401 costs a token request and a second GET. Later requests to the repository carry the
 //!   token from the start. If a 401 names no scheme, the client asks the base of the API for it.
+//! - **Places.** The files of this machine name mirrors, certificates and the like; see [`HostFiles`]. Mirrors are asked
+//!   before the registry, and left for the next place if they fail (`places`).
 //! - **Credentials.** The client asks its [`CredentialSource`] each time it makes a token; see [`credentials`].
 //! - **Redirects.** The client follows redirects itself. Credentials stay at the first origin. Further requests for a
 //!   blob go to its final URL directly, until that URL expires.
@@ -22,14 +24,14 @@
 //! - Documents hash to the requested digest.
 //! - Blob bytes are not verified here. Their number and place are verified, as far as the response's headers state
 //!   them.
-//! - A secret goes only to the registry it is for, and to the token server that this registry names.
+//! - A secret goes only to the registry or mirror it is for, and to the token server that this host names.
 //! - Secrets go over TLS, unless the registry has none or the token server is on this machine.
 //! - No secret is logged, put into an error or written to disk.
 //! - The client never holds a whole body, except documents (at most 16 MiB), token responses and tag lists (at most 1
 //!   MiB).
 //!
 //! The parsers of server responses are pure: bytes or text in, values out. They are in `challenge`, `content_range`,
-//! `encoding`, `expiry`, `token`, `failure` and [`credentials`].
+//! `encoding`, `expiry`, `token`, `failure` and [`credentials`]. Those of the files about registries are in `hosts`.
 
 mod access;
 mod auth;
@@ -46,6 +48,9 @@ mod endpoint;
 mod expiry;
 mod failure;
 mod files;
+mod host_settings;
+mod hosts;
+mod places;
 mod puller;
 mod redirects;
 mod secret;
@@ -61,6 +66,7 @@ pub use credentials::{Anonymous, ConfigFiles, Credential, CredentialSource, Fixe
 pub use documents::{MAX_CONFIG, MAX_MANIFEST};
 pub use endpoint::PlainHttp;
 pub use files::FileRepository;
+pub use hosts::{HostFiles, HostsFrom};
 pub use puller::{PulledImage, Puller};
 pub use reqwest::Url;
 pub use secret::Secret;

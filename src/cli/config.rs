@@ -14,7 +14,7 @@ use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
 use ocifs::mount::Prefetch;
 use ocifs::published::{IndexKey, IndexLocation, IndexPlace, Trust};
-use ocifs::registry::PlainHttp;
+use ocifs::registry::{HostFiles, HostsFrom, PlainHttp};
 
 const DEFAULT_CACHE: u64 = 10 << 30;
 const DEFAULT_MEMORY: u64 = 64 << 20;
@@ -46,6 +46,10 @@ pub(super) struct Globals {
     /// PEM file with further certificate authorities to trust
     #[arg(long, global = true, value_name = "FILE")]
     ca: Vec<PathBuf>,
+    /// Whose files on this machine say how to reach registries (mirrors, certificates, blocked registries): all,
+    /// containerd (certs.d), containers (registries.conf of podman), or none [default: all]
+    #[arg(long, global = true, value_enum, value_name = "WHOSE")]
+    hosts_from: Option<HostsFromWhom>,
     /// Host from which foreign layers may be fetched that the registry does not have
     #[arg(long, global = true, value_name = "HOST")]
     foreign_layers_from: Vec<String>,
@@ -60,8 +64,9 @@ pub(super) struct Globals {
     #[arg(long, global = true)]
     index_trust_location: bool,
     /// Configuration file in TOML. Like the options: store, cache-size, memory, timeout, prefetch, log-format, ca,
-    /// allow-private-redirects. Lists of hosts: plain-http, foreign-layers-from. For each index location a table [[index]] with
-    /// location, and with key or trust = "location". [default: /etc/ocifs.toml]
+    /// allow-private-redirects, hosts-from. Lists of hosts: plain-http, foreign-layers-from. For each index location a table
+    /// [[index]] with location, and with key or trust = "location". Where files about registries are: containerd-certs-dir,
+    /// registries-conf, and the list certs-dirs. [default: /etc/ocifs.toml]
     #[arg(
         long,
         global = true,
@@ -94,6 +99,7 @@ impl Globals {
             no_plain_http,
             allow_private_redirects,
             ca,
+            hosts_from,
             foreign_layers_from,
             index,
             index_key,
@@ -121,6 +127,10 @@ impl Globals {
             ),
             ("--memory", memory.iter().map(|size| size.0.to_string()).collect()),
             ("--timeout", timeout.iter().map(ToString::to_string).collect()),
+            (
+                "--hosts-from",
+                hosts_from.iter().map(|whose| whose.name().to_owned()).collect(),
+            ),
             ("--foreign-layers-from", foreign_layers_from.clone()),
             ("--index", index.clone()),
             ("--index-key", index_key.iter().cloned().collect::<Vec<_>>()),
@@ -168,6 +178,44 @@ impl From<PrefetchMode> for Prefetch {
     }
 }
 
+/// [`HostsFrom`] on the command line and in the configuration file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum HostsFromWhom {
+    /// Those of containerd for the registries that they name, those of containers for the others
+    All,
+    /// Only the files certs.d/HOST/hosts.toml
+    Containerd,
+    /// Only the files registries.conf
+    Containers,
+    /// No file is read, not even for certificates
+    None,
+}
+
+#[cfg(feature = "snapshotter")]
+impl HostsFromWhom {
+    /// Returns the name on the command line.
+    fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Containerd => "containerd",
+            Self::Containers => "containers",
+            Self::None => "none",
+        }
+    }
+}
+
+impl From<HostsFromWhom> for HostsFrom {
+    fn from(whom: HostsFromWhom) -> Self {
+        match whom {
+            HostsFromWhom::All => Self::All,
+            HostsFromWhom::Containerd => Self::Containerd,
+            HostsFromWhom::Containers => Self::Containers,
+            HostsFromWhom::None => Self::Nobody,
+        }
+    }
+}
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -208,6 +256,10 @@ struct FileConfig {
     log_format: Option<LogFormat>,
     #[serde(default)]
     index: Vec<FileIndex>,
+    hosts_from: Option<HostsFromWhom>,
+    containerd_certs_dir: Option<PathBuf>,
+    registries_conf: Option<PathBuf>,
+    certs_dirs: Option<Vec<PathBuf>>,
     #[cfg(feature = "snapshotter")]
     kubelet_credentials: Option<FileKubelet>,
 }
@@ -261,6 +313,8 @@ pub(super) struct Config {
     pub(super) quiet: bool,
     /// Places with indexes that somebody else has made.
     pub(super) index: Vec<IndexLocation>,
+    /// Files that say how to reach registries.
+    pub(super) hosts: HostFiles,
     /// Where a kubelet's credential providers are.
     #[cfg(feature = "snapshotter")]
     pub(super) kubelet: Option<FileKubelet>,
@@ -278,6 +332,7 @@ impl Config {
             None if Path::new(SYSTEM_CONFIG).exists() => read(Path::new(SYSTEM_CONFIG))?,
             None => FileConfig::default(),
         };
+        let hosts = host_files(globals.hosts_from, &file);
         let index = index_locations(&globals, file.index)?;
         let store = match globals.store.store.or(file.store) {
             Some(store) => std::path::absolute(store)?,
@@ -303,12 +358,31 @@ impl Config {
             verbose: globals.verbose,
             quiet: globals.quiet,
             index,
+            hosts,
             #[cfg(feature = "snapshotter")]
             kubelet: file.kubelet_credentials,
             #[cfg(feature = "snapshotter")]
             arguments,
         })
     }
+}
+
+/// Returns the files that say how to reach registries.
+fn host_files(given: Option<HostsFromWhom>, file: &FileConfig) -> HostFiles {
+    let mut files = HostFiles::from_environment();
+    files.from = given.or(file.hosts_from).map_or(HostsFrom::All, HostsFrom::from);
+    if let Some(directory) = &file.containerd_certs_dir {
+        files.containerd = vec![directory.clone()];
+    }
+    if let Some(path) = &file.registries_conf {
+        let mut more = path.clone().into_os_string();
+        more.push(".d");
+        (files.containers, files.containers_more) = (vec![path.clone()], vec![more.into()]);
+    }
+    if let Some(directories) = &file.certs_dirs {
+        files.certificates = directories.clone();
+    }
+    files
 }
 
 /// Returns the places with indexes, first those of the command line.

@@ -122,6 +122,7 @@ fn settings(config: &Config) -> RegistryConfig {
     RegistryConfig {
         plain_http: config.plain_http.clone(),
         ca_files: config.ca.clone(),
+        hosts: config.hosts.clone(),
         foreign_layer_hosts: config.foreign_layers_from.clone(),
         allow_private_redirects: config.allow_private_redirects,
         timeout: config.timeout.unwrap_or(Duration::MAX),

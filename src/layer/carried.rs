@@ -51,12 +51,15 @@ pub(super) async fn open(
         return Ok(Some(opened));
     }
     let mut fetched = fetch(context, wanted, table).await;
-    if let Err(Unfetched::Table(NoTable::Carried(error))) = &fetched
+    let mut has_retried = false;
+    while let Err(Unfetched::Table(NoTable::Carried(error))) = &fetched
         && error.is_damage()
     {
-        // Bytes that were damaged on the way are seldom damaged twice.
+        // Bytes that were damaged on the way are seldom damaged twice, and another place may have others.
+        if !wanted.blob.judged(Verdict::Wrong) && std::mem::replace(&mut has_retried, true) {
+            break;
+        }
         tracing::info!(%layer, %error, "fetching the table once more");
-        wanted.blob.judged(Verdict::Wrong);
         fetched = fetch(context, wanted, table).await;
     }
     match fetched {

@@ -118,17 +118,23 @@ impl FlightTicket {
     }
 }
 
-/// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts.
+/// Fetches and delivers the run, in up to [`ATTEMPTS`] attempts at one place.
 async fn fly(run: &mut Run, ticket: &mut FlightTicket) -> Result<(), LayerError> {
     let layer = run.layer.clone();
     let mut outcome = Ok(());
     let (mut from_start, mut failed_checks) = (false, 0);
-    for attempt in 1..=ATTEMPTS {
+    let mut attempt = 1;
+    while attempt <= ATTEMPTS {
         outcome = attempt_run(&layer, run, ticket, from_start || attempt == ATTEMPTS).await;
         match &outcome {
+            // Another place has not failed yet, so the attempts begin again.
+            Err(error @ LayerError::Corrupt { .. }) if layer.blob.judged(Verdict::Wrong) => {
+                tracing::warn!(%error, "span failed its check, fetching it from another place");
+                (attempt, failed_checks) = (1, 0);
+                continue;
+            }
             Err(error @ LayerError::Corrupt { .. }) if attempt < ATTEMPTS => {
                 tracing::warn!(%error, attempt, "span failed its check, fetching it again");
-                layer.blob.judged(Verdict::Wrong);
                 failed_checks += u32::from(!from_start);
             }
             Err(LayerError::Blob {
@@ -144,6 +150,7 @@ async fn fly(run: &mut Run, ticket: &mut FlightTicket) -> Result<(), LayerError>
             }
             _ => break,
         }
+        attempt += 1;
     }
     outcome
 }

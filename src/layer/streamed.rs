@@ -67,13 +67,12 @@ pub(super) async fn stream(context: &LayerContext, wanted: ToOpen, dir: Option<L
         // Kept bytes may be damaged. That costs one more pass and says nothing about the bytes that come next.
         let delay = match resumes {
             true => Duration::ZERO,
-            false => {
-                blob.judged(Verdict::Wrong);
-                match wrong.again() {
-                    None => return Err(error.into()),
-                    Some(delay) => delay,
-                }
-            }
+            // Another place has not failed yet.
+            false if blob.judged(Verdict::Wrong) => Duration::ZERO,
+            false => match wrong.again() {
+                None => return Err(error.into()),
+                Some(delay) => delay,
+            },
         };
         tracing::warn!(%error, "streaming the layer once more");
         if !delay.is_zero() {

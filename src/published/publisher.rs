@@ -70,7 +70,9 @@ impl Publisher {
     ) -> Result<Self, PublishedError> {
         let target = match &place {
             IndexPlace::Directory(path) => Target::Directory(path.clone()),
-            IndexPlace::Repository { registry, repository } => Target::Repository(client.files(registry, repository)?),
+            IndexPlace::Repository { registry, repository } => {
+                Target::Repository(client.files(registry, repository)?.without_mirrors())
+            }
             IndexPlace::Web(_) => {
                 return Err(PublishedError::ReadOnly {
                     place: place.to_string(),

@@ -9,6 +9,7 @@
 //! just obtained, the refusal is final. Only a new token gets one more attempt, see [`GrantTicket::second_chances`]. A
 //! host never gets the login of another host.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reqwest::{StatusCode, Url};
@@ -80,8 +81,9 @@ impl RegistryClient {
 
     /// Returns the repository with the host of `url` in the place of its registry.
     fn elsewhere(&self, repository: &Repository, url: &Url) -> Repository {
+        let settings = repository.endpoint.settings().for_storage();
         Repository {
-            endpoint: Endpoint::at(url, &self.transport().config().plain_http),
+            endpoint: Endpoint::at(url, &self.transport().config().plain_http, settings),
             name: repository.name.clone(),
         }
     }
@@ -95,7 +97,10 @@ impl RegistryClient {
     ) -> Result<AuthorisedReply, BlobError> {
         let started = Instant::now();
         let transport = self.transport();
-        let mut ask = ask.clone();
+        let mut ask = Ask {
+            settings: Arc::clone(repository.endpoint.settings()),
+            ..ask.clone()
+        };
         let mut fresh_refused = 0;
         let mut ticket: Option<GrantTicket> = self.auth().ticket(transport, repository, wait).await?;
         for _ in 0..=CHALLENGES {
@@ -171,7 +176,11 @@ impl RegistryClient {
     /// Requests the base of the API, where some registries state their scheme. Returns the scheme, if one is stated.
     async fn scheme_of_base(&self, repository: &Repository, wait: Duration) -> Result<Option<Scheme>, BlobError> {
         let base = repository.endpoint.base();
-        let ping = self.transport().send(&Ask::get(base.clone()), wait).await?;
+        let ask = Ask {
+            settings: Arc::clone(repository.endpoint.settings()),
+            ..Ask::get(base.clone())
+        };
+        let ping = self.transport().send(&ask, wait).await?;
         let refused = ping.status() == StatusCode::UNAUTHORIZED && !ping.crossed;
         Ok(refused
             .then(|| auth::choose(ping.headers(), base, repository))

@@ -1,7 +1,7 @@
 //! Authorization per repository: remembers challenges, and obtains, caches and renews tokens.
 //!
-//! State is kept per origin of the registry and repository. These two determine service, scope and credential. The
-//! state is the last challenge, and a cell with the *grant* (an `Authorization` value) obtained for it. The origin
+//! State is kept per repository and base URL of the registry. These two determine service, scope and credential. The
+//! state is the last challenge, and a cell with the *grant* (an `Authorization` value) obtained for it. The URL
 //! includes the scheme: a grant obtained from a host with TLS is not sent to the same host without TLS.
 //!
 //! ```text
@@ -32,11 +32,11 @@ use super::challenge::{self, Challenge};
 use super::config::RegistryConfig;
 use super::credentials::{Credential, Lookup};
 use super::encoding::{self, Encoding};
-use super::endpoint::{Repository, is_loopback};
+use super::endpoint::{Repository, authority, is_loopback};
 use super::failure::{self, Context};
 use super::secret::Secret;
 use super::token::{self, BearerChallenge, Exchange};
-use super::transport::{Act, Ask, Transport, authority};
+use super::transport::{Act, Ask, Transport};
 use crate::blob::BlobError;
 
 /// Most repositories whose challenge and token are remembered. A larger value costs memory. With a smaller one, more
@@ -50,6 +50,8 @@ const RENEW_AT: f64 = 0.8;
 /// Time between attempts to renew a grant that is still valid. A shorter time slows down more requests while the
 /// token server is in trouble. A longer one leaves fewer attempts before the grant ends.
 const RENEW_AGAIN: Duration = Duration::from_secs(10);
+/// Why a host gets no login that another host led to with authorities of its own.
+const BORROWED: &str = "no login is used where only another host's authorities are trusted";
 /// Longest lookup of credentials. It limits operations that have a long timeout or none.
 const LONGEST_LOOKUP: Duration = Duration::from_secs(60);
 
@@ -124,7 +126,7 @@ pub(super) struct GrantTicket {
 /// Challenges and grants of all repositories.
 #[derive(Debug)]
 pub(super) struct Auth {
-    spaces: Mutex<LruCache<(String, String), RepositoryGrants>>,
+    spaces: Mutex<LruCache<String, RepositoryGrants>>,
 }
 
 impl Auth {
@@ -136,10 +138,8 @@ impl Auth {
     }
 
     fn with_space<T>(&self, repository: &Repository, body: impl FnOnce(&mut RepositoryGrants) -> T) -> T {
-        let origin = repository.endpoint.base().origin().ascii_serialization();
-        let key = (origin, repository.name.clone());
         let mut spaces = self.spaces.lock().expect("no panic while locked");
-        body(spaces.get_or_insert_mut(key, RepositoryGrants::default))
+        body(spaces.get_or_insert_mut(repository.id(), RepositoryGrants::default))
     }
 
     /// Returns the grant to send with a request. Obtains or renews it if necessary. Returns `None` while the registry
@@ -246,7 +246,20 @@ async fn obtain(
     // The lookup is not limited by `wait`, which is for servers: a helper program may take longer. A quarter of the
     // timeout is left for reporting the failure.
     let patience = (config.timeout - config.timeout / 4).min(LONGEST_LOOKUP);
-    let looking = config.credentials.lookup(repository.endpoint.name(), &repository.name);
+    let looking = async {
+        match repository.endpoint.settings().is_borrowed {
+            false => {
+                config
+                    .credentials
+                    .lookup(repository.endpoint.name(), &repository.name)
+                    .await
+            }
+            true => Lookup {
+                credential: None,
+                tried: vec![BORROWED.to_owned()],
+            },
+        }
+    };
     let looked = tokio::time::timeout(patience, looking).await;
     let Lookup { credential, tried } = looked.unwrap_or_else(|_| Lookup {
         credential: None,
@@ -339,6 +352,11 @@ async fn fetch_token(
     ask.headers
         .insert(reqwest::header::ACCEPT, HeaderValue::from_static("application/json"));
     ask.guarded = transport.leads_to_public_only(repository.endpoint.base());
+    let settings = repository.endpoint.settings();
+    ask.settings = match realm.origin() == repository.endpoint.base().origin() {
+        true => Arc::clone(settings),
+        false => Arc::new(settings.for_tokens()),
+    };
     let mut reply = transport.send(&ask, wait).await?;
     let status = reply.status();
     if !status.is_success() {

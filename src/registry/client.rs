@@ -8,9 +8,10 @@ use super::auth::Auth;
 use super::config::RegistryConfig;
 use super::endpoint::{Endpoint, Repository};
 use super::failure::{self, Context};
+use super::places::{Failures, MIRROR_WAIT, PlaceTurn, Places, Sought};
 use super::redirects::Redirects;
 use super::stats::HostStats;
-use super::transport::{Reply, Transport, authority};
+use super::transport::{Reply, Transport};
 use crate::blob::BlobError;
 use crate::blob::retry::{Retry, RetryPolicy};
 
@@ -25,6 +26,7 @@ struct ClientState {
     transport: Transport,
     auth: Auth,
     redirects: Redirects,
+    failures: Arc<Failures>,
 }
 
 impl RegistryClient {
@@ -35,15 +37,23 @@ impl RegistryClient {
                 transport: Transport::new(config)?,
                 auth: Auth::new(),
                 redirects: Redirects::new(),
+                failures: Arc::default(),
             }),
         })
     }
 
-    /// Makes a repository as this client addresses it. Fails if a name is invalid.
-    pub(super) fn repository(&self, registry: &str, repository: &str) -> Result<Repository, BlobError> {
-        let endpoint = Endpoint::new(registry, &self.inner.transport.config().plain_http)?;
-        self.inner.transport.meet(&endpoint);
-        Repository::new(endpoint, repository)
+    /// Finds the places of a repository. `by_digest` is whether the image is named by its digest.
+    ///
+    /// Reads the files about registries. Fails if a name is invalid, or if a file that must be obeyed is malformed.
+    pub(super) fn places(&self, registry: &str, repository: &str, by_digest: bool) -> Result<Places, BlobError> {
+        let config = self.inner.transport.config();
+        let known = Repository::new(Endpoint::new(registry, &config.plain_http)?, repository)?;
+        let found = config.hosts.places(&known, by_digest, &config.plain_http)?;
+        for place in &found {
+            self.inner.transport.meet(&place.repository.endpoint);
+        }
+        let failures = Arc::clone(&self.inner.failures);
+        Ok(Places::new(known.to_string(), found, failures).unwrap_or_else(|| Places::only(Arc::new(known))))
     }
 
     /// Returns the measurements of all hosts: registries, token servers, and the storage they redirect to.
@@ -70,50 +80,92 @@ impl RegistryClient {
         })
     }
 
-    /// Makes attempts at an operation on a repository until one succeeds or `retry` gives up. `what` names the
-    /// operation in errors.
+    /// Asks the places of a repository for something until one has it or `retry` gives up. `what` names the operation in
+    /// errors.
     ///
     /// Each attempt gets the time it may wait for the head of a response. An attempt may consist of several exchanges
     /// (redirect, challenge, token) and a body that arrives just fast enough not to stall. All of them together end
     /// at the deadline.
     pub(super) async fn persist<T, F>(
         &self,
-        repository: &Repository,
+        places: &Places,
+        wanted: &Sought,
         what: &str,
         retry: &mut Retry,
-        mut attempt: impl FnMut(Duration) -> F,
+        mut attempt: impl FnMut(PlaceTurn) -> F,
     ) -> Result<T, BlobError>
     where
         F: Future<Output = Result<T, BlobError>>,
     {
+        let mut again = false;
         loop {
-            let result = match tokio::time::timeout(retry.remaining(), attempt(retry.attempt_wait())).await {
-                Ok(result) => result,
-                Err(_) => Err(BlobError::Timeout {
-                    what: format!("{} ({what})", repository.endpoint.name()),
-                    seconds: self.inner.transport.config().timeout.as_secs().max(1),
-                }),
-            };
-            match result {
-                Ok(value) => return Ok(value),
-                Err(error) => self.pause(repository, what, retry, error).await?,
+            let mirrors: Vec<usize> = places.mirrors_to_ask(wanted, again).collect();
+            for place in mirrors {
+                let wait = retry.attempt_wait();
+                let turn = PlaceTurn {
+                    place,
+                    wait: if again { wait } else { wait.min(MIRROR_WAIT) },
+                    stall: (!again).then_some(MIRROR_WAIT),
+                };
+                let mut result = self.bounded(places, what, retry, attempt(turn)).await;
+                let meter = self.inner.transport.meter(places.at(place).endpoint.base());
+                // A connection that was kept may have died while nobody used it.
+                if matches!(result, Err(BlobError::Unreachable { .. })) && meter.reached() {
+                    result = self.bounded(places, what, retry, attempt(turn)).await;
+                }
+                match result {
+                    Ok(value) => {
+                        places.worked(place, wanted);
+                        return Ok(value);
+                    }
+                    Err(error) => places.failed(place, wanted, &error),
+                }
             }
+            let turn = PlaceTurn {
+                place: places.last(),
+                wait: retry.attempt_wait(),
+                stall: None,
+            };
+            match self.bounded(places, what, retry, attempt(turn)).await {
+                Ok(value) => return Ok(value),
+                Err(error) => self.pause(places, what, retry, error).await?,
+            }
+            again = true;
+        }
+    }
+
+    /// Ends an attempt at the deadline.
+    async fn bounded<T>(
+        &self,
+        places: &Places,
+        what: &str,
+        retry: &Retry,
+        attempt: impl Future<Output = Result<T, BlobError>>,
+    ) -> Result<T, BlobError> {
+        match tokio::time::timeout(retry.remaining(), attempt).await {
+            Ok(result) => result,
+            Err(_) => Err(BlobError::Timeout {
+                what: format!("{} ({what})", places.origin().endpoint.name()),
+                seconds: self.inner.transport.config().timeout.as_secs().max(1),
+            }),
         }
     }
 
     /// Backs off after a failed attempt, or gives up with an error.
     pub(super) async fn pause(
         &self,
-        repository: &Repository,
+        places: &Places,
         what: &str,
         retry: &mut Retry,
         error: BlobError,
     ) -> Result<(), BlobError> {
         tracing::debug!(what, %error, "interrupted");
         // The retry gives up early on a host that has never responded.
-        let meter = self.inner.transport.meter(repository.endpoint.base());
-        let delay = retry.after(error, meter.reached())?;
-        meter.rest(delay);
+        let mut meters = places
+            .all()
+            .map(|place| self.inner.transport.meter(place.endpoint.base()));
+        let delay = retry.after(error, meters.any(|meter| meter.reached()))?;
+        self.inner.transport.meter(places.origin().endpoint.base()).rest(delay);
         tokio::time::sleep(delay).await;
         Ok(())
     }
@@ -127,7 +179,7 @@ impl RegistryClient {
 /// Turns a response with an error status into an error.
 pub(super) async fn refusal(mut reply: Reply, what: &str, tried: &str) -> BlobError {
     let body = reply.error_body().await;
-    let host = authority(&reply.url);
+    let host = reply.sender();
     let context = Context {
         host: &host,
         what,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::credentials::{ConfigFiles, CredentialSource};
 use super::endpoint::PlainHttp;
+use super::hosts::HostFiles;
 
-/// Settings of a client. [`Default`] suits public registries and the user's own credential files.
+/// Settings of a client. [`Default`] suits public registries and the files of this machine and of its user.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {
     /// Which registries are used without TLS.
@@ -18,6 +19,8 @@ pub struct RegistryConfig {
     /// Whether a registry with a public address may lead to addresses that are not public, by redirects or as token
     /// servers.
     pub allow_private_redirects: bool,
+    /// Files that say how to reach registries: mirrors, certificates and the like.
+    pub hosts: HostFiles,
     /// Source of credentials. The client asks it each time it needs one.
     pub credentials: Arc<dyn CredentialSource>,
     /// Time without progress after which an operation fails. With [`Duration::MAX`] an operation never gives up.
@@ -39,6 +42,7 @@ impl Default for RegistryConfig {
             plain_http: PlainHttp::default(),
             ca_files: Vec::new(),
             allow_private_redirects: false,
+            hosts: HostFiles::from_environment(),
             credentials: Arc::new(ConfigFiles::from_environment()),
             timeout: Duration::from_secs(30),
             // A third of the default timeout, so that a dead connection costs one resume and not the operation.

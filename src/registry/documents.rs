@@ -10,6 +10,7 @@ use super::access::AuthorisedReply;
 use super::client::{RegistryClient, refusal};
 use super::encoding::{self, Encoding};
 use super::endpoint::Repository;
+use super::places::{PlaceTurn, Places, Sought};
 use super::transport::Ask;
 use crate::blob::{BlobError, Document};
 use crate::oci::{Digest, ReferenceSelector};
@@ -37,16 +38,62 @@ enum Tags {
     Unknown,
 }
 
+/// A document to fetch.
+#[derive(Debug, Clone)]
+struct DocumentAsked {
+    selector: ReferenceSelector,
+    /// Whether it is a blob, and no manifest.
+    is_blob: bool,
+    /// Whether it comes with TLS alone, wherever redirects lead.
+    is_protected: bool,
+    /// Largest size, in bytes.
+    cap: usize,
+}
+
+impl DocumentAsked {
+    fn manifest(selector: &ReferenceSelector) -> Self {
+        Self {
+            selector: selector.clone(),
+            is_blob: false,
+            is_protected: false,
+            cap: MAX_MANIFEST,
+        }
+    }
+
+    /// Makes the request for the document in a repository.
+    fn ask(&self, repository: &Repository) -> Result<Ask, BlobError> {
+        match (&self.selector, self.is_blob) {
+            (ReferenceSelector::Digest(digest), true) => Ok(Ask::get(repository.blob_url(digest))),
+            (selector, _) => {
+                let mut ask = Ask::get(repository.manifest_url(selector)?);
+                ask.headers.insert(ACCEPT, HeaderValue::from_static(ACCEPT_MANIFESTS));
+                Ok(ask)
+            }
+        }
+    }
+
+    fn digest(&self) -> Option<&Digest> {
+        match &self.selector {
+            ReferenceSelector::Tag { digest, .. } => digest.as_ref(),
+            ReferenceSelector::Digest(digest) => Some(digest),
+        }
+    }
+
+    /// Names the document in a repository, for errors.
+    fn what(&self, repository: &Repository) -> String {
+        match (&self.selector, self.is_blob) {
+            (ReferenceSelector::Digest(digest), true) => format!("blob {digest} of {}", repository.name),
+            (selector, _) => format!("manifest {}{selector}", repository.name),
+        }
+    }
+}
+
 impl RegistryClient {
     /// Fetches and verifies the document that a selector names.
-    pub(super) async fn manifest(
-        &self,
-        repository: &Repository,
-        selector: &ReferenceSelector,
-    ) -> Result<Document, BlobError> {
-        match self.manifest_unhinted(repository, selector, false).await {
+    pub(super) async fn manifest(&self, places: &Places, selector: &ReferenceSelector) -> Result<Document, BlobError> {
+        match self.document(places, &DocumentAsked::manifest(selector)).await {
             Err(BlobError::NotFound { what, hint }) => {
-                let hint = self.hint(repository, selector, hint).await;
+                let hint = self.hint(places.origin(), selector, hint).await;
                 Err(BlobError::NotFound { what, hint })
             }
             other => other,
@@ -57,74 +104,61 @@ impl RegistryClient {
     /// TLS alone, wherever redirects lead.
     pub(super) async fn manifest_of_tag(
         &self,
-        repository: &Repository,
+        places: &Places,
         tag: &str,
         protected: bool,
     ) -> Result<Document, BlobError> {
-        self.manifest_unhinted(repository, &ReferenceSelector::tag(tag), protected)
-            .await
-    }
-
-    async fn manifest_unhinted(
-        &self,
-        repository: &Repository,
-        selector: &ReferenceSelector,
-        protected: bool,
-    ) -> Result<Document, BlobError> {
-        let mut ask = Ask {
-            protected,
-            ..Ask::get(repository.manifest_url(selector)?)
+        let asked = DocumentAsked {
+            is_protected: protected,
+            ..DocumentAsked::manifest(&ReferenceSelector::tag(tag))
         };
-        ask.headers.insert(ACCEPT, HeaderValue::from_static(ACCEPT_MANIFESTS));
-        let what = format!("manifest {}{selector}", repository.name);
-        let wanted = match selector {
-            ReferenceSelector::Tag { digest, .. } => digest.as_ref(),
-            ReferenceSelector::Digest(digest) => Some(digest),
-        };
-        self.document(repository, &ask, &what, MAX_MANIFEST, wanted).await
+        self.document(places, &asked).await
     }
 
     /// Fetches and verifies a small blob as a whole.
-    pub(super) async fn small_blob(&self, repository: &Repository, digest: &Digest) -> Result<Document, BlobError> {
-        let ask = Ask::get(repository.blob_url(digest));
-        let what = format!("blob {digest} of {}", repository.name);
-        self.document(repository, &ask, &what, MAX_CONFIG, Some(digest)).await
+    pub(super) async fn small_blob(&self, places: &Places, digest: &Digest) -> Result<Document, BlobError> {
+        let asked = DocumentAsked {
+            selector: ReferenceSelector::Digest(digest.clone()),
+            is_blob: true,
+            is_protected: false,
+            cap: MAX_CONFIG,
+        };
+        self.document(places, &asked).await
     }
 
-    async fn document(
-        &self,
-        repository: &Repository,
-        ask: &Ask,
-        what: &str,
-        cap: usize,
-        wanted: Option<&Digest>,
-    ) -> Result<Document, BlobError> {
-        let attempt = |wait| self.document_once(repository, ask, what, cap, wanted, wait);
-        self.persist(repository, what, &mut self.retry(), attempt).await
+    async fn document(&self, places: &Places, asked: &DocumentAsked) -> Result<Document, BlobError> {
+        let what = asked.what(places.origin());
+        let wanted = Sought::of(&asked.selector);
+        let attempt = |turn| self.document_once(places, asked, turn);
+        self.persist(places, &wanted, &what, &mut self.retry(), attempt).await
     }
 
     async fn document_once(
         &self,
-        repository: &Repository,
-        ask: &Ask,
-        what: &str,
-        cap: usize,
-        wanted: Option<&Digest>,
-        wait: Duration,
+        places: &Places,
+        asked: &DocumentAsked,
+        turn: PlaceTurn,
     ) -> Result<Document, BlobError> {
-        let AuthorisedReply { mut reply, tried } = self.request(repository, ask, wait).await?;
+        let repository = places.at(turn.place);
+        let (what, cap) = (&asked.what(repository), asked.cap);
+        let ask = Ask {
+            protected: asked.is_protected,
+            stall: turn.stall,
+            ..asked.ask(repository)?
+        };
+        let AuthorisedReply { mut reply, tried } = self.request(repository, &ask, turn.wait).await?;
         if reply.status() != StatusCode::OK {
             return Err(refusal(reply, what, &tried).await);
         }
         let host = reply.host();
         let bytes = reply.whole(cap).await?.ok_or_else(|| BlobError::Protocol {
             host: host.clone(),
-            what: what.to_owned(),
+            what: what.clone(),
             detail: format!("more than {cap} bytes, which no such document has"),
             transient: false,
         })?;
         let claimed = || claimed_digest(reply.headers());
-        let expected = wanted.cloned().or_else(claimed);
+        let expected = asked.digest().cloned().or_else(claimed);
         let encoding = Encoding::of(reply.headers());
         let bytes = encoding::plain(bytes, encoding, expected.as_ref(), cap);
         let digest = check_digest(&bytes, expected, &format!("{what} from {host}"))?;

@@ -7,7 +7,7 @@
 
 use reqwest::Url;
 
-use super::transport::authority;
+use super::endpoint::authority;
 use crate::blob::BlobError;
 use crate::oci::{Descriptor, shown};
 

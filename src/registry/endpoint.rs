@@ -3,12 +3,17 @@
 //! `docker.io` is served by `registry-1.docker.io`. Registries use TLS unless [`PlainHttp`] says otherwise. As Docker
 //! does, the client tries TLS first on a loopback registry, and uses plain HTTP if the registry has no TLS. The
 //! scheme of a loopback registry therefore stays open until the first request.
+//!
+//! An endpoint may also be a mirror, or a registry whose API is not at the root of its host. The files of the host say
+//! so; see `hosts`.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use reqwest::Url;
 
+use super::host_settings::HostSettings;
 use crate::blob::BlobError;
 use crate::oci::{Digest, ReferenceSelector};
 
@@ -29,15 +34,19 @@ pub enum PlainHttp {
     Nowhere,
 }
 
-/// A registry: its name in references and credential files, and the base URL of its API.
+/// A registry or a mirror: its name in references and credential files, and the base URL of its API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     name: String,
+    /// Ends with a slash.
     base: Url,
     /// Whether it is used without TLS, because the user wants it or because it is a loopback registry on port 80.
     is_plain: bool,
     /// Whether the scheme of `base` is only the first one to try.
     is_open: bool,
+    /// The registry whose content the endpoint has, if it is a mirror that wants to be told (parameter `ns`).
+    upstream: Option<String>,
+    settings: Arc<HostSettings>,
 }
 
 impl Endpoint {
@@ -83,19 +92,17 @@ impl Endpoint {
             base,
             is_plain,
             is_open,
+            upstream: None,
+            settings: Arc::default(),
         })
     }
 
     /// Makes an endpoint of the host that a redirect led to, as if it were a registry.
-    pub(super) fn at(url: &Url, plain: &PlainHttp) -> Self {
+    pub(super) fn at(url: &Url, plain: &PlainHttp, settings: HostSettings) -> Self {
         let mut base = url.clone();
         base.set_path("/v2/");
         base.set_query(None);
-        let host = url.host_str().unwrap_or_default();
-        let name = match url.port() {
-            Some(port) => format!("{host}:{port}"),
-            None => host.to_owned(),
-        };
+        let name = authority(url);
         // The user's setting for this host counts, not the scheme of the redirect.
         let known = Self::new(&name, plain).ok();
         Self {
@@ -103,6 +110,53 @@ impl Endpoint {
             base,
             is_plain: known.is_some_and(|known| known.is_plain),
             is_open: false,
+            upstream: None,
+            settings: Arc::new(settings),
+        }
+    }
+
+    /// Makes an endpoint whose API is at `base`, as a file of the host says. The scheme of `base` is what the user
+    /// wants.
+    pub(super) fn of_api(base: Url) -> Self {
+        let name = match authority(&base).as_str() {
+            "registry-1.docker.io" | "index.docker.io" => "docker.io".to_owned(),
+            host => host.to_owned(),
+        };
+        Self {
+            name,
+            is_plain: base.scheme() == "http",
+            base,
+            is_open: false,
+            upstream: None,
+            settings: Arc::default(),
+        }
+    }
+
+    /// Leaves open whether the endpoint has TLS. The first request finds out.
+    pub(super) fn left_open(mut self) -> Self {
+        // A server on the port of HTTP has no TLS.
+        if !self.is_plain || self.base.port().is_some() {
+            self.is_open = true;
+            self.is_plain = false;
+            // Changing http to https cannot fail.
+            let _ = self.base.set_scheme("https");
+        }
+        self
+    }
+
+    /// Tells the endpoint with each request that the content of `registry` is wanted.
+    pub(super) fn for_upstream(self, registry: &str) -> Self {
+        Self {
+            upstream: Some(registry.to_owned()),
+            ..self
+        }
+    }
+
+    /// Sets what the files of the host say about this host.
+    pub(super) fn with_settings(self, settings: HostSettings) -> Self {
+        Self {
+            settings: Arc::new(settings),
+            ..self
         }
     }
 
@@ -121,9 +175,23 @@ impl Endpoint {
         self.is_open
     }
 
-    /// Returns the base URL of the API, which ends with `/v2/`.
+    /// Returns the base URL of the API, which ends with a slash: `/v2/`, unless a file of the host says otherwise.
     pub(super) fn base(&self) -> &Url {
         &self.base
+    }
+
+    /// Returns what is sent to this host and to no other, and how it proves who it is.
+    pub(super) fn settings(&self) -> &Arc<HostSettings> {
+        &self.settings
+    }
+}
+
+/// Returns the host of a URL, with its port unless it is the default one.
+pub(super) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
     }
 }
 
@@ -186,13 +254,21 @@ impl Repository {
     /// Returns the URL that lists the first `count` tags.
     pub(super) fn tags_url(&self, count: usize) -> Url {
         let mut url = self.url("tags/list");
-        url.set_query(Some(&format!("n={count}")));
+        url.query_pairs_mut().append_pair("n", &count.to_string());
         url
+    }
+
+    /// Returns a text that no other repository has, whether at another place or in another registry.
+    pub(super) fn id(&self) -> String {
+        self.url("").into()
     }
 
     fn url(&self, tail: &str) -> Url {
         let mut url = self.endpoint.base.clone();
-        url.set_path(&format!("/v2/{}/{tail}", self.name));
+        url.set_path(&format!("{}{}/{tail}", self.endpoint.base.path(), self.name));
+        if let Some(upstream) = &self.endpoint.upstream {
+            url.query_pairs_mut().append_pair("ns", upstream);
+        }
         url
     }
 }
@@ -309,6 +385,31 @@ mod tests {
             assert!(!check(name), "{name}");
         }
         assert!(!check(&"a".repeat(250)));
+    }
+
+    #[test]
+    fn a_mirror_has_its_path_and_is_told_the_registry() {
+        let base = |text: &str| Url::parse(text).unwrap();
+        let endpoint = Endpoint::of_api(base("http://m.lan:5000/hub/v2/"));
+        assert!(endpoint.is_plain() && !endpoint.is_open());
+        let mirror = Repository::new(endpoint.clone().for_upstream("docker.io"), "a/b").unwrap();
+        assert_eq!(
+            mirror.manifest_url(&ReferenceSelector::tag("1")).unwrap().as_str(),
+            "http://m.lan:5000/hub/v2/a/b/manifests/1?ns=docker.io"
+        );
+        assert_eq!(
+            mirror.tags_url(3).as_str(),
+            "http://m.lan:5000/hub/v2/a/b/tags/list?ns=docker.io&n=3"
+        );
+        let other = Repository::new(endpoint.clone().for_upstream("quay.io"), "a/b").unwrap();
+        assert_ne!(mirror.id(), other.id());
+        let open = endpoint.left_open();
+        assert!(open.is_open() && !open.is_plain());
+        assert_eq!(open.base().scheme(), "https");
+        assert_eq!(
+            Endpoint::of_api(base("https://registry-1.docker.io/v2/")).name(),
+            "docker.io"
+        );
     }
 
     #[test]

@@ -25,8 +25,9 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 #[error("{0} is not a public address")]
 pub(super) struct NotPublic(pub(super) IpAddr);
 
-/// Turns a failure to get a response, or more of its body, into an error.
-pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
+/// Turns a failure to get a response, or more of its body, into an error. `proxy` is the proxy that the request went
+/// through.
+pub(super) fn transport(host: &str, proxy: Option<&str>, error: reqwest::Error) -> BlobError {
     let error = error.without_url();
     let host = host.to_owned();
     // TLS errors after the handshake mean that a connection broke. Another connection may work.
@@ -47,6 +48,9 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
             transient: false,
         };
     }
+    if let Some(failed) = proxy.and_then(|proxy| through(&host, proxy, &error)) {
+        return failed;
+    }
     let reason = match (error.is_connect(), error.is_timeout()) {
         (true, true) => "no connection in time".to_owned(),
         (true, false) => match innermost(&error) {
@@ -57,6 +61,52 @@ pub(super) fn transport(host: &str, error: reqwest::Error) -> BlobError {
         (false, _) => format!("connection lost: {}", innermost(&error)),
     };
     BlobError::Unreachable { host, reason }
+}
+
+/// Returns the error for a connection that failed at the proxy. None if it failed behind the proxy.
+fn through(host: &str, proxy: &str, error: &reqwest::Error) -> Option<BlobError> {
+    if !error.is_connect() {
+        return None;
+    }
+    // The library does not show the type of these errors.
+    let texts = causes(error);
+    let tunnel = texts.iter().find_map(|text| text.strip_prefix("tunnel error: "));
+    let reason = match tunnel {
+        Some("proxy authorization required") => return Some(proxy_wants_login(host, proxy)),
+        Some("unsuccessful") => {
+            format!("the proxy {proxy} does not connect to it: it forbids that, or cannot reach it")
+        }
+        // Behind a tunnel, TLS begins. Without one, there is only the connection to the proxy.
+        None if find::<rustls::Error>(error).is_some() || texts.iter().any(|text| text.contains("handshake")) => {
+            return None;
+        }
+        _ => format!("no connection to the proxy {proxy}: {}", innermost(error)),
+    };
+    Some(BlobError::Unreachable {
+        host: host.to_owned(),
+        reason,
+    })
+}
+
+/// Makes the error for a proxy that answers with status 407.
+pub(super) fn proxy_wants_login(host: &str, proxy: &str) -> BlobError {
+    BlobError::Protocol {
+        host: format!("the proxy {proxy}"),
+        what: format!("a request for {host}"),
+        detail: "it wants a login, which belongs into the URL of the proxy: http://USER:PASSWORD@HOST".to_owned(),
+        transient: false,
+    }
+}
+
+/// Returns the texts of an error and its causes.
+fn causes(error: &(dyn StdError + 'static)) -> Vec<String> {
+    let mut texts = vec![error.to_string()];
+    let mut next = error.source();
+    while let Some(cause) = next {
+        texts.push(cause.to_string());
+        next = cause.source();
+    }
+    texts
 }
 
 /// Describes why TLS failed, with the likely cause or remedy.
@@ -317,7 +367,7 @@ mod tests {
         let url = format!("http://{}/", listener.local_addr().unwrap());
         let error = client.post(url).body(body).send().await.unwrap_err();
         assert!(find::<rustls::Error>(&error).is_some(), "{error:?}");
-        let error = transport("h", error);
+        let error = transport("h", None, error);
         assert!(matches!(error, BlobError::Unreachable { .. }), "{error}");
         assert!(error.is_transient());
     }

@@ -17,8 +17,10 @@ use super::blob::{ReadKind, RegistryBlob};
 use super::client::{RegistryClient, refusal};
 use super::elsewhere::Elsewhere;
 use super::endpoint::{Endpoint, Repository, is_loopback};
+use super::host_settings::HostSettings;
+use super::places::{PlaceTurn, Places, Sought};
 use super::transport::{Act, Ask};
-use crate::blob::{BlobError, BlobSource as _, Document};
+use crate::blob::{BlobError, BlobSource as _, Document, Verdict};
 use crate::oci::{Digest, ReferenceSelector};
 
 /// Bytes of a blob for each part that is read at the same time. A new connection is slow at first, so several connections
@@ -31,7 +33,8 @@ const STRIPES: u64 = 8;
 #[derive(Debug, Clone)]
 pub struct FileRepository {
     client: RegistryClient,
-    repository: Arc<Repository>,
+    /// Where files are read. They are written to the last place, the registry itself.
+    places: Arc<Places>,
     /// Whether its manifests are believed because of where they come from.
     protected: bool,
 }
@@ -40,7 +43,7 @@ impl RegistryClient {
     /// Returns a repository of files. Fails if a name is invalid.
     pub fn files(&self, registry: &str, repository: &str) -> Result<FileRepository, BlobError> {
         Ok(FileRepository {
-            repository: Arc::new(self.repository(registry, repository)?),
+            places: Arc::new(self.places(registry, repository, false)?),
             client: self.clone(),
             protected: false,
         })
@@ -56,16 +59,17 @@ impl RegistryClient {
         came: &AtomicU64,
     ) -> Result<Option<Bytes>, BlobError> {
         let there = Repository {
-            endpoint: Endpoint::at(url, &self.transport().config().plain_http),
+            endpoint: Endpoint::at(url, &self.transport().config().plain_http, HostSettings::default()),
             name: String::new(),
         };
+        let there = Places::only(Arc::new(there));
         let what = format!("the file {url}");
         let ask = Ask {
             protected,
             ..Ask::get(url.clone())
         };
-        let attempt = async |wait| {
-            let reply = self.transport().send(&ask, wait).await?;
+        let attempt = async |turn: PlaceTurn| {
+            let reply = self.transport().send(&ask, turn.wait).await?;
             match reply.status() {
                 StatusCode::OK => Ok(Some(reply)),
                 // Object stores answer 403 for a file that is not there, unless the reader may list all files.
@@ -73,7 +77,8 @@ impl RegistryClient {
                 _ => Err(refusal(reply, &what, "without a login").await),
             }
         };
-        let answer = self.persist(&there, &what, &mut self.retry(), attempt).await?;
+        let wanted = Sought::Tag(String::new());
+        let answer = self.persist(&there, &wanted, &what, &mut self.retry(), attempt).await?;
         let Some(mut reply) = answer else { return Ok(None) };
         // A body may take its time, as long as it moves.
         match reply.whole_counted(cap, came).await? {
@@ -95,8 +100,10 @@ fn too_long(host: &str, what: &str, cap: usize) -> BlobError {
 impl FileRepository {
     /// Returns this repository for a caller that believes its manifests because of where they come from: they come with
     /// TLS, or from this host. Fails if neither is possible. Blobs are checked against the manifests.
+    ///
+    /// No mirror is asked then.
     pub fn protected(self) -> Result<Self, BlobError> {
-        let endpoint = &self.repository.endpoint;
+        let endpoint = &self.places.origin().endpoint;
         if endpoint.is_plain() && !endpoint.base().host_str().is_some_and(is_loopback) {
             return Err(BlobError::Invalid {
                 what: format!("registry {}", endpoint.name()),
@@ -105,28 +112,37 @@ impl FileRepository {
         }
         Ok(Self {
             protected: true,
-            ..self
+            ..self.without_mirrors()
         })
+    }
+
+    /// Returns this repository for a caller that writes to it, and has to read what it wrote.
+    pub fn without_mirrors(self) -> Self {
+        Self {
+            places: Arc::new(Places::only(Arc::clone(self.places.origin()))),
+            ..self
+        }
     }
 
     /// Makes the connections and the login ready that the next requests need. What goes wrong here is reported by those
     /// requests.
     pub async fn warm_up(&self) {
-        let ask = Ask::get(self.repository.endpoint.base().clone());
+        let repository = self.places.at(self.places.first_to_ask(&Sought::Tag(String::new())));
+        let ask = Ask::get(repository.endpoint.base().clone());
         let wait = self.client.retry().attempt_wait();
-        let greetings = (0..STRIPES).map(|_| self.client.request(&self.repository, &ask, wait));
+        let greetings = (0..STRIPES).map(|_| self.client.request(repository, &ask, wait));
         for greeted in futures::future::join_all(greetings).await {
             match greeted {
                 // The connection can be used again once the body has been read.
                 Ok(mut answer) => drop(answer.reply.error_body().await),
-                Err(error) => tracing::debug!(repository = %self.repository, %error, "cannot prepare a connection"),
+                Err(error) => tracing::debug!(%repository, %error, "cannot prepare a connection"),
             }
         }
     }
 
     /// Returns the manifest under a tag, or none if there is no such tag.
     pub async fn manifest(&self, tag: &str) -> Result<Option<Document>, BlobError> {
-        match self.client.manifest_of_tag(&self.repository, tag, self.protected).await {
+        match self.client.manifest_of_tag(&self.places, tag, self.protected).await {
             Err(BlobError::NotFound { .. }) => Ok(None),
             other => other.map(Some),
         }
@@ -135,50 +151,39 @@ impl FileRepository {
     /// Returns a blob, whose bytes hash to its digest. Fails if `size` is more than `cap`. Counts its bytes in `came` as
     /// they come.
     pub async fn blob(&self, digest: &Digest, size: u64, cap: usize, came: &AtomicU64) -> Result<Bytes, BlobError> {
-        let what = format!("blob {digest} of {}", self.repository);
+        let what = format!("blob {digest} of {}", self.places.name());
         if size > cap as u64 {
-            return Err(too_long(self.repository.endpoint.name(), &what, cap));
+            return Err(too_long(self.places.origin().endpoint.name(), &what, cap));
         }
         let blob = RegistryBlob::new(
             self.client.clone(),
-            Arc::clone(&self.repository),
+            Arc::clone(&self.places),
             digest.clone(),
             size,
             None,
             ReadKind::Unchecked,
             Elsewhere::default(),
         );
-        let stripes = (size / STRIPE).clamp(1, STRIPES);
-        let length = size.div_ceil(stripes).max(1);
-        let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
-        let read = async |range: std::ops::Range<u64>| {
-            let mut stream = blob.read(range.clone()).await?;
-            let mut part = Vec::with_capacity((range.end - range.start) as usize);
-            while let Some(bytes) = stream.next().await {
-                let bytes = bytes?;
-                came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                part.extend_from_slice(&bytes);
+        loop {
+            let bytes = read_in_parts(&blob, came).await?;
+            let Err(actual) = digest.verify(&bytes) else {
+                return Ok(bytes.into());
+            };
+            if !blob.judged(Verdict::Wrong) {
+                return Err(BlobError::Corrupt {
+                    what,
+                    expected: digest.to_string(),
+                    actual: actual.to_string(),
+                });
             }
-            Ok::<_, BlobError>(part)
-        };
-        let parts = futures::future::try_join_all(parts.map(read)).await?;
-        let bytes = parts.concat();
-        match digest.verify(&bytes) {
-            Ok(()) => Ok(bytes.into()),
-            Err(actual) => Err(BlobError::Corrupt {
-                what,
-                expected: digest.to_string(),
-                actual: actual.to_string(),
-            }),
         }
     }
 
     /// Uploads a blob, unless the repository has it. Returns whether it was uploaded.
     pub async fn put_blob(&self, digest: &Digest, bytes: Bytes) -> Result<bool, BlobError> {
-        let what = format!("upload of blob {digest} to {}", self.repository);
+        let what = format!("upload of blob {digest} to {}", self.places.origin());
         let attempt = |wait| self.put_blob_once(digest, bytes.clone(), &what, wait);
-        let mut retry = self.client.retry();
-        self.client.persist(&self.repository, &what, &mut retry, attempt).await
+        self.put(&what, attempt).await
     }
 
     async fn put_blob_once(
@@ -188,12 +193,13 @@ impl FileRepository {
         what: &str,
         wait: Duration,
     ) -> Result<bool, BlobError> {
-        let head = Ask::new(Act::Head, self.repository.blob_url(digest));
-        if self.client.request(&self.repository, &head, wait).await?.reply.status() == StatusCode::OK {
+        let registry = self.places.origin();
+        let head = Ask::new(Act::Head, registry.blob_url(digest));
+        if self.client.request(registry, &head, wait).await?.reply.status() == StatusCode::OK {
             return Ok(false);
         }
-        let begin = Ask::new(Act::Post, self.repository.uploads_url());
-        let AuthorisedReply { reply, tried } = self.client.request(&self.repository, &begin, wait).await?;
+        let begin = Ask::new(Act::Post, registry.uploads_url());
+        let AuthorisedReply { reply, tried } = self.client.request(registry, &begin, wait).await?;
         if reply.status() != StatusCode::ACCEPTED {
             return Err(refusal(reply, what, &tried).await);
         }
@@ -212,16 +218,13 @@ impl FileRepository {
         let octets = HeaderValue::from_static("application/octet-stream");
         put.headers.insert(CONTENT_TYPE, octets);
         // The place may be on another host, which must not see the login.
-        let sent =
-            if put.url.origin() == self.repository.endpoint.base().origin() || reply.url.origin() == put.url.origin() {
-                self.client
-                    .request(&self.repository, &put, self.client.patience())
-                    .await?
-            } else {
-                self.client
-                    .request_elsewhere(&self.repository, &put, self.client.patience())
-                    .await?
-            };
+        let sent = if put.url.origin() == registry.endpoint.base().origin() || reply.url.origin() == put.url.origin() {
+            self.client.request(registry, &put, self.client.patience()).await?
+        } else {
+            self.client
+                .request_elsewhere(registry, &put, self.client.patience())
+                .await?
+        };
         match sent.reply.status() {
             StatusCode::CREATED | StatusCode::NO_CONTENT => Ok(true),
             _ => Err(refusal(sent.reply, what, &sent.tried).await),
@@ -231,21 +234,52 @@ impl FileRepository {
     /// Uploads a manifest under a tag.
     pub async fn put_manifest(&self, tag: &str, media_type: &str, bytes: Bytes) -> Result<(), BlobError> {
         let selector = ReferenceSelector::tag(tag);
-        let what = format!("upload of manifest {}:{tag}", self.repository);
-        let mut put = Ask::new(Act::Put(bytes), self.repository.manifest_url(&selector)?);
+        let what = format!("upload of manifest {}:{tag}", self.places.origin());
+        let mut put = Ask::new(Act::Put(bytes), self.places.origin().manifest_url(&selector)?);
         let media_type = HeaderValue::from_str(media_type).map_err(|_| BlobError::Invalid {
             what: what.clone(),
             reason: "its media type is no header value".to_owned(),
         })?;
         put.headers.insert(CONTENT_TYPE, media_type);
         let attempt = async |wait| {
-            let AuthorisedReply { reply, tried } = self.client.request(&self.repository, &put, wait).await?;
+            let registry = self.places.origin();
+            let AuthorisedReply { reply, tried } = self.client.request(registry, &put, wait).await?;
             match reply.status() {
                 StatusCode::CREATED | StatusCode::OK | StatusCode::ACCEPTED => Ok(()),
                 _ => Err(refusal(reply, &what, &tried).await),
             }
         };
-        let mut retry = self.client.retry();
-        self.client.persist(&self.repository, &what, &mut retry, attempt).await
+        self.put(&what, attempt).await
     }
+
+    /// Makes attempts to write to the registry itself.
+    async fn put<T, F>(&self, what: &str, mut attempt: impl FnMut(Duration) -> F) -> Result<T, BlobError>
+    where
+        F: Future<Output = Result<T, BlobError>>,
+    {
+        let registry = Places::only(Arc::clone(self.places.origin()));
+        let (mut retry, wanted) = (self.client.retry(), Sought::Tag(String::new()));
+        let attempt = |turn: PlaceTurn| attempt(turn.wait);
+        self.client.persist(&registry, &wanted, what, &mut retry, attempt).await
+    }
+}
+
+/// Reads a blob in parts at the same time. Counts its bytes in `came` as they come.
+async fn read_in_parts(blob: &RegistryBlob, came: &AtomicU64) -> Result<Vec<u8>, BlobError> {
+    let size = blob.size();
+    let stripes = (size / STRIPE).clamp(1, STRIPES);
+    let length = size.div_ceil(stripes).max(1);
+    let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
+    let read = async |range: std::ops::Range<u64>| {
+        let mut stream = blob.read(range.clone()).await?;
+        let mut part = Vec::with_capacity((range.end - range.start) as usize);
+        while let Some(bytes) = stream.next().await {
+            let bytes = bytes?;
+            came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            part.extend_from_slice(&bytes);
+        }
+        Ok::<_, BlobError>(part)
+    };
+    let parts = futures::future::try_join_all(parts.map(read)).await?;
+    Ok(parts.concat())
 }

@@ -138,7 +138,7 @@ impl Puller {
                 return parse(&image.config_document, "config");
             }
         };
-        let target = self.client.repository(&self.registry, repository)?;
+        let target = self.client.places(&self.registry, repository, true)?;
         parse(&self.client.small_blob(&target, &digest).await?, "config")
     }
 
@@ -154,7 +154,7 @@ impl Puller {
         range: impl RangeBounds<u64> + Send,
     ) -> Result<ByteStream, BlobError> {
         let bounds = (range.start_bound().cloned(), range.end_bound().cloned());
-        let target = Arc::new(self.client.repository(&self.registry, repository)?);
+        let target = Arc::new(self.client.places(&self.registry, repository, true)?);
         let size = RegistryBlob::find_size(&self.client, &target, digest).await?;
         let range = normalise(bounds, size);
         RegistryBlob::new(

@@ -8,7 +8,7 @@ use super::blob::{ReadKind, RegistryBlob};
 use super::client::RegistryClient;
 use super::documents::MAX_CONFIG;
 use super::elsewhere::Elsewhere;
-use super::endpoint::Repository;
+use super::places::Places;
 use crate::blob::{BlobError, BlobSource, Document, ImageSource};
 use crate::oci::{Descriptor, ReferenceSelector};
 
@@ -16,21 +16,17 @@ use crate::oci::{Descriptor, ReferenceSelector};
 #[derive(Debug, Clone)]
 pub struct RegistrySource {
     client: RegistryClient,
-    repository: Arc<Repository>,
+    places: Arc<Places>,
     selector: ReferenceSelector,
 }
 
 impl RegistrySource {
-    pub(super) fn new(
-        client: RegistryClient,
-        repository: Repository,
-        selector: ReferenceSelector,
-    ) -> Result<Self, BlobError> {
+    pub(super) fn new(client: RegistryClient, places: Places, selector: ReferenceSelector) -> Result<Self, BlobError> {
         // Reports a malformed tag before any request is sent.
-        repository.manifest_url(&selector)?;
+        places.origin().manifest_url(&selector)?;
         Ok(Self {
             client,
-            repository: Arc::new(repository),
+            places: Arc::new(places),
             selector,
         })
     }
@@ -45,7 +41,7 @@ impl RegistrySource {
         let is_compressed = kind.ends_with("gzip") || kind.ends_with("zstd");
         Ok(RegistryBlob::new(
             self.client.clone(),
-            Arc::clone(&self.repository),
+            Arc::clone(&self.places),
             descriptor.digest.clone(),
             size,
             descriptor.embedded().map(Into::into),
@@ -58,7 +54,7 @@ impl RegistrySource {
 #[async_trait]
 impl ImageSource for RegistrySource {
     async fn root(&self) -> Result<Document, BlobError> {
-        self.client.manifest(&self.repository, &self.selector).await
+        self.client.manifest(&self.places, &self.selector).await
     }
 
     async fn manifest(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
@@ -66,7 +62,7 @@ impl ImageSource for RegistrySource {
             return Ok(document);
         }
         let selector = ReferenceSelector::Digest(descriptor.digest.clone());
-        self.client.manifest(&self.repository, &selector).await
+        self.client.manifest(&self.places, &selector).await
     }
 
     async fn config(&self, descriptor: &Descriptor) -> Result<Document, BlobError> {
@@ -79,7 +75,7 @@ impl ImageSource for RegistrySource {
                 reason: format!("its {} bytes are more than the {MAX_CONFIG} allowed", descriptor.size),
             });
         }
-        self.client.small_blob(&self.repository, &descriptor.digest).await
+        self.client.small_blob(&self.places, &descriptor.digest).await
     }
 
     async fn blob(&self, descriptor: &Descriptor) -> Result<Arc<dyn BlobSource>, BlobError> {
@@ -87,11 +83,11 @@ impl ImageSource for RegistrySource {
     }
 
     fn describe(&self) -> String {
-        format!("{}{}", self.repository, self.selector)
+        format!("{}{}", self.places.name(), self.selector)
     }
 
     fn repository(&self) -> String {
-        self.repository.to_string()
+        self.places.name().to_owned()
     }
 }
 
@@ -112,6 +108,7 @@ impl RegistryClient {
         repository: &str,
         selector: ReferenceSelector,
     ) -> Result<RegistrySource, BlobError> {
-        RegistrySource::new(self.clone(), self.repository(registry, repository)?, selector)
+        let by_digest = !matches!(selector, ReferenceSelector::Tag { digest: None, .. });
+        RegistrySource::new(self.clone(), self.places(registry, repository, by_digest)?, selector)
     }
 }

@@ -8,6 +8,7 @@
 
 mod guard;
 mod pools;
+mod proxy;
 mod schemes;
 mod tls;
 
@@ -24,8 +25,9 @@ use self::pools::Pools;
 use self::schemes::Schemes;
 use super::config::RegistryConfig;
 use super::encoding::{self, Encoding};
-use super::endpoint::{Endpoint, is_loopback};
+use super::endpoint::{Endpoint, authority, is_loopback};
 use super::failure;
+use super::host_settings::HostSettings;
 use super::secret::Secret;
 use super::stats::{HostMeter, HostStats};
 use crate::blob::BlobError;
@@ -79,6 +81,10 @@ pub(super) struct Ask {
     /// Whether the answer is believed because of where it comes from. Then no part of the way may be without TLS, unless
     /// the whole way is on this host.
     pub(super) protected: bool,
+    /// What the files of the host say about the host of the URL. Other hosts on the way get [`HostSettings::for_storage`].
+    pub(super) settings: Arc<HostSettings>,
+    /// Time without a byte after which the body is given up, if it is less than that of the client's configuration.
+    pub(super) stall: Option<Duration>,
 }
 
 impl Ask {
@@ -95,6 +101,8 @@ impl Ask {
             guarded: false,
             apart: false,
             protected: false,
+            settings: Arc::default(),
+            stall: None,
         }
     }
 }
@@ -103,6 +111,8 @@ impl Ask {
 #[derive(Debug)]
 pub(super) struct Reply {
     response: reqwest::Response,
+    /// The proxy that may have made up the response.
+    proxy: Option<String>,
     /// The URL that the response came from, after redirects.
     pub(super) url: Url,
     /// Whether a redirect led to another origin.
@@ -217,20 +227,30 @@ impl Transport {
         }
         for hop in 0..=MAX_HOPS {
             let authorization = ask.authorization.as_ref().filter(|_| !crossed);
-            let (response, open) = self.exchange(&url, guarded, ask, authorization).await?;
+            let borrowed;
+            let settings = match crossed {
+                false => &*ask.settings,
+                true => {
+                    borrowed = ask.settings.for_storage();
+                    &borrowed
+                }
+            };
+            let (response, open) = self.exchange(&url, guarded, ask, settings, authorization).await?;
             let next = match ask.act.follows_redirects() {
                 true => redirect_target(&response, &url)?,
                 false => None,
             };
             let Some(next) = next else {
+                // Through a tunnel, responses are those of the host.
+                let proxy = (url.scheme() == "http").then(|| self.pools.proxy(&url)).flatten();
                 return Ok(Reply {
                     response,
+                    proxy,
                     url,
                     crossed,
                     hops: hop as u64 + 1,
                     open,
-                    // At most half of the timeout, so that an operation with a short timeout can still resume.
-                    stall: self.config.stall_timeout.min(self.config.timeout / 2),
+                    stall: self.stall(ask),
                     pace: (Duration::ZERO, 0),
                 });
             };
@@ -249,14 +269,22 @@ impl Transport {
         })
     }
 
+    /// Returns the time without a byte after which the body of a response is given up: at most half of the timeout, so
+    /// that an operation with a short timeout can still resume.
+    fn stall(&self, ask: &Ask) -> Duration {
+        let stall = self.config.stall_timeout.min(self.config.timeout / 2);
+        ask.stall.map_or(stall, |shorter| shorter.min(stall))
+    }
+
     async fn exchange(
         &self,
         url: &Url,
         guarded: bool,
         ask: &Ask,
+        settings: &HostSettings,
         authorization: Option<&HeaderValue>,
     ) -> Result<(reqwest::Response, OpenStream), BlobError> {
-        let pool = self.pools.get(url, guarded, ask.apart)?;
+        let pool = self.pools.get(url, &settings.tls, guarded, ask.apart)?;
         let mut request = match &ask.act {
             Act::PostForm(form) => {
                 let fields: Vec<(&str, &str)> = form.iter().map(|(name, value)| (*name, value.expose())).collect();
@@ -267,16 +295,24 @@ impl Transport {
             Act::Post => pool.post(url.clone()).body(Bytes::new()),
             Act::Put(bytes) => pool.put(url.clone()).body(bytes.clone()),
         };
-        request = request.headers(ask.headers.clone()).header(ACCEPT_ENCODING, "identity");
+        let mut headers = settings.headers.clone();
+        headers.extend(ask.headers.clone());
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if let Some(authorization) = authorization {
-            request = request.header(AUTHORIZATION, authorization);
+            headers.insert(AUTHORIZATION, authorization.clone());
         }
+        request = request.headers(headers);
         let open = OpenStream::new(self.meter(url));
         let sent = Instant::now();
         let response = request
             .send()
             .await
-            .map_err(|e| failure::transport(&authority(url), e))?;
+            .map_err(|e| failure::transport(&authority(url), self.pools.proxy(url).as_deref(), e))?;
+        if response.status() == StatusCode::PROXY_AUTHENTICATION_REQUIRED
+            && let Some(proxy) = self.pools.proxy(url)
+        {
+            return Err(failure::proxy_wants_login(&authority(url), &proxy));
+        }
         if let Some(address) = response.remote_addr() {
             open.meter.is_at(guard::is_public(address.ip()));
         }
@@ -310,6 +346,14 @@ impl Reply {
         authority(&self.url)
     }
 
+    /// Returns the host that the response came from, and the proxy that may have made it up.
+    pub(super) fn sender(&self) -> String {
+        match &self.proxy {
+            Some(proxy) => format!("{} (by way of the proxy {proxy})", self.host()),
+            None => self.host(),
+        }
+    }
+
     /// Returns the next piece of the body, or `None` at its end. Fails if the body stalls or arrives too slowly to be
     /// useful.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
@@ -319,7 +363,7 @@ impl Reply {
         };
         let start = Instant::now();
         let chunk = match tokio::time::timeout(self.stall, self.response.chunk()).await {
-            Ok(chunk) => chunk.map_err(|error| failure::transport(&authority(&self.url), error))?,
+            Ok(chunk) => chunk.map_err(|error| failure::transport(&authority(&self.url), None, error))?,
             Err(_) => return Err(timeout("in the middle of an answer")),
         };
         let Some(bytes) = &chunk else { return Ok(None) };
@@ -380,15 +424,6 @@ impl Reply {
             }
             Encoding::Identity | Encoding::Unknown => body,
         }
-    }
-}
-
-/// Returns the host of a URL, with its port unless it is the default one.
-pub(super) fn authority(url: &Url) -> String {
-    let host = url.host_str().unwrap_or_default();
-    match url.port() {
-        Some(port) => format!("{host}:{port}"),
-        None => host.to_owned(),
     }
 }
 

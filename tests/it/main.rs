@@ -28,6 +28,7 @@ mod life;
 mod logins;
 mod memory;
 mod metrics;
+mod mirrors;
 mod mount;
 mod naming;
 mod oci_archive;

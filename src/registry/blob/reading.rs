@@ -1,39 +1,30 @@
-//! One read of a blob: bytes as they arrive, over as many responses as the read needs.
+//! One read of a blob: bytes as they arrive, over as many responses as the read needs, from whichever place has them.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use futures::stream::{self, StreamExt as _};
 
-use super::Core;
-use super::answer::ResponseContent;
+use super::BlobCore;
+use super::body::Body;
+use super::copy::BlobAsked;
 use crate::blob::retry::Retry;
-use crate::blob::{BlobError, ByteStream};
-
-/// A run of blob bytes that one response delivers.
-#[derive(Debug)]
-pub(super) struct Body {
-    content: ResponseContent,
-    skip: u64,
-    left: u64,
-    /// Whether the client guessed how to read the response. An early end may then mean that the guess was wrong.
-    is_guessed: bool,
-    /// Bytes delivered so far.
-    given: u64,
-}
+use crate::blob::{BlobError, ByteStream, Verdict};
+use crate::registry::places::PlaceTurn;
 
 /// The state of one [`BlobSource::read`](crate::blob::BlobSource::read).
 #[derive(Debug)]
 pub(super) struct Reading {
-    core: Arc<Core>,
+    core: Arc<BlobCore>,
     rest: Range<u64>,
     /// Whether the caller reads the whole blob, so that a request without a range wastes nothing.
     whole: bool,
     /// Whether the read uses connections that ordinary reads do not use.
     apart: bool,
-    body: Option<Body>,
+    /// The response that is being read, and the turn of the place that sent it.
+    body: Option<(PlaceTurn, Body)>,
     retry: Retry,
     /// Bytes delivered since the last progress.
     flowed: u64,
@@ -59,7 +50,7 @@ const SCANTY_ANSWERS: u32 = 4;
 
 impl Reading {
     /// Sends the first request for `range`. A permanent failure is returned here, before a stream exists.
-    pub(super) async fn start(core: Arc<Core>, range: Range<u64>, apart: bool) -> Result<Self, BlobError> {
+    pub(super) async fn start(core: Arc<BlobCore>, range: Range<u64>, apart: bool) -> Result<Self, BlobError> {
         let mut reading = Self {
             apart,
             whole: range.start == 0 && range.end == core.size,
@@ -89,15 +80,24 @@ impl Reading {
     /// Requests the rest of the range. Retries while a retry can help.
     async fn open(&mut self) -> Result<(), BlobError> {
         let (core, what) = (&self.core, self.core.what());
-        // Every other attempt uses other connections: those that failed may be dead although the client has not
-        // noticed.
-        let mut apart = !self.apart;
-        let attempt = |wait| {
-            apart = !apart;
-            core.open(&self.rest, self.whole, apart, wait)
+        // Every other attempt at a place uses other connections: those that failed may be dead although the client has
+        // not noticed.
+        let mut rounds = vec![0_u32; core.copies.len()];
+        let attempt = |turn: PlaceTurn| {
+            rounds[turn.place] += 1;
+            let asked = BlobAsked {
+                wanted: self.rest.clone(),
+                whole: self.whole,
+                apart: self.apart ^ (rounds[turn.place] % 2 == 0),
+                wait: turn.wait,
+                stall: turn.stall,
+            };
+            async move { Ok((turn, core.copies[turn.place].open(&asked).await?)) }
         };
-        let opening = core.client.persist(&core.repository, &what, &mut self.retry, attempt);
-        self.body = Some(opening.await?);
+        let persisting = core
+            .client
+            .persist(&core.places, &core.wanted, &what, &mut self.retry, attempt);
+        self.body = Some(persisting.await?);
         Ok(())
     }
 
@@ -111,16 +111,18 @@ impl Reading {
             self.retry.progressed();
         }
         while !self.rest.is_empty() {
-            let Some(body) = &mut self.body else {
+            let Some((turn, body)) = &mut self.body else {
                 self.open().await?;
                 continue;
             };
+            let turn = *turn;
             match body.chunk().await {
                 Ok(Some(chunk)) => {
                     self.has_given = true;
                     self.rest.start += chunk.len() as u64;
                     self.flowed += chunk.len() as u64;
                     self.core.meter.bytes(chunk.len() as u64);
+                    self.core.copies[turn.place].served();
                     self.given = Some(Instant::now());
                     return Ok(Some(chunk));
                 }
@@ -129,87 +131,50 @@ impl Reading {
                     self.scanty = if body.given < PROGRESS { self.scanty + 1 } else { 0 };
                     self.body = None;
                     if self.scanty >= SCANTY_ANSWERS {
-                        self.core.belief.parts_are_wrong();
+                        self.core.copies[turn.place].judged(Verdict::OnlyPartsAreWrong);
                     }
                 }
-                Err(error @ BlobError::Corrupt { .. }) => {
-                    self.core.belief.bytes_were_wrong();
-                    self.guesses = self.guesses.saturating_sub(1);
-                    // The caller checks the bytes that it already has. The read cannot take them back.
-                    if self.has_given || self.guesses == 0 {
-                        return Err(error);
-                    }
+                // A place that delivers is not left because of a lost connection.
+                Err(BlobError::Unreachable { .. }) if body.given >= PROGRESS && turn.stall.is_some() => {
                     self.body = None;
                 }
                 Err(error) => {
                     self.body = None;
-                    // Changes the pool of connections. Over HTTP/2, the request for the rest would otherwise use the
-                    // stalled connection.
-                    self.apart ^= matches!(error, BlobError::Timeout { .. });
-                    let core = &self.core;
-                    core.client
-                        .pause(&core.repository, &core.what(), &mut self.retry, error)
-                        .await?;
+                    self.failed(turn, error).await?;
                 }
             }
         }
         Ok(None)
     }
-}
 
-impl Body {
-    /// Makes a body that discards `skip` bytes and then delivers `left` bytes.
-    pub(super) fn new(content: ResponseContent, skip: u64, left: u64) -> Self {
-        Self {
-            content,
-            skip,
-            left,
-            is_guessed: false,
-            given: 0,
+    /// Decides how to go on after a response broke off. Returns the error if the read is over.
+    async fn failed(&mut self, turn: PlaceTurn, error: BlobError) -> Result<(), BlobError> {
+        let core = &self.core;
+        let is_corrupt = matches!(error, BlobError::Corrupt { .. });
+        if is_corrupt {
+            core.copies[turn.place].judged(Verdict::Wrong);
         }
-    }
-
-    /// Marks the body as one of a response that the client guessed how to read.
-    pub(super) fn guessed(self) -> Self {
-        Self {
-            is_guessed: true,
-            ..self
-        }
-    }
-
-    /// Returns the next bytes of the run, or `None` when all were delivered.
-    async fn chunk(&mut self) -> Result<Option<Bytes>, BlobError> {
-        while self.left > 0 {
-            let Some(mut chunk) = self.content.chunk().await? else {
-                // An early end of an unproven part, with some bytes delivered, is handled as a lost connection: the
-                // next request asks for the rest.
-                if self.is_guessed && (self.given == 0 || self.skip > 0 || self.content.is_decoded()) {
-                    return Err(BlobError::Corrupt {
-                        what: format!("a blob from {}", self.content.host()),
-                        expected: format!("{} more bytes", self.skip + self.left),
-                        actual: "the end of the answer".to_owned(),
-                    });
-                }
-                return Err(BlobError::Unreachable {
-                    host: self.content.host(),
-                    reason: format!(
-                        "connection lost: the answer ended {} bytes early",
-                        self.skip + self.left
-                    ),
-                });
-            };
-            let skipped = self.skip.min(chunk.len() as u64);
-            self.skip -= skipped;
-            chunk.advance(skipped as usize);
-            if chunk.len() as u64 > self.left {
-                chunk.truncate(self.left as usize);
-            }
-            if !chunk.is_empty() {
-                self.left -= chunk.len() as u64;
-                self.given += chunk.len() as u64;
-                return Ok(Some(chunk));
+        // Another place has the rest, unless all places have just failed.
+        let is_mirror = turn.place != core.places.last();
+        if is_mirror {
+            core.places.failed(turn.place, &core.wanted, &error);
+            if turn.stall.is_some() {
+                return Ok(());
             }
         }
-        Ok(None)
+        if is_corrupt {
+            self.guesses = self.guesses.saturating_sub(1);
+            // The caller checks the bytes that it already has. The read cannot take them back.
+            if self.has_given || self.guesses == 0 {
+                return Err(error);
+            }
+            return Ok(());
+        }
+        // Changes the pool of connections. Over HTTP/2, the request for the rest would otherwise use the stalled
+        // connection.
+        self.apart ^= matches!(error, BlobError::Timeout { .. });
+        core.client
+            .pause(&core.places, &core.what(), &mut self.retry, error)
+            .await
     }
 }

@@ -18,8 +18,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::OnceCell;
 
-use super::authority;
 use crate::blob::BlobError;
+use crate::registry::endpoint::authority;
 
 /// First bytes of TLS records: alert and handshake.
 const TLS_RECORDS: [u8; 2] = [0x15, 0x16];

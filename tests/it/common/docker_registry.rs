@@ -15,6 +15,10 @@ pub struct Setup {
     pub login: Option<(String, String)>,
     /// Token authentication.
     pub token: Option<TokenSetup>,
+    /// Authority that must have signed the certificates of clients, in PEM.
+    pub clients_of: Option<PathBuf>,
+    /// URL of the registry of which this one is a pull-through cache.
+    pub cache_of: Option<String>,
 }
 
 /// The token server that a registry trusts.
@@ -106,6 +110,12 @@ fn configuration(setup: &Setup, directory: &Path) -> String {
             certificate.display(),
             key.display()
         );
+        if let Some(authority) = &setup.clients_of {
+            text += &format!("    clientcas: ['{}']\n", authority.display());
+        }
+    }
+    if let Some(url) = &setup.cache_of {
+        text += &format!("proxy:\n  remoteurl: {url}\n");
     }
     if let Some((user, password)) = &setup.login {
         let file = directory.join("htpasswd");

@@ -100,7 +100,7 @@ async fn tls_with_an_own_authority_and_a_password() {
     let setup = Setup {
         tls: Some((certificate, key)),
         login: Some(("me".to_owned(), "hunter2".to_owned())),
-        token: None,
+        ..Setup::default()
     };
     let registry = DockerRegistry::start(&setup);
     let trust = tempfile::tempdir().unwrap();
