@@ -90,12 +90,12 @@ fn close_all_but(keep: Option<RawFd>, separated: impl FnOnce()) {
     }
 }
 
-/// Closes all descriptors in a range (close_range(2)).
+/// Closes all descriptors in a range (close_range(2)). Not every C library has a function for this call.
 #[allow(unsafe_code)]
 fn close_range(first: u32, last: u32, flags: libc::c_uint) -> Result<(), Errno> {
     // SAFETY: the call takes three numbers. Of the process's own table it closes nothing: it is made with
     // `CLOSE_RANGE_UNSHARE`, or after such a call.
-    Errno::result(unsafe { libc::close_range(first, last, flags.cast_signed()) }).map(drop)
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
 /// Does the work of [`close_all_but`] without close_range(2).
