@@ -15,6 +15,7 @@ mod export;
 mod fetching;
 mod files;
 mod helper;
+mod generated;
 mod image_name;
 mod images;
 mod index;
@@ -41,7 +42,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use config::Globals;
@@ -128,6 +129,13 @@ enum Command {
     /// Look after the store
     #[command(subcommand)]
     Cache(cache::CacheCommand),
+    /// Write a script with which a shell completes this command's words
+    ///
+    /// For bash: `source <(ocifs completions bash)`. The packages install the scripts where the shells look for them.
+    Completions(generated::CompletionsArgs),
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man(generated::ManArgs),
 }
 
 /// The image a command is about.
@@ -244,11 +252,13 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 fn run(cli: Cli, started: Instant) -> anyhow::Result<ExitCode> {
-    // These commands ask other processes and need no configuration. A bad configuration file must not stop them.
+    // These commands need no configuration. A bad configuration file must not stop them.
     let command = match cli.command {
         Command::Umount(args) => return succeeded(mounts::umount(args)),
         Command::List(args) => return succeeded(mounts::list(args)),
         Command::Status(args) => return succeeded(mounts::status(args)),
+        Command::Completions(args) => return succeeded(generated::completions(Cli::command(), &args)),
+        Command::Man(args) => return succeeded(generated::man(Cli::command(), &args)),
         command => command,
     };
     let config = config::Config::resolve(cli.globals)?;

@@ -139,6 +139,9 @@ pub mod docs {
     #[doc = include_str!("docs/containerd.md")]
     pub mod containerd {}
 
+    #[doc = include_str!("docs/changelog.md")]
+    pub mod changelog {}
+
     #[doc = include_str!("docs/indexes.md")]
     pub mod indexes {}
 

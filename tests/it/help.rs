@@ -7,7 +7,8 @@ use std::process::Command;
 
 use crate::common::ocifs::{bounded, isolate};
 
-const COMMANDS: &[&[&str]] = &[
+/// The commands that help shows.
+pub(crate) const COMMANDS: &[&[&str]] = &[
     &[],
     &["mount"],
     &["disk"],
@@ -36,6 +37,7 @@ const COMMANDS: &[&[&str]] = &[
     &["index", "build"],
     &["index", "push"],
     &["index", "verify"],
+    &["completions"],
 ];
 
 /// Returns the help of a command. The option is `--help`, or `-h` for the short one.

@@ -16,6 +16,7 @@ mod embedded;
 mod erofs;
 mod failures;
 mod fuzz_seeds;
+mod generated;
 mod help;
 mod helper;
 mod images;
