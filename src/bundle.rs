@@ -4,9 +4,10 @@
 //! container engines agree on: the file systems of the kernel, a few capabilities, namespaces.
 //!
 //! Modules: [`Account`] finds the user and the groups in the image's own files; [`ContainerConfig`] makes the
-//! configuration.
+//! configuration, and the command line of bubblewrap for the same container.
 
 mod account;
+mod bubblewrap;
 mod container;
 
 pub use account::{Account, AccountError};

@@ -25,6 +25,7 @@ mod log;
 mod manager;
 mod mount;
 mod mounts;
+mod namespace;
 mod open;
 mod profile;
 mod progress;
@@ -84,8 +85,8 @@ enum Command {
     Disk(disk::DiskArgs),
     /// Run a program of an image in a container
     ///
-    /// The image is mounted, and an installed OCI runtime runs its program or the given one. The program's exit status is
-    /// that of the command. In the end everything is removed.
+    /// The image is mounted, and an installed OCI runtime or bubblewrap runs its program or the given one. The program's exit
+    /// status is that of the command. In the end everything is removed. No root is needed.
     Run(run::RunArgs),
     /// Make a bundle for an OCI runtime, whose root is a mount of the image
     ///
@@ -261,6 +262,9 @@ fn run(cli: Cli, started: Instant) -> anyhow::Result<ExitCode> {
         Command::Man(args) => return succeeded(generated::man(Cli::command(), &args)),
         command => command,
     };
+    if let Command::Run(_) = &command {
+        run::settle()?;
+    }
     let config = config::Config::resolve(cli.globals)?;
     let _folded = log::init(&config);
     raise_file_limit();

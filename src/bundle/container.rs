@@ -15,7 +15,7 @@ use crate::oci::ImageConfig;
 /// Search path of a program whose image says none, as other engines have it.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// What root in a container may do, as with docker and podman.
-const CAPABILITIES: [Capability; 14] = [
+pub(super) const CAPABILITIES: [Capability; 14] = [
     Capability::AuditWrite,
     Capability::Chown,
     Capability::DacOverride,
@@ -39,6 +39,18 @@ pub enum BundleError {
     /// Neither the image nor the user names a program.
     #[error("the image names no program to run: give a command")]
     NoProgram,
+    /// The program is to run as somebody whom the container cannot have.
+    #[error("{what} cannot run a program as user {uid} and group {gid}: {instead}, or add --user 0:0")]
+    OtherUser {
+        /// What runs the container, and who starts it.
+        what: &'static str,
+        /// The user.
+        uid: u32,
+        /// The group.
+        gid: u32,
+        /// What helps.
+        instead: &'static str,
+    },
     /// The user or the group is unknown.
     #[error(transparent)]
     Account(#[from] AccountError),
@@ -133,6 +145,14 @@ impl ContainerConfig {
     pub fn spec(&self, image: &ImageConfig, passwd: &[u8], group: &[u8]) -> Result<Spec, BundleError> {
         let user = self.user.as_deref().unwrap_or(&image.config.user);
         let account = Account::find(user, passwd, group)?;
+        if self.rootless.is_some() && (account.uid, account.gid) != (0, 0) {
+            return Err(BundleError::OtherUser {
+                what: "an OCI runtime without root",
+                uid: account.uid,
+                gid: account.gid,
+                instead: "use bubblewrap",
+            });
+        }
         let mut spec = match self.rootless {
             Some((uid, gid)) => Spec::rootless(uid, gid),
             None => Spec::default(),
@@ -151,11 +171,7 @@ impl ContainerConfig {
         if let Some(mounts) = spec.mounts_mut() {
             mounts.extend(more);
         }
-        if let Some(signal) = &image.config.stop_signal {
-            // image-spec conversion.md.
-            let annotation = ("org.opencontainers.image.stopSignal".to_owned(), signal.clone());
-            spec.set_annotations(Some(HashMap::from([annotation])));
-        }
+        spec.set_annotations(Some(annotations(image)).filter(|annotations| !annotations.is_empty()));
         Ok(spec)
     }
 
@@ -211,6 +227,17 @@ impl ContainerConfig {
     }
 }
 
+/// What runtimes and their hooks may want to know of the image (image-spec conversion.md): its labels, and its stop signal
+/// unless a label says another.
+fn annotations(image: &ImageConfig) -> HashMap<String, String> {
+    let config = &image.config;
+    let stop_signal = config.stop_signal.iter();
+    let stop_signal = stop_signal.map(|signal| ("org.opencontainers.image.stopSignal".to_owned(), signal.clone()));
+    // runtime-spec config.md: a key must not be empty.
+    let labels = config.labels.clone().into_iter().filter(|(key, _)| !key.is_empty());
+    stop_signal.chain(labels).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,7 +286,8 @@ mod tests {
     #[test]
     fn the_configuration_has_what_the_image_says() {
         let image = image(
-            r#"{"User":"node","Cmd":["node"],"WorkingDir":"app","StopSignal":"SIGINT","Env":["NODE_ENV=production"]}"#,
+            r#"{"User":"node","Cmd":["node"],"WorkingDir":"app","StopSignal":"SIGINT","Env":["NODE_ENV=production"],
+                "Labels":{"org.example.team":"web","":"no key"}}"#,
         );
         let container = ContainerConfig {
             hostname: "web".to_owned(),
@@ -280,7 +308,10 @@ mod tests {
         assert!(process["env"].as_array().unwrap().contains(&"HOME=/home/node".into()));
         assert_eq!(spec["root"], serde_json::json!({"path": "rootfs", "readonly": false}));
         assert_eq!(spec["hostname"], "web");
-        assert_eq!(spec["annotations"]["org.opencontainers.image.stopSignal"], "SIGINT");
+        assert_eq!(
+            spec["annotations"],
+            serde_json::json!({"org.opencontainers.image.stopSignal": "SIGINT", "org.example.team": "web"})
+        );
         let kinds: Vec<&str> = spec["linux"]["namespaces"]
             .as_array()
             .unwrap()
@@ -312,5 +343,11 @@ mod tests {
         assert_eq!(spec["linux"]["uidMappings"][0]["hostID"], 1000);
         assert_eq!(spec["linux"]["gidMappings"][0]["hostID"], 1001);
         assert!(spec["process"]["user"].get("additionalGids").is_none());
+        let error = container.spec(&image(r#"{"Cmd":["sh"],"User":"node"}"#), PASSWD, GROUP);
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.starts_with("an OCI runtime without root cannot run a program as user 1000"),
+            "{error}"
+        );
     }
 }

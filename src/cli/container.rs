@@ -1,6 +1,7 @@
 //! What `ocifs bundle` and `ocifs run` have in common: a directory with the root of an image and the configuration of a
 //! container (runtime-spec bundle.md).
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -97,6 +98,7 @@ impl Bundle {
             .create(&rootfs)
             .with_context(shown)?;
         let rootless = !is_system_root();
+        let read_only = args.read_only || !can_write();
         let container = ContainerConfig {
             command,
             entrypoint: args.entrypoint,
@@ -104,8 +106,7 @@ impl Bundle {
             user: args.user,
             workdir: args.workdir,
             terminal: args.tty,
-            // Only root can mount what takes the changes.
-            read_only: args.read_only || rootless,
+            read_only,
             network: match args.network {
                 NetworkArg::Host => Network::Host,
                 NetworkArg::None => Network::None,
@@ -116,7 +117,6 @@ impl Bundle {
             shared: Vec::new(),
         };
         let serve = ServeArgs::behind(args.replay);
-        let read_only = container.read_only;
         let served = ServeCommand {
             config,
             image,
@@ -157,6 +157,26 @@ impl Bundle {
 
     /// Writes the configuration, and makes the directory in which the program runs.
     pub(super) fn write(&mut self, image: &ImageConfig) -> anyhow::Result<()> {
+        let names = self.prepare(image)?;
+        let spec = self.container.spec(image, &names.passwd, &names.group)?;
+        let path = self.directory.join(CONFIG);
+        let write = || {
+            let mut file = File::create(&path)?;
+            serde_json::to_writer_pretty(&mut file, &spec)?;
+            file.write_all(b"\n")
+        };
+        write().with_context(|| path.display().to_string())
+    }
+
+    /// Makes the directory in which the program runs. Returns the arguments with which bubblewrap runs it.
+    pub(super) fn bubblewrap(&mut self, image: &ImageConfig) -> anyhow::Result<Vec<OsString>> {
+        let names = self.prepare(image)?;
+        let container = &self.container;
+        Ok(container.bubblewrap(image, &names.passwd, &names.group, &self.rootfs())?)
+    }
+
+    /// Looks into the root for what the container depends on, and makes the directory in which the program runs.
+    fn prepare(&mut self, image: &ImageConfig) -> anyhow::Result<Names> {
         let rootfs = File::open(self.rootfs()).with_context(|| self.rootfs().display().to_string())?;
         let names = |path: &str| read(rootfs.as_fd(), path).with_context(|| format!("{path} of the image"));
         let (passwd, group) = (names("/etc/passwd")?, names("/etc/group")?);
@@ -169,22 +189,41 @@ impl Bundle {
         }
         if container.network == Network::Host {
             let shared = NETWORK_FILES.into_iter().map(PathBuf::from);
-            container.shared.extend(shared.filter(|path| path.exists()));
+            // In a root that is only read, a file that is missing cannot be made to mount on.
+            let has_place = |path: &Path| !container.read_only || open(rootfs.as_fd(), path, OFlags::PATH).is_ok();
+            let shared: Vec<_> = shared.filter(|path| path.exists() && has_place(path)).collect();
+            container.shared.extend(shared);
         }
         if !container.read_only {
             let workdir = container.workdir(image);
             make_directories(rootfs.as_fd(), &workdir)
                 .with_context(|| format!("cannot make {} in the image's root", workdir.display()))?;
         }
-        let spec = container.spec(image, &passwd, &group)?;
-        let path = self.directory.join(CONFIG);
-        let write = || {
-            let mut file = File::create(&path)?;
-            serde_json::to_writer_pretty(&mut file, &spec)?;
-            file.write_all(b"\n")
-        };
-        write().with_context(|| path.display().to_string())
+        Ok(Names { passwd, group })
     }
+}
+
+/// The image's files that name users and groups.
+struct Names {
+    passwd: Vec<u8>,
+    group: Vec<u8>,
+}
+
+/// Whether this process can mount what takes changes: as root, also of a user namespace, or with fuse-overlayfs.
+fn can_write() -> bool {
+    geteuid().is_root() || installed(["fuse-overlayfs"]).is_some()
+}
+
+/// Returns the first of these programs that is installed.
+pub(super) fn installed<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let directories: Vec<PathBuf> = std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .collect();
+    let mut programs = names
+        .into_iter()
+        .flat_map(|name| directories.iter().map(move |directory| directory.join(name)));
+    programs.find(|program| program.is_file())
 }
 
 /// Removes the files and directories of a bundle whose root is not mounted any more. It removes nothing else, so a root that

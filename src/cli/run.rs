@@ -1,31 +1,51 @@
-//! `ocifs run`: runs a program of an image in a container, with an OCI runtime that is installed.
+//! `ocifs run`: runs a program of an image in a container, with an OCI runtime or bubblewrap.
 //!
-//! The image is mounted, a bundle is made around the mount, and the runtime runs it in the foreground. Signals go on to the
-//! runtime, and its exit status becomes that of this command. In the end the mount and the bundle are removed.
+//! The image is mounted, and a runtime runs its program in the foreground. Signals go on to the program, and its exit status
+//! becomes that of this command. In the end the mount is removed.
+//!
+//! An OCI runtime gets a bundle around the mount, and passes on the signals that it gets. Bubblewrap gets a command line. It
+//! passes on no signal, but says which process the program is.
+//!
+//! Without root, the command first makes a user namespace of its own, as the container needs one anyway. All of it happens
+//! there, so the root can be changed, and no helper mounts it.
 
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, ExitStatus};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
 use futures::future::select_all;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 
 use super::background::is_serving;
 use super::config::Config;
-use super::container::{Bundle, ContainerArgs, remove};
+use super::container::{Bundle, ContainerArgs, installed, remove};
 use super::mounts::take_down;
-use super::{ImageArgs, explain};
-use ocifs::mount::{RunDir, is_ignored};
+use super::{ImageArgs, explain, namespace};
+use ocifs::mount::{RunDir, is_ignored, is_system_root};
+use ocifs::oci::ImageConfig;
 
-/// Runtimes that are looked for, the preferred one first.
-const RUNTIMES: [&str; 3] = ["crun", "runc", "youki"];
+/// Runtimes that are looked for if root starts the container, the preferred one first.
+const RUNTIMES: [&str; 4] = ["crun", "runc", "youki", BUBBLEWRAP];
+/// The same for others. Under an OCI runtime without root, a program cannot be another user than root.
+const ROOTLESS_RUNTIMES: [&str; 4] = [BUBBLEWRAP, "crun", "runc", "youki"];
+/// The program of bubblewrap.
+const BUBBLEWRAP: &str = "bwrap";
+/// Most bytes that bubblewrap says of the process it has started.
+const MOST_INFO: u64 = 4096;
+/// Time that bubblewrap may take to start the process. It says which one it is before it prepares anything else.
+const START: Duration = Duration::from_secs(30);
 /// Signals that go on to the program.
 const FORWARDED: [Signal; 6] = [
     Signal::SIGTERM,
@@ -46,9 +66,18 @@ pub(super) struct RunArgs {
     command: Vec<String>,
     #[command(flatten)]
     container: ContainerArgs,
-    /// OCI runtime that runs the container [default: the first of crun, runc and youki that is installed]
+    /// What runs the container: an OCI runtime, or bubblewrap (bwrap), which needs no root [default: the first of crun, runc,
+    /// youki and bwrap that is installed; without root, bwrap comes first]
     #[arg(long, value_name = "PROGRAM")]
     runtime: Option<PathBuf>,
+}
+
+/// Makes the user namespace of a container that is not started by root. This comes before the process has threads.
+pub(super) fn settle() -> anyhow::Result<()> {
+    if !geteuid().is_root() {
+        namespace::enter()?;
+    }
+    Ok(())
 }
 
 pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::Result<ExitCode> {
@@ -82,9 +111,8 @@ pub(super) fn run(config: &Config, args: RunArgs, started: Instant) -> anyhow::R
             return Err(error);
         }
     };
-    let ran = bundle
-        .write(&image)
-        .and_then(|()| tokio.block_on(execute(&runtime, &bundle, &format!("ocifs-{id}"), &mut forwarding)));
+    let ran = command(&runtime, &mut bundle, &image, &format!("ocifs-{id}"))
+        .and_then(|running| tokio.block_on(running.execute(&runtime, &mut forwarding)));
     let ended = take_down(&bundle.rootfs(), false).and_then(|_| remove(bundle.directory()));
     match (ran, ended) {
         (Ok(status), Ok(())) => Ok(exit_code(status)),
@@ -101,15 +129,14 @@ fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     if let Some(named) = named {
         return Ok(named.to_owned());
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let directories: Vec<PathBuf> = std::env::split_paths(&path)
-        .chain(["/usr/sbin".into(), "/sbin".into()])
-        .collect();
-    let mut programs = RUNTIMES
-        .iter()
-        .flat_map(|name| directories.iter().map(move |directory| directory.join(name)));
-    let Some(found) = programs.find(|program| program.is_file()) else {
-        bail!("no OCI runtime is installed: install crun or runc, or name one with --runtime")
+    let runtimes = match is_system_root() {
+        true => RUNTIMES,
+        false => ROOTLESS_RUNTIMES,
+    };
+    let Some(found) = installed(runtimes) else {
+        bail!(
+            "no OCI runtime is installed: install crun or runc, or bubblewrap if you are not root, or name one with --runtime"
+        )
     };
     Ok(found)
 }
@@ -124,37 +151,85 @@ fn forwarded() -> io::Result<Vec<(Signal, tokio::signal::unix::Signal)>> {
     caught.collect()
 }
 
-/// Runs a bundle in the foreground. Returns how the runtime ended.
-async fn execute(
-    runtime: &Path,
-    bundle: &Bundle,
-    id: &str,
-    forwarding: &mut [(Signal, tokio::signal::unix::Signal)],
-) -> anyhow::Result<ExitStatus> {
-    let mut child = Command::new(runtime)
-        .arg("run")
-        .arg("--bundle")
-        .args([bundle.directory(), Path::new(id)])
-        .spawn()
-        .with_context(|| format!("cannot run {}", runtime.display()))?;
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
-    loop {
-        let all = forwarding.iter_mut().map(|(number, signal)| {
-            Box::pin(async move {
-                signal.recv().await;
-                *number
-            })
-        });
-        tokio::select! {
-            status = child.wait() => return Ok(status?),
-            (number, ..) = select_all(all) => {
-                // The runtime may have ended just now.
-                if let Some(pid) = pid {
-                    let _ = kill(pid, number);
+/// A container that is about to run.
+struct Starting {
+    command: Command,
+    /// Where bubblewrap says which process the program is, and the end that it gets.
+    info: Option<(OwnedFd, OwnedFd)>,
+}
+
+/// Returns what runs the container.
+fn command(runtime: &Path, bundle: &mut Bundle, image: &ImageConfig, id: &str) -> anyhow::Result<Starting> {
+    let mut command = Command::new(runtime);
+    if runtime.file_name() != Some(BUBBLEWRAP.as_ref()) {
+        bundle.write(image)?;
+        command
+            .args(["run", "--bundle"])
+            .args([bundle.directory(), Path::new(id)]);
+        return Ok(Starting { command, info: None });
+    }
+    // Only this process is there to start others, and it starts no other before it closes the end that others get.
+    let (from, to) = nix::unistd::pipe().context("cannot make a pipe")?;
+    fcntl(&from, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    command.args(["--info-fd", &to.as_raw_fd().to_string()]);
+    command.args(bundle.bubblewrap(image)?);
+    // If bubblewrap ends, so does the program.
+    command.kill_on_drop(true);
+    let info = Some((from, to));
+    Ok(Starting { command, info })
+}
+
+impl Starting {
+    /// Runs the container in the foreground. Returns how the runtime ended.
+    async fn execute(
+        mut self,
+        runtime: &Path,
+        forwarding: &mut [(Signal, tokio::signal::unix::Signal)],
+    ) -> anyhow::Result<ExitStatus> {
+        let started = self.command.spawn();
+        let mut child = started.with_context(|| format!("cannot run {}", runtime.display()))?;
+        let mut pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+        if let Some((from, to)) = self.info {
+            drop(to);
+            let said = Receiver::from_owned_fd(from)?;
+            // There is nothing to read if bubblewrap could not start the program. It says why, and ends.
+            let said = timeout(START, program(said)).await;
+            pid = said.context("bubblewrap does not say what it has started")??.or(pid);
+        }
+        loop {
+            let all = forwarding.iter_mut().map(|(number, signal)| {
+                Box::pin(async move {
+                    signal.recv().await;
+                    *number
+                })
+            });
+            tokio::select! {
+                status = child.wait() => return Ok(status?),
+                (number, ..) = select_all(all) => {
+                    // The program may have ended just now.
+                    if let Some(pid) = pid {
+                        let _ = kill(pid, number);
+                    }
                 }
             }
         }
     }
+}
+
+/// Reads from bubblewrap which process the program is.
+async fn program(from: Receiver) -> anyhow::Result<Option<Pid>> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Info {
+        child_pid: i32,
+    }
+    let mut said = Vec::new();
+    from.take(MOST_INFO).read_to_end(&mut said).await?;
+    if said.is_empty() {
+        return Ok(None);
+    }
+    let info: Info = serde_json::from_slice(&said).context("bubblewrap says unintelligibly what it has started")?;
+    Ok(Some(Pid::from_raw(info.child_pid)))
 }
 
 /// Returns the exit status that shells show for a program that ended like this.

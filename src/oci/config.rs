@@ -57,6 +57,12 @@ pub struct RunConfig {
         skip_serializing_if = "BTreeMap::is_empty"
     )]
     pub volumes: BTreeMap<String, Empty>,
+    /// What the maker of the image says of it. Nothing when the field is of another type.
+    #[serde(
+        deserialize_with = "other_type_as_default",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub labels: BTreeMap<String, String>,
     /// Signal that asks the program to end, by name or number. Absent when the field is of another type.
     #[serde(deserialize_with = "other_type_as_default", skip_serializing_if = "Option::is_none")]
     pub stop_signal: Option<String>,
@@ -71,13 +77,13 @@ where
 {
     #[derive(Deserialize)]
     #[serde(untagged)]
-    enum FieldValue<T> {
+    enum AnyType<T> {
         Right(T),
         Other(IgnoredAny),
     }
-    Ok(match FieldValue::deserialize(deserializer)? {
-        FieldValue::Right(value) => value,
-        FieldValue::Other(IgnoredAny) => T::default(),
+    Ok(match AnyType::deserialize(deserializer)? {
+        AnyType::Right(value) => value,
+        AnyType::Other(IgnoredAny) => T::default(),
     })
 }
 
@@ -139,6 +145,7 @@ mod tests {
         assert_eq!(config.config.entrypoint, ["/init"]);
         assert!(config.config.cmd.is_empty());
         assert_eq!(config.config.working_dir, "/srv");
+        assert_eq!(config.config.labels["a"], "b");
         assert_eq!(config.rootfs.diff_ids[0].to_string(), diff_id);
         let again = ImageConfig::parse(&serde_json::to_vec(&config).unwrap()).unwrap();
         assert_eq!(again, config);

@@ -1,6 +1,7 @@
 //! `ocifs run` and `ocifs bundle`: containers of a real runtime, whose roots are mounts.
 
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -52,6 +53,10 @@ impl Scene {
     }
 }
 
+/// The runtime of these tests. It runs wherever they do, which crun does not: it refuses machines with controllers in both
+/// versions of cgroups.
+const RUNTIME: &str = "--runtime=runc";
+
 /// The image is not mounted any more.
 fn nothing_is_left(host: &Ocifs, scene: &Scene) {
     let mounts = host.ok(["list", "--json"]).json();
@@ -63,7 +68,7 @@ fn nothing_is_left(host: &Ocifs, scene: &Scene) {
 fn a_program_runs_as_the_image_says() {
     let scene = Scene::new();
     let host = Ocifs::new();
-    let said = host.ok(["run", &scene.image]);
+    let said = host.ok(["run", RUNTIME, &scene.image]);
     assert_eq!(said.text(), "hello /home/app /srv/app 1234:1235:1235 44\n");
     nothing_is_left(&host, &scene);
 }
@@ -72,7 +77,9 @@ fn a_program_runs_as_the_image_says() {
 fn the_command_line_outranks_the_image() {
     let scene = Scene::new();
     let host = Ocifs::new();
-    let run = |arguments: &[&str], command: &[&str]| host.run([&["run"], arguments, &[&scene.image], command].concat());
+    let run = |arguments: &[&str], command: &[&str]| {
+        host.run([&["run", RUNTIME], arguments, &[&scene.image], command].concat())
+    };
     let said = run(
         &["--entrypoint", "sh", "--user", "0", "--hostname", "box"],
         &["-c", "hostname; id -u; exit 7"],
@@ -88,7 +95,7 @@ fn the_command_line_outranks_the_image() {
         &["touch /data/new && touch /new"],
     );
     assert_eq!(said.code, Some(1), "{said:?}");
-    let error = host.fails(["run", "--user", "nobody", &scene.image]);
+    let error = host.fails(["run", RUNTIME, "--user", "nobody", &scene.image]);
     assert!(error.contains("no user \"nobody\""), "{error}");
     nothing_is_left(&host, &scene);
 }
@@ -99,7 +106,7 @@ fn signals_reach_the_program() {
     let host = Ocifs::new();
     let script = "trap 'exit 9' USR1; echo ready; while :; do sleep 0.1; done";
     let mut running = host
-        .interruptible(["run", &scene.image, script])
+        .interruptible(["run", RUNTIME, &scene.image, script])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -153,4 +160,68 @@ fn a_runtime_runs_a_bundle() {
     assert_eq!(ran.text(), "hello /home/app /srv/app 1234:1235:1235 44\n", "{ran:?}");
     host.ok(["umount", &format!("{directory}/rootfs")]);
     nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn the_first_runtime_that_is_installed_runs_the_container() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let bin = host.home().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    for name in ["runc", "youki", "crun"] {
+        let path = bin.join(name);
+        std::fs::write(
+            &path,
+            "#!/bin/sh\necho ${0##*/} $1 $2 ${3%/*}/ \"$(/bin/cat $3/rootfs/etc/group)\"\n",
+        )
+        .unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        // Without the runtimes of this machine.
+        let said = bounded(host.command(["run", &scene.image]).env("PATH", &bin));
+        let expected = if name == "crun" {
+            "crun run --bundle /"
+        } else {
+            "runc run --bundle /"
+        };
+        assert!(
+            said.text().starts_with(expected) && said.text().contains("app:x:1235:"),
+            "{said:?}"
+        );
+    }
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn root_can_use_bubblewrap() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let run = |arguments: &[&str], command: &[&str]| {
+        let all = [&["run", "--runtime", "bwrap"], arguments, &[&scene.image], command].concat();
+        host.run(all)
+    };
+    let said = run(
+        &["--user", "0"],
+        &["echo $GREETING $(id -u) $$; touch /new && ls /new; exit 7"],
+    );
+    assert_eq!((said.code, said.text()), (Some(7), "hello 0 1\n/new\n"), "{said:?}");
+    let said = run(&[], &[]);
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.stderr
+            .contains("bubblewrap with root cannot run a program as user 1234"),
+        "{said:?}"
+    );
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
+fn labels_become_annotations() {
+    let scene = Scene::with(serde_json::json!({"Cmd": ["true"], "Labels": {"org.example.team": "web"}}));
+    let host = Ocifs::new();
+    let bundle = host.home().join("bundle");
+    host.ok(["bundle", &scene.image, bundle.to_str().unwrap()]);
+    let config = std::fs::read(bundle.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["annotations"], serde_json::json!({"org.example.team": "web"}));
+    host.ok(["umount", bundle.join("rootfs").to_str().unwrap()]);
 }

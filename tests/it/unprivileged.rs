@@ -3,6 +3,8 @@
 //! Each test runs a script as a user that it makes up. The script runs in a mount namespace where the user exists and
 //! may open /dev/fuse, as on distributions.
 
+mod run;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
@@ -41,6 +43,8 @@ install -m 755 "$program" "$dir/system/ocifs"
 # A configuration of this machine is none of the test's.
 touch "$dir/system/empty"
 [ ! -e /etc/ocifs.toml ] || mount --bind "$dir/system/empty" /etc/ocifs.toml
+# crun refuses to run on machines with controllers in both versions of cgroups.
+[ ! -d /sys/fs/cgroup/unified ] || umount -l /sys/fs/cgroup/unified
 cd "$dir/home"
 exec setpriv --reuid "$uid" --regid "$uid" --clear-groups env -i HOME="$dir/home" XDG_RUNTIME_DIR="$dir/run" \
     PATH="$dir/system:/usr/sbin:/usr/bin:/sbin:/bin" IMAGE="oci:$dir/image" DIR="$dir" bash -euc "$HELPERS$4"
