@@ -159,4 +159,13 @@ pub mod docs {
 
     #[doc = include_str!("docs/registries.md")]
     pub mod registries {}
+
+    #[doc = include_str!("docs/recipes.md")]
+    pub mod recipes {}
+
+    #[doc = include_str!("docs/semantics.md")]
+    pub mod semantics {}
+
+    #[doc = include_str!("docs/troubleshooting.md")]
+    pub mod troubleshooting {}
 }

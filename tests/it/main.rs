@@ -35,6 +35,7 @@ mod naming;
 mod oci_archive;
 mod odd;
 mod offline;
+mod pages;
 mod parallel;
 mod prefetch;
 mod progress;
