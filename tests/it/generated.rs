@@ -7,6 +7,9 @@ use std::process::Command;
 use crate::common::ocifs::{Ocifs, bounded};
 use crate::help::COMMANDS;
 
+/// The commands of the snapshotter, whose help is not among those that are compared.
+const SNAPSHOTTER: &[&[&str]] = &[&["snapshotter"], &["snapshotter", "check"]];
+
 /// Makes the pages. Returns them by command, in order.
 fn pages(host: &Ocifs) -> Vec<(&'static [&'static str], std::path::PathBuf)> {
     let directory = host.home().join("man");
@@ -16,7 +19,7 @@ fn pages(host: &Ocifs) -> Vec<(&'static [&'static str], std::path::PathBuf)> {
         let name = [&["ocifs"], *command].concat().join("-");
         (*command, directory.join(name + ".1"))
     };
-    let pages: Vec<_> = COMMANDS.iter().map(page).collect();
+    let pages: Vec<_> = COMMANDS.iter().chain(SNAPSHOTTER).map(page).collect();
     let made: BTreeSet<_> = fs::read_dir(directory).unwrap().map(|e| e.unwrap().path()).collect();
     assert_eq!(made, pages.iter().map(|(_, path)| path.clone()).collect());
     pages
