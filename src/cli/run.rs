@@ -42,6 +42,8 @@ const RUNTIMES: [&str; 4] = ["crun", "runc", "youki", BUBBLEWRAP];
 const ROOTLESS_RUNTIMES: [&str; 4] = [BUBBLEWRAP, "crun", "runc", "youki"];
 /// The program of bubblewrap.
 const BUBBLEWRAP: &str = "bwrap";
+/// Directory that a machine has on which both versions of cgroups are mounted.
+const HYBRID_CGROUPS: &str = "/sys/fs/cgroup/unified";
 /// Most bytes that bubblewrap says of the process it has started.
 const MOST_INFO: u64 = 4096;
 /// Time that bubblewrap may take to start the process. It says which one it is before it prepares anything else.
@@ -133,6 +135,11 @@ fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
         true => RUNTIMES,
         false => ROOTLESS_RUNTIMES,
     };
+    // crun refuses to run where both versions of cgroups are mounted.
+    let mut runtimes = runtimes.to_vec();
+    if Path::new(HYBRID_CGROUPS).is_dir() {
+        runtimes.sort_by_key(|name| *name == "crun");
+    }
     let Some(found) = installed(runtimes) else {
         bail!(
             "no OCI runtime is installed: install crun or runc, or bubblewrap if you are not root, or name one with --runtime"
