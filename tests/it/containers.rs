@@ -168,6 +168,8 @@ fn the_first_runtime_that_is_installed_runs_the_container() {
     let host = Ocifs::new();
     let bin = host.home().join("bin");
     std::fs::create_dir(&bin).unwrap();
+    // crun refuses to run where both versions of cgroups are mounted, so it comes last there.
+    let is_hybrid = std::path::Path::new("/sys/fs/cgroup/unified").is_dir();
     for name in ["runc", "youki", "crun"] {
         let path = bin.join(name);
         std::fs::write(
@@ -178,7 +180,7 @@ fn the_first_runtime_that_is_installed_runs_the_container() {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         // Without the runtimes of this machine.
         let said = bounded(host.command(["run", &scene.image]).env("PATH", &bin));
-        let expected = if name == "crun" {
+        let expected = if name == "crun" && !is_hybrid {
             "crun run --bundle /"
         } else {
             "runc run --bundle /"
