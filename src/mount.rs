@@ -82,6 +82,7 @@ pub use privilege::is_system_root;
 pub use registration::{AttachPhase, Carrier, MountRecord, RegistrationError, RunDir, RunEntry};
 pub use server::{DirectoryConfig, Event, MountConfig, Shape, serve};
 pub use signals::{Signals, is_ignored};
+pub use socket_file::SocketFile;
 pub use standing::Standing;
 pub use status::{LinkStatus, MountState, MountStatus};
 pub use summary::RunSummary;

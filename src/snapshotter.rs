@@ -34,10 +34,12 @@ mod messages;
 mod mounts;
 mod record;
 mod service;
+mod step;
 mod table;
 
 pub use error::SnapshotError;
 pub use filter::SnapshotFilters;
 pub use grpc::serve;
 pub use record::{DiskUsage, ImageLayers, SnapshotContent, SnapshotKind, SnapshotRecord};
-pub use service::{MountStep, Snapshotter, SnapshotterConfig};
+pub use service::{Snapshotter, SnapshotterConfig};
+pub use step::MountStep;

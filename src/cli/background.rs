@@ -370,7 +370,7 @@ impl ServeCommand<'_> {
                 Event::Failed(message) => {
                     reports.send(&Report::Failed { message });
                 }
-                Event::Ending => reports.manager.stopping(),
+                Event::Ending => reports.manager.stopping("taking it down"),
             }
         };
         Ok(mount::serve(mount, context, opening, events).await?)

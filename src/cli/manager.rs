@@ -45,9 +45,9 @@ impl ServiceManager {
         self.send(&format!("{}STATUS={status}\n", if ready { "READY=1\n" } else { "" }));
     }
 
-    /// Says that the process is about to end.
-    pub(super) fn stopping(&self) {
-        self.send("STOPPING=1\nSTATUS=taking it down\n");
+    /// Says that the process is about to end, and what it does until then.
+    pub(super) fn stopping(&self, status: &str) {
+        self.send(&format!("STOPPING=1\nSTATUS={status}\n"));
     }
 
     fn send(&self, message: &str) {

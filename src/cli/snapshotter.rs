@@ -2,13 +2,13 @@
 
 mod check;
 
+use std::convert::Infallible;
 use std::fs::DirBuilder;
-use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use tokio::net::UnixListener;
 
@@ -17,7 +17,7 @@ use super::fetching::signals;
 use super::manager::ServiceManager;
 use super::units::Deadline;
 use super::{open, say};
-use ocifs::os::gone;
+use ocifs::mount::SocketFile;
 use ocifs::snapshotter::{Snapshotter, SnapshotterConfig, serve};
 use ocifs::store::Store;
 
@@ -87,47 +87,39 @@ async fn serve_until_signal(config: &Config, args: SnapshotterServeArgs) -> anyh
         registry: open::registry_config(config),
         store: Store::open(&config.store)?,
     })?;
-    let listener = listen(&args.address).with_context(|| format!("{}", args.address.display()))?;
+    let (listener, _file) = listen(&args.address).with_context(|| format!("{}", args.address.display()))?;
     let restoring = snapshotter.clone();
-    let restoring = tokio::spawn(async move { restoring.restore().await });
+    tokio::spawn(async move { restoring.restore().await });
     let serving = format!("serving snapshots at {}", args.address.display());
     manager.status(true, &serving);
     if !config.quiet {
         eprintln!("ocifs: {serving}");
     }
     let ending = async {
-        // A mount that is being made again is used, but what this process knows of use is complete only afterwards.
-        let _ = restoring.await;
+        let Some(idle) = idle else {
+            return std::future::pending::<Infallible>().await;
+        };
         loop {
-            tokio::time::sleep(LOOK.min(idle.unwrap_or(LOOK)).max(Duration::from_millis(100))).await;
-            if let Some(idle) = idle
-                && let Err(error) = snapshotter.end_unused(idle).await
-            {
-                tracing::warn!(%error, "cannot end a mount that no container uses");
-            }
+            tokio::time::sleep(LOOK.min(idle)).await;
+            snapshotter.end_unused(idle).await;
         }
     };
     tokio::select! {
         never = serve(listener, snapshotter.clone()) => match never {},
-        () = ending => {}
+        never = ending => match never {},
         _ = signals.next() => {}
     }
-    manager.stopping();
-    gone(std::fs::remove_file(&args.address)).with_context(|| format!("{}", args.address.display()))
+    manager.stopping("ending; the mounts stay");
+    Ok(())
 }
 
-/// Listens at a socket that only this user can use. A socket that a process has left is replaced.
-fn listen(address: &Path) -> anyhow::Result<UnixListener> {
+/// Listens at a socket that only this user can use. The socket goes away with the file.
+fn listen(address: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     if let Some(directory) = address.parent().filter(|directory| !directory.is_dir()) {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     }
-    match std::os::unix::net::UnixStream::connect(address) {
-        Ok(_) => bail!("another process listens there"),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(address)?,
-        // Binding says what is wrong with it.
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(address)?;
+    let (listener, file) = SocketFile::bind(address)?;
     std::fs::set_permissions(address, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    listener.set_nonblocking(true)?;
+    Ok((UnixListener::from_std(listener)?, file))
 }

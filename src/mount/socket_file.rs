@@ -14,7 +14,7 @@ use crate::os::gone;
 
 /// The file of a listening Unix socket. Dropping it removes the file, unless another socket has the name by then.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     id: FileId,
 }
@@ -28,8 +28,8 @@ fn id(found: &fs::Metadata) -> FileId {
 }
 
 impl SocketFile {
-    /// Listens at `path`. Replaces a dead socket.
-    pub(super) fn bind(path: &Path) -> io::Result<(UnixListener, Self)> {
+    /// Listens at `path`. Replaces a dead socket. Fails if a process listens there, or if another file is there.
+    pub fn bind(path: &Path) -> io::Result<(UnixListener, Self)> {
         match remove_dead(path)? {
             SocketPlace::Free => {}
             SocketPlace::Live => {

@@ -10,6 +10,7 @@
 //! A lookup also says where it looked. A user needs these places to resolve an "unauthorized" error.
 
 mod config_file;
+mod exchange;
 mod helper;
 #[cfg(feature = "snapshotter")]
 mod kubelet;

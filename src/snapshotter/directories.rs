@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::SnapshotError;
 use super::record::DiskUsage;
-use crate::os::private;
+use crate::os::{gone, on_disk, private};
 
 /// The mode of a root that nothing is below.
 const ROOT_MODE: u32 = 0o755;
@@ -99,7 +99,7 @@ impl SnapshotDirs {
             if !seen.insert((found.dev(), found.ino())) {
                 continue;
             }
-            usage.size += found.blocks() * 512;
+            usage.size += on_disk(&found);
             usage.inodes += 1;
             if !found.is_dir() {
                 continue;
@@ -125,10 +125,7 @@ fn only_for_root(error: io::Error) -> io::Result<()> {
 }
 
 fn remove_all(path: &Path) -> Result<(), SnapshotError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed.map_err(SnapshotError::io(path)),
-    }
+    gone(fs::remove_dir_all(path)).map_err(SnapshotError::io(path))
 }
 
 #[cfg(test)]

@@ -26,7 +26,8 @@ use super::messages::{
     ListResponse, MountMessage, MountsResponse, NoContent, UpdateRequest, UsageResponse,
 };
 use super::record::{SnapshotKind, SnapshotRecord};
-use super::service::{MountStep, Snapshotter};
+use super::service::Snapshotter;
+use super::step::MountStep;
 
 /// Path of the service's methods. The name of the method follows.
 const SERVICE: &str = "/containerd.services.snapshots.v1.Snapshots/";

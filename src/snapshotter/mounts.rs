@@ -22,7 +22,7 @@ use super::error::SnapshotError;
 use super::record::ImageLayers;
 use crate::mount::{MountState, RunDir, TakedownError, status_of, take_down};
 use crate::oci::{Digest, Reference};
-use crate::os::{MANAGER, gone, private};
+use crate::os::{gone, private, program};
 use crate::task::joined;
 
 /// Time between two looks at a mount that another process is making ready. A shorter time uses more processor time; a
@@ -198,13 +198,11 @@ impl Shelf {
         let mut named: Reference = image.reference.parse().map_err(|error| format!("{error}"))?;
         named.digest = Some(image.manifest.clone());
         let layers = image.layers.to_string();
-        let output = Command::new(&self.program)
+        let output = Command::from(program(&self.program))
             .arg("mount")
             .args(&self.arguments)
             .args(["--wait", "ready", "--layers", &layers, "--", &named.to_string()])
             .arg(path)
-            // The service manager listens to this process, not to that one.
-            .env_remove(MANAGER)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
+use futures::StreamExt as _;
+
 use super::directories::SnapshotDirs;
 use super::error::SnapshotError;
 use super::filter::SnapshotFilters;
@@ -19,6 +21,7 @@ use super::layer::{CHAIN, LayerQuestion, chain_id};
 use super::lazy::LazyImages;
 use super::mounts::SharedMounts;
 use super::record::{DiskUsage, ImageLayers, SnapshotContent, SnapshotKind, SnapshotRecord};
+use super::step::MountStep;
 use super::table::SnapshotTable;
 use crate::oci::Digest;
 use crate::os::private;
@@ -29,11 +32,9 @@ use crate::task::blocking;
 /// How long the root directory of a mount may take to answer. It is in the tree of an image that is ready, so it answers
 /// at once unless the machine is in trouble.
 const ROOT_PATIENCE: Duration = Duration::from_secs(30);
-/// Characters that separate the options of an overlay. The kernel would misread directories that have them.
-const SEPARATORS: [char; 3] = [',', ':', '\\'];
-/// Says whether the kernel's overlayfs knows the option `index`.
-const INDEX_PARAMETER: &str = "/sys/module/overlay/parameters/index";
-
+/// Images that are mounted at the same time after a start. Each takes a process that reads its tree. With more, all of them
+/// get on slowly; with fewer, one whose registry hangs holds others up.
+const RESTORED: usize = 8;
 /// What a snapshotter works with.
 #[derive(Debug)]
 pub struct SnapshotterConfig {
@@ -49,17 +50,6 @@ pub struct SnapshotterConfig {
     pub store: Store,
 }
 
-/// A mount that containerd or a container's runtime makes (containerd's `mount.Mount`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MountStep {
-    /// Type of the file system.
-    pub fs_type: String,
-    /// Device or directory.
-    pub source: String,
-    /// Options of mount(8).
-    pub options: Vec<String>,
-}
-
 /// The snapshots of a root, and the images below them.
 #[derive(Debug)]
 pub struct Snapshotter {
@@ -67,17 +57,13 @@ pub struct Snapshotter {
     directories: SnapshotDirs,
     images: LazyImages,
     mounts: SharedMounts,
-    has_index: bool,
 }
 
 impl Snapshotter {
     /// Opens the snapshots of a root. Fails if another process has them open. Must be called on the runtime.
     pub fn open(config: SnapshotterConfig) -> Result<Arc<Self>, SnapshotError> {
         let root = config.root;
-        if root.to_str().is_none_or(|text| text.contains(SEPARATORS)) {
-            let reason = "overlays cannot use a directory with a comma, colon or backslash in its name";
-            return Err(SnapshotError::Argument(format!("{}: {reason}", root.display())));
-        }
+        MountStep::check(&root)?;
         private::directory(&root).map_err(SnapshotError::io(&root))?;
         let table = SnapshotTable::open(&root.join("table.redb"))?;
         let snapshotter = Arc::new(Self {
@@ -85,7 +71,6 @@ impl Snapshotter {
             directories: SnapshotDirs::open(root.join("snapshots"))?,
             images: LazyImages::new(config.registry, config.store),
             mounts: SharedMounts::open(root.join("images"), config.program, config.arguments)?,
-            has_index: Path::new(INDEX_PARAMETER).exists(),
         });
         snapshotter.remove_orphans()?;
         Ok(snapshotter)
@@ -94,24 +79,20 @@ impl Snapshotter {
     /// Mounts the images again that snapshots use and that are not mounted, as after a start of the machine. One that is in
     /// trouble is only a line in the log: its containers ask for it again.
     pub async fn restore(&self) {
-        let images = self.used_images();
-        let serving = images.iter().map(|image| self.mounts.serve(image));
-        for result in futures::future::join_all(serving).await {
-            if let Err(error) = result {
+        let serving = futures::stream::iter(self.used_images());
+        let serving = serving.for_each_concurrent(RESTORED, async |image| {
+            if let Err(error) = self.mounts.serve(&image).await {
                 tracing::warn!(%error, "cannot mount the image of a container again");
             }
-        }
+        });
+        serving.await;
     }
 
-    /// Ends the mounts that no container has used for this time.
-    pub async fn end_unused(&self, idle: Duration) -> Result<(), SnapshotError> {
-        for (path, unused) in self.mounts.all()? {
-            let is_used = || self.used_images().iter().any(|image| self.mounts.path(image) == path);
-            if unused >= idle && !is_used() {
-                self.mounts.end(&path).await?;
-            }
-        }
-        Ok(())
+    /// Ends the mounts that no container has used for this time. One that cannot be ended is only a line in the log: it is
+    /// tried again the next time.
+    pub async fn end_unused(&self, idle: Duration) {
+        let is_used = |path: &Path| self.used_images().iter().any(|image| self.mounts.path(image) == path);
+        self.end_mounts(|path, unused| unused >= idle && !is_used(path)).await;
     }
 
     /// Makes an active snapshot, or finds that a layer is there already.
@@ -306,18 +287,25 @@ impl Snapshotter {
         }
         let (snapshotter, manifest) = (self.clone(), manifest.clone());
         tokio::spawn(async move {
-            let ended = async {
-                for (path, _) in snapshotter.mounts.all()? {
-                    if SharedMounts::is_of(&path, &manifest) {
-                        snapshotter.mounts.end(&path).await?;
-                    }
-                }
-                Ok::<_, SnapshotError>(())
-            };
-            if let Err(error) = ended.await {
-                tracing::warn!(%error, "cannot end the mount of an image that was removed");
-            }
+            snapshotter
+                .end_mounts(|path, _| SharedMounts::is_of(path, &manifest))
+                .await
         });
+    }
+
+    /// Ends the mounts that `choose` chooses by their directory and by the time since somebody wanted them.
+    async fn end_mounts(&self, choose: impl Fn(&Path, Duration) -> bool) {
+        let all = self.mounts.all().unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot list the mounts of images");
+            Vec::new()
+        });
+        for (path, unused) in all {
+            if choose(&path, unused)
+                && let Err(error) = self.mounts.end(&path).await
+            {
+                tracing::warn!(%error, "cannot end the mount of an image");
+            }
+        }
     }
 
     /// Returns the name of the snapshot of a layer, if nobody has to fetch the layer.
@@ -450,39 +438,15 @@ impl Snapshotter {
     }
 
     fn steps(&self, record: &SnapshotRecord, lowers: &[PathBuf]) -> Result<Vec<MountStep>, SnapshotError> {
-        let text = |path: &Path| match path.to_str() {
-            Some(text) => Ok(text.to_owned()),
-            None => Err(SnapshotError::Argument(format!("{} is not UTF-8", path.display()))),
-        };
-        let bind = |path: &Path, mode: &str| {
-            Ok(vec![MountStep {
-                fs_type: "bind".to_owned(),
-                source: text(path)?,
-                options: vec![mode.to_owned(), "rbind".to_owned()],
-            }])
-        };
+        let changes = self.directories.changes(record.id);
         let is_view = record.kind == SnapshotKind::View;
-        match lowers {
-            [] => bind(&self.directories.changes(record.id), if is_view { "ro" } else { "rw" }),
-            [only] if is_view => bind(only, "ro"),
-            lowers => {
-                let mut options = Vec::new();
-                if self.has_index {
-                    options.push("index=off".to_owned());
-                }
-                if !is_view {
-                    options.push(format!("workdir={}", text(&self.directories.work(record.id))?));
-                    options.push(format!("upperdir={}", text(&self.directories.changes(record.id))?));
-                }
-                let lowers = lowers.iter().map(|lower| text(lower)).collect::<Result<Vec<_>, _>>()?;
-                options.push(format!("lowerdir={}", lowers.join(":")));
-                Ok(vec![MountStep {
-                    fs_type: "overlay".to_owned(),
-                    source: "overlay".to_owned(),
-                    options,
-                }])
-            }
-        }
+        let step = match lowers {
+            [] => MountStep::bind(&changes, !is_view),
+            [only] if is_view => MountStep::bind(only, false),
+            lowers if is_view => MountStep::overlay(lowers, None),
+            lowers => MountStep::overlay(lowers, Some((&changes, &self.directories.work(record.id)))),
+        };
+        Ok(vec![step?])
     }
 }
 

@@ -44,9 +44,18 @@ struct Check {
 }
 
 impl Check {
-    fn new(what: &'static str, ok: bool, good: impl Into<String>, bad: impl Into<String>) -> Self {
-        let detail = if ok { good.into() } else { bad.into() };
-        Self { what, ok, detail }
+    fn good(what: &'static str, detail: impl Into<String>) -> Self {
+        let detail = detail.into();
+        Self { what, ok: true, detail }
+    }
+
+    fn missing(what: &'static str, detail: impl Into<String>) -> Self {
+        let detail = detail.into();
+        Self {
+            what,
+            ok: false,
+            detail,
+        }
     }
 }
 
@@ -54,7 +63,7 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<()> {
     let mut checks = vec![host_fuse(), host_overlay(), socket(&args.address)];
     match dump(args.containerd_config.as_deref()) {
         Ok(config) => checks.extend(configuration(&config, &args.address)),
-        Err(error) => checks.push(Check::new("containerd", false, "", format!("{error:#}"))),
+        Err(error) => checks.push(Check::missing("containerd", format!("{error:#}"))),
     }
     if args.json {
         say!("{:#}", versioned(&checks)?);
@@ -72,34 +81,26 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<()> {
 }
 
 fn host_fuse() -> Check {
-    let there = Path::new("/dev/fuse").exists();
-    Check::new(
-        "FUSE",
-        there,
-        "/dev/fuse is there",
-        "there is no /dev/fuse: modprobe fuse",
-    )
+    match Path::new("/dev/fuse").exists() {
+        true => Check::good("FUSE", "/dev/fuse is there"),
+        false => Check::missing("FUSE", "there is no /dev/fuse: modprobe fuse"),
+    }
 }
 
 fn host_overlay() -> Check {
     let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let there = known.lines().any(|line| line.ends_with("\toverlay"));
-    Check::new(
-        "overlayfs",
-        there,
-        "the kernel has it",
-        "the kernel does not have it: modprobe overlay",
-    )
+    match known.lines().any(|line| line.ends_with("\toverlay")) {
+        true => Check::good("overlayfs", "the kernel has it"),
+        false => Check::missing("overlayfs", "the kernel does not have it: modprobe overlay"),
+    }
 }
 
 fn socket(address: &Path) -> Check {
-    let shown = address.display();
+    let (what, shown) = ("snapshotter", address.display());
     match std::os::unix::net::UnixStream::connect(address) {
-        Ok(_) => Check::new("snapshotter", true, format!("a process listens at {shown}"), ""),
-        Err(error) => Check::new(
-            "snapshotter",
-            false,
-            "",
+        Ok(_) => Check::good(what, format!("a process listens at {shown}")),
+        Err(error) => Check::missing(
+            what,
             format!("nothing answers at {shown} ({error}): start `ocifs snapshotter`"),
         ),
     }
@@ -140,26 +141,22 @@ fn configuration(config: &Table, address: &Path) -> Vec<Check> {
     let Some((name, plugin)) = plugins.find(|(_, plugin)| is_ours(plugin)) else {
         let shown = address.display();
         let advice = format!("add [proxy_plugins.ocifs] with type = \"snapshot\" and address = \"{shown}\"");
-        return vec![Check::new("proxy plugin", false, "", advice)];
+        return vec![Check::missing("proxy plugin", advice)];
     };
-    let mut checks = vec![Check::new(
-        "proxy plugin",
-        true,
-        format!("containerd knows it as {name}"),
-        "",
-    )];
+    let mut checks = vec![Check::good("proxy plugin", format!("containerd knows it as {name}"))];
     let (section, cri) = match (at(config, &CRI_2), at(config, &CRI_1)) {
         (Some(cri), _) => ("plugins.\"io.containerd.cri.v1.images\"", cri),
         (None, Some(cri)) => ("plugins.\"io.containerd.grpc.v1.cri\".containerd", cri),
         (None, None) => return checks,
     };
     let snapshotter = cri.get("snapshotter").and_then(Value::as_str).unwrap_or_default();
-    checks.push(Check::new(
-        "snapshotter of CRI",
-        snapshotter == name,
-        format!("it is {name}"),
-        format!("it is {snapshotter:?}: set snapshotter = \"{name}\" in [{section}]"),
-    ));
+    checks.push(match snapshotter == name {
+        true => Check::good("snapshotter of CRI", format!("it is {name}")),
+        false => Check::missing(
+            "snapshotter of CRI",
+            format!("it is {snapshotter:?}: set snapshotter = \"{name}\" in [{section}]"),
+        ),
+    });
     // Since containerd 2.1 pulls go through the transfer service, which asks the plugin what it wants.
     let export = plugin
         .get("exports")
@@ -172,12 +169,13 @@ fn configuration(config: &Table, address: &Path) -> Vec<Check> {
         ),
         None => format!("set disable_snapshot_annotations = false in [{section}]"),
     };
-    checks.push(Check::new(
-        "names of images",
-        silent == Some(false) || is_asked_for,
-        "pulls tell the snapshotter",
-        format!("pulls do not tell the snapshotter: {advice}"),
-    ));
+    checks.push(match silent == Some(false) || is_asked_for {
+        true => Check::good("names of images", "pulls tell the snapshotter"),
+        false => Check::missing(
+            "names of images",
+            format!("pulls do not tell the snapshotter: {advice}"),
+        ),
+    });
     checks
 }
 

@@ -1,22 +1,14 @@
 //! Credential helper programs: `docker-credential-NAME get`, with the server key on stdin and JSON on stdout.
 
 use std::ffi::OsStr;
-use std::process::Stdio;
-use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::Credential;
 use super::config_file::login;
+use super::exchange::{ExchangeError, ProgramAnswer, exchange};
 use crate::os::program;
-
-/// Timeout of a helper. Cloud helpers ask a metadata service or refresh a session, which takes seconds, not minutes.
-/// The timeout is shorter than that of a lookup by default, so that the error names the helper.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Most bytes read of a helper's output.
-const MAX_ANSWER: u64 = 1 << 20;
 
 /// Why a helper gave no credential.
 #[derive(Debug, thiserror::Error)]
@@ -25,12 +17,9 @@ pub(super) enum HelperError {
     /// The name has characters that could lead outside the search path.
     #[error("not a helper name")]
     Name,
-    /// The helper could not be started, or a pipe to it failed.
-    #[error("{0}")]
-    Io(#[from] std::io::Error),
-    /// The helper did not end in time.
-    #[error("no answer within {}s", PATIENCE.as_secs())]
-    Timeout,
+    /// The helper gave no answer.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
     /// The helper reported an error.
     #[error("{message}")]
     Refused {
@@ -56,35 +45,14 @@ pub(super) async fn ask(name: &str, key: &str) -> Result<Option<Credential>, Hel
     if !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
         return Err(HelperError::Name);
     }
-    match tokio::time::timeout(PATIENCE, run(OsStr::new(&format!("docker-credential-{name}")), key)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(HelperError::Timeout),
-    }
+    run(OsStr::new(&format!("docker-credential-{name}")), key).await
 }
 
 /// Runs a helper program. Cancel safe: dropping the future kills the program.
 async fn run(helper: &OsStr, key: &str) -> Result<Option<Credential>, HelperError> {
-    let mut child = Command::from(program(helper))
-        .arg("get")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        let written = stdin.write_all(format!("{key}\n").as_bytes()).await;
-        // A helper that needs no input may have ended already. Its output still counts.
-        if let Err(error) = written
-            && error.kind() != std::io::ErrorKind::BrokenPipe
-        {
-            return Err(error.into());
-        }
-    }
-    let mut text = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(MAX_ANSWER).read_to_end(&mut text).await?;
-    }
-    let status = child.wait().await?;
+    let mut command = Command::from(program(helper));
+    command.arg("get");
+    let ProgramAnswer { status, text } = exchange(command, format!("{key}\n").as_bytes()).await?;
     if !status.success() {
         let message = String::from_utf8_lossy(&text);
         if message.contains("credentials not found") {
@@ -139,6 +107,9 @@ mod tests {
     #[tokio::test]
     async fn names_stay_on_the_search_path() {
         assert!(matches!(ask("../../tmp/x", "h").await, Err(HelperError::Name)));
-        assert!(matches!(ask("no-such-helper-here", "h").await, Err(HelperError::Io(_))));
+        assert!(matches!(
+            ask("no-such-helper-here", "h").await,
+            Err(HelperError::Exchange(ExchangeError::Io(_)))
+        ));
     }
 }

@@ -7,22 +7,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
+use super::exchange::{ExchangeError, ProgramAnswer, exchange};
 use super::{Credential, CredentialSource, Lookup, read_capped};
+use crate::os::program;
 use crate::registry::secret::Secret;
-
-/// Timeout of a program, that of the kubelet being a minute. It is shorter than that of a lookup by default, so that the
-/// error names the program.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Most bytes read of a program's answer.
-const MAX_ANSWER: u64 = 1 << 20;
 
 /// Why a program gave no credential.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +24,9 @@ pub(super) enum ProviderError {
     /// The name has characters that could lead out of the directory.
     #[error("not the name of a program")]
     Name,
-    /// The program could not be started, or a pipe to it failed.
-    #[error("{0}")]
-    Io(#[from] std::io::Error),
-    /// The program did not end in time.
-    #[error("no answer within {}s", PATIENCE.as_secs())]
-    Timeout,
+    /// The program gave no answer.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
     /// The program failed.
     #[error("{0}")]
     Failed(std::process::ExitStatus),
@@ -161,40 +151,15 @@ async fn ask(programs: &Path, provider: &Provider, image: &str) -> Result<Option
     if !is_name || provider.name.contains('/') {
         return Err(ProviderError::Name);
     }
-    match tokio::time::timeout(PATIENCE, run(&programs.join(&provider.name), provider, image)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(ProviderError::Timeout),
-    }
-}
-
-/// Runs a program. Cancel safe: dropping the future kills the program.
-async fn run(program: &Path, provider: &Provider, image: &str) -> Result<Option<Credential>, ProviderError> {
+    let mut command = Command::from(program(programs.join(&provider.name)));
     let variables = provider.env.iter().flatten();
-    let mut child = Command::new(program)
+    command
         .args(provider.args.iter().flatten())
-        .envs(variables.map(|variable| (&variable.name, &variable.value)))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
+        .envs(variables.map(|variable| (&variable.name, &variable.value)));
     let request = serde_json::json!({
         "kind": "CredentialProviderRequest", "apiVersion": provider.api_version, "image": image,
     });
-    if let Some(mut stdin) = child.stdin.take() {
-        let written = stdin.write_all(request.to_string().as_bytes()).await;
-        // A program that needs no input may have ended already. Its output still counts.
-        if let Err(error) = written
-            && error.kind() != std::io::ErrorKind::BrokenPipe
-        {
-            return Err(error.into());
-        }
-    }
-    let mut text = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(MAX_ANSWER).read_to_end(&mut text).await?;
-    }
-    let status = child.wait().await?;
+    let ProgramAnswer { status, text } = exchange(command, request.to_string().as_bytes()).await?;
     if !status.success() {
         return Err(ProviderError::Failed(status));
     }
