@@ -16,6 +16,7 @@ mod fetching;
 mod files;
 mod generated;
 mod helper;
+mod idle;
 mod image_name;
 mod images;
 mod index;

@@ -25,7 +25,7 @@ use super::fetching::{Interrupted, signals};
 use super::json::versioned;
 use super::manager::ServiceManager;
 use super::say;
-use super::{Fetching, ImageArgs, allocator, explain, open, progress};
+use super::{Fetching, ImageArgs, explain, idle, open, progress};
 use ocifs::mount::{self, Event, MetricsPlace, MountConfig, Prefetch, RunDir, SERVE, Shape};
 use ocifs::oci::ImageConfig;
 use ocifs::os::{gone, program, until};
@@ -350,7 +350,7 @@ impl ServeCommand<'_> {
                 Event::Ready(image) => {
                     reports.send(&Report::Ready { seconds });
                     let served = Arc::downgrade(&image);
-                    tokio::spawn(allocator::give_back_when_idle(move || {
+                    tokio::spawn(idle::give_back_when_idle(move || {
                         let status = served.upgrade()?.status();
                         Some(status.iter().map(|layer| layer.fetched + layer.served).sum())
                     }));

@@ -31,13 +31,16 @@ impl fmt::Debug for SpanIndex {
 }
 
 impl SpanIndex {
-    pub(super) fn new(header: IndexHeader, entries: Vec<SpanEntry>, windows: Vec<u8>) -> Result<Self, IndexError> {
+    /// Makes the index of what a pass has collected. The index lives long, so the room that both lists have left is given
+    /// back.
+    pub(super) fn new(header: IndexHeader, mut entries: Vec<SpanEntry>, windows: Vec<u8>) -> Result<Self, IndexError> {
         format::validate(&header, &entries, windows.len() as u64)?;
+        entries.shrink_to_fit();
         Ok(Self {
             header,
             entries,
             windows: 0..windows.len(),
-            storage: Box::new(windows),
+            storage: Box::new(windows.into_boxed_slice()),
         })
     }
 
