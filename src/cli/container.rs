@@ -145,6 +145,11 @@ impl Bundle {
         }))
     }
 
+    /// Returns whether the program sees the network of the host.
+    pub(super) fn is_on_host_network(&self) -> bool {
+        self.container.network == Network::Host
+    }
+
     /// Directory of the root.
     pub(super) fn rootfs(&self) -> PathBuf {
         self.directory.join(ROOTFS)

@@ -78,8 +78,14 @@ mod program {
         #[test]
         fn only_code_of_files_is_given_back() {
             let of = |rest: &str| code(&format!("55d0a000-55d0c000 {rest}"));
-            assert_eq!(of("r-xp 00679000 fe:00 5390387      /usr/bin/ocifs"), Some((0x55d0_a000, 0x2000)));
-            assert_eq!(of("r-xp 00679000 fe:00 5390387      /usr/bin/ocifs (deleted)"), Some((0x55d0_a000, 0x2000)));
+            assert_eq!(
+                of("r-xp 00679000 fe:00 5390387      /usr/bin/ocifs"),
+                Some((0x55d0_a000, 0x2000))
+            );
+            assert_eq!(
+                of("r-xp 00679000 fe:00 5390387      /usr/bin/ocifs (deleted)"),
+                Some((0x55d0_a000, 0x2000))
+            );
             assert_eq!(of("r--p 00679000 fe:00 5390387      /usr/bin/ocifs"), None);
             assert_eq!(of("rw-p 00679000 fe:00 5390387      /usr/bin/ocifs"), None);
             assert_eq!(of("rwxp 00679000 fe:00 5390387      /usr/bin/ocifs"), None);

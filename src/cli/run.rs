@@ -37,11 +37,13 @@ use ocifs::mount::{RunDir, is_ignored, is_system_root};
 use ocifs::oci::ImageConfig;
 
 /// Runtimes that are looked for if root starts the container, the preferred one first.
-const RUNTIMES: [&str; 4] = ["crun", "runc", "youki", BUBBLEWRAP];
+const RUNTIMES: [&str; 5] = ["crun", "runc", "youki", GVISOR, BUBBLEWRAP];
 /// The same for others. Under an OCI runtime without root, a program cannot be another user than root.
 const ROOTLESS_RUNTIMES: [&str; 4] = [BUBBLEWRAP, "crun", "runc", "youki"];
 /// The program of bubblewrap.
 const BUBBLEWRAP: &str = "bwrap";
+/// gVisor's runtime.
+const GVISOR: &str = "runsc";
 /// Directory that a machine has on which both versions of cgroups are mounted.
 const HYBRID_CGROUPS: &str = "/sys/fs/cgroup/unified";
 /// Most bytes that bubblewrap says of the process it has started.
@@ -69,7 +71,7 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     container: ContainerArgs,
     /// What runs the container: an OCI runtime, or bubblewrap (bwrap), which needs no root [default: the first of crun, runc,
-    /// youki and bwrap that is installed; without root, bwrap comes first]
+    /// youki, runsc and bwrap that is installed; without root, bwrap comes first, and runsc is not looked for]
     #[arg(long, value_name = "PROGRAM")]
     runtime: Option<PathBuf>,
 }
@@ -131,12 +133,11 @@ fn find_runtime(named: Option<&Path>) -> anyhow::Result<PathBuf> {
     if let Some(named) = named {
         return Ok(named.to_owned());
     }
-    let runtimes = match is_system_root() {
-        true => RUNTIMES,
-        false => ROOTLESS_RUNTIMES,
+    let mut runtimes = match is_system_root() {
+        true => RUNTIMES.to_vec(),
+        false => ROOTLESS_RUNTIMES.to_vec(),
     };
     // crun refuses to run where both versions of cgroups are mounted.
-    let mut runtimes = runtimes.to_vec();
     if Path::new(HYBRID_CGROUPS).is_dir() {
         runtimes.sort_by_key(|name| *name == "crun");
     }
@@ -170,6 +171,11 @@ fn command(runtime: &Path, bundle: &mut Bundle, image: &ImageConfig, id: &str) -
     let mut command = Command::new(runtime);
     if runtime.file_name() != Some(BUBBLEWRAP.as_ref()) {
         bundle.write(image)?;
+        // Other runtimes use the network namespace that the bundle names. gVisor makes a network of its own in it, unless
+        // it is told to use the host's.
+        if runtime.file_name() == Some(GVISOR.as_ref()) && bundle.is_on_host_network() {
+            command.arg("--network=host");
+        }
         command
             .args(["run", "--bundle"])
             .args([bundle.directory(), Path::new(id)]);

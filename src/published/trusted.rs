@@ -253,4 +253,47 @@ mod tests {
         chown(indexes.join("x"), Some(NOBODY), None).unwrap();
         assert!(read(&indexes).unwrap_err().contains("belongs to user"));
     }
+
+    /// Another process may replace a directory on the way at any moment, between a check and what follows it.
+    #[test]
+    fn a_directory_that_is_exchanged_all_the_time_is_never_read_unchecked() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        use rustix::fs::{RenameFlags, renameat_with};
+
+        let dir = tempfile::tempdir().unwrap();
+        let (good, bad) = (dir.path().join("good"), dir.path().join("bad"));
+        for (parent, mode, content) in [(&good, 0o755, "content"), (&bad, 0o777, "forged")] {
+            fs::create_dir_all(parent.join("indexes")).unwrap();
+            fs::write(parent.join("indexes/x"), content).unwrap();
+            fs::set_permissions(parent, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        symlink("good/indexes", dir.path().join("link")).unwrap();
+        let ended = AtomicBool::new(false);
+        let (mut read_well, mut refused) = (0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    renameat_with(CWD, &good, CWD, &bad, RenameFlags::EXCHANGE).unwrap();
+                }
+            });
+            for round in 0.. {
+                let way = ["good/indexes", "link"][round % 2];
+                match read(&dir.path().join(way)) {
+                    Ok(content) => {
+                        read_well += 1;
+                        if content.as_deref() != Some(b"content") {
+                            ended.store(true, Ordering::Relaxed);
+                            panic!("read {content:?} after {round} rounds");
+                        }
+                    }
+                    Err(_) => refused += 1,
+                }
+                if round >= 5000 && read_well > 0 && refused > 0 {
+                    break;
+                }
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+    }
 }

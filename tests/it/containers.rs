@@ -194,6 +194,24 @@ fn the_first_runtime_that_is_installed_runs_the_container() {
 }
 
 #[test]
+fn gvisor_is_told_which_network_to_use() {
+    let scene = Scene::new();
+    let host = Ocifs::new();
+    let runsc = host.home().join("runsc");
+    // Debian 12 has no runsc, so this one says what it is asked for.
+    std::fs::write(&runsc, "#!/bin/sh\necho $1 $2 $3\n").unwrap();
+    std::fs::set_permissions(&runsc, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let said = |network: &str| {
+        let program = runsc.to_str().unwrap();
+        let ran = host.run(["run", "--runtime", program, "--network", network, &scene.image]);
+        ran.text().to_owned()
+    };
+    assert_eq!(said("host"), "--network=host run --bundle\n");
+    assert!(said("none").starts_with("run --bundle /"));
+    nothing_is_left(&host, &scene);
+}
+
+#[test]
 fn root_can_use_bubblewrap() {
     let scene = Scene::new();
     let host = Ocifs::new();
