@@ -17,6 +17,7 @@ mod answer;
 mod belief;
 mod body;
 mod copy;
+mod pace;
 mod reading;
 
 use std::ops::Range;

@@ -8,7 +8,8 @@
 //!        │ it fails, and a retry can help: wait, then begin again; now no mirror is left alone, and all have time
 //!        ▼
 //! ```
-//! How long a mirror is left alone grows with each failure in a row. What is left alone is as little as the failure is
+//! How long a mirror is left alone grows with each failure, and begins anew once the mirror has worked for as long as it was
+//! left alone the last time. So a mirror whose answers begin well and then stop is asked less and less. What is left alone is as little as the failure is
 //! about: one document or blob, one repository, or the whole mirror. When the time is over, one request tries the mirror
 //! again, and the others go on without it until that request has an answer.
 //!
@@ -32,7 +33,7 @@ pub(super) const MIRROR_WAIT: Duration = Duration::from_secs(3);
 /// How long a mirror is left alone after the first failure. A longer time sends more requests to the registry after a
 /// short outage. A shorter one makes readers wait for a dead mirror more often.
 const FIRST_REST: Duration = Duration::from_secs(15);
-/// Longest time that a mirror is left alone. Each failure in a row makes it twice as long as before.
+/// Longest time that a mirror is left alone. Each failure soon after the last one makes it twice as long as before.
 const LONGEST_REST: Duration = Duration::from_secs(300);
 /// Most failures remembered. A larger value costs memory. With a smaller one, mirrors without the content are asked more
 /// often.
@@ -204,7 +205,7 @@ impl Places {
         }
     }
 
-    /// Records that a mirror delivered.
+    /// Records that a mirror answers: it is no longer left alone.
     pub(super) fn worked(&self, place: usize, wanted: &Sought) {
         if let Some(mirror) = self.mirrors.get(place) {
             self.failures.worked(&FailureScope::all(&mirror.repository, wanted));
@@ -236,10 +237,13 @@ impl FailureScope {
 #[derive(Debug)]
 pub(super) struct Failures(Mutex<LruCache<FailureScope, Rest>>);
 
+/// The last time for which something was left alone.
 #[derive(Debug, Clone, Copy)]
 struct Rest {
     until: Instant,
     lasts: Duration,
+    /// Whether a request has had an answer since.
+    is_over: bool,
 }
 
 impl Default for Failures {
@@ -268,7 +272,7 @@ impl Failures {
             return false;
         }
         for scope in scopes {
-            if let Some(rest) = state.get_mut(scope) {
+            if let Some(rest) = state.get_mut(scope).filter(|rest| !rest.is_over) {
                 rest.until = now + MIRROR_WAIT;
             }
         }
@@ -283,7 +287,8 @@ impl Failures {
             None => FIRST_REST,
             // Requests that were in flight together fail together: that is one failure.
             Some(rest) if now < rest.until && rest.until - now > MIRROR_WAIT => rest.lasts,
-            Some(rest) => (rest.lasts * 2).min(LONGEST_REST),
+            Some(rest) if now.saturating_duration_since(rest.until) < rest.lasts => (rest.lasts * 2).min(LONGEST_REST),
+            Some(_) => FIRST_REST,
         };
         let lasts = lasts.max(at_least);
         state.put(
@@ -291,16 +296,19 @@ impl Failures {
             Rest {
                 until: now + lasts,
                 lasts,
+                is_over: false,
             },
         );
         lasts
     }
 
     fn worked(&self, scopes: &[FailureScope]) {
+        let now = Instant::now();
         let mut state = self.state();
-        if !state.is_empty() {
-            for scope in scopes {
-                state.pop(scope);
+        for scope in scopes {
+            if let Some(rest) = state.peek_mut(scope) {
+                rest.until = rest.until.min(now);
+                rest.is_over = true;
             }
         }
     }
@@ -385,10 +393,16 @@ mod tests {
             assert!(!failures.may_try(&[scope()]), "another request is trying");
             assert_eq!(failures.failed(scope(), Duration::ZERO), FIRST_REST * times);
         }
+        // It answers, and fails soon.
         failures.worked(&[scope()]);
-        assert_eq!(
-            failures.failed(scope(), Duration::from_secs(60)),
-            Duration::from_secs(60)
-        );
+        assert!(failures.may_try(&[scope()]) && failures.may_try(&[scope()]));
+        assert_eq!(failures.failed(scope(), Duration::ZERO), LONGEST_REST);
+        // It has worked for as long as it was left alone.
+        failures.worked(&[scope()]);
+        failures.state().get_mut(&scope()).unwrap().lasts = Duration::ZERO;
+        assert_eq!(failures.failed(scope(), Duration::ZERO), FIRST_REST);
+        failures.worked(&[scope()]);
+        let asked_for = Duration::from_secs(60);
+        assert_eq!(failures.failed(scope(), asked_for), asked_for);
     }
 }

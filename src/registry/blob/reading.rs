@@ -10,6 +10,7 @@ use futures::stream::{self, StreamExt as _};
 use super::BlobCore;
 use super::body::Body;
 use super::copy::BlobAsked;
+use super::pace::HostPace;
 use crate::blob::retry::Retry;
 use crate::blob::{BlobError, ByteStream, Verdict};
 use crate::registry::places::PlaceTurn;
@@ -23,8 +24,10 @@ pub(super) struct Reading {
     whole: bool,
     /// Whether the read uses connections that ordinary reads do not use.
     apart: bool,
-    /// The response that is being read, and the turn of the place that sent it.
+    /// The response that is being read, and the turn of the place that sends it.
     body: Option<(PlaceTurn, Body)>,
+    /// How fast that place sends, if another place can be asked instead.
+    pace: Option<HostPace>,
     retry: Retry,
     /// Bytes delivered since the last progress.
     flowed: u64,
@@ -57,6 +60,7 @@ impl Reading {
             retry: core.client.retry().counted_by(core.meter.retry_counter()),
             rest: range,
             body: None,
+            pace: None,
             flowed: 0,
             given: None,
             has_given: false,
@@ -97,7 +101,12 @@ impl Reading {
         let persisting = core
             .client
             .persist(&core.places, &core.wanted, &what, &mut self.retry, attempt);
-        self.body = Some(persisting.await?);
+        let (turn, body) = persisting.await?;
+        self.pace = turn
+            .stall
+            .is_some()
+            .then(|| HostPace::new(core.copies[turn.place].host()));
+        self.body = Some((turn, body));
         Ok(())
     }
 
@@ -116,8 +125,18 @@ impl Reading {
                 continue;
             };
             let turn = *turn;
+            let asked = Instant::now();
             match body.chunk().await {
                 Ok(Some(chunk)) => {
+                    let core = &self.core;
+                    let pace = self
+                        .pace
+                        .as_mut()
+                        .map(|pace| pace.waited(asked.elapsed(), || core.what()));
+                    if let Some(Err(slow)) = pace {
+                        core.places.failed(turn.place, &core.wanted, &slow);
+                        self.body = None;
+                    }
                     self.has_given = true;
                     self.rest.start += chunk.len() as u64;
                     self.flowed += chunk.len() as u64;

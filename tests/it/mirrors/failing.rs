@@ -24,6 +24,7 @@ fn faults() -> Vec<Fault> {
         Fault::Corrupt(5),
         Fault::Silence,
         Fault::Stall(10),
+        Fault::Slow(1000, Duration::from_millis(100)),
     ]
 }
 
