@@ -49,8 +49,8 @@ mod program {
         let maps = std::fs::read_to_string("/proc/self/maps")?;
         for (start, length) in maps.lines().filter_map(code) {
             let start = std::ptr::with_exposed_provenance_mut::<c_void>(start);
-            // SAFETY: the range is a mapping of a file that was never written to (its permissions do not allow it), so
-            // every page of it is read from the file again, with the same bytes, when it is next used.
+            // SAFETY: the range maps a file and cannot be written to, so its pages are those of the file. A page that is
+            // used again is read from the file again.
             unsafe { madvise(start, length, Advice::LinuxDontNeed) }?;
         }
         Ok(())

@@ -42,7 +42,7 @@ const RUNTIMES: [&str; 5] = ["crun", "runc", "youki", GVISOR, BUBBLEWRAP];
 const ROOTLESS_RUNTIMES: [&str; 4] = [BUBBLEWRAP, "crun", "runc", "youki"];
 /// The program of bubblewrap.
 const BUBBLEWRAP: &str = "bwrap";
-/// gVisor's runtime.
+/// The runtime of gVisor.
 const GVISOR: &str = "runsc";
 /// Directory that a machine has on which both versions of cgroups are mounted.
 const HYBRID_CGROUPS: &str = "/sys/fs/cgroup/unified";

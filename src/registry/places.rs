@@ -8,8 +8,8 @@
 //!        │ it fails, and a retry can help: wait, then begin again; now no mirror is left alone, and all have time
 //!        ▼
 //! ```
-//! How long a mirror is left alone grows with each failure, and begins anew once the mirror has worked for as long as it was
-//! left alone the last time. So a mirror whose answers begin well and then stop is asked less and less. What is left alone is as little as the failure is
+//! The time for which a mirror is left alone grows with each failure. A mirror that then works for as long has a new start. So
+//! a mirror whose answers begin well and then stop is asked less and less. What is left alone is as little as the failure is
 //! about: one document or blob, one repository, or the whole mirror. When the time is over, one request tries the mirror
 //! again, and the others go on without it until that request has an answer.
 //!
