@@ -8,10 +8,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 INK, GREY, FAINT, LIMIT = "#1f2328", "#59636e", "#8c959f", "#bc4c00"
-# Shades for ocifs, from light to dark: on its own, and with what others have made. Shades for other systems.
+# Shades for ocifs, from light to dark: on its own, with what others have made, and below containerd. Shades for other systems.
 BLUES = ["#9fc9f3", "#54a0e8", "#1f6fc4", "#0b3d78"]
 TEALS = ["#74cbbd", "#138a7b"]
 VIOLET = "#a99bd8"
+GREENS = ["#a8d5a2", "#4f9d55"]
 GREYS = ["#b9bec4", "#9aa1a9", "#7d848c", "#c9cdd2", "#8b929a", "#6a7077"]
 # With a constant salt and paths for text, equal results give equal files.
 matplotlib.rcParams.update({"font.family": "DejaVu Sans", "svg.hashsalt": "ocifs", "svg.fonttype": "path"})

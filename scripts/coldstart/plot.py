@@ -12,23 +12,23 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-from plots import BLUES, FAINT, GREY, GREYS, INK, LIMIT, TEALS, VIOLET, bare, headings, ordered, save, words
+from plots import BLUES, FAINT, GREENS, GREY, GREYS, INK, LIMIT, TEALS, VIOLET, bare, headings, ordered, save, words
 
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-OCIFS = dict(zip(("first-contact", "indexed", "profile", "all"), BLUES))
-OCIFS.update(zip(("index", "index-profile"), TEALS))
-OCIFS["estargz"] = VIOLET
-NAMES = {
-    "first-contact": "ocifs, image never seen",
-    "estargz": "ocifs, eStargz image",
-    "index": "ocifs, index published",
-    "index-profile": "ocifs, start published",
-    "indexed": "ocifs, image known",
-    "profile": "ocifs, start known",
-    "all": "ocifs, prefetching all",
+# Colour and name of each system and mode that is ocifs.
+OCIFS = {
+    ("ocifs", "first-contact"): (BLUES[0], "ocifs, image never seen"),
+    ("ocifs", "indexed"): (BLUES[1], "ocifs, image known"),
+    ("ocifs", "profile"): (BLUES[2], "ocifs, start known"),
+    ("ocifs", "all"): (BLUES[3], "ocifs, prefetching all"),
+    ("ocifs", "index"): (TEALS[0], "ocifs, index published"),
+    ("ocifs", "index-profile"): (TEALS[1], "ocifs, start published"),
+    ("ocifs", "estargz"): (VIOLET, "ocifs, eStargz image"),
+    ("ocifs-containerd", "first-contact"): (GREENS[0], "containerd with ocifs, never seen"),
+    ("ocifs-containerd", "profile"): (GREENS[1], "containerd with ocifs, start known"),
 }
 
 
@@ -38,14 +38,14 @@ def key(row):
 
 def name(key):
     system, mode = key
-    if system == "ocifs":
-        return NAMES[mode]
+    if key in OCIFS:
+        return OCIFS[key][1]
     return system if mode == "lazy" else f"{system}, {mode}"
 
 
 def colours(keys):
-    rivals = [key for key in keys if key[0] != "ocifs"]
-    return {key: OCIFS[key[1]] if key[0] == "ocifs" else GREYS[rivals.index(key) % len(GREYS)] for key in keys}
+    rivals = [key for key in keys if key not in OCIFS]
+    return {key: OCIFS[key][0] if key in OCIFS else GREYS[rivals.index(key) % len(GREYS)] for key in keys}
 
 
 def seconds(value):
@@ -64,7 +64,7 @@ def draw_ready(rows, link):
     # Each workload has a scale of its own. On a common scale, slow systems would hide the fast ones.
     columns = 2 if len(workloads) > 1 else 1
     lines = math.ceil(len(workloads) / columns)
-    ours = [k for k in keys if k[0] == "ocifs"]
+    ours = [k for k in keys if k in OCIFS]
     legend_columns = 4 if columns > 1 else 2
     legend = math.ceil((len(ours) + 1) / legend_columns)
     height = lines * (0.62 + 0.235 * len(keys)) + 0.9 + 0.3 * legend
@@ -80,10 +80,10 @@ def draw_ready(rows, link):
             axes.text(
                 max(time, limit or 0) + longest * 0.015 if limit and time < limit * 1.15 else time + longest * 0.015,
                 place,
-                seconds(time) if k[0] == "ocifs" else f"{seconds(time)}  {name(k)}",
+                seconds(time) if k in OCIFS else f"{seconds(time)}  {name(k)}",
                 va="center",
                 fontsize=8,
-                color=INK if k[0] == "ocifs" else GREY,
+                color=INK if k in OCIFS else GREY,
             )
         axes.set_ylim(len(present) - 0.4, -0.6)
         axes.set_xlim(0, longest * 1.36)
@@ -122,7 +122,7 @@ def draw_links(rows, main):
             found = {row["link"]: row["ready_s"] / row["limit_s"] for row in rows if key(row) == k and row["workload"] == workload}
             here = [link for link in links if link in found]
             axes.plot([links.index(link) for link in here], [found[link] for link in here], color=colour[k], marker="o",
-                      markersize=4, linewidth=1.8 if k[0] == "ocifs" else 1.2)
+                      markersize=4, linewidth=1.8 if k in OCIFS else 1.2)
         axes.axhline(1, color=LIMIT, linewidth=1.2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
