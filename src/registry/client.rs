@@ -8,7 +8,7 @@ use super::auth::Auth;
 use super::config::RegistryConfig;
 use super::endpoint::{Endpoint, Repository};
 use super::failure::{self, Context};
-use super::places::{Failures, MIRROR_WAIT, PlaceTurn, Places, Sought};
+use super::places::{Failures, MIRROR_ATTEMPT, MIRROR_WAIT, PlaceTurn, Places, Sought};
 use super::redirects::Redirects;
 use super::stats::HostStats;
 use super::transport::{Reply, Transport};
@@ -85,7 +85,7 @@ impl RegistryClient {
     ///
     /// Each attempt gets the time it may wait for the head of a response. An attempt may consist of several exchanges
     /// (redirect, challenge, token) and a body that arrives just fast enough not to stall. All of them together end
-    /// at the deadline.
+    /// at the deadline, and at a mirror much earlier.
     pub(super) async fn persist<T, F>(
         &self,
         places: &Places,
@@ -107,11 +107,15 @@ impl RegistryClient {
                     wait: if again { wait } else { wait.min(MIRROR_WAIT) },
                     stall: (!again).then_some(MIRROR_WAIT),
                 };
-                let mut result = self.bounded(places, what, retry, attempt(turn)).await;
+                let patience = || match again {
+                    true => retry.remaining(),
+                    false => MIRROR_ATTEMPT.min(retry.remaining() / 2),
+                };
+                let mut result = bounded(places.at(place), what, patience(), attempt(turn)).await;
                 let meter = self.inner.transport.meter(places.at(place).endpoint.base());
                 // A connection that was kept may have died while nobody used it.
                 if matches!(result, Err(BlobError::Unreachable { .. })) && meter.reached() {
-                    result = self.bounded(places, what, retry, attempt(turn)).await;
+                    result = bounded(places.at(place), what, patience(), attempt(turn)).await;
                 }
                 match result {
                     Ok(value) => {
@@ -126,28 +130,11 @@ impl RegistryClient {
                 wait: retry.attempt_wait(),
                 stall: None,
             };
-            match self.bounded(places, what, retry, attempt(turn)).await {
+            match bounded(places.origin(), what, retry.remaining(), attempt(turn)).await {
                 Ok(value) => return Ok(value),
                 Err(error) => self.pause(places, what, retry, error).await?,
             }
             again = true;
-        }
-    }
-
-    /// Ends an attempt at the deadline.
-    async fn bounded<T>(
-        &self,
-        places: &Places,
-        what: &str,
-        retry: &Retry,
-        attempt: impl Future<Output = Result<T, BlobError>>,
-    ) -> Result<T, BlobError> {
-        match tokio::time::timeout(retry.remaining(), attempt).await {
-            Ok(result) => result,
-            Err(_) => Err(BlobError::Timeout {
-                what: format!("{} ({what})", places.origin().endpoint.name()),
-                seconds: self.inner.transport.config().timeout.as_secs().max(1),
-            }),
         }
     }
 
@@ -173,6 +160,22 @@ impl RegistryClient {
     /// Returns the URLs that blobs were last redirected to.
     pub(super) fn redirects(&self) -> &Redirects {
         &self.inner.redirects
+    }
+}
+
+/// Ends an attempt after a time.
+async fn bounded<T>(
+    place: &Repository,
+    what: &str,
+    time: Duration,
+    attempt: impl Future<Output = Result<T, BlobError>>,
+) -> Result<T, BlobError> {
+    match tokio::time::timeout(time, attempt).await {
+        Ok(result) => result,
+        Err(_) => Err(BlobError::Timeout {
+            what: format!("{} ({what})", place.endpoint.name()),
+            seconds: time.as_secs().max(1),
+        }),
     }
 }
 

@@ -30,6 +30,10 @@ use crate::oci::{Digest, ReferenceSelector};
 /// instead. A longer time makes readers wait longer for a mirror that hangs. A shorter one leaves slow mirrors alone that
 /// are only fetching the content themselves.
 pub(super) const MIRROR_WAIT: Duration = Duration::from_secs(3);
+/// Time that a mirror has for all exchanges of one attempt, with the body of a document, while another place can be asked
+/// instead. A longer time makes readers wait longer for a mirror that trickles. A shorter one leaves mirrors alone that have
+/// to ask for a token first.
+pub(super) const MIRROR_ATTEMPT: Duration = Duration::from_secs(6);
 /// How long a mirror is left alone after the first failure. A longer time sends more requests to the registry after a
 /// short outage. A shorter one makes readers wait for a dead mirror more often.
 const FIRST_REST: Duration = Duration::from_secs(15);

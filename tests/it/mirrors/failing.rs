@@ -25,6 +25,7 @@ fn faults() -> Vec<Fault> {
         Fault::Silence,
         Fault::Stall(10),
         Fault::Slow(1000, Duration::from_millis(100)),
+        Fault::Slow(1, Duration::from_millis(100)),
     ]
 }
 
