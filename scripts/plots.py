@@ -8,7 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 INK, GREY, FAINT, LIMIT = "#1f2328", "#59636e", "#8c959f", "#bc4c00"
-# Shades for ocifs, from light to dark: on its own, with what others have made, and below containerd. Shades for other systems.
+# Shades for ocifs, from light to dark: on its own, with what others have made, and through containerd. Shades for other
+# systems.
 BLUES = ["#9fc9f3", "#54a0e8", "#1f6fc4", "#0b3d78"]
 TEALS = ["#74cbbd", "#138a7b"]
 VIOLET = "#a99bd8"

@@ -107,19 +107,19 @@ impl RegistryClient {
                     wait: if again { wait } else { wait.min(MIRROR_WAIT) },
                     stall: (!again).then_some(MIRROR_WAIT),
                 };
-                let patience = || match again {
+                let limit = || match again {
                     true => retry.remaining(),
                     false => MIRROR_ATTEMPT.min(retry.remaining() / 2),
                 };
-                let mut result = bounded(places.at(place), what, patience(), attempt(turn)).await;
+                let mut result = bounded(places.at(place), what, limit(), attempt(turn)).await;
                 let meter = self.inner.transport.meter(places.at(place).endpoint.base());
                 // A connection that was kept may have died while nobody used it.
                 if matches!(result, Err(BlobError::Unreachable { .. })) && meter.reached() {
-                    result = bounded(places.at(place), what, patience(), attempt(turn)).await;
+                    result = bounded(places.at(place), what, limit(), attempt(turn)).await;
                 }
                 match result {
                     Ok(value) => {
-                        places.worked(place, wanted);
+                        places.answered(place, wanted);
                         return Ok(value);
                     }
                     Err(error) => places.failed(place, wanted, &error),

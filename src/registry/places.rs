@@ -210,9 +210,9 @@ impl Places {
     }
 
     /// Records that a mirror answers: it is no longer left alone.
-    pub(super) fn worked(&self, place: usize, wanted: &Sought) {
+    pub(super) fn answered(&self, place: usize, wanted: &Sought) {
         if let Some(mirror) = self.mirrors.get(place) {
-            self.failures.worked(&FailureScope::all(&mirror.repository, wanted));
+            self.failures.answered(&FailureScope::all(&mirror.repository, wanted));
         }
     }
 }
@@ -306,7 +306,7 @@ impl Failures {
         lasts
     }
 
-    fn worked(&self, scopes: &[FailureScope]) {
+    fn answered(&self, scopes: &[FailureScope]) {
         let now = Instant::now();
         let mut state = self.state();
         for scope in scopes {
@@ -378,7 +378,7 @@ mod tests {
         assert_eq!(places.first_to_ask(&content("z")), 2);
         let all: Vec<usize> = places.mirrors_to_ask(&content("z"), true).collect();
         assert_eq!(all, [0, 1], "nothing is left alone when nothing else works");
-        places.worked(1, &content("z"));
+        places.answered(1, &content("z"));
         assert_eq!(to_ask(&places, &content("z")), [1]);
     }
 
@@ -398,14 +398,14 @@ mod tests {
             assert_eq!(failures.failed(scope(), Duration::ZERO), FIRST_REST * times);
         }
         // It answers, and fails soon.
-        failures.worked(&[scope()]);
+        failures.answered(&[scope()]);
         assert!(failures.may_try(&[scope()]) && failures.may_try(&[scope()]));
         assert_eq!(failures.failed(scope(), Duration::ZERO), LONGEST_REST);
         // It has worked for as long as it was left alone.
-        failures.worked(&[scope()]);
+        failures.answered(&[scope()]);
         failures.state().get_mut(&scope()).unwrap().lasts = Duration::ZERO;
         assert_eq!(failures.failed(scope(), Duration::ZERO), FIRST_REST);
-        failures.worked(&[scope()]);
+        failures.answered(&[scope()]);
         let asked_for = Duration::from_secs(60);
         assert_eq!(failures.failed(scope(), asked_for), asked_for);
     }

@@ -10,8 +10,8 @@ use crate::blob::BlobError;
 use crate::registry::places::MIRROR_WAIT;
 use crate::registry::stats::{HostMeter, HostStats};
 
-/// Fewest bytes that a host has to send in [`MIRROR_WAIT`]. With more, mirrors behind a slow link are left alone, and the
-/// registry is hardly faster behind it. With fewer, readers wait longer for a mirror that trickles.
+/// Fewest bytes that a host has to send in [`MIRROR_WAIT`]. With more, mirrors are left alone although only this machine's
+/// link is slow, and the registry is no faster. With fewer, readers wait longer for a mirror that trickles.
 const LEAST: u64 = 64 << 10;
 
 /// The bytes that a host sends while a reader waits for them.
