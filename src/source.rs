@@ -22,10 +22,17 @@ pub struct NamedSource {
 
 /// Opens the source that `image` names. Reads local files, but sends no request to a registry yet.
 pub async fn open(image: &ImageRef, registry: RegistryConfig) -> Result<NamedSource, BlobError> {
+    open_with(image, || RegistryClient::new(registry)).await
+}
+
+/// Opens the source that `image` names, with the client that `client` returns if the image is in a registry.
+pub async fn open_with(
+    image: &ImageRef,
+    client: impl FnOnce() -> Result<RegistryClient, BlobError>,
+) -> Result<NamedSource, BlobError> {
     let (source, pinned): (Arc<dyn ImageSource>, _) = match image {
         ImageRef::Registry(reference) => {
-            let client = RegistryClient::new(registry)?;
-            let source = client.source(&reference.registry, &reference.repository, reference.selector())?;
+            let source = client()?.source(&reference.registry, &reference.repository, reference.selector())?;
             (Arc::new(source), reference.digest.clone())
         }
         ImageRef::Layout { dir, image } => (Arc::new(OciLayout::open(dir, image.as_deref()).await?), None),

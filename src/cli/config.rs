@@ -4,6 +4,7 @@
 #[cfg(feature = "snapshotter")]
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -14,7 +15,7 @@ use super::units::{Deadline, Size};
 use super::{GLOBAL, StoreArgs};
 use ocifs::mount::Prefetch;
 use ocifs::published::{IndexKey, IndexLocation, IndexPlace, Trust};
-use ocifs::registry::{HostFiles, HostsFrom, PlainHttp};
+use ocifs::registry::{HostFiles, HostsFrom, PlainHttp, RegistryClient};
 
 const DEFAULT_CACHE: u64 = 10 << 30;
 const DEFAULT_MEMORY: u64 = 64 << 20;
@@ -315,6 +316,8 @@ pub(super) struct Config {
     pub(super) index: Vec<IndexLocation>,
     /// Files that say how to reach registries.
     pub(super) hosts: HostFiles,
+    /// The client for registries, once it is needed.
+    pub(super) client: OnceLock<RegistryClient>,
     /// Where a kubelet's credential providers are.
     #[cfg(feature = "snapshotter")]
     pub(super) kubelet: Option<FileKubelet>,
@@ -359,6 +362,7 @@ impl Config {
             quiet: globals.quiet,
             index,
             hosts,
+            client: OnceLock::new(),
             #[cfg(feature = "snapshotter")]
             kubelet: file.kubelet_credentials,
             #[cfg(feature = "snapshotter")]

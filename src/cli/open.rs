@@ -8,6 +8,7 @@ use super::fetching::Fetching;
 use super::progress::{self, Bar};
 use super::suggest::suggest;
 use super::{ImageArgs, explain};
+use ocifs::blob::BlobError;
 use ocifs::content::Content;
 use ocifs::fs::ImageFs;
 use ocifs::image::{Confirm, NamedImage, Opening, Preparation, Unconfirmed};
@@ -32,19 +33,13 @@ pub(super) fn context(config: &Config) -> anyhow::Result<LayerContext> {
         Err(error @ StoreError::Version { .. }) => return Err(error.into()),
         Err(error) => (Store::unavailable(), Some(error)),
     };
-    let client = RegistryClient::new(RegistryConfig {
-        // A place with indexes must not hold up a mount: without an answer, layers are streamed.
-        timeout: ANSWER,
-        stall_timeout: ANSWER / 2,
-        connect_timeout: ANSWER / 2,
-        ..registry_config(config)
-    });
     let patience = config
         .timeout
         .map_or_else(LookupPatience::default, LookupPatience::within);
     let locations = match config.index.is_empty() {
         true => Locations::default(),
-        false => Locations::new(config.index.clone(), &client?, &store, patience)?,
+        // A place with indexes must not hold up a mount: without an answer, layers are streamed.
+        false => Locations::new(config.index.clone(), &client(config)?.hurried(ANSWER), &store, patience)?,
     };
     let context = LayerContext::new(store, config.memory, config.cache_size)
         .with_locations(locations)
@@ -60,7 +55,7 @@ pub(super) async fn named(config: &Config, args: &ImageArgs, store: &Store) -> a
     let reference = args.image.reference();
     let image: ImageRef = reference.map_err(|error| advised(error.into(), &args.image))?;
     let platform = args.platform.as_ref().map(|text| text.parse()).transpose()?;
-    let source = source::open(&image, registry_config(config)).await?;
+    let source = source::open_with(&image, || client(config)).await?;
     let confirm = args.pull.map(Confirm::from).unwrap_or_default();
     let named = NamedImage::new(source, platform, store.clone(), confirm);
     Ok(match args.layers {
@@ -105,6 +100,16 @@ pub(super) fn advised(error: anyhow::Error, image: &str) -> anyhow::Error {
         }
         None => error,
     }
+}
+
+/// Returns the client of this process. Places with indexes are often in the registry of the image, so both share their
+/// connections: a new connection would cost round trips and begin slowly.
+pub(super) fn client(config: &Config) -> Result<RegistryClient, BlobError> {
+    if let Some(client) = config.client.get() {
+        return Ok(client.clone());
+    }
+    let client = RegistryClient::new(registry_config(config))?;
+    Ok(config.client.get_or_init(|| client).clone())
 }
 
 /// Returns the settings for requests to registries.

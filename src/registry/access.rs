@@ -105,7 +105,7 @@ impl RegistryClient {
         let mut ticket: Option<GrantTicket> = self.auth().ticket(transport, repository, wait).await?;
         for _ in 0..=CHALLENGES {
             ask.authorization = ticket.as_ref().map(|ticket| ticket.header.clone());
-            let mut reply = transport.send(&ask, wait).await?;
+            let mut reply = self.send(&ask, wait).await?;
             let tried = || ticket.as_ref().map(|ticket| ticket.tried.clone()).unwrap_or_default();
             let status = reply.status().as_u16();
             if !matches!(status, 400 | 401 | 403) || reply.crossed {
@@ -180,7 +180,7 @@ impl RegistryClient {
             settings: Arc::clone(repository.endpoint.settings()),
             ..Ask::get(base.clone())
         };
-        let ping = self.transport().send(&ask, wait).await?;
+        let ping = self.send(&ask, wait).await?;
         let refused = ping.status() == StatusCode::UNAUTHORIZED && !ping.crossed;
         Ok(refused
             .then(|| auth::choose(ping.headers(), base, repository))

@@ -1,5 +1,5 @@
 //! The client that a process shares: one set of connection pools, tokens, redirects and measurements for all its
-//! images.
+//! images, and for what is published beside them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::failure::{self, Context};
 use super::places::{Failures, MIRROR_ATTEMPT, MIRROR_WAIT, PlaceTurn, Places, Sought};
 use super::redirects::Redirects;
 use super::stats::HostStats;
-use super::transport::{Reply, Transport};
+use super::transport::{Ask, Reply, Transport};
 use crate::blob::BlobError;
 use crate::blob::retry::{Retry, RetryPolicy};
 
@@ -19,6 +19,10 @@ use crate::blob::retry::{Retry, RetryPolicy};
 #[derive(Debug, Clone)]
 pub struct RegistryClient {
     inner: Arc<ClientState>,
+    /// The failures of mirrors.
+    failures: Arc<Failures>,
+    /// Time without progress after which an operation fails.
+    timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -26,20 +30,33 @@ struct ClientState {
     transport: Transport,
     auth: Auth,
     redirects: Redirects,
-    failures: Arc<Failures>,
 }
 
 impl RegistryClient {
     /// Builds a client. Reads the configured certificate files, but nothing else, and sends no request.
     pub fn new(config: RegistryConfig) -> Result<Self, BlobError> {
         Ok(Self {
+            timeout: config.timeout,
+            failures: Arc::default(),
             inner: Arc::new(ClientState {
                 transport: Transport::new(config)?,
                 auth: Auth::new(),
                 redirects: Redirects::new(),
-                failures: Arc::default(),
             }),
         })
+    }
+
+    /// Returns a client that has the connections and logins of this one, but gives an operation up after `timeout` without
+    /// progress, if that is sooner.
+    ///
+    /// Mirrors that are too slow for it are not left alone by this client, which has more patience.
+    #[must_use]
+    pub fn hurried(&self, timeout: Duration) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            failures: Arc::default(),
+            timeout: timeout.min(self.timeout),
+        }
     }
 
     /// Finds the places of a repository. `by_digest` is whether the image is named by its digest.
@@ -52,7 +69,7 @@ impl RegistryClient {
         for place in &found {
             self.inner.transport.meet(&place.repository.endpoint);
         }
-        let failures = Arc::clone(&self.inner.failures);
+        let failures = Arc::clone(&self.failures);
         Ok(Places::new(known.to_string(), found, failures).unwrap_or_else(|| Places::only(Arc::new(known))))
     }
 
@@ -71,13 +88,23 @@ impl RegistryClient {
 
     /// Returns the longest time that one request with a large body may take.
     pub(super) fn patience(&self) -> Duration {
-        self.inner.transport.config().timeout
+        self.timeout
     }
 
     pub(super) fn retry(&self) -> Retry {
-        Retry::new(RetryPolicy {
-            deadline: self.inner.transport.config().timeout,
-        })
+        Retry::new(RetryPolicy { deadline: self.timeout })
+    }
+
+    /// Sends a request, follows redirects, and waits at most `wait` for the head of the response.
+    ///
+    /// The body is given up if it stalls for half of this client's timeout, so that an operation can still resume.
+    pub(super) async fn send(&self, ask: &Ask, wait: Duration) -> Result<Reply, BlobError> {
+        let longest = self.timeout / 2;
+        let ask = Ask {
+            stall: Some(ask.stall.map_or(longest, |stall| stall.min(longest))),
+            ..ask.clone()
+        };
+        self.transport().send(&ask, wait).await
     }
 
     /// Asks the places of a repository for something until one has it or `retry` gives up. `what` names the operation in

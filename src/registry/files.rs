@@ -69,7 +69,7 @@ impl RegistryClient {
             ..Ask::get(url.clone())
         };
         let attempt = async |turn: PlaceTurn| {
-            let reply = self.transport().send(&ask, turn.wait).await?;
+            let reply = self.send(&ask, turn.wait).await?;
             match reply.status() {
                 StatusCode::OK => Ok(Some(reply)),
                 // Object stores answer 403 for a file that is not there, unless the reader may list all files.

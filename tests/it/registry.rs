@@ -2,6 +2,7 @@
 
 mod auth;
 mod documents;
+mod hurried;
 mod pull;
 mod ranges;
 mod real;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow, bail};
 
 use super::super::config::Config;
 use super::super::json::versioned;
-use super::super::open::{context, registry_config, resolve};
+use super::super::open::{client, context, resolve};
 use super::super::units::human;
 use super::super::{Fetching, say};
 use super::{BuildArgs, PushArgs, needs_index, open};
@@ -15,7 +15,6 @@ use ocifs::layer::{LayerContext, check_index, export};
 use ocifs::oci::{Descriptor, DiffId, Digest};
 use ocifs::profile::{MOST_PUBLISHED, Profile};
 use ocifs::published::{FileName, IndexFile, IndexPlace, PublishedFile, Publisher, Pushed};
-use ocifs::registry::RegistryClient;
 use ocifs::resolve::ResolvedImage;
 use ocifs::toc::carried::TableRef;
 
@@ -157,11 +156,6 @@ async fn files(context: &LayerContext, image: &Image) -> anyhow::Result<Vec<Publ
         }
     }
     Ok(files)
-}
-
-/// Returns a client for the place that is written to.
-fn client(config: &Config) -> anyhow::Result<RegistryClient> {
-    Ok(RegistryClient::new(registry_config(config))?)
 }
 
 fn report(config: &Config, json: bool, place: &IndexPlace, digest: &Digest, pushed: Pushed) -> anyhow::Result<()> {

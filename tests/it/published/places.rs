@@ -1,5 +1,6 @@
 //! Fresh hosts with indexes in directories, on web servers and in registries.
 
+use std::collections::HashSet;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
@@ -172,6 +173,26 @@ fn an_index_travels_through_a_registry() {
     // Without the login, the image is streamed.
     let mount = trusting(&location).mount(&scene.image);
     assert_eq!(authorities(&mount), ["pass"; 3]);
+}
+
+/// A new connection costs round trips and begins slowly.
+#[test]
+fn reads_use_the_connections_that_brought_the_index() {
+    let scene = Scene::new();
+    let location = format!("oci://{}/indexes", scene.registry.host());
+    Ocifs::new().ok(["index", "push", &scene.image, &location]);
+    scene.registry.clear_log();
+    let host = trusting(&location);
+    let mount = host.mount_with(&scene.image, &["--wait", "ready", "--prefetch", "none"]);
+    assert_eq!(mount.read("etc/last1"), b"end\n");
+    let used_by = |what: &dyn Fn(&str) -> bool| -> HashSet<usize> {
+        let requests = scene.registry.log().into_iter().filter(|r| what(&r.target));
+        requests.map(|r| r.connection).collect()
+    };
+    // Connections are made in advance for indexes alone, by requests for the base of the API.
+    let indexes = used_by(&|target| target == "/v2/" || target.starts_with("/v2/indexes/"));
+    let image = used_by(&|target| target.starts_with("/v2/app/"));
+    assert!(!indexes.is_disjoint(&image), "{indexes:?} {image:?}");
 }
 
 #[test]
