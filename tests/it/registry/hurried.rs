@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ocifs::blob::{BlobError, ImageSource as _};
 use ocifs::oci::ReferenceSelector;
-use ocifs::registry::{Anonymous, HostFiles, HostsFrom, RegistryClient, RegistryConfig};
+use ocifs::registry::{HostFiles, HostsFrom, RegistryClient, RegistryConfig};
 
 use super::{blob, client, config, read, source};
 use crate::common::registry::{Fault, Guard, MANIFEST, TestRegistry, Tokens};
