@@ -1,5 +1,7 @@
 //! Reads and writes profile files.
 
+use std::io::{self, Read as _};
+
 use serde::{Deserialize, Serialize};
 
 use super::{BEST_SCORE, BLOCK, Block, Label, MOST_BLOCKS, Profile, ProfiledLayer, Space, Touch};
@@ -11,6 +13,12 @@ const VERSION: u32 = 2;
 const VERSION_OF_TARS: u32 = 1;
 /// Bytes of the largest file that is read. A file of the most blocks, each a range of its own, is smaller.
 pub const LARGEST_FILE: usize = 8 << 20;
+/// What a file for other hosts begins with: a frame of zstd (RFC 8878, 3.1.1).
+const ZSTD_MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
+/// Level of zstd. Higher levels take much more time and save a few per cent.
+const LEVEL: i32 = 12;
+/// Window of zstd that is accepted, as a binary logarithm: that of the largest file.
+const WINDOW_LOG_MAX: u32 = LARGEST_FILE.ilog2();
 /// Most layers in a profile. No image has more.
 const MOST_LAYERS: usize = 4096;
 
@@ -97,6 +105,11 @@ impl Profile {
         serde_json::to_vec(&file).expect("strings and numbers")
     }
 
+    /// Returns the bytes of the file for other hosts: the same, compressed.
+    pub(super) fn encode_compressed(&self) -> io::Result<Vec<u8>> {
+        zstd::bulk::compress(&self.encode(), LEVEL)
+    }
+
     /// Parses a file, which may come from anywhere, and which has to be of this image and label.
     pub fn decode_of(bytes: &[u8], manifest: &Digest, label: &Label) -> Result<Self, ProfileError> {
         let profile = Self::decode(bytes)?;
@@ -108,8 +121,15 @@ impl Profile {
         }
     }
 
-    /// Parses a file, which may come from anywhere.
+    /// Parses a file, which may come from anywhere. It may be compressed.
     pub fn decode(bytes: &[u8]) -> Result<Self, ProfileError> {
+        match bytes.starts_with(&ZSTD_MAGIC) {
+            true => Self::decode_plain(&decompress(bytes)?),
+            false => Self::decode_plain(bytes),
+        }
+    }
+
+    fn decode_plain(bytes: &[u8]) -> Result<Self, ProfileError> {
         let invalid = |reason| Err(ProfileError::Invalid { reason });
         if bytes.len() > LARGEST_FILE {
             return invalid("it is larger than 8 MiB");
@@ -165,6 +185,15 @@ impl Profile {
     }
 }
 
+/// Decompresses a file, as far as it may be read.
+fn decompress(bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(bytes)?;
+    decoder.window_log_max(WINDOW_LOG_MAX)?;
+    let mut plain = Vec::new();
+    decoder.take(LARGEST_FILE as u64 + 1).read_to_end(&mut plain)?;
+    Ok(plain)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,6 +231,25 @@ mod tests {
             text.contains("[1,114688,32768,3,2]"),
             "neighbours are one range: {text}"
         );
+    }
+
+    #[test]
+    fn compressed_files_are_read_as_far_as_plain_ones() {
+        let encoded = profile().encode_compressed().unwrap();
+        assert_eq!(Profile::decode(&encoded).unwrap(), profile());
+        for cut in 4..encoded.len() {
+            assert!(Profile::decode(&encoded[..cut]).is_err());
+        }
+        let compress = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).unwrap();
+        assert!(Profile::decode(&compress(b"not json")).is_err());
+        let long = compress(&vec![b' '; 2 * LARGEST_FILE]);
+        assert!(Profile::decode(&long).unwrap_err().to_string().contains("8 MiB"));
+        // A window that no profile needs.
+        let mut wide = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+        wide.window_log(27).unwrap();
+        io::Write::write_all(&mut wide, &profile().encode()).unwrap();
+        let error = Profile::decode(&wide.finish().unwrap()).unwrap_err();
+        assert!(matches!(error, ProfileError::Io(_)), "{error}");
     }
 
     #[test]

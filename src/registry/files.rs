@@ -28,6 +28,10 @@ use crate::oci::{Digest, ReferenceSelector};
 const STRIPE: u64 = 64 << 10;
 /// Most parts in which a blob is read. More parts cost more connections.
 const STRIPES: u64 = 8;
+/// Size in bytes from which on a blob is read in one part, because one connection comes to fill the link. Several
+/// connections that fill it together learn that each has a small part of it, and the reads that use them next are slow for
+/// some seconds. With a smaller size, files come later; with a larger one, more reads are slow.
+const ONE_STRIPE: u64 = 4 << 20;
 
 /// A repository of files.
 #[derive(Debug, Clone)]
@@ -267,7 +271,10 @@ impl FileRepository {
 /// Reads a blob in parts at the same time. Counts its bytes in `came` as they come.
 async fn read_in_parts(blob: &RegistryBlob, came: &AtomicU64) -> Result<Vec<u8>, BlobError> {
     let size = blob.size();
-    let stripes = (size / STRIPE).clamp(1, STRIPES);
+    let stripes = match size < ONE_STRIPE {
+        true => (size / STRIPE).clamp(1, STRIPES),
+        false => 1,
+    };
     let length = size.div_ceil(stripes).max(1);
     let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
     let read = async |range: std::ops::Range<u64>| {

@@ -2,6 +2,7 @@
 
 mod auth;
 mod documents;
+mod files;
 mod hurried;
 mod pull;
 mod ranges;

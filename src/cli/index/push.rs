@@ -150,7 +150,7 @@ async fn files(context: &LayerContext, image: &Image) -> anyhow::Result<Vec<Publ
                     manifest: manifest.clone(),
                     label,
                 },
-                bytes: profile.encode_within(MOST_PUBLISHED).into(),
+                bytes: profile.encode_within(MOST_PUBLISHED)?.into(),
                 signature: None,
             });
         }

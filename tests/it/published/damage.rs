@@ -142,7 +142,18 @@ fn a_profile_of_nonsense_is_no_profile() {
     let directory = scene.indexes();
     let manifest = super::Ocifs::new().ok(["inspect", "--json", &scene.image]).json();
     let digest = manifest["digest"].as_str().unwrap().replacen(':', "-", 1);
-    for content in ["", "{}", "{\"ocifs-profile\":2}", "not json"] {
+    let compressed = zstd::bulk::compress(b"{\"ocifs-profile\":2}", 1).unwrap();
+    let endless = zstd::bulk::compress(&vec![b' '; 64 << 20], 1).unwrap();
+    let cut = &endless[..endless.len() / 2];
+    for content in [
+        b"",
+        &b"{}"[..],
+        b"{\"ocifs-profile\":2}",
+        b"not json",
+        &compressed,
+        &endless,
+        cut,
+    ] {
         std::fs::write(directory.path().join(format!("{digest}.default.profile")), content).unwrap();
         let mount = trusting(directory.path().to_str().unwrap()).mount(&scene.image);
         scene.check(&mount);
