@@ -5,6 +5,7 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
@@ -213,6 +214,24 @@ fn a_manager_that_does_not_listen_stops_nobody() {
         let mut said = String::new();
         std::io::Read::read_to_string(service.0.stderr.as_mut().unwrap(), &mut said).unwrap();
         assert!(said.contains("NOTIFY_SOCKET"), "{name}: {said}");
+    }
+}
+
+/// Other programs see a mount before its process has registered it.
+#[test]
+fn an_unmount_as_soon_as_the_mount_is_seen_is_final() {
+    let scene = Scene::new();
+    for _ in 0..20 {
+        let arguments = ["mount", "--foreground", "--wait", "ready", &scene.image, scene.path()];
+        let mut service = Running(scene.ocifs.command(arguments).spawn().unwrap());
+        // A pause between two looks would give the process time.
+        let deadline = Instant::now() + PATIENCE;
+        while !scene.directory.path().join("hello").exists() {
+            assert!(Instant::now() < deadline, "it cannot be read");
+        }
+        unmount(scene.path());
+        assert!(wait(&mut service.0, "the service").success());
+        assert!(!scene.directory.path().join("hello").exists());
     }
 }
 

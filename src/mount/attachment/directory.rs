@@ -30,7 +30,7 @@ use crate::mount::kernel;
 use crate::mount::mountpoint::MountPoint;
 use crate::mount::options::{FuseOptions, Via};
 use crate::mount::overlay::{self, Upper};
-use crate::mount::registration::{AttachPhase, Carrier};
+use crate::mount::registration::{AttachPhase, Carrier, MountRecord};
 use crate::os::{private, until_blocking};
 use crate::task;
 
@@ -39,6 +39,10 @@ use crate::task;
 const FLUSH: Duration = Duration::from_secs(20);
 /// Pause between two looks at that. A larger value delays the end; a smaller one uses more processor time.
 const FLUSH_LOOK: Duration = Duration::from_millis(10);
+
+/// How long an unmount may take that has begun before this process could register the mount. A larger value delays the error
+/// about a mount point that was replaced; a smaller one takes a slow unmount for one.
+const UNMOUNTING: Duration = Duration::from_secs(2);
 
 /// How the image is attached.
 #[derive(Debug, Clone)]
@@ -106,7 +110,7 @@ impl DirectoryAttachment {
 
     /// Mounts the image by FUSE on the mount point. The image of a writable mount is mounted in the run directory, which
     /// only this user can reach. Does nothing if a mount was made before.
-    fn attach_fuse(&mut self) -> Result<(), MountError> {
+    async fn attach_fuse(&mut self) -> Result<(), MountError> {
         if !matches!(self.state, DirectoryState::Planned) {
             return Ok(());
         }
@@ -122,9 +126,7 @@ impl DirectoryAttachment {
             let directory = self.directory.take().ok_or_else(replaced)?;
             let fuse = mount(&directory.handle())?;
             self.attached.show(&directory.place()?)?;
-            if self.attached.record.standing.is_none() {
-                return Err(replaced());
-            }
+            find_in_place(&self.attached.record, &fuse).await?;
             fuse
         };
         let watched = kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?;
@@ -186,9 +188,7 @@ impl DirectoryAttachment {
             mount(directory.handle()).await.map_err(failed)?;
             let place = directory.place()?;
             self.attached.cover(&place, None)?;
-            if self.attached.record.standing.is_none() {
-                return Err(replaced());
-            }
+            find_in_place(&self.attached.record, session.connection()).await?;
             self.directory = None;
         }
         self.state = DirectoryState::Served(session);
@@ -256,6 +256,19 @@ impl DirectoryAttachment {
     }
 }
 
+/// Fails if the mount that was just made is not at the mount point, although it is mounted. `fuse` is its connection.
+///
+/// If it is not mounted any more, the attachment has ended, as it does with any unmount: other programs can unmount it
+/// before this process has registered it.
+async fn find_in_place(record: &MountRecord, fuse: &OwnedFd) -> Result<(), MountError> {
+    if record.standing.is_some() {
+        return Ok(());
+    }
+    let watched = kernel::watch(fuse).map_err(system("watch /dev/fuse"))?;
+    let gone = tokio::time::timeout(UNMOUNTING, kernel::gone(&watched)).await;
+    gone.map_err(|_| replaced())
+}
+
 #[async_trait]
 impl Attachment for DirectoryAttachment {
     fn attached(&self) -> &Attached {
@@ -277,17 +290,17 @@ impl Attachment for DirectoryAttachment {
             ImageStage::Failing(error) if self.options.via == Via::Erofs => Err(MountError::Unusable(error)),
             ImageStage::Preparing => {
                 self.served.set(fuse::Stage::Preparing);
-                self.attach_fuse()
+                self.attach_fuse().await
             }
             ImageStage::Failing(error) => {
                 self.served.set(fuse::Stage::Failing(error));
-                self.attach_fuse()?;
+                self.attach_fuse().await?;
                 self.start_session().await
             }
             ImageStage::Ready(content) => {
                 if !self.try_erofs(&content).await? {
                     self.served.set(fuse::Stage::Ready(ImageFs::new(content)));
-                    self.attach_fuse()?;
+                    self.attach_fuse().await?;
                     self.start_session().await?;
                 }
                 self.attach_overlay().await

@@ -52,6 +52,11 @@ impl FuseSession {
         (&mut self.ended).await.unwrap_or(Ok(()))
     }
 
+    /// Returns the connection to the kernel.
+    pub(super) fn connection(&self) -> &OwnedFd {
+        &self.connection
+    }
+
     /// Whether the file system is still mounted somewhere, or has files open.
     pub(super) fn is_mounted(&self) -> bool {
         kernel::is_mounted(&self.connection)
