@@ -13,7 +13,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::common::layers::{Blob, Tar, header};
-use crate::common::namespace::LEAVE_OTHERS;
+use crate::common::namespace::{LEAVE_OTHERS, copies};
 use crate::common::oci_layout;
 use crate::common::ocifs::{alive, bounded, eventually};
 
@@ -114,6 +114,7 @@ impl User {
 
     /// Runs a script that must succeed. Returns its output.
     fn run(&self, script: &str) -> String {
+        let _copies = copies();
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "bash", "-c"]);
         command.args([&[LEAVE_OTHERS, SETUP].concat(), "setup"]);

@@ -3,12 +3,14 @@
 use std::io::BufRead as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::RwLockWriteGuard;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, noise, push};
+use crate::common::namespace::no_copies;
 use crate::common::ocifs::{
     Mounted, Ocifs, Running, Tmpfs, alive, eventually, mounted_type, send, tool, unmount, until_not_copied, wait,
 };
@@ -26,6 +28,7 @@ struct Scene {
     scratch: Tmpfs,
     /// The process for which the kernel reads ahead.
     ahead: Option<Running>,
+    _no_copies: RwLockWriteGuard<'static, ()>,
 }
 
 impl Scene {
@@ -34,6 +37,7 @@ impl Scene {
     }
 
     fn with(options: &[&str], timeout: &str) -> Self {
+        let no_copies = no_copies();
         let registry = TestRegistry::start();
         let layer = Blob::gzip(&Tar::new().file("f", noise(6, SIZE)).finish());
         push(&registry, "app", "1", std::slice::from_ref(&layer));
@@ -51,6 +55,7 @@ impl Scene {
             mount,
             scratch: Tmpfs::new("4m"),
             ahead: None,
+            _no_copies: no_copies,
         }
     }
 

@@ -11,7 +11,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 
 use crate::common::layers::{Blob, Tar, header};
-use crate::common::namespace::LEAVE_OTHERS;
+use crate::common::namespace::{LEAVE_OTHERS, copies};
 use crate::common::oci_layout;
 use crate::common::ocifs::{Mounted, Ocifs, alive, bounded, eventually, mounted_type, mountpoint, send, tool, wait};
 
@@ -234,6 +234,7 @@ fn who_holds_on_is_served_after_a_lazy_umount() {
 
 #[test]
 fn a_mount_namespace_keeps_its_copy() {
+    let _copies = copies();
     let (ocifs, image) = setup();
     let mount = ocifs.mount_with(&image, &["--writable"]);
     let mut user = Command::new("unshare")

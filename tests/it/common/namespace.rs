@@ -6,12 +6,26 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 /// Text that the paths of all mount points of tests contain, see [`super::ocifs::mountpoint`].
 const MOUNTPOINTS: &str = "/ocifs-mnt-";
+
+/// Shared by tests that copy the mounts of others, and held alone by tests whose mounts must not be copied.
+static COPIES: RwLock<()> = RwLock::new(());
+
+/// Lets a test make a namespace, once no test runs whose mounts must not be copied.
+pub fn copies() -> RwLockReadGuard<'static, ()> {
+    COPIES.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps other tests from copying mounts. An unmount of the last copy would wait for the reads of the mount.
+pub fn no_copies() -> RwLockWriteGuard<'static, ()> {
+    COPIES.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A function for shell scripts that run in a namespace of their own. `leave_others MOUNTPOINT` takes down the mounts
 /// of tests, but for those at or below that path.
