@@ -15,11 +15,11 @@ use super::transport::{Ask, Reply, Transport};
 use crate::blob::BlobError;
 use crate::blob::retry::{Retry, RetryPolicy};
 
-/// A registry client. Clones share all of its state.
+/// A registry client. Clones share all of its state, and a [hurried](Self::hurried) client shares the connections.
 #[derive(Debug, Clone)]
 pub struct RegistryClient {
     inner: Arc<ClientState>,
-    /// The failures of mirrors.
+    /// The mirrors that failed, as far as this client knows.
     failures: Arc<Failures>,
     /// Time without progress after which an operation fails.
     timeout: Duration,
@@ -49,7 +49,7 @@ impl RegistryClient {
     /// Returns a client that has the connections and logins of this one, but gives an operation up after `timeout` without
     /// progress, if that is sooner.
     ///
-    /// Mirrors that are too slow for it are not left alone by this client, which has more patience.
+    /// The two judge mirrors separately: one that is too slow for the hurried client may be fast enough for this one.
     #[must_use]
     pub fn hurried(&self, timeout: Duration) -> Self {
         Self {
@@ -97,7 +97,8 @@ impl RegistryClient {
 
     /// Sends a request, follows redirects, and waits at most `wait` for the head of the response.
     ///
-    /// The body is given up if it stalls for half of this client's timeout, so that an operation can still resume.
+    /// The body is given up if it stalls for half of this client's timeout, which may be shorter than what the transport
+    /// knows. So an operation can still resume.
     pub(super) async fn send(&self, ask: &Ask, wait: Duration) -> Result<Reply, BlobError> {
         let longest = self.timeout / 2;
         let ask = Ask {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::common::layers::{Blob, Tar};
-use crate::common::namespace::LEAVE_OTHERS;
+use crate::common::namespace::{LEAVE_OTHERS, copies};
 use crate::common::oci_layout;
 use crate::common::ocifs::{Ocifs, Said, bounded, isolate, mountpoint};
 
@@ -48,6 +48,7 @@ impl Scene {
     fn script(&self, script: &str) -> Said {
         let temporary = mountpoint();
         let script = format!("set -e\n{LEAVE_OTHERS}{INSTALL}{script}");
+        let _copies = copies();
         let mut command = Command::new("unshare");
         isolate(&mut command, self.ocifs.home());
         command

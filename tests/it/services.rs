@@ -224,7 +224,7 @@ fn an_unmount_as_soon_as_the_mount_is_seen_is_final() {
     for _ in 0..20 {
         let arguments = ["mount", "--foreground", "--wait", "ready", &scene.image, scene.path()];
         let mut service = Running(scene.ocifs.command(arguments).spawn().unwrap());
-        // A pause between two looks would give the process time.
+        // A pause between two looks would give the process time to register the mount.
         let deadline = Instant::now() + PATIENCE;
         while !scene.directory.path().join("hello").exists() {
             assert!(Instant::now() < deadline, "it cannot be read");

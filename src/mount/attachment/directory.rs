@@ -40,8 +40,8 @@ const FLUSH: Duration = Duration::from_secs(20);
 /// Pause between two looks at that. A larger value delays the end; a smaller one uses more processor time.
 const FLUSH_LOOK: Duration = Duration::from_millis(10);
 
-/// How long an unmount may take that has begun before this process could register the mount. A larger value delays the error
-/// about a mount point that was replaced; a smaller one takes a slow unmount for one.
+/// Longest wait for the end of a mount that is not at its mount point. With a larger value, the error about a replaced mount
+/// point comes later; with a smaller one, an unmount by another program that takes a while is reported as that error.
 const UNMOUNTING: Duration = Duration::from_secs(2);
 
 /// How the image is attached.
@@ -126,7 +126,7 @@ impl DirectoryAttachment {
             let directory = self.directory.take().ok_or_else(replaced)?;
             let fuse = mount(&directory.handle())?;
             self.attached.show(&directory.place()?)?;
-            find_in_place(&self.attached.record, &fuse).await?;
+            check_place(&self.attached.record, &fuse).await?;
             fuse
         };
         let watched = kernel::watch(&fuse).map_err(system("watch /dev/fuse"))?;
@@ -188,7 +188,7 @@ impl DirectoryAttachment {
             mount(directory.handle()).await.map_err(failed)?;
             let place = directory.place()?;
             self.attached.cover(&place, None)?;
-            find_in_place(&self.attached.record, session.connection()).await?;
+            check_place(&self.attached.record, session.connection()).await?;
             self.directory = None;
         }
         self.state = DirectoryState::Served(session);
@@ -256,11 +256,11 @@ impl DirectoryAttachment {
     }
 }
 
-/// Fails if the mount that was just made is not at the mount point, although it is mounted. `fuse` is its connection.
+/// Fails if the mount that was just made is somewhere else than at its mount point. `fuse` is its connection.
 ///
-/// If it is not mounted any more, the attachment has ended, as it does with any unmount: other programs can unmount it
-/// before this process has registered it.
-async fn find_in_place(record: &MountRecord, fuse: &OwnedFd) -> Result<(), MountError> {
+/// A mount that another program has unmounted is no failure. That can happen before this process has registered the mount,
+/// and the attachment then ends as it does with any unmount.
+async fn check_place(record: &MountRecord, fuse: &OwnedFd) -> Result<(), MountError> {
     if record.standing.is_some() {
         return Ok(());
     }

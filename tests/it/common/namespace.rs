@@ -14,15 +14,17 @@ use nix::sched::{CloneFlags, unshare};
 /// Text that the paths of all mount points of tests contain, see [`super::ocifs::mountpoint`].
 const MOUNTPOINTS: &str = "/ocifs-mnt-";
 
-/// Shared by tests that copy the mounts of others, and held alone by tests whose mounts must not be copied.
+/// Shared by tests that take down copies of other tests' mounts, and held alone by tests whose mounts must not be copied.
 static COPIES: RwLock<()> = RwLock::new(());
 
-/// Lets a test make a namespace, once no test runs whose mounts must not be copied.
+/// Returns once no test runs whose mounts must not be copied. The caller holds the result while it makes a namespace and
+/// takes down the copies in it.
 pub fn copies() -> RwLockReadGuard<'static, ()> {
     COPIES.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps other tests from copying mounts. An unmount of the last copy would wait for the reads of the mount.
+/// Returns once no test takes down copies, and keeps others from beginning. For tests in which reads of the kernel's EROFS
+/// never end: if their mount is gone before its copy, the unmount of the copy waits for these reads.
 pub fn no_copies() -> RwLockWriteGuard<'static, ()> {
     COPIES.write().unwrap_or_else(PoisonError::into_inner)
 }
@@ -59,6 +61,7 @@ pub fn with_hosts(hosts: &str, flags: CloneFlags, body: impl FnOnce() + Send) {
         mount(Some(file.path()), "/etc/hosts", none, MsFlags::MS_BIND, none).unwrap();
         body();
     };
+    let _copies = copies();
     // Uses a new thread, because a namespace belongs to a thread. A test may share its thread with other tests.
     std::thread::scope(|scope| {
         if let Err(panic) = scope.spawn(inside).join() {

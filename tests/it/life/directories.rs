@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use super::{plain, quick, row, setup};
 use crate::common::layers::{Blob, Tar, push};
-use crate::common::namespace::LEAVE_OTHERS;
+use crate::common::namespace::{LEAVE_OTHERS, copies};
 use crate::common::ocifs::{Ocifs, alive, bounded, eventually, mounted_type, mountpoint, send, tool, unmount, wait};
 use crate::common::registry::TestRegistry;
 
@@ -155,6 +155,7 @@ fn the_run_directory_is_private_whatever_the_umask() {
         );
         ocifs.ok(["pull", &image]);
         let script = format!("{LEAVE_OTHERS}leave_others \"$0\"\n{script}");
+        let _copies = copies();
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-ec", &script]);
         command.arg(directory.path()).arg(&image);

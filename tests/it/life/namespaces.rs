@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::Signal;
 
 use super::{plain, problem, quick, row, rows, setup, umount};
-use crate::common::namespace::LEAVE_OTHERS;
+use crate::common::namespace::{LEAVE_OTHERS, copies};
 use crate::common::ocifs::{
     Ocifs, alive, bounded, eventually, mounted_type, mountpoint, program, send, tool, unmount, wait,
 };
@@ -16,6 +16,7 @@ use crate::common::ocifs::{
 /// Starts a shell in a mount namespace of its own. The test writes lines to the shell.
 pub(super) fn inside(script: &str, path: &Path) -> Child {
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"; {script}");
+    let _copies = copies();
     let mut child = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-ec", &script])
         .arg(path)
@@ -113,6 +114,7 @@ fn a_mount_that_others_unmounted_stays_known_as_well() {
 fn ends(ocifs: &Ocifs, unshare: &[&str], image: &str, script: &str) -> String {
     let directory = mountpoint();
     let script = format!("{LEAVE_OTHERS}leave_others \"$0\"\n{script}");
+    let _copies = copies();
     let mut command = Command::new("unshare");
     command
         .args(unshare)
@@ -207,6 +209,7 @@ fn a_mount_lives_as_long_as_anybody_is_in_its_namespace() {
         .env("OCIFS", env!("CARGO_BIN_EXE_ocifs"))
         .env("OCIFS_STORE", ocifs.store());
     command.env("OCIFS_CONFIG", "/dev/null").env("HOME", ocifs.home());
+    let _copies = copies();
     let mut shell = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut stdout = std::io::BufReader::new(shell.stdout.take().unwrap());
     let mut line = || {

@@ -7,6 +7,7 @@ use ocifs::oci::ReferenceSelector;
 use ocifs::registry::{HostFiles, HostsFrom, RegistryClient, RegistryConfig};
 
 use super::{blob, client, config, read, source};
+use crate::common::ocifs::PATIENCE;
 use crate::common::registry::{Fault, Guard, MANIFEST, TestRegistry, Tokens};
 
 /// The time after which the hurried client gives up.
@@ -64,7 +65,9 @@ async fn more_time_than_the_other_client_has_changes_nothing() {
         ..config()
     };
     let client = RegistryClient::new(short).unwrap().hurried(Duration::MAX);
-    let error = source(&client, &registry, "latest").root().await.unwrap_err();
+    let image = source(&client, &registry, "latest");
+    let asked = tokio::time::timeout(PATIENCE, image.root()).await;
+    let error = asked.expect("it gives up").unwrap_err();
     assert!(matches!(error, BlobError::Timeout { .. }), "{error}");
 }
 
