@@ -29,7 +29,7 @@ pub(super) async fn open_found(
             Ok(None)
         };
         let mut charge = context.tables.charge();
-        let (spans, toc) = match parts(&found.file, &layer, &diff_id, context.tables.charge()) {
+        let (spans, toc, programs) = match parts(found.file, &layer, &diff_id, context.tables.charge()) {
             Ok(parts) => parts,
             Err(reason) => return unusable(reason),
         };
@@ -47,9 +47,8 @@ pub(super) async fn open_found(
         {
             let keeping = || {
                 context.store.note_authority(dir, &index.authority)?;
-                if !found.file.programs.is_empty() {
-                    let programs = &found.file.programs;
-                    let write = |out: &mut dyn std::io::Write| out.write_all(programs);
+                if !programs.is_empty() {
+                    let write = |out: &mut dyn std::io::Write| out.write_all(&programs);
                     context.store.publish_sealed(&dir.programs(), Durability::Lazy, write)?;
                 }
                 keep(&context.store, dir, &spans, &toc)
@@ -82,30 +81,30 @@ pub(super) async fn open_found(
 
 /// Checks that the parts of an index can be read, and belong together and to the layer with this digest and diffID. Says
 /// what is wrong.
-pub fn check_index(file: &IndexFile, layer: &Digest, diff_id: &DiffId) -> Result<(), String> {
+pub fn check_index(file: IndexFile, layer: &Digest, diff_id: &DiffId) -> Result<(), String> {
     parts(file, layer, diff_id, Charge::default()).map(|_| ())
 }
 
-/// Reads the parts of an index, and checks that they belong together and to the layer. The memory that only the check takes
-/// is charged to `charge`.
+/// Reads the parts of an index, and checks that they belong together and to the layer. Returns the spans, the table and the
+/// bytes of the programs. The memory that only the check takes is charged to `charge`.
 fn parts(
-    file: &IndexFile,
+    file: IndexFile,
     layer: &Digest,
     diff_id: &DiffId,
     charge: Charge,
-) -> Result<(IndexedSpans, PackedToc), String> {
+) -> Result<(IndexedSpans, PackedToc, Vec<u8>), String> {
     if file.diff_id != *diff_id {
         return Err("it states another diffID than the image".to_owned());
     }
-    let index = SpanIndex::open(file.spans.clone()).map_err(|error| error.to_string())?;
+    let index = SpanIndex::open(file.spans).map_err(|error| error.to_string())?;
     let same = index.blob_digest() == layer && index.diff_id() == diff_id && index.blob_size() == file.size;
     if !same {
         return Err("its spans are of another layer".to_owned());
     }
-    let toc = PackedToc::open(file.toc.clone()).map_err(|error| error.to_string())?;
+    let toc = PackedToc::open(file.toc).map_err(|error| error.to_string())?;
     let extents = toc.extent_table_within(charge).map_err(|error| error.to_string())?;
     if extents.tar_end() > index.tar_size() {
         return Err("its table names bytes beyond the end of the layer".to_owned());
     }
-    Ok((IndexedSpans::new(index, extents), toc))
+    Ok((IndexedSpans::new(index, extents), toc, file.programs))
 }

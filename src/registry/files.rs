@@ -28,10 +28,13 @@ use crate::oci::{Digest, ReferenceSelector};
 const STRIPE: u64 = 64 << 10;
 /// Most parts in which a blob is read. More parts cost more connections.
 const STRIPES: u64 = 8;
-/// Size in bytes from which on a blob is read in one part, because one connection comes to fill the link. Several
+/// Size in bytes from which on one part has nearly the whole blob, because one connection comes to fill the link. Several
 /// connections that fill it together learn that each has a small part of it, and the reads that use them next are slow for
 /// some seconds. With a smaller size, files come later; with a larger one, more reads are slow.
-const ONE_STRIPE: u64 = 4 << 20;
+const LONG: u64 = 4 << 20;
+/// Bytes of each other part of such a blob. They come while the connection of the long part is still slow. With more, they
+/// fill the link together with the long part.
+const SHORT_PART: u64 = 96 << 10;
 
 /// A repository of files.
 #[derive(Debug, Clone)]
@@ -271,22 +274,58 @@ impl FileRepository {
 /// Reads a blob in parts at the same time. Counts its bytes in `came` as they come.
 async fn read_in_parts(blob: &RegistryBlob, came: &AtomicU64) -> Result<Vec<u8>, BlobError> {
     let size = blob.size();
-    let stripes = match size < ONE_STRIPE {
-        true => (size / STRIPE).clamp(1, STRIPES),
-        false => 1,
-    };
-    let length = size.div_ceil(stripes).max(1);
-    let parts = (0..stripes).map(|n| (n * length).min(size)..((n + 1) * length).min(size));
-    let read = async |range: std::ops::Range<u64>| {
-        let mut stream = blob.read(range.clone()).await?;
-        let mut part = Vec::with_capacity((range.end - range.start) as usize);
+    let mut file = vec![0; size as usize];
+    let mut rest = &mut file[..];
+    let mut at = 0;
+    let read = async |start: u64, part: &mut [u8]| {
+        let mut stream = blob.read(start..start + part.len() as u64).await?;
+        let mut left = part;
         while let Some(bytes) = stream.next().await {
             let bytes = bytes?;
             came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            part.extend_from_slice(&bytes);
+            // A source gives no more bytes than it was asked for.
+            if let Some(next) = left.split_off_mut(..bytes.len()) {
+                next.copy_from_slice(&bytes);
+            }
         }
-        Ok::<_, BlobError>(part)
+        Ok::<_, BlobError>(())
     };
-    let parts = futures::future::try_join_all(parts.map(read)).await?;
-    Ok(parts.concat())
+    let mut parts = Vec::new();
+    for length in part_lengths(size) {
+        let part;
+        (part, rest) = rest.split_at_mut(length as usize);
+        parts.push(read(at, part));
+        at += length;
+    }
+    futures::future::try_join_all(parts).await?;
+    Ok(file)
+}
+
+/// Returns the lengths of the parts in which a blob of `size` bytes is read, in order.
+fn part_lengths(size: u64) -> Vec<u64> {
+    if size >= LONG {
+        let mut lengths = vec![SHORT_PART; STRIPES as usize];
+        lengths[0] = size - SHORT_PART * (STRIPES - 1);
+        return lengths;
+    }
+    let stripes = (size / STRIPE).clamp(1, STRIPES);
+    let length = size.div_ceil(stripes);
+    (0..stripes).map(|n| length.min(size.saturating_sub(n * length))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_a_blob() {
+        for size in [0, 1, STRIPE - 1, 3 * STRIPE + 1, 1 << 20, LONG - 1, LONG, LONG + 1, 200 << 20] {
+            let lengths = part_lengths(size);
+            assert_eq!(lengths.iter().sum::<u64>(), size);
+            assert!((1..=STRIPES).contains(&(lengths.len() as u64)));
+        }
+        assert_eq!(part_lengths(STRIPE).len(), 1);
+        assert_eq!(part_lengths(LONG - 1)[0], LONG / STRIPES);
+        assert!(part_lengths(LONG)[0] > LONG * 4 / 5);
+    }
 }

@@ -110,7 +110,7 @@ fn check(file: &PublishedFile, layer: &Descriptor, diff_id: &DiffId) -> anyhow::
         bail!("{name} is longer than {}, so no host would use it", human(most as u64));
     }
     let index = IndexFile::decode(&name, &file.bytes, &layer.digest, size)?;
-    check_index(&index, &layer.digest, diff_id).map_err(|reason| anyhow!("{name} is no usable index: {reason}"))
+    check_index(index, &layer.digest, diff_id).map_err(|reason| anyhow!("{name} is no usable index: {reason}"))
 }
 
 /// Returns the index files of an image's layers, each layer once, and the profiles of its starts.
