@@ -310,7 +310,9 @@ fn part_lengths(size: u64) -> Vec<u64> {
     }
     let stripes = (size / STRIPE).clamp(1, STRIPES);
     let length = size.div_ceil(stripes);
-    (0..stripes).map(|n| length.min(size.saturating_sub(n * length))).collect()
+    (0..stripes)
+        .map(|n| length.min(size.saturating_sub(n * length)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -319,7 +321,17 @@ mod tests {
 
     #[test]
     fn parts_cover_a_blob() {
-        for size in [0, 1, STRIPE - 1, 3 * STRIPE + 1, 1 << 20, LONG - 1, LONG, LONG + 1, 200 << 20] {
+        for size in [
+            0,
+            1,
+            STRIPE - 1,
+            3 * STRIPE + 1,
+            1 << 20,
+            LONG - 1,
+            LONG,
+            LONG + 1,
+            200 << 20,
+        ] {
             let lengths = part_lengths(size);
             assert_eq!(lengths.iter().sum::<u64>(), size);
             assert!((1..=STRIPES).contains(&(lengths.len() as u64)));
