@@ -19,8 +19,9 @@ use crate::index::Room;
 use crate::memory::{Allowance, Charge, OverLimit};
 
 /// Size limit of an ordinary window, with all other memory of the decoder. Usual encoders have windows of up to 8 MiB. A
-/// first pass needs four times as much, because it also finds restarts.
-const ORDINARY: u64 = 40 << 20;
+/// first pass needs several times as much, because it also finds restarts. With a smaller limit, the passes over the layers
+/// of an image wait for each other; with a larger one, fewer of them fit in memory.
+const ORDINARY: u64 = 64 << 20;
 
 /// The window memory of all decoders of a process.
 #[derive(Debug, Clone)]
@@ -157,9 +158,11 @@ impl Drop for Window {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::time::Duration;
 
     use super::*;
+    use crate::index::{Compression, LayerDecoder, SPACING, SpanIndexBuilder};
 
     const MIB: u64 = 1 << 20;
 
@@ -189,6 +192,32 @@ mod tests {
         });
         let ended = futures::future::join_all(growing).await;
         ended.into_iter().map(Result::unwrap).collect()
+    }
+
+    /// Neither the pass over a layer with a window of 8 MiB nor later reads need more than an ordinary window.
+    #[test]
+    fn usual_windows_are_ordinary() {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(23).unwrap();
+        let mut rng = fastrand::Rng::with_seed(2);
+        for _ in 0..40 {
+            let part: Vec<u8> = std::iter::repeat_with(|| rng.u8(..8)).take(512 << 10).collect();
+            encoder.write_all(&part).unwrap();
+        }
+        let blob = encoder.finish().unwrap();
+        let most = Arc::new(Mutex::new(0));
+        let seen = most.clone();
+        let room = Box::new(move |_, reserved: u64| {
+            let mut most = seen.lock().unwrap();
+            *most = reserved.max(*most);
+            Ok(())
+        });
+        let mut decoder = LayerDecoder::with_room(Compression::Zstd, SPACING, room).unwrap();
+        let mut index = SpanIndexBuilder::new(Compression::Zstd).unwrap();
+        decoder.push(&blob, &mut index).unwrap();
+        decoder.finish(&mut index).unwrap();
+        let most = *most.lock().unwrap();
+        assert!((ORDINARY / 2..=ORDINARY).contains(&most), "{most}");
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -221,8 +250,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn many_that_grow_past_the_ordinary_all_get_done() {
-        let (windows, tables) = windows(64 * MIB);
-        let steps: Vec<_> = (4..=60).step_by(4).map(|mib| (mib, 60)).collect();
+        let (windows, tables) = windows(96 * MIB);
+        let steps: Vec<_> = (4..=88).step_by(4).map(|mib| (mib, 88)).collect();
         for done in grow(&windows, 12, &steps).await {
             done.unwrap();
         }
@@ -243,8 +272,8 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn large_windows_after_ordinary_ones_end_one_way_or_another() {
-        let (windows, tables) = windows(64 * MIB);
-        let done = grow(&windows, 12, &[(8, 9), (60, 60)]).await;
+        let (windows, tables) = windows(96 * MIB);
+        let done = grow(&windows, 12, &[(8, 9), (88, 88)]).await;
         // The last decoder has all the memory.
         assert!(done.into_iter().any(|done| done.is_ok()));
         assert_eq!(tables.used(), 0);
