@@ -1,14 +1,11 @@
 //! Follows the compressed blocks of a frame without decoding their literals.
 //!
-//! [`Follower`] keeps what one block hands on to the next: the tables that are in use, and the three last offsets. With
-//! them, and with the bytes that later matches read, decoding can begin at the next block.
+//! [`Follower`] keeps the tables that one block hands on to the next. With them, with the three last offsets, and with the
+//! bytes that later matches read, decoding can begin at the next block.
 
 use super::fse::{Distribution, Field, StateTable};
 use super::literals::Literals;
-use super::sequences::{self, Matches, PAD, SequenceTables};
-
-/// Repeat offsets at the start of a frame (RFC 8878, 3.1.1.5).
-const FIRST_REPEATS: [u64; 3] = [1, 4, 8];
+use super::sequences::{self, PAD, Sequence, SequenceTables};
 
 /// The table of one field, as the next block may use it again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,14 +19,22 @@ pub(super) enum LiveTable {
     Described(Vec<u8>),
 }
 
-/// Descriptions of all tables, and the repeat offsets.
+/// Descriptions of all tables.
 #[derive(Debug, Clone)]
-pub(super) struct Carried {
+pub(super) struct LiveTables {
     /// Description of the Huffman table, if there was one.
     pub(super) huffman: Option<Vec<u8>>,
     pub(super) literals: LiveTable,
     pub(super) offset: LiveTable,
     pub(super) matches: LiveTable,
+}
+
+/// What a block may use of those before it.
+#[derive(Debug, Clone)]
+pub(super) struct Carried {
+    /// The tables.
+    pub(super) live: LiveTables,
+    /// The three last offsets.
     pub(super) repeats: [u64; 3],
 }
 
@@ -43,22 +48,34 @@ pub(super) struct TableUse {
     pub(super) reused: [bool; 3],
 }
 
+/// What a compressed block consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BlockParts {
+    /// Number of literals.
+    pub(super) literals: usize,
+    /// What the block did with tables.
+    pub(super) uses: TableUse,
+    /// Number of sequences.
+    pub(super) count: usize,
+    /// Where the bit stream of the sequences begins in the bytes that were read.
+    start: usize,
+}
+
 /// Follows the blocks of one frame.
 #[derive(Debug)]
 pub(super) struct Follower {
-    carried: Carried,
+    live: LiveTables,
     tables: SequenceTables,
 }
 
 impl Follower {
     pub(super) fn new() -> Self {
         Self {
-            carried: Carried {
+            live: LiveTables {
                 huffman: None,
                 literals: LiveTable::Absent,
                 offset: LiveTable::Absent,
                 matches: LiveTable::Absent,
-                repeats: FIRST_REPEATS,
             },
             tables: SequenceTables {
                 literals: StateTable::new(),
@@ -68,53 +85,67 @@ impl Follower {
         }
     }
 
-    /// Returns what the next block may use.
-    pub(super) fn carried(&self) -> &Carried {
-        &self.carried
+    /// Returns the tables that the next block may use.
+    pub(super) fn live(&self) -> &LiveTables {
+        &self.live
     }
 
-    /// Follows a compressed block, `bytes[PAD..]`. The bytes before it have no meaning. Gives its matches to `matches`.
-    /// Returns the number of literals and what the block did with tables, or `None` if the block is not understood.
-    pub(super) fn follow(&mut self, bytes: &[u8], matches: &mut impl Matches) -> Option<(usize, TableUse)> {
+    /// Reads the tables of a compressed block, `bytes[PAD..]`. The bytes before it have no meaning. Returns `None` if the
+    /// block is not understood.
+    pub(super) fn read(&mut self, bytes: &[u8]) -> Option<BlockParts> {
         let block = bytes.get(PAD..)?;
         let literals = Literals::read(block)?;
         if let Some(range) = literals.huffman {
-            let huffman = self.carried.huffman.get_or_insert_default();
+            let huffman = self.live.huffman.get_or_insert_default();
             huffman.clear();
             huffman.extend_from_slice(block.get(range)?);
         }
         let section = block.get(literals.len..)?;
         let (count, header) = sequence_count(section)?;
+        let mut parts = BlockParts {
+            literals: literals.decoded,
+            uses: TableUse::default(),
+            count,
+            start: bytes.len(),
+        };
         if count == 0 {
-            return (section.len() == header).then_some((literals.decoded, TableUse::default()));
+            return (section.len() == header).then_some(parts);
         }
         let modes = *section.get(header)?;
         if modes & 3 != 0 {
             return None;
         }
         let mut at = header + 1;
-        let mut uses = TableUse::default();
-        let Carried {
+        let LiveTables {
             literals: lengths,
             offset,
-            matches: match_lengths,
+            matches,
             ..
-        } = &mut self.carried;
+        } = &mut self.live;
         let tables = &mut self.tables;
         let fields = [
             (Field::Literals, lengths, &mut tables.literals),
             (Field::Offset, offset, &mut tables.offset),
-            (Field::Match, match_lengths, &mut tables.matches),
+            (Field::Match, matches, &mut tables.matches),
         ];
         for (n, (field, live, table)) in fields.into_iter().enumerate() {
             let mode = (modes >> (6 - 2 * n)) & 3;
-            uses.reused[n] = mode == 3;
-            uses.replaced[n] = mode != 3;
+            parts.uses.reused[n] = mode == 3;
+            parts.uses.replaced[n] = mode != 3;
             at += read_table(mode, field, section.get(at..)?, live, table)?;
         }
-        let start = PAD + literals.len + at;
-        sequences::decode(bytes, start, count, &self.tables, &mut self.carried.repeats, matches)?;
-        Some((literals.decoded, uses))
+        parts.start = PAD + literals.len + at;
+        Some(parts)
+    }
+
+    /// Decodes the sequences of the block that was read last into `out`, in place of what was there. Returns `None` if they
+    /// are not valid.
+    pub(super) fn sequences(&self, bytes: &[u8], parts: &BlockParts, out: &mut Vec<Sequence>) -> Option<()> {
+        if parts.count == 0 {
+            out.clear();
+            return Some(());
+        }
+        sequences::decode(bytes, parts.start, parts.count, &self.tables, out)
     }
 }
 

@@ -2,18 +2,18 @@
 //!
 //! # How it works
 //! The output is cut into *segments*. Each begins at a block where decoding could begin again, a candidate. Every
-//! [`GRAIN`] bytes of the output have a *mark*: the last segment from which a match reads one of these bytes. At first
-//! that is the segment of the first of them. A candidate needs the bytes before it whose mark is its own segment or a
-//! later one.
+//! [`GRAIN`] bytes of the output have a *mark*: the last segment from which a match reads one of these bytes, if there is
+//! one. A candidate needs the bytes before it whose mark is its own segment or a later one.
 //!
-//! Once no match can reach a segment any more, its marks are counted, and the bytes that later segments read are kept
-//! ([`CountedSegment`]). So it takes little time to say how much a candidate needs. The output itself is kept only for a
-//! window and one segment ([`History`]), and a ring has its marks.
+//! Once no match can reach a segment any more, its marks are counted and removed, and the bytes that later segments read
+//! are kept ([`CountedSegment`]). So it takes little time to say how much a candidate needs. The output itself is kept only
+//! for a window and one segment ([`History`]), and a ring has its marks.
 //!
 //! # Invariants
 //! - Memory is bounded by what [`Coverage::memory`] says.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::frame::BLOCK;
 use super::history::History;
@@ -25,6 +25,9 @@ use super::sequences::Matches;
 const GRAIN_LOG: u32 = 2;
 /// Bytes of output for each mark.
 const GRAIN: u64 = 1 << GRAIN_LOG;
+
+/// The mark of bytes that no match has read.
+const UNREAD: u8 = u8::MAX;
 
 /// Marks by which the ring grows at once.
 const GROWTH: usize = 256 << 10;
@@ -134,17 +137,10 @@ impl Coverage {
         if len as u64 > self.most - from || !self.history.push(output, len) {
             return false;
         }
-        let mark = self.current().0 as u8;
-        let mut at = from.div_ceil(GRAIN);
-        let end = self.position().div_ceil(GRAIN);
-        while at < end {
-            let begin = at as usize & self.mask;
-            let part = ((end - at) as usize).min(self.mask + 1 - begin);
-            if self.marks.len() < begin + part && !grow(&mut self.marks, begin + part, self.mask + 1) {
-                return false;
-            }
-            self.marks[begin..begin + part].fill(mark);
-            at += part as u64;
+        let marks = usize::try_from(self.position().div_ceil(GRAIN)).unwrap_or(usize::MAX);
+        let marks = marks.min(self.mask + 1);
+        if self.marks.len() < marks && !grow(&mut self.marks, marks, self.mask + 1) {
+            return false;
         }
         while let Some(next) = self.segments.get(1)
             && next.start.saturating_add(self.window) <= self.position()
@@ -179,28 +175,25 @@ impl Coverage {
         let stored = self.segments.front().map_or(0, |next| next.offset - offset);
         let mut counted = CountedSegment::new(segment, start, end - start, stored);
         let mut history = self.history.reader();
-        let own = segment as u8;
         let mut at = start / GRAIN;
         let last = end.div_ceil(GRAIN);
         while at < last {
             let begin = at as usize & self.mask;
             let part = ((last - at) as usize).min(self.mask + 1 - begin);
-            let marks = self.marks.get(begin..begin + part).unwrap_or_default();
-            let mut from = 0;
-            loop {
-                from += count_same(&marks[from..], own);
-                let Some(&mark) = marks.get(from) else { break };
-                let len = count_same(&marks[from..], mark);
+            let marks = self.marks.get_mut(begin..begin + part).unwrap_or_default();
+            each_run(marks, |run, mark| {
                 let position = |n: usize| ((at + n as u64) * GRAIN).clamp(start, end);
-                let (first, behind) = (position(from), position(from + len));
-                from += len;
-                // Marks are segments modulo 256. Where a segment begins between two marks, the mark there can be that of
-                // the segment before it.
-                let later = mark.wrapping_sub(own);
-                if later != u8::MAX {
+                let (first, behind) = (position(run.start), position(run.end));
+                let later = segments_later(segment, mark);
+                // Where a segment begins between two marks, the mark there can be of a match in the segment itself, which
+                // reads only the bytes before it.
+                if later > 0 {
                     counted.add(first, behind - first, later, &mut history);
                 }
-            }
+            });
+            // The next segment may begin within the last mark.
+            let own = ((end / GRAIN).saturating_sub(at) as usize).min(part);
+            marks[..own].fill(UNREAD);
             at += part as u64;
         }
         counted.finish();
@@ -254,7 +247,7 @@ impl Coverage {
         BlockMatches {
             marks: &mut self.marks,
             mask: self.mask,
-            mark: segment as u8,
+            mark: mark_of(segment),
             begin: position,
             position,
             segment_start,
@@ -293,16 +286,68 @@ fn grow(ring: &mut Vec<u8>, len: usize, capacity: usize) -> bool {
             return false;
         }
     }
-    ring.resize(len, 0);
+    ring.resize(len, UNREAD);
     true
 }
 
-/// Returns how many marks at the front are `mark`.
-fn count_same(marks: &[u8], mark: u8) -> usize {
-    let eight = [mark; 8];
-    let (chunks, _) = marks.as_chunks::<8>();
-    let at = 8 * chunks.iter().take_while(|&&chunk| chunk == eight).count();
-    at + marks[at..].iter().take_while(|&&other| other == mark).count()
+/// Returns the mark of what a segment reads.
+fn mark_of(segment: SegmentNumber) -> u8 {
+    (segment % SegmentNumber::from(UNREAD)) as u8
+}
+
+/// Returns how many segments behind `segment` that of a mark is.
+#[inline]
+fn segments_later(segment: SegmentNumber, mark: u8) -> u8 {
+    let own = mark_of(segment);
+    // `UNREAD` is no segment, so the segment before 0 is `UNREAD - 1`.
+    mark.checked_sub(own).unwrap_or_else(|| UNREAD - own + mark)
+}
+
+/// Calls `take` for each run of equal marks that are not [`UNREAD`], with the run and the mark.
+#[inline]
+fn each_run(marks: &[u8], mut take: impl FnMut(Range<usize>, u8)) {
+    let (mut start, mut mark, mut before) = (0, UNREAD, UNREAD);
+    let mut each = |at: usize, mut changes: u64| {
+        while changes != 0 {
+            let end = at + changes.trailing_zeros() as usize;
+            changes &= changes - 1;
+            if mark != UNREAD {
+                take(start..end, mark);
+            }
+            (start, mark) = (end, marks[end]);
+        }
+    };
+    // One branch for many marks, because where runs end is hard to predict.
+    let (chunks, rest) = marks.as_chunks::<64>();
+    for (n, chunk) in chunks.iter().enumerate() {
+        each(64 * n, changes(chunk, &mut before));
+    }
+    let mut last = [rest.last().copied().unwrap_or(before); 64];
+    last[..rest.len()].copy_from_slice(rest);
+    each(64 * chunks.len(), changes(&last, &mut before));
+    if mark != UNREAD {
+        take(start..marks.len(), mark);
+    }
+}
+
+/// Returns which marks are not the mark before them, as bits from the lowest one on. `before` is the mark before the first
+/// one, and becomes the last one.
+#[inline]
+fn changes(marks: &[u8; 64], before: &mut u8) -> u64 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let (words, _) = marks.as_chunks::<8>();
+    let mut changes = 0;
+    for (n, &word) in words.iter().enumerate() {
+        let word = u64::from_le_bytes(word);
+        let change = word ^ (word << 8 | u64::from(*before));
+        *before = (word >> 56) as u8;
+        // The highest bit of each byte that is not zero.
+        let bytes = (((change & LOW) + LOW) | change) & !LOW;
+        // The multiplication brings these eight bits together.
+        let bits = (bytes >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        changes |= bits << (8 * n);
+    }
+    changes
 }
 
 /// Marks what the matches of one block read.
@@ -404,6 +449,30 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
+
+    #[test]
+    fn runs_are_those_of_equal_marks() {
+        let mut rng = fastrand::Rng::with_seed(11);
+        for len in (0..200).chain([1000, 4096]) {
+            let mut marks: Vec<u8> = Vec::new();
+            while marks.len() < len {
+                let mark = [5, 5, 6, 7, 0x85, 0xff, 0][rng.usize(0..7)];
+                marks.extend(std::iter::repeat_n(mark, rng.usize(1..90)));
+            }
+            marks.truncate(len);
+            let mut found = Vec::new();
+            each_run(&marks, |run, mark| found.push((run, mark)));
+            let mut expected: Vec<(Range<usize>, u8)> = Vec::new();
+            let mut at = 0;
+            for run in marks.chunk_by(|a, b| a == b) {
+                if run[0] != UNREAD {
+                    expected.push((at..at + run.len(), run[0]));
+                }
+                at += run.len();
+            }
+            assert_eq!(found, expected);
+        }
+    }
 
     /// Marks random matches, and compares what each candidate needs with a simple account of it.
     #[test]

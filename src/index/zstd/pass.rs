@@ -330,9 +330,9 @@ impl ZstdPass {
         let span = self.named.take();
         let Some(kind) = ready.kind else { return };
         if self.followed {
-            let (content, mut output) = match self.worker.buffers() {
-                Some(used) => (used.content, used.output),
-                None => (Vec::new(), Vec::new()),
+            let (content, mut output, sequences) = match self.worker.buffers() {
+                Some(used) => (used.content, used.output, used.sequences),
+                None => (Vec::new(), Vec::new(), Vec::new()),
             };
             if output.len() < BLOCK {
                 output = vec![0; BLOCK];
@@ -341,6 +341,8 @@ impl ZstdPass {
                 kind,
                 content: mem::replace(&mut self.piece, content),
                 output: mem::replace(&mut self.out, output),
+                sequences,
+                are_decoded: false,
                 made: ready.made,
                 candidate: span.filter(|_| ready.candidate).map(|span| (span, ready.offset)),
             });
@@ -429,6 +431,24 @@ mod tests {
         while !matches!(pass.step(&mut input).unwrap(), Step::Input) {}
         pass.finish(blob.len() as u64).unwrap();
         pass.is_short_of_memory()
+    }
+
+    /// Digests are checked in place of checksums, by the pass and by later reads alike.
+    #[test]
+    fn a_wrong_checksum_is_no_error() {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        encoder.include_checksum(true).unwrap();
+        std::io::Write::write_all(&mut encoder, &[7; 300_000]).unwrap();
+        let mut blob = encoder.finish().unwrap();
+        *blob.last_mut().unwrap() ^= 1;
+        assert!(zstd::decode_all(&blob[..]).is_err());
+        assert!(!is_short(&blob, 1 << 30));
+        let mut decoder = super::super::Zstd::new(0, room_within(1 << 30)).unwrap();
+        let (mut input, mut made) = (&blob[..], 0);
+        while let Step::Output { bytes, .. } = decoder.step(&mut input).unwrap() {
+            made += bytes.len();
+        }
+        assert_eq!((made, input.len()), (300_000, 0));
     }
 
     #[test]

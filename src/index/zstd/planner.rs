@@ -27,7 +27,7 @@ use super::coverage::Coverage;
 use super::frame::{BLOCK_HEADER, BlockKind, FrameHeader};
 use super::restart::Restart;
 use super::segment::SegmentNumber;
-use super::sequences::PAD;
+use super::sequences::{self, FIRST_REPEATS, PAD, Sequence};
 use super::series::SeriesWriter;
 use crate::index::{SpanId, step::SpanRestart};
 
@@ -62,6 +62,9 @@ pub(super) struct DecodedBlock {
     pub(super) kind: BlockKind,
     /// The content as it is in the blob, behind [`super::sequences::PAD`] other bytes.
     pub(super) content: Vec<u8>,
+    /// The block's sequences, if `are_decoded`.
+    pub(super) sequences: Vec<Sequence>,
+    pub(super) are_decoded: bool,
     /// What the block decodes to, in the first `made` bytes.
     pub(super) output: Vec<u8>,
     pub(super) made: usize,
@@ -106,6 +109,10 @@ impl RestartCandidate {
 struct Frame {
     header: FrameHeader,
     follower: Follower,
+    /// The three last offsets.
+    repeats: [u64; 3],
+    /// Sequences of a block.
+    sequences: Vec<Sequence>,
     coverage: Coverage,
     candidates: VecDeque<RestartCandidate>,
     /// Position of the last restart in the frame's output, its segment, and its offset in the blob.
@@ -169,6 +176,8 @@ impl Planner {
             Box::new(Frame {
                 header,
                 follower: Follower::new(),
+                repeats: FIRST_REPEATS,
+                sequences: Vec::new(),
                 coverage,
                 candidates: VecDeque::new(),
                 restart_at: 0,
@@ -272,28 +281,39 @@ impl Frame {
             && position - self.candidate_at >= Coverage::spacing(self.header.window, spacing)
         {
             self.candidate_at = position;
-            let carried = self.follower.carried().clone();
+            let live = self.follower.live().clone();
             let is_single = |table: &LiveTable| *table == LiveTable::Single;
             self.candidates.push_back(RestartCandidate {
                 span,
                 segment: self.coverage.begin_segment(offset)?,
                 offset,
                 position,
-                at_risk: [&carried.literals, &carried.offset, &carried.matches].map(is_single),
-                carried,
+                at_risk: [&live.literals, &live.offset, &live.matches].map(is_single),
+                carried: Carried {
+                    live,
+                    repeats: self.repeats,
+                },
                 usable: true,
             });
         }
         if block.kind == BlockKind::Compressed {
+            let parts = self.follower.read(&block.content)?;
+            let decoded = match block.are_decoded {
+                true => &block.sequences,
+                false => {
+                    self.follower.sequences(&block.content, &parts, &mut self.sequences)?;
+                    &self.sequences
+                }
+            };
             let mut matches = self.coverage.matches();
-            let (literals, uses) = self.follower.follow(&block.content, &mut matches)?;
+            sequences::follow(decoded, &mut self.repeats, &mut matches)?;
             // The last literals follow the last match.
             let last = (block.made as u64).checked_sub(matches.made())?;
-            if literals as u64 != matches.literals() + last {
+            if parts.literals as u64 != matches.literals() + last {
                 return None;
             }
             for candidate in &mut self.candidates {
-                candidate.note(uses);
+                candidate.note(parts.uses);
             }
         }
         let appended = self.coverage.append(mem::take(&mut block.output), block.made);

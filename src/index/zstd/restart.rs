@@ -67,14 +67,14 @@ impl Restart {
         covers: u64,
         sparse: SparseWindow,
     ) -> Option<Self> {
-        let mut tables = match &carried.huffman {
+        let mut tables = match &carried.live.huffman {
             Some(description) => description.clone(),
             None => ANY_HUFFMAN.to_vec(),
         };
         for (field, live) in [
-            (Field::Offset, &carried.offset),
-            (Field::Match, &carried.matches),
-            (Field::Literals, &carried.literals),
+            (Field::Offset, &carried.live.offset),
+            (Field::Match, &carried.live.matches),
+            (Field::Literals, &carried.live.literals),
         ] {
             match live {
                 LiveTable::Described(description) => tables.extend_from_slice(description),
@@ -355,15 +355,18 @@ fn number(rest: &mut &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::block::LiveTables;
     use super::super::series::SeriesWriter;
     use super::*;
 
     fn restart(reach: u64, covers: u64, runs: Vec<(u64, u64)>) -> Restart {
         let carried = Carried {
-            huffman: None,
-            literals: LiveTable::Predefined,
-            offset: LiveTable::Absent,
-            matches: LiveTable::Single,
+            live: LiveTables {
+                huffman: None,
+                literals: LiveTable::Predefined,
+                offset: LiveTable::Absent,
+                matches: LiveTable::Single,
+            },
             repeats: [1, 200, 8],
         };
         let header = FrameHeader {

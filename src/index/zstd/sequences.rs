@@ -1,20 +1,23 @@
 //! The sequences of a compressed block (RFC 8878, 3.1.1.3.2): where its matches come from.
 
+use super::frame::BLOCK;
 use super::fse::{STATES, State, StateTable};
 
 /// Bytes that have to lie before the bit stream, so that reading past its front stays within the slice.
 pub(super) const PAD: usize = 8;
 
+/// Repeat offsets at the start of a frame (RFC 8878, 3.1.1.5).
+pub(super) const FIRST_REPEATS: [u64; 3] = [1, 4, 8];
+
 /// Bits that are available at least after a refill.
 const REFILLED: u32 = 57;
 
-/// Sequences that are decoded before their matches are handed on. Two short loops are faster than one long loop, which
-/// has more variables than the processor has registers.
-const AT_ONCE: usize = 128;
+/// Most sequences of a block: each has a match of three bytes or more (RFC 8878, 3.1.1.3.2.1.1).
+const MOST: usize = BLOCK / 3;
 
 /// A sequence. The value of its offset may be a repeat code.
-#[derive(Debug, Clone, Copy, Default)]
-struct Sequence {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Sequence {
     value: u32,
     matched: u32,
     literals: u32,
@@ -78,23 +81,33 @@ impl<'a> BackwardBits<'a> {
         value as u32
     }
 
+    /// Reads a sequence of which these are the states: of the literals, the offset and the match. 57 bits are available.
+    fn sequence(&mut self, [literals, offset, length]: [State; 3]) -> Option<Sequence> {
+        let value = offset.baseline().wrapping_add(self.take(offset.extra()));
+        self.refill()?;
+        Some(Sequence {
+            value,
+            matched: length.baseline() + self.take(length.extra()),
+            literals: literals.baseline() + self.take(literals.extra()),
+        })
+    }
+
     /// Position of the next bit, from the front of the slice.
     fn position(&self) -> Option<usize> {
         (self.at * 8).checked_sub(self.used as usize)
     }
 }
 
-/// Decodes `count` sequences from the bit stream `bytes[start..]`. `start` is at least [`PAD`]. Returns `None` if they
-/// are not valid, or if `matches` does not take one. The repeat offsets are then undefined.
+/// Decodes `count` sequences from the bit stream `bytes[start..]` into `out`, in place of what was there. `start` is at
+/// least [`PAD`]. Returns `None` if they are not valid.
 pub(super) fn decode(
     bytes: &[u8],
     start: usize,
     count: usize,
     tables: &SequenceTables,
-    repeats: &mut [u64; 3],
-    matches: &mut impl Matches,
+    out: &mut Vec<Sequence>,
 ) -> Option<()> {
-    if start < PAD || start >= bytes.len() {
+    if start < PAD || start >= bytes.len() || count > MOST {
         return None;
     }
     let mut bits = BackwardBits::new(bytes)?;
@@ -102,61 +115,79 @@ pub(super) fn decode(
     let mut literals = entry(&tables.literals, bits.take(tables.literals.log));
     let mut offset = entry(&tables.offset, bits.take(tables.offset.log));
     let mut length = entry(&tables.matches, bits.take(tables.matches.log));
-    let mut recent = *repeats;
-    let mut some = [Sequence::default(); AT_ONCE];
-    let mut left = count;
-    while left > 0 {
-        let now = left.min(AT_ONCE);
-        for sequence in &mut some[..now] {
-            left -= 1;
+    out.resize(count, Sequence::default());
+    let (last, most) = out.split_last_mut()?;
+    for sequence in most {
+        bits.refill()?;
+        let all = State::bits_of([literals, offset, length]);
+        if all > REFILLED {
+            *sequence = bits.sequence([literals, offset, length])?;
             bits.refill()?;
-            // If all bits of the sequence and of the next states are there, nothing has to be checked in between.
-            let all_there = State::bits_of([literals, offset, length]) <= REFILLED;
-            let value = offset.baseline().wrapping_add(bits.take(offset.extra()));
-            if !all_there {
-                bits.refill()?;
-            }
-            *sequence = Sequence {
-                value,
-                matched: length.baseline() + bits.take(length.extra()),
-                literals: literals.baseline() + bits.take(literals.extra()),
-            };
-            if left > 0 {
-                if !all_there {
-                    bits.refill()?;
-                }
-                literals = entry(&tables.literals, literals.next() + bits.take(literals.bits()));
-                length = entry(&tables.matches, length.next() + bits.take(length.bits()));
-                offset = entry(&tables.offset, offset.next() + bits.take(offset.bits()));
-            }
+            literals = entry(&tables.literals, literals.next() + bits.take(literals.bits()));
+            length = entry(&tables.matches, length.next() + bits.take(length.bits()));
+            offset = entry(&tables.offset, offset.next() + bits.take(offset.bits()));
+            continue;
         }
-        for sequence in &some[..now] {
-            recent = next_repeats(recent, u64::from(sequence.value), sequence.literals == 0);
-            if recent[0] == 0 || !matches.take(sequence.literals as usize, sequence.matched as usize, recent[0]) {
-                return None;
-            }
+        // All bits are there, so one word has them, and they are counted together.
+        let mut word = bits.word << (bits.used & 63);
+        *sequence = Sequence {
+            value: offset.baseline().wrapping_add(shift_out(&mut word, offset.extra())),
+            matched: length.baseline(),
+            literals: literals.baseline(),
+        };
+        // Few lengths have extra bits, so this branch is mostly predicted.
+        if length.extra() + literals.extra() > 0 {
+            sequence.matched += shift_out(&mut word, length.extra());
+            sequence.literals += shift_out(&mut word, literals.extra());
         }
+        literals = entry(
+            &tables.literals,
+            literals.next() + shift_out(&mut word, literals.bits()),
+        );
+        length = entry(&tables.matches, length.next() + shift_out(&mut word, length.bits()));
+        offset = entry(&tables.offset, offset.next() + shift_out(&mut word, offset.bits()));
+        bits.used += all;
     }
-    *repeats = recent;
+    bits.refill()?;
+    *last = bits.sequence([literals, offset, length])?;
     (bits.position()? == start * 8).then_some(())
 }
 
+/// Takes up to 31 bits from the high end of a word.
+#[inline(always)]
+fn shift_out(word: &mut u64, width: u32) -> u32 {
+    let value = (*word >> 1) >> (63 - width);
+    *word <<= width & 63;
+    value as u32
+}
+
+/// Gives the matches of sequences to `matches`. Returns `None` if an offset is not valid, or if `matches` does not take a
+/// match. The repeat offsets are then undefined.
+pub(super) fn follow(sequences: &[Sequence], repeats: &mut [u64; 3], matches: &mut impl Matches) -> Option<()> {
+    let mut recent = *repeats;
+    for sequence in sequences {
+        recent = next_repeats(recent, u64::from(sequence.value), sequence.literals == 0);
+        if recent[0] == 0 || !matches.take(sequence.literals as usize, sequence.matched as usize, recent[0]) {
+            return None;
+        }
+    }
+    *repeats = recent;
+    Some(())
+}
+
 /// Returns the repeat offsets behind a match (RFC 8878, 3.1.1.5). The first of them is the offset of the match; 0 is not
-/// valid.
-///
-/// Values up to 3 are repeat codes. Which values come is hard to predict, so there are no branches.
+/// valid. Values up to 3 are repeat codes.
 #[inline(always)]
 fn next_repeats([first, second, third]: [u64; 3], value: u64, no_literals: bool) -> [u64; 3] {
-    let code = match value > 3 {
-        true => 4,
-        false => value - 1 + u64::from(no_literals),
-    };
-    let offsets = [first, second, third, first - 1, value.wrapping_sub(3), 0, 0, 0];
-    [
-        offsets[(code & 7) as usize],
-        if code == 0 { second } else { first },
-        if code <= 1 { third } else { second },
-    ]
+    if value > 3 {
+        return [value - 3, first, second];
+    }
+    match value - 1 + u64::from(no_literals) {
+        0 => [first, second, third],
+        1 => [second, first, third],
+        2 => [third, first, second],
+        _ => [first - 1, first, second],
+    }
 }
 
 #[cfg(test)]

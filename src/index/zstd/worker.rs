@@ -3,17 +3,25 @@
 //! Following the blocks takes about as long as decoding them, so it would slow a pass down. The thread starts with
 //! the first frame that is worth following. Both queues between the threads are bounded: one by its capacity, the other
 //! by the number of blocks.
+//!
+//! If the thread falls behind, the pass would have to wait for it. So the pass then does a part of the thread's work:
+//! it decodes a block's sequences itself. For that it follows the tables too, which takes little time.
 
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use super::frame::FrameHeader;
+use super::block::Follower;
+use super::frame::{BlockKind, FrameHeader};
 use super::planner::{DecodedBlock, Planner};
+use super::sequences::Sequence;
 use crate::index::step::SpanRestart;
 
 /// Blocks that wait for the thread. With fewer of them, one thread waits for the other more often. With more of them, a
-/// pass over a window of 8 MiB takes more memory than an ordinary one (`layer::windows`).
+/// pass takes more memory.
 const QUEUE: usize = 12;
+/// Bytes of the sequences that the pass decodes of a block, at most. Most blocks have about half as many. With more, the
+/// queue takes more memory.
+const SEQUENCES: usize = 128 << 10;
 
 /// What the thread is told.
 #[derive(Debug)]
@@ -43,6 +51,8 @@ struct PlannerThread {
 #[derive(Debug)]
 pub(super) struct PlannerWorker {
     spacing: u64,
+    /// Follows the frame's tables. None if a block was not understood.
+    follower: Option<Follower>,
     running: Option<PlannerThread>,
     refused: bool,
     buffers: Vec<DecodedBlock>,
@@ -50,12 +60,14 @@ pub(super) struct PlannerWorker {
 }
 
 impl PlannerWorker {
-    /// Bytes of memory in the queues, and of free buffers: a block's content and its output are at most 128 KiB each.
-    pub(super) const MEMORY: u64 = (QUEUE as u64 + 6) * (256 << 10);
+    /// Bytes of memory in the queues, and of free buffers: a block's content and its output are at most 128 KiB each. The
+    /// thread itself has the sequences of a block, which may take half a megabyte.
+    pub(super) const MEMORY: u64 = (QUEUE as u64 + 6) * ((256 << 10) + SEQUENCES as u64) + (512 << 10);
 
     pub(super) fn new(spacing: u64) -> Self {
         Self {
             spacing,
+            follower: None,
             running: None,
             refused: false,
             buffers: Vec::new(),
@@ -68,6 +80,7 @@ impl PlannerWorker {
         if self.running.is_none() && !self.refused {
             self.start();
         }
+        self.follower = Some(Follower::new());
         self.tell(PlannerMessage::Begin(header, offset));
         self.running.is_some()
     }
@@ -100,8 +113,29 @@ impl PlannerWorker {
     }
 
     /// Takes a block.
-    pub(super) fn block(&mut self, block: DecodedBlock) {
-        self.tell(PlannerMessage::Block(block));
+    pub(super) fn block(&mut self, mut block: DecodedBlock) {
+        block.are_decoded = false;
+        let Some(running) = &self.running else { return };
+        let parts = match (&mut self.follower, block.kind) {
+            (Some(follower), BlockKind::Compressed) => follower.read(&block.content),
+            _ => None,
+        };
+        if parts.is_none() && block.kind == BlockKind::Compressed {
+            self.follower = None;
+        }
+        let mut message = PlannerMessage::Block(block);
+        if let Some(parts) = parts.filter(|parts| parts.count * size_of::<Sequence>() <= SEQUENCES) {
+            match running.told.try_send(message) {
+                Ok(()) => return,
+                Err(TrySendError::Full(refused) | TrySendError::Disconnected(refused)) => message = refused,
+            }
+            if let (PlannerMessage::Block(block), Some(follower)) = (&mut message, &self.follower) {
+                let decoded = follower.sequences(&block.content, &parts, &mut block.sequences);
+                // What cannot be decoded here cannot be decoded there either, and then the frame is given up.
+                block.are_decoded = decoded.is_some();
+            }
+        }
+        self.tell(message);
     }
 
     /// Gives up the frame.
