@@ -4,8 +4,8 @@
 //! the first frame that is worth following. Both queues between the threads are bounded: one by its capacity, the other
 //! by the number of blocks.
 //!
-//! If the thread falls behind, the pass would have to wait for it. So the pass then does a part of the thread's work:
-//! it decodes a block's sequences itself. For that it follows the tables too, which takes little time.
+//! If the thread falls behind, the pass would have to wait for it. So the pass then does a part of the thread's work: it
+//! decodes a block's sequences itself, if the block uses no table of an earlier block.
 
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -51,8 +51,6 @@ struct PlannerThread {
 #[derive(Debug)]
 pub(super) struct PlannerWorker {
     spacing: u64,
-    /// Follows the frame's tables. None if a block was not understood.
-    follower: Option<Follower>,
     running: Option<PlannerThread>,
     refused: bool,
     buffers: Vec<DecodedBlock>,
@@ -67,7 +65,6 @@ impl PlannerWorker {
     pub(super) fn new(spacing: u64) -> Self {
         Self {
             spacing,
-            follower: None,
             running: None,
             refused: false,
             buffers: Vec::new(),
@@ -80,7 +77,6 @@ impl PlannerWorker {
         if self.running.is_none() && !self.refused {
             self.start();
         }
-        self.follower = Some(Follower::new());
         self.tell(PlannerMessage::Begin(header, offset));
         self.running.is_some()
     }
@@ -114,26 +110,15 @@ impl PlannerWorker {
 
     /// Takes a block.
     pub(super) fn block(&mut self, mut block: DecodedBlock) {
-        block.are_decoded = false;
         let Some(running) = &self.running else { return };
-        let parts = match (&mut self.follower, block.kind) {
-            (Some(follower), BlockKind::Compressed) => follower.read(&block.content),
-            _ => None,
+        block.are_decoded = false;
+        let mut message = match running.told.try_send(PlannerMessage::Block(block)) {
+            Ok(()) => return,
+            Err(TrySendError::Full(refused) | TrySendError::Disconnected(refused)) => refused,
         };
-        if parts.is_none() && block.kind == BlockKind::Compressed {
-            self.follower = None;
-        }
-        let mut message = PlannerMessage::Block(block);
-        if let Some(parts) = parts.filter(|parts| parts.count * size_of::<Sequence>() <= SEQUENCES) {
-            match running.told.try_send(message) {
-                Ok(()) => return,
-                Err(TrySendError::Full(refused) | TrySendError::Disconnected(refused)) => message = refused,
-            }
-            if let (PlannerMessage::Block(block), Some(follower)) = (&mut message, &self.follower) {
-                let decoded = follower.sequences(&block.content, &parts, &mut block.sequences);
-                // What cannot be decoded here cannot be decoded there either, and then the frame is given up.
-                block.are_decoded = decoded.is_some();
-            }
+        if let PlannerMessage::Block(block) = &mut message {
+            // If this fails, the thread tries it again.
+            block.are_decoded = decode(block).is_some();
         }
         self.tell(message);
     }
@@ -200,4 +185,18 @@ impl PlannerWorker {
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+/// Decodes the sequences of a block. Returns `None` if it is not compressed, is not understood, uses tables of earlier
+/// blocks or has too many sequences.
+fn decode(block: &mut DecodedBlock) -> Option<()> {
+    if block.kind != BlockKind::Compressed {
+        return None;
+    }
+    let mut follower = Follower::new();
+    let parts = follower.read(&block.content)?;
+    if parts.count * size_of::<Sequence>() > SEQUENCES {
+        return None;
+    }
+    follower.sequences(&block.content, &parts, &mut block.sequences)
 }
