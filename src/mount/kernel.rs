@@ -245,8 +245,9 @@ const UNMOUNT_LIMIT: Duration = Duration::from_secs(1);
 /// Time for which a mount that is in use is tried again. Whoever looks at a mount, such as another `ocifs` command, uses it
 /// for a moment. A larger value delays the error for a mount that is really in use; a smaller one reports such a moment.
 const MOMENT: Duration = Duration::from_millis(250);
-/// Time between two attempts within [`MOMENT`].
-const AGAIN: Duration = Duration::from_millis(10);
+/// Longest time in milliseconds between two attempts within [`MOMENT`]. Each time is another one, so attempts do not keep
+/// step with a program that looks at regular times.
+const AGAIN: u64 = 15;
 
 /// Detaches the mount `mount`, wherever it has been moved, and no other mount. With `lazy`, detaches it at once,
 /// even if it is in use. Succeeds if the mount is already gone. A caller that does not care when the kernel has finished
@@ -255,7 +256,9 @@ pub(super) fn unmount(mount: &Standing, lazy: bool) -> Result<Unmount, KernelMou
     let until = Instant::now() + MOMENT;
     loop {
         match try_unmount(mount, lazy) {
-            Err(KernelMountError::Busy { .. }) if Instant::now() < until => std::thread::sleep(AGAIN),
+            Err(KernelMountError::Busy { .. }) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(fastrand::u64(1..=AGAIN)));
+            }
             result => return result,
         }
     }
