@@ -194,7 +194,7 @@ mod tests {
         ended.into_iter().map(Result::unwrap).collect()
     }
 
-    /// Neither the pass over a layer with a window of 8 MiB nor later reads need more than an ordinary window.
+    /// The pass over a layer with a window of 8 MiB needs no more memory than an ordinary window.
     #[test]
     fn usual_windows_are_ordinary() {
         let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();

@@ -19,7 +19,7 @@ pub(super) enum LiveTable {
     Described(Vec<u8>),
 }
 
-/// Descriptions of all tables.
+/// The tables that a block may use again, as their descriptions.
 #[derive(Debug, Clone)]
 pub(super) struct LiveTables {
     /// Description of the Huffman table, if there was one.
@@ -49,7 +49,7 @@ pub(super) struct TableUse {
 }
 
 /// What a compressed block consists of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct BlockParts {
     /// Number of literals.
     pub(super) literals: usize,

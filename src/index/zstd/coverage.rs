@@ -191,7 +191,7 @@ impl Coverage {
                     counted.add(first, behind - first, later, &mut history);
                 }
             });
-            // The next segment may begin within the last mark.
+            // A mark that the next segment begins in is counted there too, so it stays.
             let own = ((end / GRAIN).saturating_sub(at) as usize).min(part);
             marks[..own].fill(UNREAD);
             at += part as u64;

@@ -62,8 +62,9 @@ pub(super) struct DecodedBlock {
     pub(super) kind: BlockKind,
     /// The content as it is in the blob, behind [`super::sequences::PAD`] other bytes.
     pub(super) content: Vec<u8>,
-    /// The block's sequences, if `are_decoded`.
+    /// The block's sequences, if they are decoded already. Otherwise, a buffer for them.
     pub(super) sequences: Vec<Sequence>,
+    /// Whether the sequences are decoded already.
     pub(super) are_decoded: bool,
     /// What the block decodes to, in the first `made` bytes.
     pub(super) output: Vec<u8>,

@@ -16,7 +16,7 @@ const REFILLED: u32 = 57;
 const MOST: usize = BLOCK / 3;
 
 /// A sequence. The value of its offset may be a repeat code.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Sequence {
     value: u32,
     matched: u32,

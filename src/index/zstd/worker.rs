@@ -19,8 +19,8 @@ use crate::index::step::SpanRestart;
 /// Blocks that wait for the thread. With fewer of them, one thread waits for the other more often. With more of them, a
 /// pass takes more memory.
 const QUEUE: usize = 12;
-/// Bytes of the sequences that the pass decodes of a block, at most. Most blocks have about half as many. With more, the
-/// queue takes more memory.
+/// The pass decodes the sequences of a block only if they take at most this many bytes. Most blocks have half as many. With
+/// a larger value, the queue takes more memory; with a smaller one, the pass can help less often.
 const SEQUENCES: usize = 128 << 10;
 
 /// What the thread is told.
@@ -109,9 +109,8 @@ impl PlannerWorker {
     }
 
     /// Takes a block.
-    pub(super) fn block(&mut self, mut block: DecodedBlock) {
+    pub(super) fn block(&mut self, block: DecodedBlock) {
         let Some(running) = &self.running else { return };
-        block.are_decoded = false;
         let mut message = match running.told.try_send(PlannerMessage::Block(block)) {
             Ok(()) => return,
             Err(TrySendError::Full(refused) | TrySendError::Disconnected(refused)) => refused,
@@ -187,7 +186,7 @@ impl PlannerWorker {
     }
 }
 
-/// Decodes the sequences of a block. Returns `None` if it is not compressed, is not understood, uses tables of earlier
+/// Decodes the sequences of a block into it. Returns `None` if the block is not compressed, is not understood, uses tables of earlier
 /// blocks or has too many sequences.
 fn decode(block: &mut DecodedBlock) -> Option<()> {
     if block.kind != BlockKind::Compressed {
@@ -199,4 +198,78 @@ fn decode(block: &mut DecodedBlock) -> Option<()> {
         return None;
     }
     follower.sequences(&block.content, &parts, &mut block.sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::context::ZstdContext;
+    use super::super::frame::{BLOCK, BLOCK_HEADER, BlockHeader, FrameStart};
+    use super::super::room_within;
+    use super::super::sequences::PAD;
+    use super::*;
+    use crate::index::SpanId;
+
+    const SPACING: u64 = 64 << 10;
+
+    /// Returns the restarts that a planner finds in a blob of one frame, and how many blocks were decoded before it got
+    /// them.
+    fn plan(blob: &[u8], help: bool) -> (Vec<SpanRestart>, usize) {
+        let FrameStart::Frame(header) = FrameStart::read(blob) else {
+            panic!("no frame");
+        };
+        let mut context = ZstdContext::new(0, room_within(1 << 30)).unwrap();
+        context.decode(&blob[..header.len], &mut [], 0).unwrap();
+        let mut planner = Planner::new(SPACING);
+        planner.begin(header, header.len as u64);
+        let (mut at, mut made_before, mut spans, mut helped) = (header.len, 0, 0, 0);
+        loop {
+            let block = BlockHeader::read(*blob[at..].first_chunk().unwrap()).unwrap();
+            let bytes = &blob[at..at + BLOCK_HEADER + block.content];
+            let mut output = vec![0; BLOCK];
+            let made = context.decode(bytes, &mut output, 0).unwrap().made;
+            let begins = made_before >= (u64::from(spans) + 1) * SPACING;
+            spans += u32::from(begins);
+            let mut decoded = DecodedBlock {
+                kind: block.kind,
+                content: [&[0; PAD - BLOCK_HEADER], bytes].concat(),
+                sequences: Vec::new(),
+                are_decoded: false,
+                output,
+                made,
+                candidate: begins.then_some((SpanId(spans), at as u64)),
+            };
+            if help {
+                decoded.are_decoded = decode(&mut decoded).is_some();
+                helped += usize::from(decoded.are_decoded);
+            }
+            planner.block(&mut decoded);
+            at += bytes.len();
+            made_before += made as u64;
+            if block.last {
+                break;
+            }
+        }
+        planner.end();
+        (planner.take(), helped)
+    }
+
+    #[test]
+    fn restarts_do_not_depend_on_who_decodes_sequences() {
+        let mut rng = fastrand::Rng::with_seed(9);
+        let mut tar: Vec<u8> = Vec::new();
+        while tar.len() < 12 << 20 {
+            let len = rng.usize(4..200);
+            if rng.bool() && tar.len() > 1000 {
+                let from = tar.len() - rng.usize(300..1000);
+                tar.extend_from_within(from..from + len.min(tar.len() - from));
+            } else {
+                tar.extend(std::iter::repeat_with(|| rng.u8(..)).take(len));
+            }
+        }
+        let blob = zstd::bulk::compress(&tar, 3).unwrap();
+        let (restarts, _) = plan(&blob, false);
+        let (same, helped) = plan(&blob, true);
+        assert!(!restarts.is_empty() && helped > 0);
+        assert_eq!(restarts, same);
+    }
 }
